@@ -1,0 +1,1 @@
+"""minisd: Stable Diffusion v1.x, small enough to read."""

@@ -1,0 +1,1 @@
+"""One file per kind of adapter: insert, state_dict, attach."""

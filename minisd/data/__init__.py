@@ -1,0 +1,1 @@
+"""Pictures, datasets and the order in which they are seen."""

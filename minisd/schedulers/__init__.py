@@ -1,0 +1,1 @@
+"""One file per inference scheduler; the folder listing is the registry."""
