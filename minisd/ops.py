@@ -14,9 +14,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
 
 
 def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu=False, add: Tensor | None = None
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    silu=False,
+    add: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of x + add, with SiLU behind it if asked; x (b, c, h, w), add (b, c), weight and bias (c,)."""
+    """GroupNorm of x + add, then SiLU if asked; x (b, c, h, w), add (b, c), weight and bias (c,)."""
     if add is not None:
         x = x + add[:, :, None, None]
     x = F.group_norm(x, num_groups, weight, bias, eps)
