@@ -139,7 +139,7 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     MINISD_DEBUG is set."""
     try:
         sys.exit(main())
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         if os.environ.get("MINISD_DEBUG"):
             raise
         print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)

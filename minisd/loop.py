@@ -112,7 +112,7 @@ def train(method, run: Run) -> int:
                     f"the loss of update {at} is {loss}; it was not saved, and the last checkpoint is good. "
                     "A lower --learning_rate, or --mixed_precision bf16 or no, may help"
                 )
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}", mem=memory())
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}", mem=memory(), refresh=False)
         pending.clear()
 
     with Interrupt() as interrupt, bar:
