@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minisd.models.text import TextConfig, TextEncoder
 from minisd.models.unet import UNet, UNetConfig
@@ -49,10 +50,20 @@ class Checkpoint:
     pipeline: str  # class name in model_index.json
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves new parameters as they are. The meta device has nothing to draw, yet the first draw there costs
+    1.5 seconds of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def build(part: str, config: Config, source: Path | str) -> nn.Module:
     """The part's module on the meta device. ValueError, naming `source`, if it cannot be built."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             return MODULES[part](config)
     except (ValueError, TypeError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{source}: no {part} can be built from its config: {error}") from error
@@ -93,6 +104,11 @@ def check_names(found: Collection[str], expected: Collection[str], source: Path 
                 for kind, names in (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
     if problems:
         raise ValueError(f"{source}: {' and '.join(problems)} of {len(expected)} tensors")
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A view of a 1x1 convolution's weight (o, i, 1, 1) as a linear layer's (o, i)."""
+    return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
 def some(names: Collection[str]) -> str:
