@@ -1,17 +1,19 @@
 """The assembled model: networks, tokenizer and noise schedule, loaded from whatever they lie in."""
 
 import inspect
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minisd import registry
+from minisd.adapters import token_embedding
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.noise import NoiseSchedule
-from minisd.weights import files, hub
+from minisd.weights import diffusers, files, hub
 from minisd.weights.checkpoint import PARTS, Checkpoint, build, fill
 
 
@@ -116,10 +118,23 @@ class StableDiffusion:
         return adapter.attach(self, tensors, scale, file)
 
     def save(self, folder: Path) -> None:
-        """Write the whole model in the diffusers layout, with the tokens that were added to it."""
-        from minisd.weights import diffusers
-
-        diffusers.save(folder, self.checkpoint())
+        """Write the whole model in the diffusers layout, the tokens that were added to it included."""
+        text_config, text_tensors = token_embedding.merged(self.text_encoder)
+        with tempfile.TemporaryDirectory() as tokenizer:
+            checkpoint = Checkpoint(
+                unet=self.unet.config,
+                vae=self.vae.config,
+                text_encoder=text_config,
+                tensors={
+                    "unet": self.unet.state_dict(),
+                    "vae": self.vae.state_dict(),
+                    "text_encoder": text_tensors,
+                },
+                scheduler=self.scheduler,
+                tokenizer=self.tokenizer.save(Path(tokenizer)),
+                pipeline="StableDiffusionPipeline",
+            )
+            diffusers.save(folder, checkpoint)
 
 
 def adapter_files(path: Path) -> list[Path]:

@@ -79,8 +79,8 @@ def test_exactly_what_is_declared_changes(method, options):
 @pytest.mark.parametrize("cache_latents", [True, False])
 def test_resumed_equals_uninterrupted(method, options, tmp_path, cache_latents):
     common = {
-        "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
-        "checkpointing_steps": 3, "max_train_steps": 6, "cache_latents": cache_latents,
+        "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2, "checkpointing_steps": 3, "max_train_steps": 6, "cache_latents": cache_latents,
     }  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(method, options(method, output_dir=whole, **common)) == 0
@@ -228,7 +228,7 @@ def test_textual_inversion_loss_is_the_field_s(model, options, prediction_type, 
 
 
 def test_textual_inversion_learns(options):
-    """Two hundred updates on one noise level of one picture: the loss of that very thing falls."""
+    """A hundred updates on one batch and one noise: even on a random model that very loss falls."""
     o = options("textual_inversion", flip_p=0.0, learning_rate=0.05)
     m, trained, batch = built("textual_inversion", o)
     m.timesteps = lambda batch: torch.full((len(batch["number"]),), 500)
@@ -239,7 +239,7 @@ def test_textual_inversion_learns(options):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.97 * first
+    assert loss.item() < 0.99 * first
 
 
 GUIDE = """--learnable_property=object --placeholder_token=<cat-toy> --initializer_token=toy --resolution=32
@@ -285,9 +285,8 @@ def test_textual_inversion_leaves_a_pipeline(options, tmp_path):
         "textual_inversion", save_as_full_pipeline=True, num_vectors=2, max_train_steps=2, save_steps=1
     )
     assert run("textual_inversion", o) == 0
-    assert {f.name for f in o.output_dir.glob("*.safetensors")} == {
-        "learned_embeds.safetensors", "learned_embeds-steps-1.safetensors", "learned_embeds-steps-2.safetensors",
-    }  # fmt: skip
+    names = ("learned_embeds", "learned_embeds-steps-1", "learned_embeds-steps-2")
+    assert {f.stem for f in o.output_dir.glob("*.safetensors")} == set(names)
     pipe = StableDiffusionPipeline.from_pretrained(o.output_dir, safety_checker=None)
     ids = pipe.tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1"])
     table = pipe.text_encoder.get_input_embeddings().weight

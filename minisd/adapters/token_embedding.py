@@ -3,6 +3,7 @@
 The file is {token: (d,) or (n, d)}, as diffusers writes it, or {"emb_params": (n, d)}, named by its file.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd.models.text import TextEncoder, Tokenizer
+from minisd.models.text import TextConfig, TextEncoder, Tokenizer
 from minisd.weights import files
 
 
@@ -50,6 +51,16 @@ def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows:
         )
     tokenizer.add_placeholder(token, len(rows))
     return insert(text_encoder, rows)
+
+
+def merged(text_encoder: TextEncoder) -> tuple[TextConfig, dict[str, Tensor]]:
+    """Config and tensors of the text encoder with the extra rows as part of its table."""
+    tensors = text_encoder.state_dict()
+    name = "text_model.embeddings.token_embedding"
+    if (extra := tensors.pop(f"{name}.extra", None)) is not None:
+        table = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = torch.cat([table, extra.to(table.dtype)])
+    return replace(text_encoder.config, vocab_size=len(tensors[f"{name}.weight"])), tensors
 
 
 def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None:

@@ -152,6 +152,16 @@ class Tokenizer:
         self.placeholders[token] = list(range(first, first + num_vectors))
         return self.placeholders[token]
 
+    def save(self, folder: Path) -> Path:
+        """The folder of a tokenizer that knows the placeholders too: this one's own if there are none, else
+        `folder`, where it is written with n vectors as token, token_1, ..., token_(n-1)."""
+        if not self.placeholders:
+            return self.folder
+        for token, ids in self.placeholders.items():
+            self.bpe.add_tokens([token, *(f"{token}_{i}" for i in range(1, len(ids)))])
+        self.bpe.save_pretrained(str(folder))
+        return folder
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start, end, truncation or padding."""
         text = text.lower()

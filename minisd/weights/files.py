@@ -174,10 +174,20 @@ def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str
             file.write(flat.numpy())
 
 
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text file, whole or not at all. ValueError, naming the file, if it cannot be written."""
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file, whole or not at all. ValueError, naming the file, if it cannot be written."""
     with _replacing(path) as file:
-        file.write(text.encode())
+        file.write(content)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_pickle(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """For tools that read nothing but .bin files."""
+    with _replacing(path) as file:
+        torch.save(dict(tensors), file)
 
 
 def write_json(path: Path | str, content: Any) -> None:
@@ -195,6 +205,7 @@ def _replacing(path: Path | str) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = _temporary(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             yield file
             file.flush()
