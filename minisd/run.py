@@ -109,7 +109,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ValueError(f"--output_dir {self.folder}: {e.strerror}") from None
-        for path in self.discarded:
+        for path in [*self.discarded, *files.leftovers(self.folder)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         files.write_text(self.folder / "options.json", json.dumps(self.plain, indent=2) + "\n")
         wanted = self.options.report_to

@@ -199,6 +199,11 @@ def _temporary(path: Path) -> Path:
     return path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What a process that was killed while it wrote left in a folder, or in the folders below."""
+    return [p for p in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", p.name)]
+
+
 @contextmanager
 def _replacing(path: Path | str) -> Iterator[BinaryIO]:
     """An open file that takes the name `path` when the block ends, and disappears if the block fails."""
