@@ -65,8 +65,9 @@ def build(part: str, config: Config, source: Path | str) -> nn.Module:
     try:
         with torch.device("meta"), _NoInit():
             return MODULES[part](config)
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{source}: no {part} can be built from its config: {error}") from error
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source}: no {part} can be built from its config: {reason}") from error
 
 
 def native_shapes(part: str, config: Config, source: Path | str) -> dict[str, torch.Size]:
