@@ -1,8 +1,9 @@
-"""Ids on the hub, against a server on loopback that plays it: what is fetched, kept, and said when it fails."""
+"""Ids on the hub, against a server on loopback that plays it: what is fetched, kept, and said on failure."""
 
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,34 +13,29 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
+from minisd.weights import hub as resolver
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 
-SD = [
-    "model_index.json", "README.md", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt",
-    "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json",
-    "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
-    "tokenizer/special_tokens_map.json", "safety_checker/config.json", "safety_checker/model.safetensors",
-    "safety_checker/pytorch_model.bin", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-    "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
-    "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/config.json",
-    "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors",
-]  # fmt: skip
+UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
 NEEDED = {
     "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
-    "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json", "unet/config.json", "vae/config.json",
-    "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json", "unet/config.json",
+    "vae/config.json", "text_encoder/config.json",
 }  # fmt: skip
-PLAIN = {
-    "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-}  # fmt: skip
+PLAIN = {f"{stem}.safetensors" for stem in (UNET, VAE, TEXT)}
+HALF = {f"{stem}.fp16.safetensors" for stem in (UNET, VAE, TEXT)}
+PICKLES = {f"{UNET}.bin", f"{VAE}.bin", "text_encoder/pytorch_model.bin"}
+SD = [
+    *NEEDED, *PLAIN, *HALF, *PICKLES, f"{UNET}.non_ema.safetensors", "README.md", "v1-5-pruned.safetensors",
+    "v1-5-pruned.ckpt", "feature_extractor/preprocessor_config.json", "safety_checker/config.json",
+    "safety_checker/model.safetensors", "safety_checker/pytorch_model.bin",
+]  # fmt: skip
 
-SHARD = "unet/diffusion_pytorch_model-0000{}-of-00002.safetensors"
-SHARDED = [name for name in SD if not name.startswith("unet/")] + [
-    "unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.json",
-    SHARD.format(1), SHARD.format(2), "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+SHARDS = {f"{UNET}.safetensors.index.json", *(f"{UNET}-0000{i}-of-00002.safetensors" for i in (1, 2))}
+SHARDED = [name for name in SD if not name.startswith(UNET)] + [
+    *SHARDS, f"{UNET}.fp16-00001-of-00002.safetensors",
 ]  # fmt: skip
 REPOSITORIES = {
     "some/sd": SD,
@@ -50,6 +46,10 @@ REPOSITORIES = {
     "some/several": ["a.safetensors", "b.safetensors"],
     "some/nothing": ["README.md"],
 }
+
+
+def digest(name: str) -> str:
+    return hashlib.sha1(name.encode()).hexdigest()
 
 
 class Hub:
@@ -113,17 +113,15 @@ class Hub:
         if commit is None:
             return wrong("RevisionNotFound")
         if api and words[:1] == ["tree"]:
-            return as_json([
-                {"type": "file", "path": name, "size": len(name), "oid": hashlib.sha1(name.encode()).hexdigest()}
-                for name in files
-            ])  # fmt: skip
+            return as_json(
+                [{"type": "file", "path": name, "size": len(name), "oid": digest(name)} for name in files]
+            )
         if api:
             return as_json({"id": model, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
         name = "/".join(words[2:])
         if words[:1] != ["resolve"] or name not in files:
             return wrong("EntryNotFound")
-        etag = f'"{hashlib.sha1(name.encode()).hexdigest()}"'
-        return 200, {"ETag": etag, "X-Repo-Commit": commit, "X-File": name}, name.encode()
+        return 200, {"ETag": f'"{digest(name)}"', "X-Repo-Commit": commit, "X-File": name}, name.encode()
 
 
 @pytest.fixture
@@ -134,30 +132,32 @@ def hub():
     hub.server.server_close()
 
 
-def resolve(hub: Hub, cache: Path, model: str, **kwargs) -> tuple[bool, str]:
-    """resolve() in a process of its own, since the hub's address is read at import: (whether ok, answer)."""
-    offline = kwargs.pop("offline", False)
-    code = (
-        "import sys, json\n"
-        "from minisd.weights import hub\n"
-        "assert 'huggingface_hub' not in sys.modules\n"
-        "model, kwargs = json.loads(sys.argv[1])\n"
-        "try:\n    print('path', hub.resolve(model, **kwargs))\n"
-        "except ValueError as error:\n    print('error', error)\n"
-    )
+CHILD = """
+import json, sys
+from minisd.weights import hub
+assert "huggingface_hub" not in sys.modules
+for model, kwargs in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps([True, str(hub.resolve(model, **kwargs))]))
+    except ValueError as error:
+        print(json.dumps([False, str(error)]))
+"""
+
+
+def resolve(hub: Hub, cache: Path, *asked: tuple[str, dict], offline=False) -> list[tuple[bool, str]]:
+    """resolve() in a process of its own, as the hub's address is read at import: (ok, answer) each."""
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()
     }
-    environment |= {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    } | ({"HF_HUB_OFFLINE": "1"} if offline else {})  # fmt: skip
-    command = [sys.executable, "-c", code, json.dumps([model, kwargs])]
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+    environment |= {f"HF_HUB_DISABLE_{what}": "1" for what in ("TELEMETRY", "XET", "PROGRESS_BARS")}
+    environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    command = [sys.executable, "-c", CHILD, json.dumps(asked)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    kind, _, answer = done.stdout.rstrip("\n").partition(" ")
-    assert "\n" not in answer
-    return kind == "path", answer
+    answers = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(answers) == len(asked) and not any("\n" in answer for _, answer in answers)
+    return answers
 
 
 def names(folder: str) -> set[str]:
@@ -165,114 +165,97 @@ def names(folder: str) -> set[str]:
 
 
 def test_a_folder_is_fetched_once_and_then_read_offline(hub, tmp_path):
-    ok, path = resolve(hub, tmp_path, "some/sd")
-    assert ok, path
+    [(ok, path), again] = resolve(hub, tmp_path, ("some/sd", {}), ("some/sd", {}))
+    assert ok and again == (True, path), path
     assert names(path) == NEEDED | PLAIN == set(hub.fetched) and len(hub.fetched) == len(NEEDED | PLAIN)
     assert (Path(path) / "unet/config.json").read_text() == "unet/config.json"
-    assert resolve(hub, tmp_path, "some/sd") == (True, path)
     asked = hub.asked
-    assert resolve(hub, tmp_path, "some/sd", offline=True) == (True, path)
-    assert hub.asked == asked and len(hub.fetched) == len(NEEDED | PLAIN)
+    answers = resolve(
+        hub, tmp_path, ("some/sd", {}), ("some/sd", {"variant": "fp16"}), ("some/sd", {"revision": "v2"}),
+        ("some/ckpt", {}), offline=True,
+    )  # fmt: skip
+    assert answers[0] == (True, path) and [ok for ok, _ in answers[1:]] == [False] * 3
+    assert answers[1][1].startswith("some/sd has no variant 'fp16'") and "in the cache" in answers[1][1]
+    assert answers[2][1].startswith("some/sd at revision v2 is not in the cache and cannot be fetched (")
+    assert answers[3][1] == "some/ckpt is not in the cache and cannot be fetched (the hub is switched off)"
+    assert hub.asked == asked
     hub.server.shutdown()
     hub.server.server_close()
-    assert resolve(hub, tmp_path, "some/sd") == (True, path)
-    # What is not in the cache is missing, in one line.
-    ok, line = resolve(hub, tmp_path, "some/binary")
-    assert not ok and line.startswith("some/binary is not in the cache and cannot be fetched (")
-    ok, line = resolve(hub, tmp_path, "some/sd", variant="fp16", offline=True)
-    assert not ok and line.startswith("some/sd has no variant 'fp16'") and "in the cache" in line
-    ok, line = resolve(hub, tmp_path, "some/sd", revision="v2", offline=True)
-    assert not ok and line.startswith("some/sd at revision v2 is not in the cache") and "switched off" in line
+    answers = resolve(hub, tmp_path, ("some/sd", {}), ("some/binary", {}))
+    assert answers[0] == (True, path)
+    assert answers[1][1].startswith("some/binary is not in the cache and cannot be fetched (")
 
 
 @pytest.mark.parametrize(
     "model, kwargs, weights",
     [
-        ("some/sd", {"variant": "fp16"}, {name.replace(".safetensors", ".fp16.safetensors") for name in PLAIN}),
+        ("some/sd", {"variant": "fp16"}, HALF),
         (
-            "some/sd", {"variant": "non_ema", "revision": "v2"},
-            PLAIN - {"unet/diffusion_pytorch_model.safetensors"} | {"unet/diffusion_pytorch_model.non_ema.safetensors"},
+            "some/sd",
+            {"variant": "non_ema", "revision": "v2"},
+            PLAIN - {f"{UNET}.safetensors"} | {f"{UNET}.non_ema.safetensors"},
         ),
-        (
-            "some/sharded", {},
-            PLAIN - {"unet/diffusion_pytorch_model.safetensors"}
-            | {"unet/diffusion_pytorch_model.safetensors.index.json", SHARD.format(1), SHARD.format(2)},
-        ),
-        (
-            "some/binary", {},
-            {"unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"},
-        ),
+        ("some/sharded", {}, PLAIN - {f"{UNET}.safetensors"} | SHARDS),
+        ("some/binary", {}, PICKLES),
     ],
-)  # fmt: skip
+)
 def test_only_what_loading_needs(hub, tmp_path, model, kwargs, weights):
-    ok, path = resolve(hub, tmp_path, model, **kwargs)
+    [(ok, path)] = resolve(hub, tmp_path, (model, kwargs))
     assert ok, path
     assert Path(path).name == COMMIT[kwargs.get("revision", "main")]
     assert names(path) == NEEDED | weights == set(hub.fetched)
 
 
-@pytest.mark.parametrize(
-    "model, name", [("some/single.v1.5", "model.safetensors"), ("some/ckpt", "model.ckpt")]
-)
-def test_a_single_file(hub, tmp_path, model, name):
-    ok, path = resolve(hub, tmp_path, model)
-    assert ok and Path(path).name == name and hub.fetched == [name]
-    assert resolve(hub, tmp_path, model, offline=True) == (True, path)
-    hub.broken = True
-    assert resolve(hub, tmp_path, model) == (True, path)
+def test_a_single_file(hub, tmp_path):
+    asked = [("some/single.v1.5", {}), ("some/ckpt", {"cache_dir": str(tmp_path / "own")})]
+    answers = resolve(hub, tmp_path, *asked)
+    assert [(ok, Path(path).name) for ok, path in answers] == [
+        (True, "model.safetensors"),
+        (True, "model.ckpt"),
+    ]
+    assert hub.fetched == ["model.safetensors", "model.ckpt"]
+    assert [str(tmp_path / "own") in path for _, path in answers] == [False, True]
+    assert resolve(hub, tmp_path, *asked, offline=True) == answers
+    hub.broken = True  # it is there, but answers with an error
+    assert resolve(hub, tmp_path, *asked) == answers
 
 
-def test_a_cache_of_ones_own(hub, tmp_path):
-    ok, path = resolve(hub, tmp_path / "home", "some/ckpt", cache_dir=str(tmp_path / "own"))
-    assert ok and path.startswith(str(tmp_path / "own"))
-    again = resolve(hub, tmp_path / "home", "some/ckpt", cache_dir=str(tmp_path / "own"), offline=True)
-    assert again == (True, path)
-
-
-@pytest.mark.parametrize(
-    "model, kwargs, expected",
-    [
-        ("some/unknown", {}, "some/unknown is neither a path nor a public model"),
-        ("some/gated", {}, "some/gated is gated: accept its terms"),
-        ("some/sd", {"revision": "nope"}, "some/sd has no revision 'nope'"),
+def test_what_goes_wrong_is_one_line(hub, tmp_path):
+    expected = {
+        ("some/unknown",): "some/unknown is neither a path nor a public model",
+        ("some/gated",): "some/gated is gated: accept its terms",
+        ("some/sd", "revision", "nope"): "some/sd has no revision 'nope'",
         (
             "some/sd",
-            {"variant": "bf16"},
-            "some/sd has no variant 'bf16'; there are fp16, non_ema, plain weights",
-        ),
-        ("some/several", {}, "some/several has several single files (a.safetensors, b.safetensors)"),
-        ("some/nothing", {}, "some/nothing has neither model_index.json nor a single file"),
-        (
-            "some/sd",
-            {"offline": True},
-            "some/sd is not in the cache and cannot be fetched (the hub is switched",
-        ),
-    ],
-)
-def test_what_goes_wrong_is_one_line(hub, tmp_path, model, kwargs, expected):
-    ok, line = resolve(hub, tmp_path, model, **kwargs)
-    assert not ok and line.startswith(expected)
+            "variant",
+            "bf16",
+        ): "some/sd has no variant 'bf16'; there are fp16, non_ema, plain weights",
+        ("some/several",): "some/several has several single files (a.safetensors, b.safetensors)",
+        ("some/nothing",): "some/nothing has neither model_index.json nor a single file",
+    }
+    answers = resolve(hub, tmp_path, *((model, dict([words] if words else [])) for model, *words in expected))
+    for (ok, line), start in zip(answers, expected.values(), strict=True):
+        assert not ok and line.startswith(start)
     assert not hub.fetched
 
 
 @pytest.mark.parametrize(
-    "model", ["./nope", "/nope/model", "~/nope", "../a/b", "nope.safetensors", "org/nope.ckpt", "a/b/c", "nope",
-              "some/sd/", "a b/c", "some/..", "C:\\models\\sd"]
+    "model", ["./nope", "/nope/model", "~/nope", "../a/b", "nope.safetensors", "org/nope.ckpt", "a/b/c",
+              "nope", "some/sd/", "a b/c", "some/..", "C:\\models\\sd"]
 )  # fmt: skip
-def test_what_looks_like_a_path_never_asks_the_hub(hub, tmp_path, model):
-    ok, line = resolve(hub, tmp_path, model)
-    assert not ok and line.startswith(f"{model} does not exist") and hub.asked == 0
+def test_what_looks_like_a_path_never_asks_the_hub(monkeypatch, model):
+    monkeypatch.setattr(resolver, "_fetch", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match=f"^{re.escape(model)} does not exist"):
+        resolver.resolve(model)
 
 
 def test_existing_paths(tmp_path, monkeypatch):
-    from minisd.weights import hub
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some/sd").mkdir(parents=True)
     (tmp_path / "x.safetensors").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.resolve("some/sd") == Path("some/sd")
-    assert hub.resolve(tmp_path / "x.safetensors") == tmp_path / "x.safetensors"
-    assert hub.resolve("~/x.safetensors") == tmp_path / "x.safetensors"
+    assert resolver.resolve("some/sd") == Path("some/sd")
+    assert resolver.resolve(tmp_path / "x.safetensors") == tmp_path / "x.safetensors"
+    assert resolver.resolve("~/x.safetensors") == tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match="no model was named"):
-        hub.resolve("")
+        resolver.resolve("")

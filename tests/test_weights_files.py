@@ -160,7 +160,7 @@ def test_a_hostile_pickle_does_nothing(tmp_path, form):
     path, proof = tmp_path / "evil.ckpt", tmp_path / "ran"
     content = {"state_dict": {"a": torch.zeros(1), "b": Payload(proof)}}
     if form == "plain":
-        path.write_bytes(pickle.dumps(content["state_dict"]["b"]))
+        path.write_bytes(pickle.dumps(content["state_dict"]["b"], protocol=2))
     elif form == "builtin":
         path.write_bytes(b"cbuiltins\nexec\n(S'open(%r, \"w\")'\ntR." % str(proof).encode())
     else:

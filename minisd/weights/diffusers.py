@@ -204,7 +204,7 @@ def choose(
 def variant_of_parts(
     names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
 ) -> dict[str, str | None]:
-    """The variant to read of each part: the one asked for where there is one. ValueError if no part has it."""
+    """The variant to read of each part: the one asked for, where it is. ValueError if no part has it."""
     found = {part: variants(names[part], part) for part in names}
     if variant and not any(variant in of_part for of_part in found.values()):
         known = sorted({str(v or "plain weights") for of_part in found.values() for v in of_part})
