@@ -196,7 +196,11 @@ def test_only_the_parts_asked_for(folder, single):
 def test_fill_gives_a_module_the_mapped_tensors(folder):
     loaded = diffusers.load(folder)
     for part in PARTS:
-        module = ck.fill(ck.build(part, getattr(loaded, part), folder), loaded.tensors[part], folder)
+        module = ck.build(part, getattr(loaded, part), folder)
+        frozen = next(module.parameters()).requires_grad_(False)
+        assert ck.fill(module, loaded.tensors[part], folder) is module
+        assert frozen.is_meta and not next(module.parameters()).requires_grad
+        module.requires_grad_(True)
         state = module.state_dict()
         assert all(state[k].data_ptr() == v.data_ptr() for k, v in loaded.tensors[part].items())
         assert all(p.requires_grad and not p.is_meta for p in module.parameters())

@@ -81,10 +81,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -
     ValueError, naming `source` and the names, unless names and shapes are exactly the module's.
     """
     check(tensors, {name: tensor.shape for name, tensor in module.state_dict().items()}, source)
-    grads = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     module.load_state_dict(dict(tensors), strict=True, assign=True)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(grads[name])
     return module
 
 
