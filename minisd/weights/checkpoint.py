@@ -65,8 +65,9 @@ def build(part: str, config: Config, source: Path | str) -> nn.Module:
     try:
         with torch.device("meta"), _NoInit():
             return MODULES[part](config)
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{source}: no {part} can be built from its config: {error}") from error
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source}: no {part} can be built from its config: {reason}") from error
 
 
 def native_shapes(part: str, config: Config, source: Path | str) -> dict[str, torch.Size]:
@@ -80,10 +81,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -
     ValueError, naming `source` and the names, unless names and shapes are exactly the module's.
     """
     check(tensors, {name: tensor.shape for name, tensor in module.state_dict().items()}, source)
-    grads = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     module.load_state_dict(dict(tensors), strict=True, assign=True)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(grads[name])
     return module
 
 

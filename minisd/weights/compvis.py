@@ -6,14 +6,14 @@ name of the file has to be in it.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from minisd.models import text, unet, vae
 from minisd.weights import checkpoint as ck
-from minisd.weights import files
+from minisd.weights import configs, files
 from minisd.weights.checkpoint import PARTS, Checkpoint, Config
 
 PREFIXES = {
@@ -101,7 +101,7 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
             tensor = checkpoint.tensors[part][name]
             tensors[file_name] = tensor[:, :, None, None] if _is_convolution(part, name) else tensor
     kind = checkpoint.scheduler.get("prediction_type", "epsilon")
-    described = {part: asdict(getattr(checkpoint, part)) for part in PARTS}
+    described = {part: configs.WRITERS[part](getattr(checkpoint, part)) for part in PARTS}
     described |= {"scheduler": checkpoint.scheduler, "pipeline": checkpoint.pipeline}
     about = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -238,14 +238,13 @@ def _described(
     about: Mapping[str, str], found: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Config], dict, str]:
     """Configs by part, scheduler and pipeline: our own metadata, else SD v1.5's with what the file shows."""
-    try:
-        own = json.loads(about[CONFIG]) if CONFIG in about else None
-        if own:
-            kinds = {"unet": unet.UNetConfig, "vae": vae.VAEConfig, "text_encoder": text.TextConfig}
-            config = {part: _dataclass(kinds[part], own[part]) for part in PARTS}
+    if CONFIG in about:
+        try:
+            own = json.loads(about[CONFIG])
+            config = {part: configs.READERS[part](own[part], path) for part in PARTS}
             return config, dict(own["scheduler"]), str(own["pipeline"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
     first = PREFIXES["unet"] + "input_blocks.0.0.weight"
     conv_in = found.get(first, found.get(_ema_name(first)))
     in_channels = conv_in.shape[1] if conv_in is not None and conv_in.ndim == 4 else 4
@@ -258,17 +257,6 @@ def _described(
     if "ztsnr" in found:
         scheduler["rescale_betas_zero_snr"] = True
     return config, scheduler, PIPELINES[in_channels]
-
-
-def _dataclass(kind: type, content: dict) -> Config:
-    """A config from its JSON: lists are tuples again, and the types of the values are those of SD v1.5's."""
-    model = {unet.UNetConfig: unet.SD15, vae.VAEConfig: vae.SD15, text.TextConfig: text.SD15}[kind]
-    values = {f.name: content[f.name] for f in fields(kind)}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    for name, value in values.items():
-        if type(value) is not type(getattr(model, name)):
-            raise ValueError(f"{name} is {value!r}")
-    return kind(**values)
 
 
 def _is_ignored(name: str, ema: bool) -> bool:

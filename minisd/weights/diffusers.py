@@ -5,7 +5,7 @@ Native names are this layout's names.
 
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -51,10 +51,8 @@ def load(
             f"{path}: the UNet takes text states of width {config['unet'].cross_attention_dim}, "
             f"the text encoder gives {config['text_encoder'].hidden_size}"
         )
-    has = {part: variant in variants(_names(path / part), part) for part in parts}
-    if variant and not any(has.values()):
-        raise ValueError(f"{path} has no variant {variant!r}; there are {_listed(path, parts)}")
-    tensors = {part: load_part(path / part, part, variant if has[part] else None)[1] for part in parts}
+    chosen = variant_of_parts({part: _names(path / part) for part in parts}, variant, path)
+    tensors = {part: load_part(path / part, part, chosen[part])[1] for part in parts}
     tokenizer = path / "tokenizer"
     if not ((tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()):
         if not (tokenizer / "tokenizer.json").is_file():
@@ -203,6 +201,12 @@ def choose(
     return chosen, shards
 
 
-def _listed(path: Path, parts: Sequence[str]) -> str:
-    found = {variant for part in parts for variant in variants(_names(path / part), part)}
-    return ", ".join(sorted(variant or "plain weights" for variant in found)) or "no weights at all"
+def variant_of_parts(
+    names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
+) -> dict[str, str | None]:
+    """The variant to read of each part: the one asked for, where it is. ValueError if no part has it."""
+    found = {part: variants(names[part], part) for part in names}
+    if variant and not any(variant in of_part for of_part in found.values()):
+        known = sorted({str(v or "plain weights") for of_part in found.values() for v in of_part})
+        raise ValueError(f"{source} has no variant {variant!r}; there are {', '.join(known) or 'no weights'}")
+    return {part: variant if variant in of_part else None for part, of_part in found.items()}

@@ -37,9 +37,6 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
 
 def read(path: Path | str) -> dict[str, Tensor]:
     """Name -> tensor of a .safetensors file or of a pickle (its `state_dict` if it has one).
@@ -106,7 +103,7 @@ def existing_file(path: Path | str) -> Path:
 
 def _line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.strip() or type(error).__name__).splitlines()[0]
+    return (text.strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _open_safetensors(path: Path, ask: Callable[[Any], Any]) -> Any:
@@ -123,19 +120,25 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         refused = [name for name in wanted if not INERT.fullmatch(name)]
-        inert = [(type("Inert", (_Inert,), {}), name) for name in wanted if INERT.fullmatch(name)]
+        # torch puts entries into plain dicts only, so the trainer's AttributeDict has to be one.
+        inert = [(dict if name.endswith("Dict") else type("Inert", (_Inert,), {}), name)
+                 for name in wanted if INERT.fullmatch(name)]  # fmt: skip
         if not refused:
             with torch.serialization.safe_globals(inert):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise anything
-        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        # What torch says before its reason is how to run the code after all.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or _line(error)
+        found = re.search(r"GLOBAL ([\w.]+)", reason)
         if not found:
-            raise ValueError(f"{path} is not a readable checkpoint: {_line(error)}") from error
+            raise ValueError(
+                f"{path} is not a readable checkpoint: {reason.splitlines()[0][:200]}"
+            ) from error
         refused = [found.group(1)]
     if refused:
         names = ", ".join(sorted(refused)[:3])
         raise ValueError(
-            f"{path} wants to run code ({names}); minisd takes nothing but tensors from a pickle"
+            f"{path} asks for {names}; minisd takes only tensors from a pickle, as others run code"
         )
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -1,7 +1,7 @@
 """From what the user calls a model to a path: a path itself, or an id on the hub, fetched and cached."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from minisd.weights import diffusers, files
@@ -22,6 +22,8 @@ def resolve(
     Only what loading needs is fetched, and only once; without a network the cache alone is used. ValueError,
     naming the model, if there is no such path, id or revision, or if it may not be fetched.
     """
+    if not str(model):
+        raise ValueError("no model was named")
     path = Path(model).expanduser()
     if path.exists():
         return path
@@ -90,16 +92,15 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
                     )
                 return found
         raise ValueError(f"{model} has neither {diffusers.INDEX} nor a single file of weights")
-    inside: Callable[[str], list[str]] = lambda part: [  # noqa: E731
-        name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")
-    ]
+
+    def inside(part: str) -> list[str]:
+        return [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+
     wanted = [diffusers.INDEX, diffusers.SCHEDULER]
     wanted += [f"tokenizer/{name}" for name in inside("tokenizer") if name in diffusers.TOKENIZER_FILES]
-    has = {part: variant in diffusers.variants(inside(part), part) for part in PARTS}
+    asked = diffusers.variant_of_parts({part: inside(part) for part in PARTS}, variant, model)
     for part in PARTS:
-        # As in diffusers.load: a part without the variant gives its plain weights, if another part has it.
-        asked = variant if has[part] or not any(has.values()) else None
-        chosen, shards = diffusers.choose(inside(part), part, asked, f"{model}/{part}")
+        chosen, shards = diffusers.choose(inside(part), part, asked[part], f"{model}/{part}")
         wanted += [f"{part}/{name}" for name in ("config.json", chosen, *shards)]
     return [name for name in wanted if name in names]
 
