@@ -194,7 +194,7 @@ def write_pickle(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
         try:
             torch.save(dict(tensors), file)
         except RuntimeError as error:  # torch puts one of its own before the disk's
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
 
 
 def write_json(path: Path | str, content: Any) -> None:
