@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -184,13 +184,17 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_pickle(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
     """For tools that read nothing but .bin files."""
     with _replacing(path) as file:
-        torch.save(dict(tensors), file)
+        try:
+            torch.save(dict(tensors), file)
+        except RuntimeError as error:  # torch puts one of its own before the disk's
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
 
 
 def write_json(path: Path | str, content: Any) -> None:
@@ -224,7 +228,8 @@ def _replacing(path: Path | str) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ValueError(f"cannot write {path}: {_line(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager
