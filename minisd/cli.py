@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import sys
 import types
@@ -11,6 +12,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
 from minisd import config, registry
+
+TINY = Path(__file__).parent / "tiny"
 
 
 def spellings(cls: type, f: Field) -> list[str]:
@@ -80,9 +83,15 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
     return parser
 
 
-def parse(parser: Parser, cls: type, argv: list[str], owners: Callable[[str], list[str]] = lambda name: []):
+def parse(
+    parser: Parser,
+    cls: type,
+    argv: list[str],
+    command: str,
+    owners: Callable[[str], list[str]] = lambda name: [],
+):
     """The options. Exits with status 2 and one line if they are wrong; `owners(name)` are the methods that do
-    have a flag that this command has not."""
+    have a flag that this command has not. Without --model, the tiny model's defaults for `command` hold."""
     known = parser._option_string_actions
     for arg in argv:  # before argparse could complain of what is missing
         name = arg.partition("=")[0]
@@ -92,8 +101,15 @@ def parse(parser: Parser, cls: type, argv: list[str], owners: Callable[[str], li
             parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
         close = difflib.get_close_matches(name, known, n=1)
         parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    namespace = parser.parse_args(argv)
+    if namespace.model is None:
+        parser.set_defaults(model=str(TINY), **json.loads((TINY / "defaults.json").read_text())[command])
+        namespace = parser.parse_args(argv)
+        print(
+            "no --model: the tiny one in the box (64x64 emoji); for SD v1.x give its folder, file or hub id"
+        )
     try:
-        return cls(**vars(parser.parse_args(argv)))
+        return cls(**vars(namespace))
     except ValueError as e:
         parser.error(str(e))
 
@@ -126,12 +142,12 @@ def parse_train(argv: list[str]):
         return [m for m in names if any(name in spellings(options_of(m), f) for f in fields(options_of(m)))]
 
     parser = parser_of(cls, f"train.py --method {chosen.method}", registry.summary("methods", chosen.method))
-    return chosen.method, parse(parser, cls, rest, owners)
+    return chosen.method, parse(parser, cls, rest, chosen.method, owners)
 
 
 def parse_sample(argv: list[str]) -> config.Sample:
     parser = parser_of(config.Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
-    return parse(parser, config.Sample, argv)
+    return parse(parser, config.Sample, argv, "sample")
 
 
 def run(prog: str, main: Callable[[], int | None]) -> None:

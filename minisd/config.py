@@ -41,8 +41,10 @@ def require(condition: bool, message: str) -> None:
 class Model(Group):
     """Model"""
 
-    model: str = flag(
-        help="a folder in the diffusers layout, a .safetensors or .ckpt with CompVis names, or a hub id",
+    model: str | None = flag(
+        None,
+        "a folder in the diffusers layout, a .safetensors or .ckpt with CompVis names, or a hub id; "
+        "without it the tiny model in the box, with defaults of its own",
         also=("pretrained_model_name_or_path",),
     )
     revision: str | None = flag(None, "branch, tag or commit of a hub id")
@@ -157,7 +159,8 @@ class Data(Group):
 class Validation(Group):
     """Validation"""
 
-    validation_prompt: str | None = flag(None, "draw this while training")
+    validation_prompt: str | None = flag(None, "draw this while training; {} in it is what is trained")
+    validation_guidance_scale: float = flag(7.5, "how far these pictures follow the prompt")
     num_validation_images: int = flag(4, "pictures each time")
     validation_steps: int = flag(100, "draw every so many updates")
     validation_epochs: int | None = flag(None, "draw every so many epochs instead")

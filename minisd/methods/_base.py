@@ -142,7 +142,8 @@ class Method:
         from minisd.generate import Settings, pictures
 
         count, side, steps = self.options.num_validation_images, self.options.resolution, 25
-        settings = Settings(width=side, height=side, steps=steps)
+        scale = self.options.validation_guidance_scale
+        settings = Settings(width=side, height=side, steps=steps, guidance_scale=scale)
         with (
             tqdm(total=count * steps, desc="drawing", leave=False) as bar,
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),

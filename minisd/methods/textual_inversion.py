@@ -105,14 +105,22 @@ class Method(Method):
         if self.options.save_steps and step % self.options.save_steps == 0:
             self.save(self.options.output_dir, f"-steps-{step}")
 
-    def result(self) -> Image.Image:
+    def prompt(self) -> str:
+        style = "a painting in the style of {}"
+        kind = style if self.options.learnable_property == "style" else "a photo of a {}"
+        return self.options.validation_prompt or kind
+
+    def validation(self) -> Image.Image:
         from minisd.data import images
 
-        kind = (
-            "a painting in the style of {}"
-            if self.options.learnable_property == "style"
-            else "a photo of a {}"
-        )
-        prompt = self.options.validation_prompt or kind.format(self.token)
+        return images.grid(self.samples(self.prompt().replace("{}", self.token)))
+
+    def result(self) -> Image.Image:
+        """What it was shown, what the model draws for the word it began with, and what for the token."""
+        from minisd.data import images
+
         shown = [images.open_image(p) for p in self.folder.pictures[: self.options.num_validation_images]]
-        return images.labelled_rows([("trained on", shown), (prompt, self.samples(prompt))])
+        before, after = (self.prompt().replace("{}", word) for word in (self.word, self.token))
+        before = before.replace(self.token, self.word)
+        rows = [("trained on", shown), (f"before: {before}", self.samples(before))]
+        return images.labelled_rows([*rows, (f"after: {after}", self.samples(after))])
