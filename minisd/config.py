@@ -103,9 +103,12 @@ class Optimizer(Group):
     """Optimizer"""
 
     learning_rate: float = flag(1e-5, "peak learning rate")
+    use_8bit_adam: bool = flag(False, "keep AdamW's state in 8 bits, by bitsandbytes")
     scale_lr: bool = flag(False, "multiply the learning rate by batch, accumulation and number of devices")
     lr_scheduler: LR_SCHEDULERS = flag("constant", "shape of the learning rate, in updates")
-    lr_warmup_steps: int = flag(500, "updates of linear warm-up; 'constant' has none")
+    lr_warmup_steps: int | None = flag(
+        None, "updates of linear warm-up; 500 by default, but 'constant' has none"
+    )
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
     lr_power: float = flag(1.0, "exponent of polynomial")
     train_batch_size: int = flag(4, "images in one forward pass on one device")
@@ -116,10 +119,20 @@ class Optimizer(Group):
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
     max_grad_norm: float = flag(1.0, "clip the norm of the gradient to this; 0 does not")
     snr_gamma: float | None = flag(None, "min-SNR weights with this gamma; 5 is usual")
+    noise_offset: float = flag(0.0, "add noise of this size that is constant over a picture; 0.1 is usual")
+    input_perturbation: float = flag(0.0, "perturb the noise of the input alone; 0.1 is usual")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = flag(
+        None, "what the network learns to predict; what the model's scheduler says by default"
+    )
+    rescale_betas_zero_snr: bool = flag(False, "train to pure noise; needs v_prediction")
 
     def check(self):
         for name in ("learning_rate", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles"):
             require(getattr(self, name) > 0, f"--{name} must be positive")
+        if self.lr_warmup_steps is None:
+            self.lr_warmup_steps = 0 if self.lr_scheduler == "constant" else 500
+        elif self.lr_warmup_steps and self.lr_scheduler == "constant":
+            print("--lr_scheduler constant has no warm-up: --lr_warmup_steps waits for constant_with_warmup")
         for name in ("lr_warmup_steps", "max_grad_norm", "adam_weight_decay"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         require(self.snr_gamma is None or self.snr_gamma > 0, "--snr_gamma must be positive")
@@ -153,6 +166,68 @@ class Data(Group):
 
     def check(self):
         require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
+
+
+@dataclass(kw_only=True)
+class Captions(Data):
+    """Captioned data"""
+
+    data: Path | None = flag(None)
+    dataset_name: str | None = flag(None, "a dataset on the hub, or a folder or parquet file, by `datasets`")
+    dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
+    image_column: str = flag("image", "column of the pictures")
+    caption_column: str = flag("text", "column of the captions; of several in a row one is drawn each time")
+    max_train_samples: int | None = flag(None, "take only so many examples, drawn by --seed")
+    random_flip: bool = flag(False, "flip pictures with probability 1/2")
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"] = flag("lanczos", "how to resize")
+    caption_dropout: float = flag(0.0, "chance that a caption is left out: guidance needs some")
+    bucket: bool = flag(False, "batch pictures by aspect ratio instead of cropping all to a square")
+
+    def check(self):
+        require(bool(self.data) != bool(self.dataset_name), "give one of --data and --dataset_name")
+        require(0 <= self.caption_dropout <= 1, "--caption_dropout must be from 0 to 1")
+        samples = self.max_train_samples
+        require(samples is None or samples > 0, "--max_train_samples must be positive")
+
+
+@dataclass(kw_only=True)
+class Prior(Group):
+    """Prior preservation"""
+
+    with_prior_preservation: bool = flag(False, "train on pictures of the class as well, so that it is kept")
+    class_data_dir: Path | None = flag(None, "folder of these; what is missing is drawn by the model itself")
+    class_prompt: str | None = flag(None, "what they show")
+    num_class_images: int = flag(100, "how many there should be")
+    prior_loss_weight: float = flag(1.0, "what they count")
+    sample_batch_size: int = flag(4, "how many are drawn at the same time")
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = flag(
+        None, "precision that they are drawn in; fp16 on a GPU and fp32 elsewhere by default"
+    )
+
+    def check(self):
+        for name in ("class_data_dir", "class_prompt"):
+            given = getattr(self, name) is not None
+            require(not self.with_prior_preservation or given, f"--with_prior_preservation needs --{name}")
+        require(self.num_class_images > 0, "--num_class_images must be positive")
+        require(self.sample_batch_size > 0, "--sample_batch_size must be positive")
+
+
+@dataclass(kw_only=True)
+class Average(Group):
+    """Averaged weights"""
+
+    use_ema: bool = flag(False, "keep an average of the weights over the updates, and leave that")
+    ema_max_decay: float = flag(0.9999, "how much of the average an update keeps, at most")
+    ema_warmup: bool = flag(
+        False, "reach it by 1 - (1 + step / inv_gamma)^-power, not (1 + step) / (10 + step)"
+    )
+    ema_inv_gamma: float = flag(1.0, "inv_gamma of --ema_warmup")
+    ema_power: float = flag(0.75, "power of --ema_warmup")
+    offload_ema: bool = flag(False, "keep the average in the CPU's memory")
+    foreach_ema: bool = flag(False, "accepted: the average is always updated for all tensors at once")
+
+    def check(self):
+        require(0 <= self.ema_max_decay <= 1, "--ema_max_decay must be from 0 to 1")
 
 
 @dataclass(kw_only=True)

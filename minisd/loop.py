@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,21 +11,42 @@ from tqdm import tqdm
 
 from minisd import noise, optim
 from minisd.data.batches import Stream, batches
+from minisd.distributed import Processes
 from minisd.run import Hub, Interrupt, Run, State, memory
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's state as "NAME|KEY" -> tensor."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}|{key}": value for i, entry in state.items() for key, value in entry.items()}
+def snapshot(step, samples, names, parameters, optimizer, scaler, ema) -> State:
+    """Everything that a run goes on from: the optimizer's state as NAME|KEY, the average as NAME|average."""
+    slots = optimizer.state_dict()["state"]
+    tensors = {f"{names[i]}|{k}": torch.as_tensor(v) for i, slot in slots.items() for k, v in slot.items()}
+    if ema:
+        tensors |= {f"{name}|average": a for name, a in zip(names, ema.average, strict=True)}
+    return State(
+        step=step,
+        samples=samples,
+        tensors={name: p.detach() for name, p in zip(names, parameters, strict=True)},
+        optimizer=tensors,
+        scaler=scaler.state_dict(),
+    )
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
+def restore(state: State, names, parameters, optimizer, scaler, ema) -> None:
+    """Put it all back."""
+    slots: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, value in state.optimizer.items():
         parameter, _, key = name.rpartition("|")
-        state.setdefault(names.index(parameter), {})[key] = value.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        slots[parameter][key] = value.clone()
+    averages = {name: slot.pop("average", None) for name, slot in slots.items()}
+    by_number = {i: slots[name] for i, name in enumerate(names) if slots[name]}
+    optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
+    with torch.no_grad():
+        for name, parameter in zip(names, parameters, strict=True):
+            parameter.copy_(state.tensors[name])
+        if ema:
+            for name, average in zip(names, ema.average, strict=True):
+                average.copy_(averages[name])
+    if state.scaler:
+        scaler.load_state_dict(state.scaler)
 
 
 def cache_latents(stream: Stream, encode: Callable, batch_size: int) -> None:
@@ -36,12 +58,40 @@ def cache_latents(stream: Stream, encode: Callable, batch_size: int) -> None:
         stream.moments.update(zip(part, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
 
 
+class Log:
+    """Losses and norms stay on the device until somebody looks, so that logging does not hold up the GPU."""
+
+    def __init__(self, run: Run, bar: tqdm):
+        self.run, self.bar = run, bar
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+        self.pending.append((step, loss, norm, lr))
+        self.bar.update()
+
+    def flush(self) -> None:
+        """Write what has come since. ValueError if a loss is not a number."""
+        if not self.pending:
+            return
+        steps, losses, norms, rates = zip(*self.pending, strict=True)
+        self.pending.clear()
+        values = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), rates, strict=True)
+        for step, loss, norm, lr in values:
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of update {step} is {loss}; it was not saved, the last checkpoint is good. "
+                    "A lower --learning_rate, or --mixed_precision bf16 or no, may help"
+                )
+            self.run.log(step, loss=loss, lr=lr, grad_norm=norm)
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=memory(), refresh=False)
+
+
 def train(method, run: Run) -> int:
     """Train until the options' last update. Returns the exit status: 0, or 128 + the signal that ended it.
 
     Everything is counted in optimizer updates: steps, the learning rate's curve, checkpoints, validation.
     """
-    options, device = method.options, method.device
+    options, device, processes = method.options, method.device, Processes()
     accumulation = options.gradient_accumulation_steps
 
     # What trains, on what
@@ -50,45 +100,40 @@ def train(method, run: Run) -> int:
     trained = method.build()  # name -> parameter
     names, parameters = list(trained), list(trained.values())
     stream = Stream(method.dataset(), options.seed)
-    per_update = options.train_batch_size * accumulation
+    per_update = options.train_batch_size * accumulation * processes.world
     per_epoch = math.ceil(len(stream.dataset) / per_update)
     total = options.max_train_steps or options.num_train_epochs * per_epoch
     every = options.validation_epochs * per_epoch if options.validation_epochs else options.validation_steps
 
+    # How it trains
     optimizer = optim.adamw(parameters, options)
     lr = options.learning_rate * (per_update if options.scale_lr else 1)
     curve = {"warmup": options.lr_warmup_steps, "total": total, "lr": lr}
     curve |= {"cycles": options.lr_num_cycles, "power": options.lr_power}
     scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
+    ema = optim.EMA(parameters, options) if getattr(options, "use_ema", False) else None
     step, samples = 0, 0
     if state:
         step, samples = state.step, state.samples
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(state.tensors[name])
-        load_optimizer(optimizer, names, state.optimizer)
-        if state.scaler:
-            scaler.load_state_dict(state.scaler)
+        restore(state, names, parameters, optimizer, scaler, ema)
 
-    hub = Hub(options) if options.push_to_hub else None
-    run.start()
-    count = sum(p.numel() for p in parameters)
-    print(
-        f"{method.describe()}\n{count:,} parameters train, {total} updates of {per_update} pictures, {device}"
-    )
+    # What is left of it, and where
+    hub = Hub(options) if options.push_to_hub and processes.first else None
+    if processes.first:
+        run.start()
+        count = sum(p.numel() for p in parameters)
+        print(method.describe())
+        print(f"{count:,} parameters train, {total} updates of {per_update} pictures, {device}")
     if method.cache_latents and stream.dataset.views() is not None:
         cache_latents(stream, method.sd.encode_images, options.train_batch_size)
 
     def save() -> None:
-        run.save(
-            State(
-                step=step,
-                samples=samples,
-                tensors={name: p.detach().cpu() for name, p in trained.items()},
-                optimizer=optimizer_tensors(optimizer, names),
-                scaler=scaler.state_dict(),
-            )
-        )
+        if processes.first:
+            run.save(snapshot(step, samples, names, parameters, optimizer, scaler, ema))
+        processes.wait()
+
+    def averaged():
+        return ema.applied() if ema else nullcontext()
 
     source = batches(
         stream,
@@ -96,27 +141,15 @@ def train(method, run: Run) -> int:
         count=(total - step) * accumulation,
         batch_size=options.train_batch_size,
         workers=options.dataloader_num_workers,
+        rank=processes.rank,
+        world=processes.world,
     )
-    pending: list[tuple[int, Tensor, Tensor, float]] = []  # what is logged once the device has caught up
-    bar = tqdm(total=total, initial=step, desc=run.plain["method"], dynamic_ncols=True)
-
-    def flush() -> None:
-        if not pending:
-            return
-        losses = torch.stack([loss for _, loss, _, _ in pending]).tolist()
-        norms = torch.stack([norm for _, _, norm, _ in pending]).tolist()
-        for (at, _, _, rate), loss, norm in zip(pending, losses, norms, strict=True):
-            run.log(at, loss=loss, lr=rate, grad_norm=norm)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss of update {at} is {loss}; it was not saved, and the last checkpoint is good. "
-                    "A lower --learning_rate, or --mixed_precision bf16 or no, may help"
-                )
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}", mem=memory(), refresh=False)
-        pending.clear()
-
+    name = run.plain["method"]
+    bar = tqdm(total=total, initial=step, desc=name, dynamic_ncols=True, disable=not processes.first)
+    log = Log(run, bar)
+    stop = 0  # the signal that asked for it
     with Interrupt() as interrupt, bar:
-        while step < total and interrupt.signal is None:
+        while step < total and not stop:
             rate = lr * optim.lr_factor(options.lr_scheduler, step, **curve)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -129,6 +162,7 @@ def train(method, run: Run) -> int:
                 loss = method.loss(batch) / accumulation
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()
+            processes.average([loss_sum, *(p.grad for p in parameters if p.grad is not None)])
             scaler.unscale_(optimizer)
             norm = optim.clip(parameters, options.max_grad_norm)
             scaler.step(optimizer)
@@ -136,31 +170,40 @@ def train(method, run: Run) -> int:
             optimizer.zero_grad(set_to_none=True)
 
             step, samples = step + 1, samples + per_update
-            bar.update()
-            pending.append((step, loss_sum, norm, rate))
-            saving = options.checkpointing_steps and step % options.checkpointing_steps == 0
-            if device.type == "cpu" or step % 10 == 0 or saving or step == total:
-                flush()
-            if saving:
+            if ema:
+                ema.update(step)
+            due = options.checkpointing_steps and step % options.checkpointing_steps == 0
+            if processes.first:
+                log.add(step, loss_sum, norm, rate)
+                if device.type == "cpu" or step % 10 == 0 or due or step == total:
+                    log.flush()
+                with averaged():
+                    method.after_update(step)
+                    if options.validation_prompt and step % every == 0 and step < total:
+                        image = method.validation()
+                        run.picture(step, "validation", image, f"validation/step-{step:06}.png")
+            stop = processes.agree(interrupt.signal or 0)
+            if stop or due:
+                log.flush()
                 save()
-            method.after_update(step)
-            if options.validation_prompt and step % every == 0 and step < total:
-                run.picture(step, "validation", method.validation(), f"validation/step-{step:06}.png")
 
-        if interrupt.signal is not None:
-            flush()
-            save()
-
-    if interrupt.signal is not None and step < total:
-        print(
-            f"stopped at update {step} of {total}; --resume_from_checkpoint latest goes on", file=sys.stderr
-        )
+    if stop and step < total:
+        if processes.first:
+            print(
+                f"stopped at update {step} of {total}; --resume_from_checkpoint latest goes on",
+                file=sys.stderr,
+            )
         run.close()
-        return 128 + interrupt.signal
-    method.save(run.folder)
-    run.picture(step, "result", method.result(), "result.png")
-    print(f"saved to {run.folder}; {run.folder / 'result.png'} shows what it learned")
-    run.close()
+        processes.close()
+        return 128 + stop
+    if processes.first:
+        with averaged():
+            method.save(run.folder)
+            run.picture(step, "result", method.result(), "result.png")
+        print(f"saved to {run.folder}; {run.folder / 'result.png'} shows what it learned")
     if hub:
         hub.push()
+    run.close()
+    processes.wait()
+    processes.close()
     return 0

@@ -1,16 +1,23 @@
-"""The optimizer, the curve of its learning rate, and clipping. Everything is counted in optimizer updates."""
+"""The optimizer, the curve of its learning rate, clipping and averaging: all counted in optimizer updates."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter], options) -> torch.optim.AdamW:
+def adamw(parameters: list[torch.nn.Parameter], options) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the flags' settings."""
-    return torch.optim.AdamW(
-        list(parameters),
+    kind = torch.optim.AdamW
+    if options.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError:
+            raise ValueError("--use_8bit_adam: not installed (pip install 'minisd[8bit]')") from None
+    return kind(
+        parameters,
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
@@ -48,3 +55,42 @@ def clip(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+class EMA:
+    """An average of the parameters over the updates, in which the last ones count most.
+
+    The decay of update s is (1 + s) / (10 + s), or with `warmup` 1 - (1 + s / inv_gamma)^-power, and at most
+    `max_decay`; the first update copies.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], options):
+        self.parameters = parameters
+        self.options = options
+        device = "cpu" if options.offload_ema else None
+        self.average = [p.detach().to(device, copy=True) for p in parameters]
+
+    def decay(self, step: int) -> float:
+        """Of update number `step`, the first being 1."""
+        o, s = self.options, step - 1
+        if s <= 0:
+            return 0.0
+        d = 1 - (1 + s / o.ema_inv_gamma) ** -o.ema_power if o.ema_warmup else (1 + s) / (10 + s)
+        return min(max(d, 0.0), o.ema_max_decay)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        now = [p.to(a.device) for p, a in zip(self.parameters, self.average, strict=True)]
+        torch._foreach_lerp_(self.average, now, 1 - self.decay(step))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the parameters are the averaged ones."""
+        kept = [p.data for p in self.parameters]
+        for p, a in zip(self.parameters, self.average, strict=True):
+            p.data = a.to(p.device)
+        try:
+            yield
+        finally:
+            for p, data in zip(self.parameters, kept, strict=True):
+                p.data = data

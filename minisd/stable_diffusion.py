@@ -40,7 +40,7 @@ class StableDiffusion:
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.scheduler = scheduler  # what scheduler_config.json says
-        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, scheduler))
+        self.set_schedule()
         self.name = name
 
     @classmethod
@@ -74,6 +74,11 @@ class StableDiffusion:
                 f"{checkpoint.text_encoder.vocab_size}: they do not belong together"
             )
         return cls(**parts, tokenizer=words, scheduler=checkpoint.scheduler, name=path.stem)
+
+    def set_schedule(self, **changes) -> None:
+        """Change entries of scheduler_config.json; they are saved with the model."""
+        self.scheduler = self.scheduler | changes
+        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, self.scheduler))
 
     @property
     def device(self) -> torch.device:

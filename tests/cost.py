@@ -3,8 +3,10 @@
     python tests/cost.py                    SD v1.5's shapes with random weights; 10 GB of disk
     python tests/cost.py --model FOLDER     a model of one's own, in the diffusers layout
 
-Every measurement runs in a process of its own, the two tools in turns, and the table shows medians. `load` is
-done when every weight has been read once, so that mapping a file without reading it gains nothing.
+Loading is measured in a process for each tool, in turns. It is done when every weight has been read once, so
+that mapping a file without reading it gains nothing. The UNet and training are measured in one process, a
+step of each tool in turns. The ratio is the median of the pairs' ratios: a machine whose speed changes from
+minute to minute changes both alike.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # What loading imports, so that it is not counted as loading.
@@ -86,28 +89,38 @@ def measure_load_single(tool: str, model: str) -> dict:
     return {f"single file {k}": v for k, v in measure_load(tool, model, True).items() if k != "import s"}
 
 
-def measure_unet(tool: str, model: str, side: int = 64, repeats: int = 3) -> dict:
+def pairs(ours: Callable[[], None], theirs: Callable[[], None], count: int) -> dict[str, list[float]]:
+    """Seconds of `count` calls of each, in turns, changing who goes first; one call of each before."""
+    times = {"minisd": [], "diffusers": []}
+    calls = [("minisd", ours), ("diffusers", theirs)]
+    for i in range(count + 1):
+        for name, call in calls if i % 2 else reversed(calls):
+            begun = time.perf_counter()
+            call()
+            if i:
+                times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def measure_unet(model: str, side: int = 64, count: int = 5) -> dict:
+    """One forward at 512x512, batch 1."""
     import torch
 
-    unet, *_ = (load_ours if tool == "minisd" else load_theirs)(model, False)
+    (ours, *_), (theirs, *_) = load_ours(model, False), load_theirs(model, False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, side, side, generator=generator)
-    context = torch.randn(1, 77, text_width(unet), generator=generator)
-    times = []
+    context, t = torch.randn(1, 77, text_width(ours), generator=generator), torch.tensor([500])
     with torch.no_grad():
-        for _ in range(repeats + 1):
-            begun = time.perf_counter()
-            unet(x, torch.tensor([500]), context)
-            times.append(time.perf_counter() - begun)
-    return {"unet 512x512 s": statistics.median(times[1:]), "unet peak GB": peak()}
+        times = pairs(lambda: ours(x, t, context), lambda: theirs(x, t, context), count)
+    return {"unet forward at 512x512, s": times}
 
 
 def text_width(unet) -> int:
     return next(p for n, p in unet.named_parameters() if n.endswith("attn2.to_k.weight")).shape[1]
 
 
-def measure_ti(tool: str, model: str, side: int = 256, steps: int = 4) -> dict:
-    """Steps per second of textual inversion at batch 1, the pictures and prompts being alike."""
+def measure_ti(model: str, side: int = 256, count: int = 5) -> dict:
+    """One step of textual inversion at batch 1, from the same kind of pictures and prompts."""
     import torch
     from PIL import Image
 
@@ -118,31 +131,34 @@ def measure_ti(tool: str, model: str, side: int = 256, steps: int = 4) -> dict:
         pictures = torch.randint(0, 255, (2, side, side, 3), generator=generator, dtype=torch.uint8)
         for i, picture in enumerate(pictures):
             Image.fromarray(picture.numpy()).save(data / f"{i}.png")
-        if tool == "minisd":
-            rate = ti_ours(model, data, side, steps)
-        else:
-            rate = ti_theirs(model, data, side, steps)
-    return {"textual inversion steps/s": rate, "textual inversion peak GB": peak()}
+        times = pairs(ti_ours(model, data, side), ti_theirs(model, data, side), count)
+    return {f"textual inversion step at {side}x{side}, s": times}
 
 
-def ti_ours(model: str, data: Path, side: int, steps: int) -> float:
-    from minisd import cli, loop, registry
-    from minisd.run import Run
+def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
+
+    from minisd import cli, loop, optim, registry
+    from minisd.data.batches import Stream, batches
 
     argv = ["--method", "textual_inversion", "--model", model, "--data", str(data), "--resolution", str(side)]
-    argv += ["--train_batch_size", "1", "--max_train_steps", str(steps + 1), "--report_to", "none"]
-    argv += ["--output_dir", str(data / "out"), "--learning_rate", "5e-4"]
-    name, options = cli.parse_train(argv)
+    name, options = cli.parse_train([*argv, "--train_batch_size", "1", "--learning_rate", "5e-4"])
     method = registry.load("methods", name).Method(options)
-    times = []
-    method.after_update = lambda step: times.append(time.perf_counter())
-    method.save = lambda folder: None
-    method.result = lambda: __import__("PIL.Image").Image.new("RGB", (1, 1))
-    loop.train(method, Run(name, options))
-    return steps / (times[-1] - times[0])
+    parameters = list(method.build().values())
+    stream = Stream(method.dataset(), 0)
+    loop.cache_latents(stream, method.sd.encode_images, 1)
+    source = batches(stream, first=0, count=1000, batch_size=1)
+    optimizer = optim.adamw(parameters, options)
+
+    def step() -> None:
+        method.loss(next(source)).backward()
+        optim.clip(parameters, options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
-def ti_theirs(model: str, data: Path, side: int, steps: int) -> float:
+def ti_theirs(model: str, data: Path, side: int) -> Callable[[], None]:
     """The published script's step: encode, noise, predict, backward, AdamW over the table, restore it."""
     import numpy as np
     import torch
@@ -160,15 +176,13 @@ def ti_theirs(model: str, data: Path, side: int, steps: int) -> float:
     table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([table], lr=5e-4)
     original, keep = table.detach().clone(), torch.arange(len(table)) != new
-    files, times = sorted(data.glob("*.png")), []
-    for step in range(steps + 1):
-        image = (
-            Image.open(files[step % len(files)]).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-        )
+    file = sorted(data.glob("*.png"))[0]
+
+    def step() -> None:
+        image = Image.open(file).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-        ids = tokenizer(
-            ["a photo of a <cat>"], padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        prompt = ["a photo of a <cat>"]
+        ids = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
         latents = vae.encode(pixels).latent_dist.sample().detach() * vae.config.scaling_factor
         noise, t = torch.randn_like(latents), torch.randint(0, 1000, (1,))
         pred = unet(scheduler.add_noise(latents, noise, t), t, text_encoder(ids)[0]).sample
@@ -177,12 +191,12 @@ def ti_theirs(model: str, data: Path, side: int, steps: int) -> float:
         optimizer.zero_grad()
         with torch.no_grad():
             table[keep] = original[keep]
-        times.append(time.perf_counter())
-    return steps / (times[-1] - times[0])
+
+    return step
 
 
-TASKS = {"load": measure_load, "single": measure_load_single, "unet": measure_unet, "ti": measure_ti}
-MORE_IS_BETTER = {"textual inversion steps/s"}
+ALONE = {"load": measure_load, "single": measure_load_single}
+TOGETHER = {"unet": measure_unet, "ti": measure_ti}
 
 
 def make_model(folder: Path) -> None:
@@ -208,50 +222,57 @@ def make_model(folder: Path) -> None:
     gc.collect()
 
 
-def run(task: str, tool: str, model: str) -> dict:
-    command = [sys.executable, __file__, "--task", task, "--tool", tool, "--model", model]
+def run(*flags: str) -> dict:
+    command = [sys.executable, __file__, *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
-        raise SystemExit(f"{tool} {task} failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join(flags)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder in the diffusers layout; without it one is made")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
-    parser.add_argument("--tool", choices=("minisd", "diffusers"), help=argparse.SUPPRESS)
+    parser.add_argument("--tasks", nargs="+", choices=ALONE | TOGETHER, default=list(ALONE | TOGETHER))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--tool", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        print(json.dumps(TASKS[args.task](args.tool, args.model)))
+        measure = ALONE.get(args.task) or TOGETHER[args.task]
+        print(json.dumps(measure(args.tool, args.model) if args.tool else measure(args.model)))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(Path(folder) / "sd15")
         if not args.model:
             code = f"import cost, pathlib; cost.make_model(pathlib.Path({model!r}))"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-        size = sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) / 2**30
-        import diffusers
-        import torch
+        report(model, args.tasks, args.rounds)
 
-        versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-        machine = f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
-        print(f"{versions}, {machine}; the model is {size:.2f} GB\n")
-        print(
-            f"| {'median of ' + str(args.rounds):34} | minisd | diffusers | ratio |\n|{'-' * 36}|---|---|---|"
-        )
-        for task in args.tasks:
-            seen = {"minisd": [], "diffusers": []}
-            for _ in range(args.rounds):
-                for tool, results in seen.items():
-                    results.append(run(task, tool, model))
-            for name in seen["minisd"][0]:
-                ours, theirs = (statistics.median(r[name] for r in seen[tool]) for tool in seen)
-                ratio = ours / theirs if name in MORE_IS_BETTER else theirs / ours
-                print(f"| {name:34} | {ours:.3g} | {theirs:.3g} | {ratio:.2f} x |", flush=True)
-    print("\nratio: how many times better minisd is; above 1 it is faster or smaller")
+
+def report(model: str, tasks: list[str], rounds: int) -> None:
+    import diffusers
+    import torch
+
+    size = sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) / 2**30
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    machine = f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
+    print(f"{versions}, {machine}; the model is {size:.2f} GB\n")
+    print(f"| median of {rounds} | minisd | diffusers | ratio |\n|---|---|---|---|")
+    for task in tasks:
+        seen: dict[str, dict[str, list[float]]] = {}
+        if task in TOGETHER:
+            seen = run("--task", task, "--model", model)
+        else:
+            for _ in range(rounds):
+                for tool in ("minisd", "diffusers"):
+                    for name, value in run("--task", task, "--tool", tool, "--model", model).items():
+                        seen.setdefault(name, {}).setdefault(tool, []).append(value)
+        for name, times in seen.items():
+            ours, theirs = (statistics.median(times[tool]) for tool in ("minisd", "diffusers"))
+            ratio = statistics.median(b / a for a, b in zip(times["minisd"], times["diffusers"], strict=True))
+            print(f"| {name} | {ours:.3g} | {theirs:.3g} | {ratio:.2f} x |", flush=True)
+    print("\nratio: the median of the rounds' ratios; above 1 minisd is faster or smaller")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FIELD = {
 DEFAULTS = {
     "textual_inversion": {
         "resolution": 512, "train_batch_size": 16, "learning_rate": 1e-4, "lr_scheduler": "constant",
-        "lr_warmup_steps": 500, "adam_weight_decay": 1e-2, "max_train_steps": 5000, "save_steps": 500,
+        "lr_warmup_steps": 0, "adam_weight_decay": 1e-2, "max_train_steps": 5000, "save_steps": 500,
         "checkpointing_steps": 500, "repeats": 100, "num_vectors": 1, "validation_steps": 100,
         "num_validation_images": 4, "report_to": "tensorboard", "mixed_precision": "no",
     },

@@ -58,8 +58,8 @@ def test_folder_lists_what_it_passes_over(cat, tmp_path):
     dataset = ConceptPictures(
         folder, "<cat>", style=False, resolution=16, center_crop=False, flip_p=0, repeats=1
     )
-    assert dataset.example(0, torch.Generator())[1] == "my <cat> at home"
-    assert "<cat>" in dataset.example(1, torch.Generator())[1]
+    assert dataset.examples(0, torch.Generator())[0].prompt == "my <cat> at home"
+    assert "<cat>" in dataset.examples(1, torch.Generator())[0].prompt
 
 
 @pytest.mark.parametrize("content", [b"not a picture", None], ids=["text", "truncated"])
@@ -94,18 +94,22 @@ def numbers(stream, **kwargs):
 def test_stream_is_a_function_of_the_seed_and_the_number(cat):
     stream, again, other = (Stream(concept(cat), seed) for seed in (1, 1, 2))
     assert len(stream.dataset) == 15
-    first = [stream[k] for k in range(40)]
+    first = [stream[k][0] for k in range(40)]
     for k in (33, 2, 17):  # in any order
-        assert (
-            torch.equal(again[k]["pixels"], first[k]["pixels"]) and again[k]["prompt"] == first[k]["prompt"]
-        )
-    assert [other[k]["prompt"] for k in range(40)] != [s["prompt"] for s in first]
+        assert torch.equal(again[k][0]["pixels"], first[k]["pixels"])
+        assert again[k][0]["prompt"] == first[k]["prompt"]
+    assert [other[k][0]["prompt"] for k in range(40)] != [s["prompt"] for s in first]
     # Every epoch shows each picture as often as the others, in an order of its own.
-    epochs = [
-        [hash(stream[k]["pixels"].flip(-1).numpy().tobytes()) for k in range(15 * e, 15 * e + 15)]
+    orders = [
+        [stream.dataset.examples(i, torch.Generator())[0].view.path for i in stream_order(stream, e)]
         for e in (0, 1)
     ]
-    assert epochs[0] != epochs[1]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def stream_order(stream, epoch):
+    assert stream[epoch * len(stream.dataset)]
+    return stream._order[1].tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from minisd import noise
+from minisd.data.datasets import Example
 
 
 class Stream:
-    """Sample k as {"number": k, "prompt": str} and either "pixels" (3, h, w) or cached "mean" and "std"."""
+    """Sample k as a list of {"number", "prompt", "weight"} and either "pixels" (3, h, w) or cached "mean" and
+    "std": one for each example that stands at that place (an instance and a picture of its class, say)."""
 
     def __init__(self, dataset, seed: int):
         self.dataset = dataset
@@ -23,23 +25,27 @@ class Stream:
         self.moments: dict[object, tuple[Tensor, Tensor]] = {}  # view -> mean, std of its latents
         self._order: tuple[int, Tensor] | None = None
 
-    def __getitem__(self, number: int) -> dict:
+    def __getitem__(self, number: int) -> list[dict]:
         epoch, place = divmod(number, len(self.dataset))
         if self._order is None or self._order[0] != epoch:
             order = torch.randperm(len(self.dataset), generator=noise.generator(self.seed, "order", epoch))
             self._order = epoch, order
         index = self._order[1][place].item()
-        view, prompt = self.dataset.example(index, noise.generator(self.seed, "augment", number))
-        sample = {"number": number, "prompt": prompt}
-        if view in self.moments:
-            sample["mean"], sample["std"] = self.moments[view]
+        examples = self.dataset.examples(index, noise.generator(self.seed, "augment", number))
+        return [self._load(e, f"{number}+{i}" if i else number) for i, e in enumerate(examples)]
+
+    def _load(self, example: Example, number: int | str) -> dict:
+        sample = {"number": number, "prompt": example.prompt, "weight": torch.tensor(example.weight)}
+        if example.view in self.moments:
+            sample["mean"], sample["std"] = self.moments[example.view]
         else:
-            sample["pixels"] = self.dataset.pixels(view)
-        return sample
+            sample["pixels"] = self.dataset.pixels(example.view)
+        return sample | self.dataset.extras(example.view)
 
 
-def collate(samples: list[dict]) -> dict:
-    """Tensors stacked, everything else in lists."""
+def collate(places: list[list[dict]]) -> dict:
+    """The first examples of all places, then the second ones: tensors stacked, everything else in lists."""
+    samples = [sample for row in zip(*places, strict=True) for sample in row]
     columns = {key: [s[key] for s in samples] for key in samples[0]}
     return {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
 

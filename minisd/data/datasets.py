@@ -1,7 +1,11 @@
 """What an example is: a picture, prepared, and its prompt. In which order they come is for batches.py.
 
-A dataset has a length; `example(index, generator)`, which takes everything random from the generator and
-returns a view of a picture and a prompt; `pixels(view)`; and `views()`, all there can be, or None if endless.
+A dataset has
+    len(dataset)                  how many examples an epoch has
+    examples(index, generator)    the Examples of one place in it, everything random taken from the generator
+    pixels(view)                  the picture (3, h, w) in [-1, 1] that a view stands for
+    extras(view)                  further tensors that belong to it, by name; {} where there are none
+    views()                       every view there can be, or None if they are endless
 """
 
 from dataclasses import dataclass
@@ -80,6 +84,15 @@ class View:
     flipped: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A view of a picture, its prompt, and what its loss counts."""
+
+    view: View
+    prompt: str
+    weight: float = 1.0
+
+
 @dataclass
 class Folder:
     """The usable pictures of a folder, captions from .txt files beside them, and what was passed over."""
@@ -155,15 +168,19 @@ class ConceptPictures:
     def __len__(self) -> int:
         return len(self.folder.pictures) * self.repeats
 
-    def example(self, index: int, generator: torch.Generator) -> tuple[View, str]:
+    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         path = self.folder.pictures[index % len(self.folder.pictures)]
         template = self.folder.captions.get(path) or choice(self.templates, generator)
-        return View(path, chance(self.flip_p, generator)), template.replace("{}", self.token)
+        view = View(path, chance(self.flip_p, generator))
+        return [Example(view=view, prompt=template.replace("{}", self.token))]
 
     def views(self) -> list[View]:
         """Every view there can be."""
         flips = [f for f, possible in ((False, self.flip_p < 1), (True, self.flip_p > 0)) if possible]
         return [View(path, flipped) for path in self.folder.pictures for flipped in flips]
+
+    def extras(self, view: View) -> dict[str, torch.Tensor]:
+        return {}
 
     def pixels(self, view: View) -> torch.Tensor:
         """(3, resolution, resolution) in [-1, 1]."""

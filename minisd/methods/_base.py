@@ -34,8 +34,10 @@ class Method:
     def __init__(self, options):
         import torch
 
+        from minisd import distributed
+
         self.options = options
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.device()
         self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
             options.mixed_precision
         ]
@@ -49,7 +51,8 @@ class Method:
 
     def build(self) -> dict[str, torch.nn.Parameter]:
         """Load the model, frozen; insert what trains, in fp32; return it by name."""
-        raise NotImplementedError
+        self.sd = self.load()
+        return self.thaw("unet", self.sd.unet)
 
     def dataset(self):
         """The examples: see minisd/data/datasets.py."""
@@ -59,9 +62,15 @@ class Method:
         """What the UNet gets besides the noisy latents and the timesteps."""
         return {"context": self.sd.encode_text(batch["prompt"]).to(self.dtype)}
 
+    def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
+        """How far off each sample's prediction is, (b,)."""
+        from minisd import losses
+
+        return losses.mse(pred, target)
+
     def save(self, folder: Path) -> None:
-        """Write the result."""
-        raise NotImplementedError
+        """Write the result: the whole model."""
+        self.sd.save(folder)
 
     def after_update(self, step: int) -> None:
         """Called after each optimizer update."""
@@ -77,7 +86,7 @@ class Method:
         from minisd.stable_diffusion import StableDiffusion
 
         o = self.options
-        return StableDiffusion.load(
+        sd = StableDiffusion.load(
             o.model,
             device=self.device,
             dtype=self.dtype,
@@ -87,6 +96,19 @@ class Method:
             tokenizer=o.tokenizer_name,
             cache_dir=o.cache_dir,
         )
+        changed = {
+            "prediction_type": o.prediction_type,
+            "rescale_betas_zero_snr": o.rescale_betas_zero_snr or None,
+        }
+        sd.set_schedule(**{k: v for k, v in changed.items() if v is not None})
+        return sd
+
+    def thaw(self, name: str, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """Let all of a module train, in fp32 whatever the rest runs in."""
+        module.float().requires_grad_(True)
+        if self.options.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing()
+        return {f"{name}.{n}": p for n, p in module.named_parameters()}
 
     def draw(self, name: str, batch: dict, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (b, *shape), a function of the seed, `name` and each sample's number."""
@@ -121,16 +143,23 @@ class Method:
         schedule = self.sd.schedule
         latents = self.latents(batch)
         noise = self.draw("noise", batch, latents.shape[1:])
+        if self.options.noise_offset:
+            offset = self.draw("offset", batch, (latents.shape[1], 1, 1))
+            noise = noise + self.options.noise_offset * offset
+        perturbed = noise
+        if self.options.input_perturbation:
+            perturbation = self.draw("perturbation", batch, latents.shape[1:])
+            perturbed = noise + self.options.input_perturbation * perturbation
         timesteps = self.timesteps(batch)
-        noisy = schedule.add_noise(latents, noise, timesteps)
+        noisy = schedule.add_noise(latents, perturbed, timesteps)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             condition = self.condition(batch)
             pred = self.sd.unet(noisy.to(self.dtype), timesteps.to(self.device), **condition)
-        loss = losses.mse(pred, schedule.target(latents, noise, timesteps))  # (b,)
+        errors = self.errors(pred, schedule.target(latents, noise, timesteps), batch)  # (b,)
+        weights = batch["weight"]
         if self.options.snr_gamma is not None:
-            weights = losses.min_snr_weights(schedule, timesteps, self.options.snr_gamma)
-            loss = loss * weights.to(loss.device)
-        return loss.mean()
+            weights = weights * losses.min_snr_weights(schedule, timesteps, self.options.snr_gamma)
+        return (errors * weights.to(self.device)).mean()
 
     # Pictures
 

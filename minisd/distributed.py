@@ -1,0 +1,58 @@
+"""Several processes training one model, started by torchrun: one a GPU with nccl, or on CPUs with gloo."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def device() -> torch.device:
+    """This process's own GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(own)
+    return own
+
+
+class Processes:
+    """This process's place among the others. With one process, everything here does nothing."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world > 1:
+            # Others wait while the first one draws pictures, hence the patience.
+            backend = "nccl" if device().type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        if self.world > 1:
+            for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+                work.wait()
+            torch._foreach_div_(tensors, self.world)
+
+    def agree(self, number: int) -> int:
+        """The largest `number` that any process has: so all of them stop after the same update."""
+        if self.world == 1:
+            return number
+        shared = torch.tensor(number)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        return shared.item()
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
