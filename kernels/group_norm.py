@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch as L
-from .group_norm_small import grad_affine, load_row, load_tile, small_bwd_kernel, small_fwd_kernel, store_tile
+from .group_norm_small import (
+    grad_affine,
+    load_row,
+    load_tile,
+    sigmoid,
+    small_bwd_kernel,
+    small_fwd_kernel,
+    store_tile,
+)
 
 # ------------------------------ Reference
 
@@ -119,7 +127,7 @@ def _apply_kernel(
     # mean is subtracted before anything is scaled: x * scale + shift cancels digits when the mean is large
     y = (x - mean) * (rstd * weight) + bias
     if SILU:
-        y = y * tl.sigmoid(y)
+        y = y * sigmoid(y)
     store_tile(y_ptr, y, b, n, c, ok, stride_b, stride_n, stride_c)
 
 
@@ -251,8 +259,8 @@ def _blocks(x: Tensor, num_groups: int, most: int):
     _, c, n, _ = _sizes(x)
     block_n, block_c = L.power_of_two(n, 16), L.power_of_two(c // num_groups)
     if block_n * block_c <= most:
-        return L.tile("group_norm", "small", x.device), block_n, block_c
-    tile = L.tile("group_norm", L.layout(x), x.device)
+        return dict(num_warps=8), block_n, block_c
+    tile = L.tile("group_norm_fwd" if most == SMALL_FWD else "group_norm_bwd", L.layout(x), x.device)
     # A split is a whole number of tiles; the merge holds (splits, channels of a group) in one program
     most_splits = max(1, min(256, 4096 // block_c))
     split_rows = tile["BLOCK_N"] * triton.cdiv(triton.cdiv(n, tile["BLOCK_N"]), most_splits)

@@ -60,13 +60,16 @@ TILES: dict[str, dict[int | str, dict[int, dict]]] = {
         64: {80: T(32, 64, 4), 90: T(64, 64, 4)},
         80: {80: T(32, 64, 4), 90: T(64, 64, 4)},
         128: {80: T(32, 64, 8), 90: T(32, 64, 4)},
-        160: {80: T(32, 64, 8), 90: T(32, 64, 4)},
+        160: {80: T(32, 64, 4), 90: T(32, 64, 8)},
     },
-    # Two grid passes over the pixels; "small": one program holds a whole group in registers.
-    "group_norm": {
+    # BLOCK_N pixels, BLOCK_C channels; a warp should read whole 128-byte lines in either layout
+    "group_norm_fwd": {
         "channels_last": {80: dict(BLOCK_N=64, BLOCK_C=64, num_warps=4)},
         "contiguous": {80: dict(BLOCK_N=512, BLOCK_C=8, num_warps=4)},
-        "small": {80: dict(num_warps=8)},
+    },
+    "group_norm_bwd": {
+        "channels_last": {80: dict(BLOCK_N=32, BLOCK_C=64, num_warps=4)},
+        "contiguous": {80: dict(BLOCK_N=256, BLOCK_C=8, num_warps=4)},
     },
 }
 
