@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, group_norm
+from . import attention, cross_attention, group_norm
 from . import launch as L
 
 ARCHES = (80, 86, 89, 90, 100)
@@ -41,6 +41,11 @@ def run_attention(n: int, m: int, hd: int) -> None:
     attention.backward(q, q, k, k, *attention.forward(q, k, k))
 
 
+def run_cross(n: int, m: int, hd: int) -> None:
+    q, k = meta(2, n, 8, hd), meta(2, m, 8, hd)
+    cross_attention.backward(q, q, k, k, *cross_attention.forward(q, k, k))
+
+
 def run_group_norm(c: int, side: int, layout=torch.channels_last, add=True) -> None:
     x, w = meta(2, c, side, side, layout=layout), meta(c, dtype=torch.float32)
     add = meta(2, c) if add else None
@@ -57,6 +62,12 @@ SHIPPED = {
     "self 1024 hd32": lambda: run_attention(1024, 1024, 32),
     "self 1024 hd64": lambda: run_attention(1024, 1024, 64),
     "self 1024 hd128": lambda: run_attention(1024, 1024, 128),
+    "cross 4096 x 77 hd40": lambda: run_cross(4096, 77, 40),
+    "cross 1024 x 77 hd80": lambda: run_cross(1024, 77, 80),
+    "cross 256 x 77 hd160": lambda: run_cross(256, 77, 160),
+    "cross 1024 x 77 hd32": lambda: run_cross(1024, 77, 32),
+    "cross 1024 x 77 hd64": lambda: run_cross(1024, 77, 64),
+    "cross 1024 x 77 hd128": lambda: run_cross(1024, 77, 128),
     "320 at 64": lambda: run_group_norm(320, 64),
     "640 at 32": lambda: run_group_norm(640, 32),
     "1280 at 16": lambda: run_group_norm(1280, 16),

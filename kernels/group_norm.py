@@ -19,16 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import group_norm_small as small
 from . import launch as L
-from .group_norm_small import (
-    grad_affine,
-    load_row,
-    load_tile,
-    sigmoid,
-    small_bwd_kernel,
-    small_fwd_kernel,
-    store_tile,
-)
+from .group_norm_small import grad_affine, load_row, load_tile, sigmoid, store_tile
 
 # ------------------------------ Reference
 
@@ -278,7 +271,7 @@ def _forward(x, weight, bias, add, num_groups: int, eps: float, silu: bool):
     if "BLOCK_N" not in tile:
         meta = dict(GROUP_C=c // num_groups, SILU=silu, BLOCK_N=blocks[0], BLOCK_C=blocks[1], **flags, **tile)
         args = (x, y, add_arg, weight, bias, mean, rstd, n, c, inv_total, eps, *strides)
-        L.launch(small_fwd_kernel, (num_groups, b), *args, **meta)
+        L.launch(small.small_fwd_kernel, (num_groups, b), *args, **meta)
         return y, mean, rstd
     splits, split_rows = blocks
     part_mean, part_m2 = (x.new_empty(b, splits, c, dtype=torch.float32) for _ in range(2))
@@ -306,7 +299,7 @@ def _backward(dy, x, weight, bias, add, mean, rstd, num_groups: int, silu: bool)
     if "BLOCK_N" not in tile:
         meta = dict(GROUP_C=c // num_groups, SILU=silu, BLOCK_N=blocks[0], BLOCK_C=blocks[1], **flags, **tile)
         args = (x, dy, dx, add_arg, weight, bias, mean, rstd, sums, dadd, n, c, inv_total, *strides)
-        L.launch(small_bwd_kernel, (num_groups, b), *args, **meta)
+        L.launch(small.small_bwd_kernel, (num_groups, b), *args, **meta)
     else:
         splits, split_rows = blocks
         part = x.new_empty(3, b, splits, c, dtype=torch.float32)

@@ -60,7 +60,17 @@ TILES: dict[str, dict[int | str, dict[int, dict]]] = {
         64: {80: T(32, 64, 4), 90: T(64, 64, 4)},
         80: {80: T(32, 64, 4), 90: T(64, 64, 4)},
         128: {80: T(32, 64, 8), 90: T(32, 64, 4)},
-        160: {80: T(32, 64, 4), 90: T(32, 64, 8)},
+        160: {80: T(32, 64, 4), 86: T(16, 64, 8), 90: T(32, 64, 8)},
+    },
+    "cross_attention_fwd": {
+        **{c: {80: dict(BLOCK_M=64, num_warps=4)} for c in (32, 40, 64, 80, 128)},
+        160: {80: dict(BLOCK_M=64, num_warps=8), 90: dict(BLOCK_M=64, num_warps=4)},
+    },
+    "cross_attention_bwd": {
+        32: {80: dict(BLOCK_M=64, num_warps=8)},
+        40: {80: dict(BLOCK_M=32, num_warps=8), 90: dict(BLOCK_M=64, num_warps=8)},
+        64: {80: dict(BLOCK_M=32, num_warps=8)},
+        80: {80: dict(BLOCK_M=32, num_warps=8)},
     },
     # BLOCK_N pixels, BLOCK_C channels; a warp should read whole 128-byte lines in either layout
     "group_norm_fwd": {
