@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, cross_attention, group_norm
+from . import attention, cross_attention, geglu, group_norm, layer_norm
 from . import launch as L
 
 ARCHES = (80, 86, 89, 90, 100)
@@ -53,6 +53,17 @@ def run_group_norm(c: int, side: int, layout=torch.channels_last, add=True) -> N
     group_norm._backward(x, x, w, w, add, mean, rstd, 32, True)
 
 
+def run_geglu(d: int) -> None:
+    geglu.backward(meta(2, 4096, d), meta(2, 4096, 2 * d))
+    geglu.forward(meta(2, 4096, 2 * d))
+
+
+def run_layer_norm(d: int) -> None:
+    x, w = meta(2, 4096, d), meta(d, dtype=torch.float32)
+    y, s, stats = layer_norm.forward(x, x, w, w, 1e-5)
+    layer_norm.backward(y, y, s, w, stats)
+
+
 # shape -> call: SD v1.5's UNet at 512 and 768 pixels and its VAE, and the head widths of other models
 SHIPPED = {
     "self 4096 hd40": lambda: run_attention(4096, 4096, 40),
@@ -74,6 +85,10 @@ SHIPPED = {
     "1280 at 8": lambda: run_group_norm(1280, 8),
     "2560 at 8": lambda: run_group_norm(2560, 8),
     "320 at 64 contiguous": lambda: run_group_norm(320, 64, torch.contiguous_format),
+    "geglu 1280": lambda: run_geglu(1280),
+    "layer norm 320": lambda: run_layer_norm(320),
+    "layer norm 640": lambda: run_layer_norm(640),
+    "layer norm 1280": lambda: run_layer_norm(1280),
     "128 at 512": lambda: run_group_norm(128, 512, add=False),
 }
 

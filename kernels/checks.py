@@ -109,3 +109,15 @@ def attention_case(name, b, n, m, nh, hd, *, scale=1.0, equal=False, late=1.0) -
         return dict(q=q, k=k[:, :1].expand_as(k) if equal else k, v=v), {}
 
     return Case(name, make)
+
+
+def geglu_case(name, *shape, scale=1.0) -> Case:
+    return Case(name, lambda g: (dict(x=randn(g, *shape, scale=scale)), {}))
+
+
+def layer_norm_case(name, *shape, residual=True, shift=0.0, eps=1e-5) -> Case:
+    def make(g):
+        tensors = dict(x=randn(g, *shape) + shift, residual=randn(g, *shape) if residual else None)
+        return tensors | dict(weight=randn(g, shape[-1]), bias=randn(g, shape[-1])), dict(eps=eps)
+
+    return Case(name, make)

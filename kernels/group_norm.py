@@ -30,8 +30,7 @@ def reference(
     x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, num_groups: int, eps: float, silu: bool
 ):
     """What the kernels compute, in plain torch: x (b, c, ...), weight and bias (c,), add (b, c) or None."""
-    if add is not None:
-        x = x + add.reshape(*add.shape, *[1] * (x.ndim - 2))
+    x = x if add is None else x + _column(add, x)
     y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     return F.silu(y) if silu else y
 
@@ -379,20 +378,22 @@ def _column(t: Tensor, x: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, add, ctx.num_groups, _, ctx.silu = inputs
+    ctx.set_materialize_grads(False)  # no zeros for mean and rstd: each would be a launch
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, weight, bias, add, *output[1:])
 
 
 def _autograd(ctx, dy, dmean, drstd):
     _, weight, bias, add, _, _ = ctx.saved_tensors
-    dx, dparams, dadd = group_norm_bwd_op(dy, *ctx.saved_tensors, ctx.num_groups, ctx.silu)
-    dweight, dbias = dparams[1].to(weight.dtype), dparams[0].to(bias.dtype)
-    return dx, dweight, dbias, None if add is None else dadd, None, None, None
+    dx, (dbias, dweight), dadd = group_norm_bwd_op(dy, *ctx.saved_tensors, ctx.num_groups, ctx.silu)
+    dadd = None if add is None else dadd
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dadd, None, None, None
 
 
 group_norm_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def why_not(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *, add: Tensor | None = None) -> str:
+def why_not(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, add: Tensor | None = None) -> str:
     """An empty string if the kernels take these, else the reason."""
     if x.shape[1] % num_groups:
         return f"{x.shape[1]} channels do not divide into {num_groups} groups"

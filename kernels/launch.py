@@ -72,6 +72,7 @@ TILES: dict[str, dict[int | str, dict[int, dict]]] = {
         64: {80: dict(BLOCK_M=32, num_warps=8)},
         80: {80: dict(BLOCK_M=32, num_warps=8)},
     },
+    "geglu": {"any": {80: dict(BLOCK_N=1024, num_warps=4)}},
     # BLOCK_N pixels, BLOCK_C channels; a warp should read whole 128-byte lines in either layout
     "group_norm_fwd": {
         "channels_last": {80: dict(BLOCK_N=64, BLOCK_C=64, num_warps=4)},
@@ -100,6 +101,7 @@ def tile(op: str, shape_class, device: torch.device) -> dict:
 # ------------------------------ May a tensor take a kernel?
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
