@@ -217,7 +217,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     tile = L.tile("attention_fwd", shape_class(hd), q.device)
     even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
     args = (q, k, v, o, lse, LOG2E / math.sqrt(hd), *arguments(q, k, v))
-    tile.setdefault("ANCHOR", False)
+    # fp16 ends at 65504: weights above the anchor would overflow where bf16 and fp32 do not
+    tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
     L.launch(_fwd_kernel, (triton.cdiv(n, tile["BLOCK_M"]), b * nh), *args, **split(hd), **even, **tile)
     return o, lse
 

@@ -100,12 +100,14 @@ def group_norm_case(name, b, c, h, w, groups, *, silu=True, add=True, eps=1e-5, 
     return Case(name, make, torch.channels_last if nhwc else torch.contiguous_format)
 
 
-def attention_case(name, b, n, m, nh, hd, *, scale=1.0, equal=False, late=1.0) -> Case:
-    """`equal`: all logits the same; `late`: keys after the first hundred are this much larger."""
+def attention_case(name, b, n, m, nh, hd, *, scale=1.0, equal=False, late=1.0, apart=0.0) -> Case:
+    """`equal`: all logits the same; `late`: keys after the first hundred are this much larger; `apart`:
+    queries and keys point away from each other, so that all logits are far below zero."""
 
     def make(g):
         q, k, v = randn(g, b, n, nh, hd, scale=scale), randn(g, b, m, nh, hd), randn(g, b, m, nh, hd)
         k[:, 100:] *= late
+        q, k = q + apart, k - apart
         return dict(q=q, k=k[:, :1].expand_as(k) if equal else k, v=v), {}
 
     return Case(name, make)

@@ -19,6 +19,7 @@ CASES = [
     ac("128 keys, 72 = 64 + 16", 1, 64, 128, 1, 72),
     ac("peaked logits", 1, 64, 77, 1, 40, scale=30.0),
     ac("all logits equal", 1, 64, 77, 1, 40, equal=True),
+    ac("all logits far below zero", 1, 64, 77, 1, 40, apart=5.0),
 ]
 MANY = ac("many tiles: several a program, several splits", 1, 600, 13, 1, 8)
 
