@@ -219,7 +219,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     args = (q, k, v, o, lse, LOG2E / math.sqrt(hd), *arguments(q, k, v))
     # fp16 ends at 65504: weights above the anchor would overflow where bf16 and fp32 do not
     tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
-    L.launch(_fwd_kernel, (triton.cdiv(n, tile["BLOCK_M"]), b * nh), *args, **split(hd), **even, **tile)
+    L.launch(_fwd_kernel, (L.cdiv(n, tile["BLOCK_M"]), b * nh), *args, **split(hd), **even, **tile)
     return o, lse
 
 
@@ -237,9 +237,7 @@ def backward(do, q, k, v, o, lse) -> tuple[Tensor, Tensor, Tensor]:
     ):
         tile = L.tile(op, shape_class(hd), q.device)
         even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
-        blocks = (
-            triton.cdiv(n, tile["BLOCK_M"]) if kernel is _bwd_dq_kernel else triton.cdiv(m, tile["BLOCK_N"])
-        )
+        blocks = L.cdiv(n, tile["BLOCK_M"]) if kernel is _bwd_dq_kernel else L.cdiv(m, tile["BLOCK_N"])
         L.launch(kernel, (blocks, b * nh), *tensors, *scalars, **split(hd), **even, **tile)
     return dq, dk, dv
 
@@ -303,6 +301,12 @@ def _autograd(ctx, do, dlse):
 
 
 attention_op.register_autograd(_autograd, setup_context=_setup_context)
+_eager = L.function(forward, _setup_context, _autograd)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v: q (b, n, nh, hd), k and v (b, m, nh, hd) to (b, n, nh, hd)."""
+    return L.call(attention_op, _eager, q, k, v)[0]
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:

@@ -34,15 +34,7 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 
 def our_attention(q, k, v):
     short = k.shape[1] <= cross_attention.MAX_KEYS
-    return (cross_attention.cross_attention_op if short else attention.attention_op)(q, k, v)[0]
-
-
-def our_group_norm(x, weight, bias, add, num_groups, eps, silu):
-    return group_norm.group_norm_op(x, weight, bias, add, num_groups, eps, silu)[0]
-
-
-def our_layer_norm(x, residual, weight, bias, eps):
-    return layer_norm.layer_norm_op(x, residual, weight, bias, eps)[:2]
+    return (cross_attention.cross_attention if short else attention.attention)(q, k, v)
 
 
 def backend(which: SDPBackend) -> Callable:
@@ -62,8 +54,10 @@ class Row:
     back: float = 2.0
 
     def ours(self) -> Callable:
-        return dict(attention=our_attention, group_norm=our_group_norm, geglu=geglu.geglu_op,
-                    layer_norm=our_layer_norm)[self.op]  # fmt: skip
+        kernels = group_norm.group_norm, geglu.geglu, layer_norm.layer_norm
+        return dict(
+            zip(("attention", "group_norm", "geglu", "layer_norm"), (our_attention, *kernels), strict=True)
+        )[self.op]
 
     def reference(self) -> Callable:
         module = dict(attention=attention, group_norm=group_norm, geglu=geglu, layer_norm=layer_norm)[self.op]

@@ -158,12 +158,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     keys = dict(K0=k0, K1=k1) if 0 < k1 < k0 else dict(K0=whole, K1=0)
     tile = L.tile("cross_attention_fwd", shape_class(hd), q.device)
     # Several tiles of queries for one load of K and V, as long as every multiprocessor still has work
-    tiles = triton.cdiv(n, tile["BLOCK_M"])
+    tiles = L.cdiv(n, tile["BLOCK_M"])
     repeat = 4 if tiles * b * nh >= 2 * PLENTY else 2 if tiles * b * nh >= PLENTY else 1
     args = (q, k, v, o, lse, LOG2E / math.sqrt(hd), *arguments(q, k, v))
-    L.launch(
-        _fwd_kernel, (triton.cdiv(tiles, repeat), b * nh), *args, **split(hd), **keys, REPEAT=repeat, **tile
-    )
+    L.launch(_fwd_kernel, (L.cdiv(tiles, repeat), b * nh), *args, **split(hd), **keys, REPEAT=repeat, **tile)
     return o, lse
 
 
@@ -178,16 +176,16 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
     m = k.shape[1]
     tile = L.tile("cross_attention_bwd", shape_class(hd), q.device)
     # Two programs a multiprocessor of the largest chips, and few enough partial sums
-    most_splits = min(8, triton.cdiv(264, b * nh))
-    split_rows = tile["BLOCK_M"] * triton.cdiv(triton.cdiv(n, tile["BLOCK_M"]), most_splits)
-    splits = triton.cdiv(n, split_rows)
+    most_splits = min(8, L.cdiv(264, b * nh))
+    split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
+    splits = L.cdiv(n, split_rows)
     dq, dkv = q.new_empty(q.shape), k.new_empty(2, *k.shape)
     part = q.new_empty(splits, *dkv.shape, dtype=torch.float32)
     scalars = (LOG2E / math.sqrt(hd), 1 / math.sqrt(hd), *arguments(q, k, v), split_rows)
     keys = L.power_of_two(m, 16)
     tensors = (q, k, v, o, do, lse, dq, part)
     L.launch(_bwd_kernel, (splits, b * nh), *tensors, *scalars, **split(hd), KEYS=keys, **tile)
-    grid = (triton.cdiv(dkv.numel(), 1024),)
+    grid = (L.cdiv(dkv.numel(), 1024),)
     L.launch(_sum_kernel, grid, part, dkv, splits, dkv.numel(), BLOCK_N=1024, num_warps=4)
     return dq, dkv
 
@@ -245,6 +243,12 @@ def _autograd(ctx, do, dlse):
 
 
 cross_attention_op.register_autograd(_autograd, setup_context=_setup_context)
+_eager = L.function(forward, _setup_context, _autograd)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v: q (b, n, nh, hd), k and v (b, m, nh, hd) to (b, n, nh, hd)."""
+    return L.call(cross_attention_op, _eager, q, k, v)[0]
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:

@@ -76,7 +76,7 @@ def forward(x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], d)
     tile = L.tile("geglu", "any", x.device)
-    L.launch(_fwd_kernel, (y.numel() // d, triton.cdiv(d, tile["BLOCK_N"])), x, y, d, **tile)
+    L.launch(_fwd_kernel, (y.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, y, d, **tile)
     return y
 
 
@@ -85,7 +85,7 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
     dx = torch.empty_like(x)
     tile = L.tile("geglu", "any", x.device)
-    L.launch(_bwd_kernel, (dy.numel() // d, triton.cdiv(d, tile["BLOCK_N"])), x, dy, dx, d, **tile)
+    L.launch(_bwd_kernel, (dy.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, dy, dx, d, **tile)
     return dx
 
 
@@ -134,6 +134,12 @@ def _autograd(ctx, dy):
 
 
 geglu_op.register_autograd(_autograd, setup_context=_setup_context)
+_eager = L.function(forward, _setup_context, _autograd)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """a * gelu(g) for x = [a, g] (..., 2 d), as (..., d)."""
+    return L.call(geglu_op, _eager, x)
 
 
 def why_not(x: Tensor) -> str:

@@ -235,38 +235,15 @@ def _bwd_dx_kernel(
 
 # ------------------------------ Launchers
 
-# Elements of a padded group that 8 warps hold in registers: one tensor forward, two backward
-SMALL_FWD, SMALL_BWD = 16384, 8192
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
-    """b, c, n and the strides (b, n, c) of a dense x."""
-    b, c = x.shape[:2]
-    n = x[0, 0].numel()
-    return b, c, n, (c * n, c, 1) if L.layout(x) == "channels_last" else (c * n, 1, n)
-
-
-def _blocks(x: Tensor, num_groups: int, most: int):
-    """(tile, BLOCK_N, BLOCK_C) if a padded group has at most `most` elements, else (tile, splits, rows)."""
-    _, c, n, _ = _sizes(x)
-    block_n, block_c = L.power_of_two(n, 16), L.power_of_two(c // num_groups)
-    if block_n * block_c <= most:
-        return dict(num_warps=8), block_n, block_c
-    tile = L.tile("group_norm_fwd" if most == SMALL_FWD else "group_norm_bwd", L.layout(x), x.device)
-    # A split is a whole number of tiles; the merge holds (splits, channels of a group) in one program
-    most_splits = max(1, min(256, 4096 // block_c))
-    split_rows = tile["BLOCK_N"] * triton.cdiv(triton.cdiv(n, tile["BLOCK_N"]), most_splits)
-    return tile, triton.cdiv(n, split_rows), split_rows
-
 
 def _forward(x, weight, bias, add, num_groups: int, eps: float, silu: bool):
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
-    b, c, n, strides = _sizes(x)
+    b, c, n, strides = small.sizes(x)
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(b, num_groups, dtype=torch.float32) for _ in range(2))
     add_arg, flags = (x if add is None else add.contiguous()), dict(HAS_ADD=add is not None)
     inv_total = num_groups / (c * n)
-    tile, *blocks = _blocks(x, num_groups, SMALL_FWD)
+    tile, *blocks = small.blocks(x, num_groups, small.FWD)
     if "BLOCK_N" not in tile:
         meta = dict(GROUP_C=c // num_groups, SILU=silu, BLOCK_N=blocks[0], BLOCK_C=blocks[1], **flags, **tile)
         args = (x, y, add_arg, weight, bias, mean, rstd, n, c, inv_total, eps, *strides)
@@ -274,27 +251,27 @@ def _forward(x, weight, bias, add, num_groups: int, eps: float, silu: bool):
         return y, mean, rstd
     splits, split_rows = blocks
     part_mean, part_m2 = (x.new_empty(b, splits, c, dtype=torch.float32) for _ in range(2))
-    grid = triton.cdiv(c, tile["BLOCK_C"])
+    grid = L.cdiv(c, tile["BLOCK_C"])
     args = (x, add_arg, part_mean, part_m2, n, c, split_rows, *strides)
     L.launch(_stats_kernel, (grid, splits, b), *args, **flags, **tile)
     merge = dict(BLOCK_S=L.power_of_two(splits), BLOCK_C=L.power_of_two(c // num_groups), num_warps=4)
     args = (part_mean, part_m2, mean, rstd, n, c, splits, split_rows, inv_total, eps)
     L.launch(_merge_kernel, (num_groups, b), *args, **merge)
     args = (x, y, add_arg, weight, bias, mean, rstd, n, c, num_groups, *strides)
-    L.launch(_apply_kernel, (grid, triton.cdiv(n, tile["BLOCK_N"]), b), *args, SILU=silu, **flags, **tile)
+    L.launch(_apply_kernel, (grid, L.cdiv(n, tile["BLOCK_N"]), b), *args, SILU=silu, **flags, **tile)
     return y, mean, rstd
 
 
 def _backward(dy, x, weight, bias, add, mean, rstd, num_groups: int, silu: bool):
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     dy = L.dense(dy, like=x)
-    b, c, n, strides = _sizes(x)
+    b, c, n, strides = small.sizes(x)
     dx = torch.empty_like(x)
     sums = x.new_empty(2, b, c, dtype=torch.float32)
     dadd = x.new_empty(0) if add is None else add.new_empty(add.shape)
     add_arg, flags = (x if add is None else add.contiguous()), dict(HAS_ADD=add is not None)
     inv_total = num_groups / (c * n)
-    tile, *blocks = _blocks(x, num_groups, SMALL_BWD)
+    tile, *blocks = small.blocks(x, num_groups, small.BWD)
     if "BLOCK_N" not in tile:
         meta = dict(GROUP_C=c // num_groups, SILU=silu, BLOCK_N=blocks[0], BLOCK_C=blocks[1], **flags, **tile)
         args = (x, dy, dx, add_arg, weight, bias, mean, rstd, sums, dadd, n, c, inv_total, *strides)
@@ -303,14 +280,14 @@ def _backward(dy, x, weight, bias, add, mean, rstd, num_groups: int, silu: bool)
         splits, split_rows = blocks
         part = x.new_empty(3, b, splits, c, dtype=torch.float32)
         coef = x.new_empty(2, b, num_groups, dtype=torch.float32)
-        grid = triton.cdiv(c, tile["BLOCK_C"])
+        grid = L.cdiv(c, tile["BLOCK_C"])
         args = (x, dy, add_arg, weight, bias, mean, rstd, part, n, c, num_groups, split_rows, *strides)
         L.launch(_bwd_sums_kernel, (grid, splits, b), *args, SILU=silu, **flags, **tile)
         merge = dict(BLOCK_S=L.power_of_two(splits), BLOCK_C=L.power_of_two(c // num_groups), num_warps=4)
         args = (part, weight, rstd, sums, coef, dadd, n, c, splits, inv_total)
         L.launch(_bwd_merge_kernel, (num_groups, b), *args, **flags, **merge)
         args = (x, dy, dx, add_arg, weight, bias, mean, rstd, coef, n, c, num_groups, *strides)
-        grid = (grid, triton.cdiv(n, tile["BLOCK_N"]), b)
+        grid = (grid, L.cdiv(n, tile["BLOCK_N"]), b)
         L.launch(_bwd_dx_kernel, grid, *args, SILU=silu, **flags, **tile)
     return dx, sums.sum(1), dadd
 
@@ -353,7 +330,7 @@ def group_norm_bwd_op(
 def _(dy, x, weight, bias, add, mean, rstd, num_groups, silu):
     if L.INTERPRET:
         return _backward(dy, x, weight, bias, add, mean, rstd, num_groups, silu)
-    b, c, n, _ = _sizes(x)
+    b, c, n, _ = small.sizes(x)
     z = (x if add is None else x + _column(add, x)).float().contiguous()
     dz, w = dy.float().contiguous(), weight.float()
     if silu:
@@ -391,10 +368,20 @@ def _autograd(ctx, dy, dmean, drstd):
 
 
 group_norm_op.register_autograd(_autograd, setup_context=_setup_context)
+_eager = L.function(_forward, _setup_context, _autograd)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, num_groups: int, eps: float, silu: bool
+):
+    """The reference's operation by the kernels; y in the layout and type of x."""
+    return L.call(group_norm_op, _eager, x, weight, bias, add, num_groups, eps, silu)[0]
 
 
 def why_not(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, add: Tensor | None = None) -> str:
     """An empty string if the kernels take these, else the reason."""
     if x.shape[1] % num_groups:
         return f"{x.shape[1]} channels do not divide into {num_groups} groups"
+    if add is not None and add.shape != x.shape[:2]:
+        return f"add has shape {tuple(add.shape)} beside {tuple(x.shape)}"
     return L.why_not(x, weight, bias, *(() if add is None else (add,)), dtypes=L.FLOAT)

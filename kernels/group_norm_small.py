@@ -1,4 +1,4 @@
-"""GroupNorm of small images, one program a group, and the tile helpers that both forms share.
+"""GroupNorm of small images, one program a group, and the helpers that both forms share.
 
 At 8x8 and 16x16 pixels a group has a few thousand elements: it fits in registers, and what counts is one grid
 instead of three. See group_norm.py for the operation, the letters and the launcher.
@@ -6,6 +6,9 @@ instead of three. See group_norm.py for the operation, the letters and the launc
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import launch as L
 
 # ------------------------------ Helpers
 
@@ -121,3 +124,29 @@ def small_bwd_kernel(
     store_tile(dx_ptr, dx, b, n, c, ok, stride_b, stride_n, stride_c)
     if HAS_ADD:
         tl.store(dadd_ptr + b * C + c, tl.sum(dx, 0).to(dadd_ptr.dtype.element_ty), mask=c_ok)
+
+
+# ------------------------------ On the host
+
+# Elements of a padded group that 8 warps hold in registers: one tensor forward, two backward
+FWD, BWD = 16384, 8192
+
+
+def sizes(x: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
+    """b, c, n and the strides (b, n, c) of a dense x."""
+    b, c = x.shape[:2]
+    n = x[0, 0].numel()
+    return b, c, n, (c * n, c, 1) if L.layout(x) == "channels_last" else (c * n, 1, n)
+
+
+def blocks(x: Tensor, num_groups: int, most: int):
+    """(tile, BLOCK_N, BLOCK_C) if a padded group has at most `most` elements, else (tile, splits, rows)."""
+    _, c, n, _ = sizes(x)
+    block_n, block_c = L.power_of_two(n, 16), L.power_of_two(c // num_groups)
+    if block_n * block_c <= most:
+        return dict(num_warps=8), block_n, block_c
+    tile = L.tile("group_norm_fwd" if most == FWD else "group_norm_bwd", L.layout(x), x.device)
+    # A split is a whole number of tiles; the merge holds (splits, channels of a group) in one program
+    most_splits = max(1, min(256, 4096 // block_c))
+    split_rows = tile["BLOCK_N"] * L.cdiv(L.cdiv(n, tile["BLOCK_N"]), most_splits)
+    return tile, L.cdiv(n, split_rows), split_rows

@@ -5,6 +5,8 @@ Stable Diffusion's head widths, 40, 80 and 160, are not powers of two, and a til
 the pairs (x0, x1) everywhere. With D1 = 0 there is one tile; x1 is then x0 and unused.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,6 +96,7 @@ def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 # ------------------------------ On the host
 
 
+@functools.cache
 def split(hd: int) -> dict:
     """The tiles of a head: 40 is 32 + 16, 8 columns idle; one where two would not be shorter (64, 56)."""
     whole = L.power_of_two(hd, 16)

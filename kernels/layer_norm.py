@@ -205,6 +205,12 @@ def _autograd(ctx, dy, dsum, dstats):
 
 
 layer_norm_op.register_autograd(_autograd, setup_context=_setup_context)
+_eager = L.function(forward, _setup_context, _autograd)
+
+
+def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float):
+    """The reference's y and x + residual by the kernels; without a residual the second is empty."""
+    return L.call(layer_norm_op, _eager, x, residual, weight, bias, eps)[:2]
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> str:

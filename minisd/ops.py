@@ -83,9 +83,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
         if torch.is_autocast_enabled(q.device.type):  # as it does for torch's own attention
             q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
         if k.shape[1] <= 128 and _use("cross_attention", q, k, v):  # all keys at once
-            return _kernels["cross_attention"].cross_attention_op(q, k, v)[0]
+            return _kernels["cross_attention"].cross_attention(q, k, v)
         if _use("attention", q, k, v):
-            return _kernels["attention"].attention_op(q, k, v)[0]
+            return _kernels["attention"].attention(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, nh, n, hd)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)  # (b, n, nh, hd)
 
@@ -102,7 +102,7 @@ def group_norm(
 ) -> Tensor:
     """GroupNorm of x + add, with SiLU behind if asked; x (b, c, h, w), add (b, c), weight and bias (c,)."""
     if _use("group_norm", x, num_groups, weight, bias, add):
-        return _kernels["group_norm"].group_norm_op(x, weight, bias, add, num_groups, eps, silu)[0]
+        return _kernels["group_norm"].group_norm(x, weight, bias, add, num_groups, eps, silu)
     if add is not None:
         x = x + add[:, :, None, None]
     x = F.group_norm(x, num_groups, weight, bias, eps)
@@ -112,7 +112,7 @@ def group_norm(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension of x (..., d)."""
     if _use("layer_norm", x, weight, bias):
-        return _kernels["layer_norm"].layer_norm_op(x, None, weight, bias, eps)[0]
+        return _kernels["layer_norm"].layer_norm(x, None, weight, bias, eps)[0]
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -121,7 +121,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of x + residual, and x + residual itself."""
     if _use("layer_norm", x, weight, bias, residual):
-        return _kernels["layer_norm"].layer_norm_op(x, residual, weight, bias, eps)[:2]
+        return _kernels["layer_norm"].layer_norm(x, residual, weight, bias, eps)
     x = x + residual
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps), x
 
@@ -129,6 +129,6 @@ def add_layer_norm(
 def geglu(x: Tensor) -> Tensor:
     """a * gelu(g) with the exact gelu, for x = [a, g] (..., 2 d). Returns (..., d)."""
     if _use("geglu", x):
-        return _kernels["geglu"].geglu_op(x)
+        return _kernels["geglu"].geglu(x)
     a, g = x.chunk(2, dim=-1)
     return a * F.gelu(g)

@@ -21,7 +21,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_outputs_and_gradients(case, dtype):
-    assert checks.verdict(checks.errors(geglu.geglu_op, geglu.reference, case, dtype, "cpu")) == []
+    assert checks.verdict(checks.errors(geglu.geglu, geglu.reference, case, dtype, "cpu")) == []
 
 
 @pytest.mark.gpu
@@ -29,29 +29,27 @@ def test_outputs_and_gradients(case, dtype):
 @pytest.mark.parametrize("dtype", launch.FLOAT, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_outputs_and_gradients_on_the_gpu(case, dtype):
-    assert checks.verdict(checks.errors(geglu.geglu_op, geglu.reference, case, dtype, "cuda")) == []
+    assert checks.verdict(checks.errors(geglu.geglu, geglu.reference, case, dtype, "cuda")) == []
 
 
 def test_second_backward_expanded_gradient_and_double_use():
     """The backward never writes over x: a second one gives the same bits."""
     x = torch.randn(3, 40, requires_grad=True)
     before = x.detach().clone()
-    y = geglu.geglu_op(x)
+    y = geglu.geglu(x)
     dy = torch.ones(()).expand_as(y)
     first, second = (torch.autograd.grad(y, x, dy, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and torch.equal(x, before)
-    twice = torch.autograd.grad(geglu.geglu_op(x).sum() + geglu.geglu_op(x).sum(), x)[0]
+    twice = torch.autograd.grad(geglu.geglu(x).sum() + geglu.geglu(x).sum(), x)[0]
     torch.testing.assert_close(twice, 2 * first)
 
 
 @reference_path
 def test_operator():
-    assert (
-        checks.verdict(checks.errors(geglu.geglu_op, geglu.reference, CASES[0], torch.float32, "cpu")) == []
-    )
+    assert checks.verdict(checks.errors(geglu.geglu, geglu.reference, CASES[0], torch.float32, "cpu")) == []
     x = torch.randn(3, 40, requires_grad=True)
     torch.library.opcheck(geglu.geglu_op, (x,))
-    y = torch.compile(lambda t: geglu.geglu_op(t * 2), backend="aot_eager", fullgraph=True)(x)
+    y = torch.compile(lambda t: geglu.geglu(t * 2), backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(y, geglu.reference(x * 2))
 
 
