@@ -16,13 +16,16 @@ import sys
 import tempfile
 import time
 
+import minisd.kernels.attention as attention
+import minisd.kernels.cross_attention as cross_attention
+import minisd.kernels.geglu as geglu
+import minisd.kernels.group_norm as group_norm
+import minisd.kernels.launch as L
+import minisd.kernels.layer_norm as layer_norm
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from . import attention, cross_attention, geglu, group_norm, layer_norm
-from . import launch as L
 
 ARCHES = (80, 86, 89, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block
@@ -32,8 +35,11 @@ TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bi
 # ------------------------------ What is shipped
 
 
-def meta(*shape: int, dtype=torch.bfloat16, layout=torch.contiguous_format) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+low = torch.bfloat16  # the type of the activations: --dtype
+
+
+def meta(*shape: int, dtype=None, layout=torch.contiguous_format) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype or low, device="meta", memory_format=layout)
 
 
 def run_attention(n: int, m: int, hd: int) -> None:
@@ -176,7 +182,7 @@ def count(body: list[str]) -> dict[str, int]:
 
 def inner_loop(lines: list[str]) -> dict[str, int]:
     """The loop with the most matrix instructions, or the longest; of equals the shortest, the innermost."""
-    found = [count(body) for body in loops(lines)]
+    found = [count(body) for body in loops(lines) if len(body) > 1]  # every kernel ends in a jump to itself
     return max(found, key=lambda c: (c.get("mma", 0), -c["n"] if c.get("mma") else c["n"]), default={})
 
 
@@ -218,7 +224,7 @@ def show(row: dict) -> str:
         if "mma" in row["whole"]
         else "-"
     )
-    loop = " ".join(f"{k}={v}" for k, v in row["loop"].items())
+    loop = " ".join(f"{k}={v}" for k, v in (row["loop"] or {"no loop": "", **row["whole"]}).items())
     return (
         f"sm_{row['arch']:<4}{row['kernel']:<18}{row['shape']:<22}{blocks:>9} w{row['warps']}"
         f"{row['registers']:>5}{row['spills']:>6}{row['shared'] / 1024:>8.1f}  {mma:<7}{loop}"
@@ -226,13 +232,16 @@ def show(row: dict) -> str:
 
 
 def main() -> int:
+    global low
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", nargs="+", default=[f"sm_{a}" for a in ARCHES], help="sm_80 sm_86 ...")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--only", default="", help="only the shapes whose name contains this")
     parser.add_argument("--json", help="write the rows to this file")
     options = parser.parse_args()
+    low = getattr(torch, options.dtype)
     unknown = [a for a in options.arch if a.removeprefix("sm_") not in map(str, ARCHES)]
     if unknown:
         parser.error(

@@ -10,14 +10,12 @@ bits in every run. The price is a second computation of the scores.
 
 import math
 
+import minisd.kernels.launch as L
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from . import launch as L
-from .heads import (
+from minisd.kernels.heads import (
     LOG2E,
     arguments,
     dot_heads,
@@ -29,6 +27,7 @@ from .heads import (
     store_head,
     zeros,
 )
+from torch import Tensor
 
 # ------------------------------ Reference
 

@@ -19,12 +19,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import minisd.kernels.attention as attention
+import minisd.kernels.checks as checks
+import minisd.kernels.cross_attention as cross_attention
+import minisd.kernels.geglu as geglu
+import minisd.kernels.group_norm as group_norm
+import minisd.kernels.launch as L
+import minisd.kernels.layer_norm as layer_norm
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from . import attention, checks, cross_attention, geglu, group_norm, layer_norm
-from . import launch as L
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip

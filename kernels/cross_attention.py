@@ -8,14 +8,12 @@ the backward, where two would need two sets of sums. Heads wider than 80 take at
 
 import math
 
+import minisd.kernels.attention as attention
+import minisd.kernels.launch as L
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from . import attention
-from . import launch as L
-from .heads import (
+from minisd.kernels.heads import (
     LOG2E,
     arguments,
     dot_heads,
@@ -27,6 +25,7 @@ from .heads import (
     store_head,
     zeros,
 )
+from torch import Tensor
 
 MAX_KEYS = 128
 PLENTY = 1024  # programs that keep every multiprocessor busy, twice over

@@ -4,13 +4,12 @@ Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202. Eag
 and reads it back, the largest tensor of a transformer block; here x is read once, and x alone is kept.
 """
 
+import minisd.kernels.launch as L
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from . import launch as L
 
 # ------------------------------ Reference
 

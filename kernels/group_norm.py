@@ -13,15 +13,14 @@ far from zero and bit-equal in every run. Groups that fit the registers of one p
 backward recomputes xhat and SiLU from x, so a training step keeps x and two numbers a group.
 """
 
+import minisd.kernels.group_norm_small as small
+import minisd.kernels.launch as L
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from minisd.kernels.group_norm_small import grad_affine, load_row, load_tile, sigmoid, store_tile
 from torch import Tensor
-
-from . import group_norm_small as small
-from . import launch as L
-from .group_norm_small import grad_affine, load_row, load_tile, sigmoid, store_tile
 
 # ------------------------------ Reference
 

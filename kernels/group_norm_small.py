@@ -4,11 +4,10 @@ At 8x8 and 16x16 pixels a group has a few thousand elements: it fits in register
 instead of three. See group_norm.py for the operation, the letters and the launcher.
 """
 
+import minisd.kernels.launch as L
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from . import launch as L
 
 # ------------------------------ Helpers
 

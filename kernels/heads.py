@@ -7,11 +7,10 @@ the pairs (x0, x1) everywhere. With D1 = 0 there is one tile; x1 is then x0 and 
 
 import functools
 
+import minisd.kernels.launch as L
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from . import launch as L
 
 LOG2E = 1.4426950408889634  # the kernels work in powers of two: exp2 is one instruction, exp is two
 

@@ -96,7 +96,7 @@ def family(capability: int) -> int:
 def tile(op: str, shape_class, device: torch.device) -> dict:
     """A copy of the table's tile for this device, or of the one that MINISD_AUTOTUNE=1 found on it."""
     if AUTOTUNE and device.type == "cuda" and _recorder is None:
-        from . import tune
+        import minisd.kernels.tune as tune
 
         if found := tune.winner(op, shape_class, device):
             return dict(found)

@@ -8,13 +8,12 @@ fp32 from registers, so that a mean far from zero costs no digits. The backward'
 sums of a fixed set of programs, added in a fixed order.
 """
 
+import minisd.kernels.launch as L
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from . import launch as L
 
 PROGRAMS = 264  # of the backward, each with its own partial sums: two a multiprocessor of an H100
 MAX_WIDTH = 8192  # a row must fit in the registers of one program

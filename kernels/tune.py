@@ -14,11 +14,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import minisd.kernels.launch as L
 import torch
 import triton
-
-from . import launch as L
-from .launch import T
+from minisd.kernels.launch import T
 
 ATTENTION = [T(64, 32, 4), T(32, 64, 4), T(64, 64, 4), T(64, 128, 4), T(128, 64, 8), T(128, 128, 8)]
 CROSS = [dict(BLOCK_M=m, num_warps=w) for m, w in ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8))]
@@ -42,7 +41,10 @@ TOKENS = {32: 1024, 40: 4096, 64: 4096, 80: 1024, 128: 1024, 160: 256}  # of an 
 
 def sample(op: str, shape_class, device: torch.device) -> Callable:
     """A call that runs `op` on a typical shape of its class, in bf16."""
-    from . import attention, cross_attention, geglu, group_norm
+    import minisd.kernels.attention as attention
+    import minisd.kernels.cross_attention as cross_attention
+    import minisd.kernels.geglu as geglu
+    import minisd.kernels.group_norm as group_norm
 
     empty = functools.partial(torch.zeros, dtype=torch.bfloat16, device=device)
     if op == "geglu":

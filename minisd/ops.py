@@ -39,7 +39,7 @@ def _load() -> str:
     global _missing
     if _missing:
         try:
-            from .kernels import attention, cross_attention, geglu, group_norm, layer_norm
+            from minisd.kernels import attention, cross_attention, geglu, group_norm, layer_norm
         except ImportError as error:
             _missing = f"triton cannot be imported ({error})"
         else:
@@ -79,7 +79,9 @@ if torch.cuda.is_available():
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v for q (b, n, nh, hd) and k, v (b, m, nh, hd). Returns (b, n, nh, hd)."""
-    if not causal:
+    # The text encoder's causal attention and the VAE's one head of 512 are torch's in every mode: no kernel is
+    # meant for them, and they are hundredths of a step.
+    if not causal and q.shape[-1] <= 160:
         if torch.is_autocast_enabled(q.device.type):  # as it does for torch's own attention
             q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
         if k.shape[1] <= 128 and _use("cross_attention", q, k, v):  # all keys at once
@@ -100,7 +102,7 @@ def group_norm(
     silu=False,
     add: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of x + add, with SiLU behind if asked; x (b, c, h, w), add (b, c), weight and bias (c,)."""
+    """GroupNorm of x + add, then SiLU if asked; x (b, c, h, w), add (b, c), weight and bias (c,)."""
     if _use("group_norm", x, num_groups, weight, bias, add):
         return _kernels["group_norm"].group_norm(x, weight, bias, add, num_groups, eps, silu)
     if add is not None:
