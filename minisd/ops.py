@@ -79,8 +79,8 @@ if torch.cuda.is_available():
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v for q (b, n, nh, hd) and k, v (b, m, nh, hd). Returns (b, n, nh, hd)."""
-    # The text encoder's causal attention and the VAE's one head of 512 are torch's in every mode: no kernel is
-    # meant for them, and they are hundredths of a step.
+    # The text encoder's causal attention and the VAE's one head of 512 are torch's in every mode: no kernel
+    # is meant for them, and they are hundredths of a run.
     if not causal and q.shape[-1] <= 160:
         if torch.is_autocast_enabled(q.device.type):  # as it does for torch's own attention
             q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))

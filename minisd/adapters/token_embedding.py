@@ -1,0 +1,94 @@
+"""New tokens: rows of their own behind the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
+
+The file is {token: (d,) or (n, d)}, as diffusers writes it, or {"emb_params": (n, d)}, named by its file.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisd.models.text import TextConfig, TextEncoder, Tokenizer
+from minisd.weights import files
+
+
+class TokenEmbedding(nn.Embedding):
+    """`weight` is the table as it was; ids behind it are rows of the parameter `extra` (n, d), in fp32."""
+
+    @classmethod
+    def of(cls, table: nn.Embedding, extra: Tensor) -> "TokenEmbedding":
+        self = cls(*table.weight.shape, device="meta")
+        self.weight = table.weight
+        self.extra = nn.Parameter(extra)
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        known = F.embedding(ids.clamp(max=self.num_embeddings - 1), self.weight)
+        extra = F.embedding((ids - self.num_embeddings).clamp(min=0), self.extra).to(known.dtype)
+        return torch.where((ids >= self.num_embeddings)[..., None], extra, known)  # (b, s, d)
+
+
+def insert(text_encoder: TextEncoder, rows: Tensor) -> nn.Parameter:
+    """Put rows (n, d) behind the table; returns the parameter of all extra rows."""
+    embeddings = text_encoder.text_model.embeddings
+    table = embeddings.token_embedding
+    rows = rows.detach().to(table.weight.device, torch.float32)
+    if isinstance(table, TokenEmbedding):
+        rows = torch.cat([table.extra.detach(), rows])
+    embeddings.token_embedding = TokenEmbedding.of(table, rows)
+    return embeddings.token_embedding.extra
+
+
+def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows: Tensor) -> nn.Parameter:
+    """Teach both the token, with its rows (n, d)."""
+    width = text_encoder.config.hidden_size
+    if rows.shape[-1] != width:
+        raise ValueError(
+            f"{token} is {rows.shape[-1]} wide, this model's text encoder {width}: made for another model"
+        )
+    tokenizer.add_placeholder(token, len(rows))
+    return insert(text_encoder, rows)
+
+
+def merged(text_encoder: TextEncoder) -> tuple[TextConfig, dict[str, Tensor]]:
+    """Config and tensors of the text encoder with the extra rows as part of its table."""
+    tensors = text_encoder.state_dict()
+    name = "text_model.embeddings.token_embedding"
+    if (extra := tensors.pop(f"{name}.extra", None)) is not None:
+        table = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = torch.cat([table, extra.to(table.dtype)])
+    return replace(text_encoder.config, vocab_size=len(tensors[f"{name}.weight"])), tensors
+
+
+def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None:
+    """{token: (n, d)} in fp32; a .bin for tools that read nothing else."""
+    tensors = {token: rows.detach().float().cpu().contiguous()}
+    if path.suffix == files.SAFETENSORS:
+        files.write(path, tensors, metadata)
+    else:
+        files.write_pickle(path, tensors)
+
+
+def matches(tensors: dict[str, Tensor]) -> bool:
+    return all(t.ndim in (1, 2) for t in tensors.values()) and not any(
+        name.endswith((".weight", ".bias", ".alpha")) for name in tensors
+    )
+
+
+def attach(sd, tensors: dict[str, Tensor], scale: float, source: Path) -> str:
+    """Add the file's tokens to the model; returns what was added, for people."""
+    if scale != 1:
+        raise ValueError(f"{source} is an embedding: it has no scale, so {scale:g} would change nothing")
+    added = []
+    for token, rows in tensors.items():
+        token = source.stem if token == "emb_params" else token
+        rows = rows[None] if rows.ndim == 1 else rows  # (n, d)
+        try:
+            add_token(sd.tokenizer, sd.text_encoder, token, rows).requires_grad_(False)
+        except ValueError as e:
+            raise ValueError(f"{source}: {e}") from None
+        added.append(f"{token} ({len(rows)} vector{'s' if len(rows) > 1 else ''})")
+    return ", ".join(added)

@@ -1,0 +1,171 @@
+"""Command lines from option dataclasses. Standard library only, so that `--help` answers at once."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+
+from minisd import config, registry
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def spellings(cls: type, f: Field) -> list[str]:
+    """The field's own name first, then its other ones."""
+    return [f.name, *_metadata(cls, f.name).get("also", ())]
+
+
+def _metadata(cls: type, name: str) -> dict:
+    """Help and aliases of the nearest class that gave any: redeclaring a field changes its default alone."""
+    for c in cls.__mro__:
+        own = c.__dict__.get("__dataclass_fields__", {}).get(name)
+        if own is not None and "help" in own.metadata:
+            return own.metadata
+    return {}
+
+
+def _declared_in(cls: type, name: str) -> type:
+    """The base-most class that declares a field: its group in the help."""
+    return [c for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {})][-1]
+
+
+def _add_flag(group, cls: type, f: Field, hint) -> None:
+    default = f.default if f.default_factory is MISSING else f.default_factory()
+    text = _metadata(cls, f.name).get("help", "")
+    kwargs = {"dest": f.name, "required": default is MISSING}
+    if default is not MISSING:
+        kwargs["default"] = default
+        if default not in (None, False, "", []):
+            text += f" (default: {default})"
+    kwargs["help"] = text.replace("%", "%%")
+    if isinstance(hint, types.UnionType):  # X | None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if hint is bool:
+        kwargs["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(hint) is typing.Literal:
+        kwargs["choices"] = typing.get_args(hint)
+    elif typing.get_origin(hint) is list:
+        kwargs.update(nargs="+", type=typing.get_args(hint)[0], metavar="X")
+    else:
+        kwargs.update(type=hint, metavar=hint.__name__.upper())
+    group.add_argument(*(f"--{name}" for name in spellings(cls, f)), **kwargs)
+
+
+class Parser(argparse.ArgumentParser):
+    """One line on stderr and exit status 2: the usage of fifty flags would bury the reason."""
+
+    def error(self, message):
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser_of(cls: type, prog: str, description: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [flags]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=110),
+    )
+    hints = typing.get_type_hints(cls)
+    for owner in cls.__mro__:  # the command's own flags first, then the shared groups
+        own = [f for f in fields(cls) if _declared_in(cls, f.name) is owner] if owner is not object else []
+        if own:
+            group = parser.add_argument_group((owner.__doc__ or owner.__name__).partition("\n")[0])
+            for f in own:
+                _add_flag(group, cls, f, hints[f.name])
+    return parser
+
+
+def parse(
+    parser: Parser,
+    cls: type,
+    argv: list[str],
+    command: str,
+    owners: Callable[[str], list[str]] = lambda name: [],
+):
+    """The options. Exits with status 2 and one line if they are wrong; `owners(name)` are the methods that do
+    have a flag that this command has not. Without --model, the tiny model's defaults for `command` hold."""
+    known = parser._option_string_actions
+    for arg in argv:  # before argparse could complain of what is missing
+        name = arg.partition("=")[0]
+        if not name.startswith("--") or name == "--" or name in known:
+            continue
+        if others := owners(name[2:]):
+            parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
+        close = difflib.get_close_matches(name, known, n=1)
+        parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    namespace = parser.parse_args(argv)
+    if namespace.model is None:
+        parser.set_defaults(model=str(TINY), **json.loads((TINY / "defaults.json").read_text())[command])
+        namespace = parser.parse_args(argv)
+        print(
+            "no --model: the tiny one in the box (64x64 emoji); for SD v1.x give its folder, file or hub id"
+        )
+    try:
+        return cls(**vars(namespace))
+    except ValueError as e:
+        parser.error(str(e))
+
+
+def options_of(method: str) -> type:
+    return registry.load("methods", method).Options
+
+
+def parse_train(argv: list[str]):
+    """(method name, its Options). Exits with status 2 and one clear line when the flags are wrong."""
+    top = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    top.add_argument("--method")
+    chosen, rest = top.parse_known_args(argv)
+    names = registry.names("methods")
+    if chosen.method is None:
+        if "-h" in rest or "--help" in rest:
+            print("usage: train.py --method METHOD [flags]\n\nmethods:")
+            for name in names:
+                print(f"  {name:20} {registry.summary('methods', name)}")
+            print("\ntrain.py --method METHOD --help lists the flags of one method")
+            sys.exit(0)
+        top.error(f"--method is required, one of: {', '.join(names)}")
+    if chosen.method not in names:
+        close = difflib.get_close_matches(chosen.method, names, n=1)
+        top.error(f"no method {chosen.method!r}" + (f"; did you mean {close[0]!r}?" if close else
+                                                   f"; one of: {', '.join(names)}"))  # fmt: skip
+    cls = options_of(chosen.method)
+
+    def owners(name: str) -> list[str]:
+        return [m for m in names if any(name in spellings(options_of(m), f) for f in fields(options_of(m)))]
+
+    parser = parser_of(cls, f"train.py --method {chosen.method}", registry.summary("methods", chosen.method))
+    return chosen.method, parse(parser, cls, rest, chosen.method, owners)
+
+
+def parse_sample(argv: list[str]) -> config.Sample:
+    parser = parser_of(config.Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
+    return parse(parser, config.Sample, argv, "sample")
+
+
+def run(prog: str, main: Callable[[], int | None]) -> None:
+    """Exit as `main()` says; what is wrong with the input gets one line and status 2, and no traceback unless
+    MINISD_DEBUG is set."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as e:
+        if os.environ.get("MINISD_DEBUG"):
+            raise
+        print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def split_scale(adapter: str) -> tuple[Path, float]:
+    """PATH or PATH:SCALE."""
+    path, colon, scale = adapter.rpartition(":")
+    try:
+        return (Path(path), float(scale)) if colon else (Path(adapter), 1.0)
+    except ValueError:
+        return Path(adapter), 1.0  # the colon belongs to the path

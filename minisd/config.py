@@ -1,0 +1,199 @@
+"""Option groups shared by the methods. Standard library only: this file is what `--help` costs.
+
+A group is a keyword-only dataclass; its docstring's first line is the group's title in `--help`. A method's
+Options inherits the groups it uses, adds its own flags, and may redeclare a field to change only its default:
+
+    @dataclass(kw_only=True)
+    class Options(Training):
+        rank: int = flag(4, "rank r of the update B @ A")
+        learning_rate: float = flag(1e-4)       # help and group stay those of Optimizer.learning_rate
+"""
+
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+def flag(default=MISSING, help: str | None = None, also: tuple[str, ...] = ()):
+    """A dataclass field that is a command-line flag too, `also` under other names. No default: required."""
+    metadata = {"help": help, "also": also} if help else {}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Group:
+    """Base of every group: once constructed, each class of the MRO that has its own `check` runs it."""
+
+    def __post_init__(self):
+        for cls in type(self).__mro__:
+            if "check" in cls.__dict__:
+                cls.check(self)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(kw_only=True)
+class Model(Group):
+    """Model"""
+
+    model: str | None = flag(
+        None,
+        "a folder in the diffusers layout, a .safetensors or .ckpt with CompVis names, or a hub id; "
+        "without it the tiny model in the box, with defaults of its own",
+        also=("pretrained_model_name_or_path",),
+    )
+    revision: str | None = flag(None, "branch, tag or commit of a hub id")
+    variant: str | None = flag(None, "read the files of this variant, such as fp16 or non_ema")
+    load_ema: bool = flag(False, "take the averaged weights of a single file that has both")
+    tokenizer_name: str | None = flag(None, "folder of another tokenizer")
+    cache_dir: str | None = flag(None, "where files from the hub are kept")
+
+
+@dataclass(kw_only=True)
+class Run(Group):
+    """Run"""
+
+    output_dir: Path = flag(Path("out"), "folder for the log, the checkpoints and the result")
+    overwrite_output_dir: bool = flag(False, "start over where an earlier run left checkpoints")
+    seed: int = flag(0, "everything random follows from it")
+    max_train_steps: int | None = flag(None, "optimizer updates; without it, --num_train_epochs counts")
+    num_train_epochs: int = flag(100, "passes over the data, if --max_train_steps is not given")
+    checkpointing_steps: int = flag(500, "save a state to resume from every so many updates; 0 never")
+    checkpoints_total_limit: int | None = flag(None, "keep only the newest so many checkpoints")
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint folder, or 'latest'")
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = flag(
+        "tensorboard", "where curves and pictures go besides log.jsonl; those not installed are left out"
+    )
+    logging_dir: str = flag("logs", "tensorboard's folder within --output_dir")
+    push_to_hub: bool = flag(False, "upload the result when the run is done")
+    hub_model_id: str | None = flag(None, "name on the hub; the folder's name by default")
+    hub_token: str | None = flag(None, "token for the hub; the saved one by default")
+    local_rank: int = flag(-1, "set by launchers; LOCAL_RANK counts")
+
+    def check(self):
+        require(
+            self.max_train_steps is None or self.max_train_steps > 0, "--max_train_steps must be positive"
+        )
+        require(self.num_train_epochs > 0, "--num_train_epochs must be positive")
+        require(self.checkpointing_steps >= 0, "--checkpointing_steps must not be negative")
+        limit = self.checkpoints_total_limit
+        require(limit is None or limit > 0, "--checkpoints_total_limit must be positive")
+        require(
+            not (self.overwrite_output_dir and self.resume_from_checkpoint),
+            "--overwrite_output_dir starts over and --resume_from_checkpoint goes on: give one of them",
+        )
+        wandb = self.report_to in ("wandb", "all")
+        require(
+            not (wandb and self.hub_token), "--hub_token would be shown on wandb: log in to the hub instead"
+        )
+
+
+LR_SCHEDULERS = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
+
+
+@dataclass(kw_only=True)
+class Optimizer(Group):
+    """Optimizer"""
+
+    learning_rate: float = flag(1e-5, "peak learning rate")
+    scale_lr: bool = flag(False, "multiply the learning rate by batch, accumulation and number of devices")
+    lr_scheduler: LR_SCHEDULERS = flag("constant", "shape of the learning rate, in updates")
+    lr_warmup_steps: int = flag(500, "updates of linear warm-up; 'constant' has none")
+    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
+    lr_power: float = flag(1.0, "exponent of polynomial")
+    train_batch_size: int = flag(4, "images in one forward pass on one device")
+    gradient_accumulation_steps: int = flag(1, "forward passes in one update")
+    adam_beta1: float = flag(0.9, "AdamW's beta1")
+    adam_beta2: float = flag(0.999, "AdamW's beta2")
+    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag(1.0, "clip the norm of the gradient to this; 0 does not")
+    snr_gamma: float | None = flag(None, "min-SNR weights with this gamma; 5 is usual")
+
+    def check(self):
+        for name in ("learning_rate", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles"):
+            require(getattr(self, name) > 0, f"--{name} must be positive")
+        for name in ("lr_warmup_steps", "max_grad_norm", "adam_weight_decay"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        require(self.snr_gamma is None or self.snr_gamma > 0, "--snr_gamma must be positive")
+
+
+@dataclass(kw_only=True)
+class Precision(Group):
+    """Speed and memory"""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "what frozen networks and autocast run in")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    cache_latents: bool = flag(True, "encode every picture once, where crops are not random")
+    allow_tf32: bool = flag(False, "let fp32 matrix products run in TF32")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "accepted: attention never holds the whole score matrix here, with or without it"
+    )
+    dataloader_num_workers: int = flag(0, "processes that prepare pictures; 0 is the main one")
+
+    def check(self):
+        require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative")
+
+
+@dataclass(kw_only=True)
+class Data(Group):
+    """Data"""
+
+    data: Path = flag(help="folder of pictures", also=("train_data_dir", "instance_data_dir"))
+    resolution: int = flag(512, "side of the training pictures, a multiple of 8")
+    center_crop: bool = flag(False, "crop to the centred square first")
+    skip_bad_images: bool = flag(False, "go on without pictures that cannot be decoded")
+
+    def check(self):
+        require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
+
+
+@dataclass(kw_only=True)
+class Validation(Group):
+    """Validation"""
+
+    validation_prompt: str | None = flag(None, "draw this while training; {} in it is what is trained")
+    validation_guidance_scale: float = flag(7.5, "how far these pictures follow the prompt")
+    num_validation_images: int = flag(4, "pictures each time")
+    validation_steps: int = flag(100, "draw every so many updates")
+    validation_epochs: int | None = flag(None, "draw every so many epochs instead")
+
+    def check(self):
+        for name in ("num_validation_images", "validation_steps", "validation_epochs"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} must be positive")
+
+
+@dataclass(kw_only=True)
+class Sample(Model):
+    """Sampling"""
+
+    prompt: list[str] = flag([], "what to draw; several draw several")
+    prompt_file: Path | None = flag(None, "a text file with a prompt on each line")
+    negative_prompt: str = flag("", "what to stay away from")
+    adapter: list[str] = flag([], "PATH or PATH:SCALE of a file, or of the folder a training run left")
+    scheduler: str = flag("ddim", "how the noise is removed")
+    steps: int = flag(50, "steps of it", also=("num_inference_steps",))
+    guidance_scale: float = flag(7.5, "how far to follow the prompt; 1 and below run without guidance")
+    eta: float | None = flag(None, "noise that ddim adds again, from 0 to 1")
+    seed: int = flag(0, "of the first picture; the next have seed + 1, ...")
+    num_images: int = flag(1, "pictures of each prompt")
+    width: int | None = flag(None, "in pixels, a multiple of 8; the model's own by default")
+    height: int | None = flag(None, "in pixels, a multiple of 8; the model's own by default")
+    batch_size: int = flag(4, "pictures drawn at the same time")
+    output: Path = flag(Path("samples"), "folder for the pictures, or the name of a .png file")
+    device: str | None = flag(None, "cuda, cpu, ...; cuda by default where there is one")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag("auto", "auto is fp16 on cuda and fp32 elsewhere")
+
+    def check(self):
+        require(bool(self.prompt) != bool(self.prompt_file), "give --prompt or --prompt_file")
+        for name in ("steps", "num_images", "batch_size"):
+            require(getattr(self, name) > 0, f"--{name} must be positive")
+        require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")

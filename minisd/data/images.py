@@ -1,0 +1,104 @@
+"""Pictures in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from minisd.weights import files
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The pictures of a folder in the order of their names, and the other files. Hidden files are neither."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+    return pictures, [p for p in files if p.suffix.lower() not in SUFFIXES]
+
+
+def open_image(path: Path) -> Image.Image:
+    """An RGB image, turned as its EXIF says, with transparency laid on white. ValueError if it is not one."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(image)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture") from None
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+    ) as e:
+        raise ValueError(f"{path} cannot be decoded: {e}") from None
+
+
+def center_square(image: Image.Image) -> Image.Image:
+    """The largest centred square."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, h, w) in [-1, 1], fp32."""
+    array = np.asarray(image, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()  # (3, h, w)
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """The inverse of `to_tensor`, clipped and rounded."""
+    array = (pixels.detach().float().cpu() / 2 + 0.5).clamp(0, 1) * 255
+    return Image.fromarray(array.round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """Pictures side by side on white, each in a cell of the largest one's size; about square by default."""
+    columns = columns or max(1, round(len(images) ** 0.5))
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def labelled_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 256) -> Image.Image:
+    """One row of pictures under each label: how results are shown beside what they should look like."""
+    header = 20
+    strips = [
+        (text, grid([i.resize((size, size)) for i in row], columns=len(row))) for text, row in rows if row
+    ]
+    sheet = Image.new(
+        "RGB", (max(s.width for _, s in strips), sum(s.height + header for _, s in strips)), "white"
+    )
+    top, draw = 0, ImageDraw.Draw(sheet)
+    for text, strip in strips:
+        draw.text((4, top + 4), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        sheet.paste(strip, (0, top + header))
+        top += header + strip.height
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
+    """Write a PNG at once or not at all; `parameters` go into its text chunk of that name."""
+    info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_itxt("parameters", parameters)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    files.write_bytes(path, buffer.getvalue())

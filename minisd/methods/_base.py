@@ -1,0 +1,163 @@
+"""What the methods share: text-to-image training, in four seams that a method overrides where it differs.
+
+build      what trains
+dataset    what an example is
+condition  what the UNet gets besides the noisy latents
+save       what is left in the end
+
+This file and the methods import torch only when they are called, so that `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minisd.config import Data, Model, Optimizer, Precision, Run, Validation
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Training(Data, Validation, Optimizer, Precision, Model, Run):
+    """The flags of every method that starts from a Stable Diffusion model."""
+
+
+class Method:
+    """One run: its options, its model, and one loss function for the loop."""
+
+    def __init__(self, options):
+        import torch
+
+        self.options = options
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
+            options.mixed_precision
+        ]
+        if options.mixed_precision == "fp16" and self.device.type == "cpu":
+            raise ValueError("--mixed_precision fp16 needs a GPU; bf16 runs on a CPU")
+        if options.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.cache_latents = options.cache_latents
+
+    # The seams
+
+    def build(self) -> dict[str, torch.nn.Parameter]:
+        """Load the model, frozen; insert what trains, in fp32; return it by name."""
+        raise NotImplementedError
+
+    def dataset(self):
+        """The examples: see minisd/data/datasets.py."""
+        raise NotImplementedError
+
+    def condition(self, batch: dict) -> dict:
+        """What the UNet gets besides the noisy latents and the timesteps."""
+        return {"context": self.sd.encode_text(batch["prompt"]).to(self.dtype)}
+
+    def save(self, folder: Path) -> None:
+        """Write the result."""
+        raise NotImplementedError
+
+    def after_update(self, step: int) -> None:
+        """Called after each optimizer update."""
+
+    def describe(self) -> str:
+        """One line on what is about to happen."""
+        return f"{self.options.model} on {self.options.data}"
+
+    # What the seams are called by
+
+    def load(self):
+        """The model that the options name, in the precision of what is frozen."""
+        from minisd.stable_diffusion import StableDiffusion
+
+        o = self.options
+        return StableDiffusion.load(
+            o.model,
+            device=self.device,
+            dtype=self.dtype,
+            revision=o.revision,
+            variant=o.variant,
+            ema=o.load_ema,
+            tokenizer=o.tokenizer_name,
+            cache_dir=o.cache_dir,
+        )
+
+    def draw(self, name: str, batch: dict, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (b, *shape), a function of the seed, `name` and each sample's number."""
+        from minisd.noise import generator, randn
+
+        return randn(shape, [generator(self.options.seed, name, n) for n in batch["number"]]).to(self.device)
+
+    def timesteps(self, batch: dict) -> Tensor:
+        """(b,) uniform over the schedule; on the CPU, where the schedule is."""
+        import torch
+
+        from minisd.noise import generator
+
+        total = self.sd.schedule.num_train_timesteps
+        streams = [generator(self.options.seed, "timesteps", n) for n in batch["number"]]
+        return torch.stack([torch.randint(total, (), generator=g) for g in streams])
+
+    def latents(self, batch: dict) -> Tensor:
+        """A draw from the posterior of the pictures' scaled latents (b, 4, h, w), in fp32."""
+        if "mean" in batch:
+            mean, std = batch["mean"].to(self.device), batch["std"].to(self.device)
+        else:
+            mean, std = self.sd.encode_images(batch["pixels"])
+        return mean + std * self.draw("posterior", batch, mean.shape[1:])
+
+    def loss(self, batch: dict) -> Tensor:
+        """The mean over the batch of the weighted squared error of the prediction."""
+        import torch
+
+        from minisd import losses
+
+        schedule = self.sd.schedule
+        latents = self.latents(batch)
+        noise = self.draw("noise", batch, latents.shape[1:])
+        timesteps = self.timesteps(batch)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            condition = self.condition(batch)
+            pred = self.sd.unet(noisy.to(self.dtype), timesteps.to(self.device), **condition)
+        loss = losses.mse(pred, schedule.target(latents, noise, timesteps))  # (b,)
+        if self.options.snr_gamma is not None:
+            weights = losses.min_snr_weights(schedule, timesteps, self.options.snr_gamma)
+            loss = loss * weights.to(loss.device)
+        return loss.mean()
+
+    # Pictures
+
+    def samples(self, prompt: str) -> list[Image.Image]:
+        """The validation pictures of a prompt, drawn with the live modules. The same noise every time."""
+        import torch
+        from tqdm import tqdm
+
+        from minisd.generate import Settings, pictures
+
+        count, side, steps = self.options.num_validation_images, self.options.resolution, 25
+        scale = self.options.validation_guidance_scale
+        settings = Settings(width=side, height=side, steps=steps, guidance_scale=scale)
+        with (
+            tqdm(total=count * steps, desc="drawing", leave=False) as bar,
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+        ):
+            seeds = [self.options.seed + i for i in range(count)]
+            return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update))
+
+    def validation(self) -> Image.Image:
+        """What is drawn while training."""
+        from minisd.data import images
+
+        drawn = self.samples(self.options.validation_prompt)
+        return images.grid(drawn, columns=math.ceil(len(drawn) ** 0.5))
+
+    def result(self) -> Image.Image:
+        """What is drawn when the training is done."""
+        return self.validation()

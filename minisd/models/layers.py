@@ -1,0 +1,198 @@
+"""The layers that the UNet, the VAE and the ControlNet are made of.
+
+Shapes, here and in the files beside: b batch, c channels, h w height and width, n = h * w image tokens,
+s text tokens, d width, nh heads, hd head width; h is never heads.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minisd import ops
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of x (b, c, h, w) + add (b, c), with SiLU behind it if asked: one fused op."""
+
+    def forward(self, x: Tensor, *, silu: bool = False, add: Tensor | None = None) -> Tensor:
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, add=add)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension of x (..., d)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-2i/dim), in fp32 (Vaswani et al. 2017, section 3.5, cosines
+    first as in SD). timesteps (b,) integer or float. Returns (b, dim)."""
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * exponent.exp()  # (b, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer MLP behind the sinusoids: (b, dim) -> (b, temb_dim)."""
+
+    def __init__(self, dim: int, temb_dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, temb_dim)
+        self.linear_2 = nn.Linear(temb_dim, temb_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """GN, SiLU, conv, + temb, GN, SiLU, conv, + shortcut. `temb` is given with its SiLU already applied."""
+
+    def __init__(self, c_in: int, c_out: int, *, groups: int, eps: float, temb_dim: int | None = None):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None
+        self.norm2 = GroupNorm(groups, c_out, eps=eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(self.norm1(x, silu=True))  # (b, c_out, h, w)
+        h = self.norm2(h, silu=True, add=self.time_emb_proj(temb) if self.time_emb_proj else None)
+        h = self.conv2(h)
+        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (b, n, d) to itself or to context (b, s, context_dim). Returns (b, n, d)."""
+
+    def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None, bias: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))  # (b, n or s, nh, hd)
+        return self.to_out(ops.attention(q, k, v).flatten(-2))  # (b, n, d)
+
+
+class GEGLU(nn.Module):
+    """a * gelu(g) with [a, g] = proj(x) (Shazeer 2020): (b, n, d) -> (b, n, d_out)."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back: (b, n, d) -> (b, n, d)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        # Index 1 is the published layout's dropout, which SD trains without.
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm, each added."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn1 = Attention(dim, num_heads)
+        self.norm2 = LayerNorm(dim)
+        self.attn2 = Attention(dim, num_heads, context_dim=context_dim)
+        self.norm3 = LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of x (b, c, h, w), between two 1x1 convolutions, added to x."""
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int, *, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=1e-6)  # not the 1e-5 of the ResnetBlocks
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (b, n, c)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = h.transpose(1, 2).unflatten(2, (height, width))  # (b, c, h, w)
+        return x + self.proj_out(h)
+
+
+class SelfAttention2d(nn.Module):
+    """Attention over the pixels of x (b, c, h, w), added to x: the middle of the VAE and the pixel UNet."""
+
+    def __init__(self, channels: int, num_heads: int, *, groups: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.group_norm = GroupNorm(groups, channels, eps=eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (b, n, c)
+        q, k, v = (f(h).unflatten(-1, (self.num_heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
+        h = self.to_out(ops.attention(q, k, v).flatten(-2))  # (b, n, c)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # (b, c, h, w)
+
+
+class Downsample(nn.Module):
+    """Convolution of stride 2: (b, c, h, w) -> (b, c, h / 2, w / 2)."""
+
+    def __init__(self, channels: int, *, pad_end_only: bool = False):
+        super().__init__()
+        # The VAE pads one row and one column at the end only; the UNet pads all round.
+        self.pad_end_only = pad_end_only
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end_only else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end_only else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to `size` (twice, unless given), then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def maybe_checkpoint(enabled: bool, module: nn.Module, *args: Tensor) -> Tensor:
+    """module(*args), its activations recomputed in the backward pass instead of kept if `enabled`."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(module, *args, use_reentrant=False)
+    return module(*args)

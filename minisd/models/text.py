@@ -1,0 +1,182 @@
+"""The CLIP text encoder (Radford et al. 2021, arXiv 2103.00020) and its tokenizer."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisd import ops
+from minisd.models.layers import LayerNorm
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    max_positions: int
+    activation: str  # a key of ACTIVATIONS
+    eps: float
+
+
+SD15 = TextConfig(
+    vocab_size=49408,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_layers=12,
+    num_heads=12,
+    max_positions=77,
+    activation="quick_gelu",
+    eps=1e-5,
+)
+
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(ops.attention(q, k, v, causal=True).flatten(-2))  # (b, s, d)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.eps)
+        self.self_attn = SelfAttention(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[-1]]  # (b, s, d)
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(Layer(config) for _ in range(config.num_layers))}
+        )
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+
+class TextEncoder(nn.Module):
+    """Token ids (b, s) -> context (b, s, d): the last layer's states behind the final LayerNorm. Causal; the
+    padding is attended to, as SD was trained."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text_model.final_layer_norm.weight.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text_model(ids)
+
+
+class Tokenizer:
+    """Prompts to ids (b, max_length): start, at most max_length - 2 tokens, end, and padding with end.
+
+    A placeholder is a token of our own: one or more ids behind the vocabulary's. Wherever it stands in a
+    prompt it becomes its ids, whatever its case.
+    """
+
+    def __init__(self, folder: Path, max_length: int):
+        from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
+
+        self.folder = folder
+        self.max_length = max_length
+        self.bpe = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.vocab_size = len(self.bpe)
+        self.start, self.end = self.bpe.bos_token_id, self.bpe.eos_token_id
+        self.placeholders: dict[str, list[int]] = {}
+
+    def add_placeholder(self, token: str, num_vectors: int = 1) -> list[int]:
+        """Give `token` the next `num_vectors` ids. ValueError if it means something already."""
+        if not token or token != token.strip():
+            raise ValueError(f"placeholder {token!r} is empty or begins or ends with a blank")
+        token = token.lower()
+        if (
+            token in self.placeholders
+            or token in self.bpe.get_vocab()
+            or f"{token}</w>" in self.bpe.get_vocab()
+        ):
+            raise ValueError(
+                f"placeholder {token!r} is a token already; choose another, for example '<{token}>'"
+            )
+        first = self.vocab_size + sum(len(ids) for ids in self.placeholders.values())
+        self.placeholders[token] = list(range(first, first + num_vectors))
+        return self.placeholders[token]
+
+    def save(self, folder: Path) -> Path:
+        """The folder of a tokenizer that knows the placeholders too: this one's own if there are none, else
+        `folder`, where it is written with n vectors as token, token_1, ..., token_(n-1)."""
+        if not self.placeholders:
+            return self.folder
+        for token, ids in self.placeholders.items():
+            self.bpe.add_tokens([token, *(f"{token}_{i}" for i in range(1, len(ids)))])
+        self.bpe.save_pretrained(str(folder))
+        return folder
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start, end, truncation or padding."""
+        text = text.lower()
+        if not self.placeholders:
+            return self._plain(text)
+        longest_first = sorted(self.placeholders, key=len, reverse=True)
+        pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        return [i for piece in pieces for i in self.placeholders.get(piece) or self._plain(piece)]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.bpe(text, add_special_tokens=False)["input_ids"] if text.strip() else []
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        return torch.tensor([self._padded(p) for p in prompts])  # (b, max_length)
+
+    def _padded(self, prompt: str) -> list[int]:
+        ids = [self.start, *self.encode(prompt)[: self.max_length - 2], self.end]
+        return ids + [self.end] * (self.max_length - len(ids))

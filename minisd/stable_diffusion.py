@@ -1,0 +1,149 @@
+"""The assembled model: networks, tokenizer and noise schedule, loaded from whatever they lie in."""
+
+import inspect
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisd import registry
+from minisd.adapters import token_embedding
+from minisd.models.text import TextEncoder, Tokenizer
+from minisd.models.unet import UNet
+from minisd.models.vae import AutoencoderKL
+from minisd.noise import NoiseSchedule
+from minisd.weights import diffusers, files, hub
+from minisd.weights.checkpoint import PARTS, Checkpoint, build, fill
+
+
+def settings_for(function, config: dict) -> dict:
+    """The entries of a scheduler_config.json that `function` has keywords for; the rest is for others."""
+    known = inspect.signature(function).parameters
+    return {k: v for k, v in config.items() if k in known and v is not None}
+
+
+class StableDiffusion:
+    """unet, vae and text_encoder on one device; prompts and pixels in, latents out, and back."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: AutoencoderKL,
+        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        scheduler: dict,
+        name: str,
+    ):
+        self.unet = unet
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler  # what scheduler_config.json says
+        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, scheduler))
+        self.name = name
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+        ema: bool = False,
+        tokenizer: str | None = None,
+        cache_dir: str | None = None,
+    ) -> "StableDiffusion":
+        """A folder in the diffusers layout, a single file with CompVis names, or a hub id. All frozen.
+
+        ValueError, naming the file, if it is none of these or not a Stable Diffusion v1.x.
+        """
+        path = hub.resolve(str(model), revision=revision, variant=variant, cache_dir=cache_dir)
+        checkpoint: Checkpoint = registry.match("weights", path).load(path, variant=variant, ema=ema)
+        parts = {}
+        for part in PARTS:
+            module = fill(build(part, getattr(checkpoint, part), path), checkpoint.tensors.pop(part), path)
+            parts[part] = module.to(device, dtype).eval().requires_grad_(False)
+        folder = Path(tokenizer) if tokenizer else checkpoint.tokenizer
+        words = Tokenizer(folder, checkpoint.text_encoder.max_positions)
+        if words.vocab_size != checkpoint.text_encoder.vocab_size:
+            raise ValueError(
+                f"{folder} has {words.vocab_size} tokens and the text encoder of {path} "
+                f"{checkpoint.text_encoder.vocab_size}: they do not belong together"
+            )
+        return cls(**parts, tokenizer=words, scheduler=checkpoint.scheduler, name=path.stem)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def default_size(self) -> int:
+        """Side of the pictures that the model was trained on, in pixels."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Context (b, s, d)."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the scaled latents (b, 4, h, w), in fp32, of pixels (b, 3, 8h, 8w)."""
+        with torch.no_grad():
+            pixels = pixels.to(self.device, self.vae.quant_conv.weight.dtype)
+            mean, std = self.vae.encode(pixels)
+        return mean.float(), std.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (b, 3, 8h, 8w), about [-1, 1], of scaled latents (b, 4, h, w)."""
+        with torch.no_grad():
+            pixels = self.vae.decode(latents.to(self.vae.post_quant_conv.weight.dtype))
+            if not pixels.isfinite().all() and self.vae.post_quant_conv.weight.dtype == torch.float16:
+                self.vae.float()  # some VAEs overflow in fp16; from here on this one decodes in fp32
+                pixels = self.vae.decode(latents.float())
+        return pixels.float()
+
+    def attach(self, path: str | Path, scale: float = 1.0) -> list[str]:
+        """Use the adapter in a file, or those in a folder; returns what each was, for people."""
+        return [self._attach_file(file, scale) for file in adapter_files(Path(path))]
+
+    def _attach_file(self, file: Path, scale: float) -> str:
+        tensors = files.read(file)
+        try:
+            adapter = registry.match("adapters", tensors)
+        except ValueError:
+            names = ", ".join(list(tensors)[:3])
+            raise ValueError(f"{file} is no adapter that is known here; it holds {names}, ...") from None
+        return adapter.attach(self, tensors, scale, file)
+
+    def save(self, folder: Path) -> None:
+        """Write the whole model in the diffusers layout, the tokens that were added to it included."""
+        text_config, text_tensors = token_embedding.merged(self.text_encoder)
+        with tempfile.TemporaryDirectory() as tokenizer:
+            checkpoint = Checkpoint(
+                unet=self.unet.config,
+                vae=self.vae.config,
+                text_encoder=text_config,
+                tensors={
+                    "unet": self.unet.state_dict(),
+                    "vae": self.vae.state_dict(),
+                    "text_encoder": text_tensors,
+                },
+                scheduler=self.scheduler,
+                tokenizer=self.tokenizer.save(Path(tokenizer)),
+                pipeline="StableDiffusionPipeline",
+            )
+            diffusers.save(folder, checkpoint)
+
+
+def adapter_files(path: Path) -> list[Path]:
+    """A file itself, or what a training run left in a folder; intermediate states are passed over."""
+    if not path.is_dir():
+        return [files.existing_file(path)]
+    found = sorted(
+        p for p in path.iterdir() if p.suffix in (files.SAFETENSORS, ".bin") and "-steps-" not in p.name
+    )
+    if not found:
+        raise ValueError(f"{path} holds no adapter: no .safetensors or .bin file")
+    return found

@@ -1,0 +1,275 @@
+"""Files of tensors, text files and folders: read lazily, written whole or not at all."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SAFETENSORS = ".safetensors"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+# Old training checkpoints hold their trainer's callbacks and NumPy's scalars beside the weights. Nothing of
+# them is needed: each of their names gets a class that takes anything and does nothing.
+INERT = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric)\..*|numpy\.(dtype|(_?core\.multiarray\.scalar))"
+)
+
+
+class _Inert:
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read(path: Path | str) -> dict[str, Tensor]:
+    """Name -> tensor of a .safetensors file or of a pickle (its `state_dict` if it has one).
+
+    The tensors are memory-mapped privately: a page is read when it is used, and a change made in place stays
+    in memory. No code from a pickle is run. ValueError, naming the file, if it cannot be read.
+    """
+    path = existing_file(path)
+    if path.suffix == SAFETENSORS:
+        return _open_safetensors(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
+    return _read_pickle(path)
+
+
+def metadata(path: Path | str) -> dict[str, str]:
+    """The text that a .safetensors file carries beside its tensors; empty for a pickle."""
+    path = existing_file(path)
+    return _open_safetensors(path, lambda file: file.metadata() or {}) if path.suffix == SAFETENSORS else {}
+
+
+def shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, without reading a tensor."""
+    path = existing_file(path)
+    if path.suffix != SAFETENSORS:
+        return {name: tuple(tensor.shape) for name, tensor in _read_pickle(path).items()}
+    return _open_safetensors(
+        path, lambda file: {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
+    )
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file. ValueError, naming the file, if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as JSON: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def existing_file(path: Path | str) -> Path:
+    """The path of a file that may hold tensors. ValueError if it is missing or of another kind."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if path.suffix != SAFETENSORS and path.suffix not in PICKLES:
+        raise ValueError(f"{path} is not one of {SAFETENSORS} {' '.join(PICKLES)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {_line(error)}") from error
+    if not head:
+        raise ValueError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
+    return path
+
+
+def _line(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _open_safetensors(path: Path, ask: Callable[[Any], Any]) -> Any:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return ask(file)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {_line(error)}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # files older than torch 1.6 are not, and cannot be mapped
+    try:
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        refused = [name for name in wanted if not INERT.fullmatch(name)]
+        # torch puts entries into plain dicts only, so the trainer's AttributeDict has to be one.
+        inert = [(dict if name.endswith("Dict") else type("Inert", (_Inert,), {}), name)
+                 for name in wanted if INERT.fullmatch(name)]  # fmt: skip
+        if not refused:
+            with torch.serialization.safe_globals(inert):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged pickle can raise anything
+        # What torch says before its reason is how to run the code after all.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or _line(error)
+        found = re.search(r"GLOBAL ([\w.]+)", reason)
+        if not found:
+            raise ValueError(
+                f"{path} is not a readable checkpoint: {reason.splitlines()[0][:200]}"
+            ) from error
+        refused = [found.group(1)]
+    if refused:
+        names = ", ".join(sorted(refused)[:3])
+        raise ValueError(
+            f"{path} asks for {names}; minisd takes only tensors from a pickle, as others run code"
+        )
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {k: v.detach() for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no named tensors")
+    return tensors
+
+
+def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a .safetensors file: the same tensors and metadata give the same bytes.
+
+    Written here and not by the library, whose order of the metadata changes from run to run, and which wants
+    all tensors in memory at once: here each goes from its device to the file by itself. `path` may be the
+    very file that the tensors are mapped from. ValueError, naming the file, if it cannot be written.
+    """
+    metadata = {"format": "pt", **(metadata or {})}
+    if wrong := [k for k, v in metadata.items() if not isinstance(v, str)]:
+        raise TypeError(f"metadata is text only, not so: {wrong}")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    # Widest first, so that each tensor begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    start = 0
+    for name in names:
+        tensor = tensors[name]
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with _replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(flat.numpy())
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file, whole or not at all. ValueError, naming the file, if it cannot be written."""
+    with _replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_pickle(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """For tools that read nothing but .bin files."""
+    with _replacing(path) as file:
+        try:
+            torch.save(dict(tensors), file)
+        except RuntimeError as error:  # torch puts one of its own before the disk's
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _temporary(path: Path) -> Path:
+    """A name in the same folder, hence on the same disk, that nobody else uses."""
+    return path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a process that was killed while it wrote left in a folder, or in the folders below."""
+    return [p for p in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", p.name)]
+
+
+@contextmanager
+def _replacing(path: Path | str) -> Iterator[BinaryIO]:
+    """An open file that takes the name `path` when the block ends, and disappears if the block fails."""
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {_line(error)}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def new_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends, and disappears if the block fails.
+
+    A folder that is there already is replaced; with `keep`, only its entries of the same names are. Should
+    the process be killed between the two renames of that, the old one is beside it, as `.NAME.*.tmp`.
+    """
+    path = Path(path)
+    path = path.parent.resolve() / path.name if not path.is_symlink() else path.resolve()
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        if keep and path.is_dir():
+            # Files behind folders: an index is the last to change.
+            for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
+                _move(entry, path / entry.name)
+        else:
+            _move(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {_line(error)}") from error
+    except ValueError as error:  # from a file inside: name the folder that the user knows
+        raise ValueError(str(error).replace(str(temporary), str(path))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename over whatever is there; a folder cannot be renamed over, so it steps aside first."""
+    if not target.is_dir() or target.is_symlink():
+        os.replace(source, target)
+        return
+    aside = _temporary(target)
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

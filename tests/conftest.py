@@ -1,0 +1,115 @@
+"""A tiny Stable Diffusion with random weights and CLIP's vocabulary, written by diffusers, and pictures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What SD v1.x ships as scheduler_config.json.
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+
+
+def make_pipeline(in_channels: int = 4, **scheduler):
+    """A diffusers pipeline of 32x32 pictures: the latents are 8x8, as far from square as one asks."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        layers_per_block=1,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=49406,
+            eos_token_id=49407,
+        )
+    )
+    with torch.no_grad():  # no zero biases, no unit norms: every tensor matters
+        for part in (unet, vae, text_encoder):
+            for p in part.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(str(ROOT / "minisd" / "tokenizer")),
+        scheduler=PNDMScheduler(**SCHEDULER | scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """Folder of the tiny model."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cat(tmp_path_factory) -> Path:
+    """A folder named cat with five small pictures of different sizes."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("data") / "cat"
+    folder.mkdir()
+    for i in range(5):
+        image = Image.new("RGB", (48, 40 + 4 * i), (40 * i, 255 - 40 * i, 128))
+        ImageDraw.Draw(image).ellipse((8 + i, 8, 40, 36), fill=(255, 40 * i, 0))
+        image.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script("train.py", *flags): run it from the repository root; returns (exit status, stdout, stderr)."""
+
+    def run(name: str, *flags, **env) -> tuple[int, str, str]:
+        command = [sys.executable, str(ROOT / name), *map(str, flags)]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+        return done.returncode, done.stdout, done.stderr
+
+    return run

@@ -1,0 +1,98 @@
+"""Who may import whom, and how long a file may grow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(
+    [*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py"), ROOT / "train.py", ROOT / "sample.py"]
+)
+
+# Lowest first: a file imports from its own line or from the lines above it, never from those below.
+LAYERS = [
+    ["minisd", "minisd.kernels", "minisd.config", "minisd.registry", "minisd.noise", "minisd.optim"],
+    ["minisd.ops", "minisd.losses"],
+    ["minisd.models"],
+    ["minisd.weights", "minisd.guidance"],
+    ["minisd.adapters", "minisd.schedulers", "minisd.data"],
+    ["minisd.stable_diffusion"],
+    ["minisd.generate", "minisd.run"],
+    ["minisd.methods"],
+    ["minisd.loop"],
+    ["minisd.cli"],
+    ["train", "sample"],
+]
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return "minisd." + name if name.startswith("kernels.") else name
+
+
+def layer(module: str) -> int:
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        for level, names in enumerate(LAYERS):
+            if ".".join(parts[:end]) in names:
+                return level
+    raise AssertionError(f"{module} is in no layer: add it to LAYERS")
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_imports_go_down(path):
+    own = module_of(path)
+    for name in imported(path):
+        if name == "minisd" or not name.startswith("minisd."):
+            continue
+        if own.startswith("minisd.kernels."):
+            assert name.startswith("minisd.kernels."), (
+                f"{own} imports {name}: kernels know torch and triton only"
+            )
+        assert layer(name) <= layer(own), f"{own} imports {name} from above"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_oracles_are_never_imported(path):
+    roots = {name.partition(".")[0] for name in imported(path)}
+    assert not roots & {"diffusers", "accelerate", "peft", "k_diffusion"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_one_file_one_subject(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_transformers_is_imported_in_one_place():
+    users = [module_of(p) for p in SOURCES if any(n.startswith("transformers") for n in imported(p))]
+    assert users == ["minisd.models.text"]
+
+
+HEAVY = "torch numpy transformers PIL triton safetensors tqdm huggingface_hub"
+
+
+@pytest.mark.parametrize(
+    "flags", ["--help", "--method textual_inversion --help", "--method textual_inversion --x"]
+)
+def test_help_imports_nothing_heavy(flags):
+    code = (
+        f"import sys, atexit; sys.argv = ['train.py'] + {flags.split()!r}\n"
+        f"atexit.register(lambda: print('LOADED', sorted(set(sys.modules) & set({HEAVY.split()!r}))))\n"
+        "import runpy; runpy.run_path('train.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "LOADED []" in done.stdout, done.stdout + done.stderr

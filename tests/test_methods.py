@@ -1,0 +1,311 @@
+"""Every method of the folder: what it computes, what it changes, what it leaves, and how it goes on."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from minisd import cli, loop, registry
+from minisd.data.batches import Stream, collate
+from minisd.run import Run
+
+METHODS = registry.names("methods")
+
+
+@pytest.fixture
+def options(model, cat, tmp_path):
+    """options("textual_inversion", max_train_steps=3): for a short run on the tiny model."""
+
+    def make(method, **changes):
+        argv = ["--method", method, "--model", str(model), "--data", str(cat), "--resolution", "32"]
+        argv += ["--train_batch_size", "2", "--learning_rate", "1e-2", "--num_validation_images", "1"]
+        argv += ["--report_to", "none", "--output_dir", str(tmp_path / "out"), "--max_train_steps", "4"]
+        return replace(cli.parse_train(argv)[1], **changes)
+
+    return make
+
+
+def run(method, options) -> int:
+    return loop.train(registry.load("methods", method).Method(options), Run(method, options))
+
+
+def built(method, options, count=4):
+    """A method ready to compute, its trained parameters, and a batch."""
+    m = registry.load("methods", method).Method(options)
+    trained = m.build()
+    stream = Stream(m.dataset(), options.seed)
+    return m, trained, collate([stream[k] for k in range(count)])
+
+
+def outputs(folder):
+    """Every tensor that a run left, checkpoints included."""
+    return {
+        str(f.relative_to(folder)): {k: v.clone() for k, v in load_file(f).items()}
+        for f in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for file in a:
+        assert a[file].keys() == b[file].keys()
+        assert all(torch.equal(a[file][k], b[file][k]) for k in a[file]), file
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exactly_what_is_declared_changes(method, options):
+    m, trained, batch = built(method, options(method))
+    modules = {"unet": m.sd.unet, "vae": m.sd.vae, "text_encoder": m.sd.text_encoder}
+    everything = {f"{part}.{n}": p for part, module in modules.items() for n, p in module.named_parameters()}
+    declared = {id(p) for p in trained.values()}
+    assert declared <= {id(p) for p in everything.values()}
+    before = {n: p.detach().clone() for n, p in everything.items()}
+    m.loss(batch).backward()
+    assert {n for n, p in everything.items() if p.grad is not None} == {
+        n for n, p in everything.items() if id(p) in declared
+    }
+    torch.optim.AdamW(trained.values(), lr=1e-2).step()
+    changed = {n for n, p in everything.items() if not torch.equal(p, before[n])}
+    assert changed == {n for n, p in everything.items() if id(p) in declared} and changed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cache_latents", [True, False])
+def test_resumed_equals_uninterrupted(method, options, tmp_path, cache_latents):
+    common = {
+        "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2, "checkpointing_steps": 3, "max_train_steps": 6, "cache_latents": cache_latents,
+    }  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(method, options(method, output_dir=whole, **common)) == 0
+
+    stopped = options(method, output_dir=parts, **common)
+    m = registry.load("methods", method).Method(stopped)
+    after_update = m.after_update
+    m.after_update = lambda step: (after_update(step), step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+    assert loop.train(m, Run(method, stopped)) == 128 + signal.SIGTERM
+    assert sorted(p.name for p in parts.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert run(method, replace(stopped, resume_from_checkpoint="latest")) == 0
+    left = outputs(parts)
+    left = {k: v for k, v in left.items() if not k.startswith("checkpoint-4")}
+    same(left, outputs(whole))
+    logs = [[json.loads(line) for line in (f / "log.jsonl").open()] for f in (whole, parts)]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5, 6]
+    assert Image.open(whole / "result.png").tobytes() == Image.open(parts / "result.png").tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_batch_size_does_not_change_what_is_drawn(method, options):
+    """Twice two pictures accumulated are four pictures at once, to rounding."""
+    m, trained, four = built(method, options(method))
+    stream = Stream(m.dataset(), m.options.seed)
+    m.loss(four).backward()
+    at_once = [p.grad.clone() for p in trained.values()]
+    for p in trained.values():
+        p.grad = None
+    for start in (0, 2):
+        (m.loss(collate([stream[k] for k in (start, start + 1)])) / 2).backward()
+    for p, g in zip(trained.values(), at_once, strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-4, atol=1e-6 * g.abs().max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lost_state_is_not_guessed(method, options):
+    done = options(method, checkpointing_steps=2)
+    assert run(method, done) == 0
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        run(method, done)
+    with pytest.raises(ValueError, match="--seed was 0"):
+        run(method, replace(done, resume_from_checkpoint="latest", seed=1))
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        run(method, replace(done, resume_from_checkpoint="nowhere"))
+    assert run(method, replace(done, overwrite_output_dir=True, max_train_steps=1)) == 0
+    assert not list(done.output_dir.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_rotate_and_a_full_disk_loses_nothing(method, options, monkeypatch):
+    o = options(method, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert run(method, o) == 0
+    assert sorted(p.name for p in o.output_dir.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+    calls = 0
+    fsync = os.fsync
+
+    def full(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        run(method, replace(o, overwrite_output_dir=True))
+    monkeypatch.undo()
+    assert not list(o.output_dir.rglob("*.tmp"))
+    assert sorted(p.name for p in o.output_dir.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert run(method, replace(o, resume_from_checkpoint="latest")) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_not_a_number_stops(method, options):
+    o = options(method, checkpointing_steps=1)
+    m = registry.load("methods", method).Method(o)
+    loss = m.loss
+    m.loss = lambda batch: loss(batch) * (float("nan") if batch["number"][0] >= 4 else 1)
+    with pytest.raises(ValueError, match="loss of update 3 is nan"):
+        loop.train(m, Run(method, o))
+    assert sorted(p.name for p in o.output_dir.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_and_gradient_checkpointing(method, options):
+    """The trained parameters stay in fp32, and the loss is that of fp32 to the precision of bf16."""
+    m, trained, batch = built(method, options(method))
+    expected = m.loss(batch)
+    m, trained, batch = built(method, options(method, mixed_precision="bf16", gradient_checkpointing=True))
+    assert m.sd.unet.conv_in.weight.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    loss = m.loss(batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.05)
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in trained.values())
+
+
+# Textual inversion
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_textual_inversion_loss_is_the_field_s(model, options, prediction_type, gamma, vectors):
+    """The same pictures, prompts, noise and timesteps through diffusers' models, by the script's formula."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers.training_utils import compute_snr
+
+    m, trained, batch = built(
+        "textual_inversion", options("textual_inversion", snr_gamma=gamma, num_vectors=vectors)
+    )
+    m.sd.schedule.prediction_type = prediction_type
+    loss = m.loss(batch)
+    loss.backward()
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    tokens = ["<cat>", *(f"<cat>_{i}" for i in range(1, vectors))]
+    pipe.tokenizer.add_tokens(tokens)
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    cat = pipe.tokenizer.encode("cat", add_special_tokens=False)
+    with torch.no_grad():
+        table[-vectors:] = table[cat]
+    prompts = [p.replace("<cat>", " ".join(tokens)) for p in batch["prompt"]]
+    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    posterior = pipe.vae.encode(batch["pixels"]).latent_dist
+    latents = posterior.mean + posterior.std * m.draw("posterior", batch, (4, 8, 8))
+    latents = (latents * pipe.vae.config.scaling_factor).detach()
+    noise, timesteps = m.draw("noise", batch, (4, 8, 8)), m.timesteps(batch)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    pred = pipe.unet(noisy, timesteps, pipe.text_encoder(ids)[0]).sample
+    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    errors = F.mse_loss(pred, target, reduction="none").mean(dim=(1, 2, 3))
+    if gamma:
+        snr = compute_snr(scheduler, timesteps)
+        errors = errors * snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    expected = errors.mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    error = (trained["rows"].grad - table.grad[-vectors:]).abs().max() / table.grad[-vectors:].abs().max()
+    assert error <= 1e-4
+
+
+def test_textual_inversion_learns(options):
+    """A hundred updates on one batch and one noise: even on a random model that very loss falls."""
+    o = options("textual_inversion", flip_p=0.0, learning_rate=0.05)
+    m, trained, batch = built("textual_inversion", o)
+    m.timesteps = lambda batch: torch.full((len(batch["number"]),), 500)
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.05)
+    first = m.loss(batch).item()
+    for _ in range(100):
+        loss = m.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.99 * first
+
+
+GUIDE = """--learnable_property=object --placeholder_token=<cat-toy> --initializer_token=toy --resolution=32
+--train_batch_size=1 --gradient_accumulation_steps=4 --max_train_steps=3 --learning_rate=5.0e-04 --scale_lr
+--lr_scheduler=constant --lr_warmup_steps=0"""
+
+
+def test_textual_inversion_by_the_guide_s_command(model, cat, script, tmp_path):
+    """The published command, but for model, size and steps; then what it left is drawn."""
+    out = tmp_path / "textual_inversion_cat"
+    flags = [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={cat}", *GUIDE.split()]
+    status, stdout, stderr = script(
+        "train.py", "--method", "textual_inversion", *flags, f"--output_dir={out}"
+    )
+    assert status == 0, stderr
+    assert "5 pictures" in stdout and "3/3" in stderr
+    log = [json.loads(line) for line in (out / "log.jsonl").open()]
+    assert [line["step"] for line in log] == [1, 2, 3] and log[0]["lr"] == pytest.approx(5e-4 * 4)
+    assert {k: tuple(v.shape) for k, v in load_file(out / "learned_embeds.safetensors").items()} == {
+        "<cat-toy>": (1, 32)
+    }
+    assert Image.open(out / "result.png").size[0] > 256
+    assert json.loads((out / "options.json").read_text())["placeholder_token"] == "<cat-toy>"
+    status, stdout, stderr = script(
+        "sample.py", "--model", model, "--adapter", out, "--prompt", "a photo of <cat-toy>", "--steps", 2,
+        "--output", tmp_path / "drawn.png",
+    )  # fmt: skip
+    assert status == 0 and "<cat-toy> (1 vector)" in stdout, stderr
+
+
+def test_textual_inversion_names_itself_after_the_folder(options):
+    m, trained, batch = built("textual_inversion", options("textual_inversion", num_vectors=2))
+    assert (m.token, m.word) == ("<cat>", "cat")
+    assert all("<cat>" in p for p in batch["prompt"])
+    row = m.sd.text_encoder.text_model.embeddings.token_embedding.weight[2368]
+    assert torch.equal(trained["rows"], torch.stack([row, row]))
+
+
+def test_textual_inversion_leaves_a_pipeline(options, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    o = options(
+        "textual_inversion", save_as_full_pipeline=True, num_vectors=2, max_train_steps=2, save_steps=1
+    )
+    assert run("textual_inversion", o) == 0
+    names = ("learned_embeds", "learned_embeds-steps-1", "learned_embeds-steps-2")
+    assert {f.stem for f in o.output_dir.glob("*.safetensors")} == set(names)
+    pipe = StableDiffusionPipeline.from_pretrained(o.output_dir, safety_checker=None)
+    ids = pipe.tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1"])
+    table = pipe.text_encoder.get_input_embeddings().weight
+    learned = load_file(o.output_dir / "learned_embeds.safetensors")["<cat>"]
+    assert ids == [49408, 49409] and torch.equal(table[ids], learned)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"initializer_token": "hippopotamus toy"}, "--initializer_token 'hippopotamus toy' is"),
+        ({"placeholder_token": "cat"}, "--placeholder_token: .*'cat' is a token already"),
+        ({"placeholder_token": " "}, "--placeholder_token"),
+        ({"tokenizer_name": "nowhere"}, "nowhere"),
+        ({"variant": "fp8"}, "fp8"),
+    ],
+)
+def test_textual_inversion_mistakes(options, changes, message):
+    o = options("textual_inversion", **changes)
+    with pytest.raises(ValueError, match=message):
+        run("textual_inversion", o)
+    assert not o.output_dir.exists()

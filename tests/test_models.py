@@ -1,0 +1,236 @@
+"""The networks equal diffusers' and transformers' on random weights: outputs, gradients, names and shapes."""
+
+import pytest
+import torch
+
+from minisd.models import text, unet, vae
+
+pytestmark = pytest.mark.parity
+
+TINY_UNET = unet.UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32, 64, 64),
+    attention=(True, True, False),
+    num_heads=(2, 4, 4),
+    layers_per_block=2,
+    cross_attention_dim=24,
+    norm_num_groups=8,
+    norm_eps=1e-5,
+    sample_size=16,
+)
+TINY_VAE = vae.VAEConfig(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    block_out_channels=(16, 32, 32),
+    layers_per_block=2,
+    norm_num_groups=8,
+    sample_size=32,
+    scaling_factor=0.5,
+)
+TINY_TEXT = text.TextConfig(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=3,
+    num_heads=4,
+    max_positions=16,
+    activation="quick_gelu",
+    eps=1e-5,
+)
+
+
+def diffusers_unet(config: unet.UNetConfig):
+    diffusers = pytest.importorskip("diffusers")
+    kind = {True: "CrossAttn", False: ""}
+    down = [f"{kind[a]}DownBlock2D" for a in config.attention]
+    up = [f"{kind[a]}UpBlock2D" for a in reversed(config.attention)]
+    return diffusers.UNet2DConditionModel(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=config.block_out_channels,
+        down_block_types=down,
+        up_block_types=up,
+        attention_head_dim=config.num_heads,
+        layers_per_block=config.layers_per_block,
+        cross_attention_dim=config.cross_attention_dim,
+        norm_num_groups=config.norm_num_groups,
+        norm_eps=config.norm_eps,
+        sample_size=config.sample_size,
+    )
+
+
+def diffusers_vae(config: vae.VAEConfig):
+    diffusers = pytest.importorskip("diffusers")
+    levels = len(config.block_out_channels)
+    return diffusers.AutoencoderKL(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        latent_channels=config.latent_channels,
+        block_out_channels=config.block_out_channels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=config.sample_size,
+        scaling_factor=config.scaling_factor,
+    )
+
+
+def transformers_text(config: text.TextConfig):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=config.max_positions,
+            hidden_act=config.activation,
+        )
+    )
+
+
+def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module, prefix: str = "") -> None:
+    """Random values everywhere, zero biases and unit norms included, then theirs into ours by name."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    state = theirs.state_dict()
+    known = ours.state_dict()
+    ours.load_state_dict({k if k in known else prefix + k: v for k, v in state.items()}, strict=True)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, floor: float = 0.0) -> None:
+    error = (ours - theirs).abs().max() / max(theirs.abs().max(), floor)
+    assert error <= tolerance, f"off by {error:.1e} of the scale"
+
+
+def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, prefix: str = "") -> None:
+    mine = dict(ours.named_parameters())
+    # The bias of a key shifts all scores alike: its gradient is zero, and all there is of it is rounding.
+    floor = 1e-4 * max(p.grad.abs().max() for p in theirs.parameters())
+    for name, p in theirs.named_parameters():
+        assert_close(mine[name if name in mine else prefix + name].grad, p.grad, 1e-4, floor)
+
+
+def check_unet(config: unet.UNetConfig, height: int, width: int) -> None:
+    torch.manual_seed(0)
+    theirs, ours = diffusers_unet(config), unet.UNet(config)
+    same_weights(ours, theirs)
+    x = torch.randn(2, config.in_channels, height, width)
+    timesteps = torch.tensor([7, 981])
+    context = torch.randn(2, 5, config.cross_attention_dim)
+    ours_in, theirs_in = (context.clone().requires_grad_() for _ in range(2))
+    out = ours(x, timesteps, ours_in)
+    expected = theirs(x, timesteps, theirs_in).sample
+    assert_close(out, expected, 2e-5)
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    assert_close(ours_in.grad, theirs_in.grad, 1e-4)
+    assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("in_channels", [4, 8, 9])
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (9, 14)], ids=str)  # the last: odd on the way down
+def test_unet_equals_diffusers(in_channels, size):
+    config = unet.UNetConfig(**{**vars(TINY_UNET), "in_channels": in_channels})
+    check_unet(config, *size)
+
+
+@pytest.mark.slow
+def test_unet_of_sd15_equals_diffusers():
+    check_unet(unet.SD15, 16, 16)
+
+
+def check_vae(config: vae.VAEConfig, height: int, width: int) -> None:
+    torch.manual_seed(0)
+    theirs, ours = diffusers_vae(config), vae.AutoencoderKL(config)
+    same_weights(ours, theirs)
+    pixels = torch.randn(1, 3, height, width)
+    mean, std = ours.encode(pixels)
+    posterior = theirs.encode(pixels).latent_dist
+    assert_close(mean, posterior.mean * config.scaling_factor, 2e-5)
+    assert_close(std, posterior.std * config.scaling_factor, 2e-5)
+    decoded = ours.decode(mean)
+    expected = theirs.decode(posterior.mean).sample
+    assert_close(decoded, expected, 2e-5)
+    (decoded.square().mean() + std.mean()).backward()
+    (expected.square().mean() + config.scaling_factor * posterior.std.mean()).backward()
+    assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 24)], ids=str)
+def test_vae_equals_diffusers(size):
+    check_vae(TINY_VAE, *size)
+
+
+@pytest.mark.slow
+def test_vae_of_sd15_equals_diffusers():
+    check_vae(vae.SD15, 64, 64)
+
+
+def check_text(config: text.TextConfig) -> None:
+    torch.manual_seed(0)
+    theirs, ours = transformers_text(config), text.TextEncoder(config)
+    same_weights(ours, theirs, "text_model.")
+    ids = torch.randint(0, config.vocab_size, (2, config.max_positions))
+    out, expected = ours(ids), theirs(ids)[0]
+    assert_close(out, expected, 2e-5)
+    # A fixed random direction: the plain sum of squares behind a LayerNorm hardly depends on the layers.
+    direction = torch.randn(out.shape)
+    (out * direction).mean().backward()
+    (expected * direction).mean().backward()
+    assert_same_gradients(ours, theirs, "text_model.")
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_text_encoder_equals_transformers(activation):
+    check_text(text.TextConfig(**{**vars(TINY_TEXT), "activation": activation}))
+
+
+@pytest.mark.slow
+def test_text_encoder_of_sd15_equals_transformers():
+    check_text(text.SD15)
+
+
+@pytest.mark.parametrize(
+    "build, parameters, tensors",
+    [
+        (lambda: unet.UNet(unet.SD15), 859_520_964, 686),
+        (lambda: unet.UNet(unet.UNetConfig(**{**vars(unet.SD15), "in_channels": 9})), 859_535_364, 686),
+        (lambda: vae.AutoencoderKL(vae.SD15), 83_653_863, 248),
+        (lambda: text.TextEncoder(text.SD15), 123_060_480, 196),
+    ],
+    ids=["unet", "unet of 9 channels", "vae", "text encoder"],
+)
+def test_counts_of_sd15(build, parameters, tensors):
+    with torch.device("meta"):
+        state = build().state_dict()
+    assert sum(t.numel() for t in state.values()) == parameters
+    assert len(state) == tensors
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing():
+    torch.manual_seed(0)
+    model = unet.UNet(TINY_UNET)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 24)
+    model(*inputs).square().mean().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    model.mid_block.resnets[0].register_forward_pre_hook(count)
+    model.enable_gradient_checkpointing()
+    model(*inputs).square().mean().backward()
+    assert calls == 2  # forward, and again in backward
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
