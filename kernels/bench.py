@@ -248,6 +248,7 @@ def main() -> int:
         for r in time_row(row, dtype, reach):
             table.append(r)
             print(line(r), flush=True)
+    os.makedirs(options.out, exist_ok=True)
     with open(os.path.join(options.out, "kernels.json"), "w") as file:
         json.dump(dict(about=about, rows=table), file, indent=1)
     with open(os.path.join(options.out, "kernels.md"), "w") as file:

@@ -141,3 +141,59 @@ def test_a_cpu_run_does_not_import_the_kernels():
         sys.exit("minisd.kernels" in sys.modules)
     """)
     assert found.returncode == 0, found.stderr
+
+
+# ------------------------------ A whole network
+
+
+def unet_gradients(dtype, device, layout):
+    """Prediction and gradients of a small UNet, the same weights and inputs whatever the type and device."""
+    from minisd.models import unet
+
+    torch.manual_seed(0)
+    config = unet.UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        attention=(True, False),
+        num_heads=(1, 2),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        norm_num_groups=2,
+        norm_eps=1e-5,
+        sample_size=4,
+    )
+    net = unet.UNet(config).to(device, dtype).to(memory_format=layout)
+    x, context = torch.randn(1, 4, 4, 6), torch.randn(1, 77, 24)
+    x = x.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
+    pred = net(x, torch.tensor([700], device=device), context.to(device, dtype))
+    grads = torch.autograd.grad(pred.float().square().sum(), [x, *net.parameters()])
+    return pred.detach(), grads
+
+
+@interpreter
+def test_a_whole_unet_by_the_kernels():
+    ops.choose("torch")
+    pred, grads = unet_gradients(torch.float32, "cpu", torch.channels_last)
+    ops.choose("triton")
+    ours, our_grads = unet_gradients(torch.float32, "cpu", torch.channels_last)
+    torch.testing.assert_close(ours, pred, atol=1e-5, rtol=1e-4)
+    for a, b in zip(our_grads, grads, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRET, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_whole_unet_on_the_gpu(dtype):
+    """Against float64 on the CPU the kernels err at most twice as much as torch in the same type."""
+    ops.choose("torch")
+    exact = unet_gradients(torch.float64, "cpu", torch.contiguous_format)
+    errors = []
+    for choice in ("triton", "torch"):
+        ops.choose(choice)
+        pred, grads = unet_gradients(dtype, "cuda", torch.channels_last)
+        off = [(a.cpu().double() - b).norm() / b.norm() for a, b in zip(grads, exact[1], strict=True)]
+        errors.append([(pred.cpu().double() - exact[0]).norm() / exact[0].norm(), torch.stack(off).mean()])
+    ours, theirs = errors
+    assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
