@@ -1,14 +1,93 @@
 """The only door between the models and the kernels: each op has one signature, whoever computes it.
 
+`choose` sets who: "auto", the default, takes a Triton kernel wherever one can run and torch elsewhere;
+"triton" is an error where none can, with the reason; "torch" never asks. On a CPU auto is torch, and the
+kernels are not even imported.
+
 Shapes: b batch, c channels, h w height and width, n tokens, nh heads, hd head width, d width.
 """
 
+import os
+import sys
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# ------------------------------ Who computes
+
+CHOICES = ("auto", "triton", "torch")
+_choice = "auto"
+_said: set[str] = set()
+_missing = "the kernels are not loaded"  # why there are no kernels, or ""
+_kernels: dict = {}  # their modules by name
+
+
+def choose(kernels: str) -> None:
+    """Who computes from now on: "auto", "triton" or "torch"."""
+    global _choice
+    if kernels not in CHOICES:
+        raise ValueError(f"--kernels {kernels}: choose from {', '.join(CHOICES)}")
+    if kernels == "triton" and _load():
+        raise ValueError(f"--kernels triton: {_missing}")
+    _choice = kernels
+    _said.clear()
+
+
+def _load() -> str:
+    """Import the kernels once; returns why they are missing, or nothing."""
+    global _missing
+    if _missing:
+        try:
+            from minisd.kernels import attention, cross_attention, geglu, group_norm, layer_norm
+        except ImportError as error:
+            _missing = f"triton cannot be imported ({error})"
+        else:
+            modules = attention, cross_attention, geglu, group_norm, layer_norm
+            _kernels.update({m.__name__.rpartition(".")[2]: m for m in modules})
+            _missing = ""
+    return _missing
+
+
+def _use(name: str, x: Tensor, *arguments) -> bool:
+    """Whether the kernel `name` computes this."""
+    if _choice == "torch":
+        return False
+    if _choice == "auto" and not x.is_cuda:
+        reason = f"the tensors are on {x.device.type}"
+    else:
+        reason = _missing or _kernels[name].why_not(x, *arguments)
+    if reason and _choice == "triton":
+        raise ValueError(f"--kernels triton: {name.replace('_', ' ')} cannot run: {reason}")
+    _say(reason)
+    return not reason
+
+
+def _say(reason: str) -> None:
+    """Each choice of auto once in a run, on the first rank."""
+    if _choice == "auto" and not torch.compiler.is_compiling() and reason not in _said:
+        _said.add(reason)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"kernels: {f'torch, {reason}' if reason else 'triton'}", file=sys.stderr)
+
+
+if torch.cuda.is_available():
+    _load()
+
+# ------------------------------ The ops
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v for q (b, n, nh, hd) and k, v (b, m, nh, hd). Returns (b, n, nh, hd)."""
+    # The text encoder's causal attention and the VAE's one head of 512 are torch's in every mode: no kernel
+    # is meant for them, and they are hundredths of a run.
+    if not causal and q.shape[-1] <= 160:
+        if torch.is_autocast_enabled(q.device.type):  # as it does for torch's own attention
+            q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+        if k.shape[1] <= 128 and _use("cross_attention", q, k, v):  # all keys at once
+            return _kernels["cross_attention"].cross_attention(q, k, v)
+        if _use("attention", q, k, v):
+            return _kernels["attention"].attention(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, nh, n, hd)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)  # (b, n, nh, hd)
 
@@ -24,6 +103,8 @@ def group_norm(
     add: Tensor | None = None,
 ) -> Tensor:
     """GroupNorm of x + add, then SiLU if asked; x (b, c, h, w), add (b, c), weight and bias (c,)."""
+    if _use("group_norm", x, num_groups, weight, bias, add):
+        return _kernels["group_norm"].group_norm(x, weight, bias, add, num_groups, eps, silu)
     if add is not None:
         x = x + add[:, :, None, None]
     x = F.group_norm(x, num_groups, weight, bias, eps)
@@ -32,10 +113,24 @@ def group_norm(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension of x (..., d)."""
+    if _use("layer_norm", x, weight, bias):
+        return _kernels["layer_norm"].layer_norm(x, None, weight, bias, eps)[0]
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x + residual, and x + residual itself."""
+    if _use("layer_norm", x, weight, bias, residual):
+        return _kernels["layer_norm"].layer_norm(x, residual, weight, bias, eps)
+    x = x + residual
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps), x
 
 
 def geglu(x: Tensor) -> Tensor:
     """a * gelu(g) with the exact gelu, for x = [a, g] (..., 2 d). Returns (..., d)."""
+    if _use("geglu", x):
+        return _kernels["geglu"].geglu(x)
     a, g = x.chunk(2, dim=-1)
     return a * F.gelu(g)

@@ -1,0 +1,118 @@
+"""Tiles of an attention head, shared by attention.py and cross_attention.py.
+
+Stable Diffusion's head widths, 40, 80 and 160, are not powers of two, and a tile must be one. Padding to 64,
+128 and 256 would waste a third of every product, so a head is cut in two tiles (32 + 16, 64 + 16, 128 + 32):
+the pairs (x0, x1) everywhere. With D1 = 0 there is one tile; x1 is then x0 and unused.
+"""
+
+import functools
+
+import minisd.kernels.launch as L
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634  # the kernels work in powers of two: exp2 is one instruction, exp is two
+
+# ------------------------------ On the device
+
+
+@triton.jit
+def load_part(
+    ptr,
+    rows,
+    num_rows,
+    stride,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HD: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Columns FIRST to FIRST + WIDTH of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    at = ptr + rows[:, None] * stride + cols[None, :]
+    if EVEN:
+        if FIRST + WIDTH <= HD:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=cols[None, :] < HD, other=0.0)
+    else:
+        return tl.load(at, mask=(rows[:, None] < num_rows) & (cols[None, :] < HD), other=0.0)
+
+
+@triton.jit
+def load_head(
+    ptr, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN: tl.constexpr
+):
+    x0 = load_part(ptr, rows, num_rows, stride, 0, D0, HD, EVEN)
+    x1 = x0
+    if D1 > 0:
+        x1 = load_part(ptr, rows, num_rows, stride, D0, D1, HD, EVEN)
+    return x0, x1
+
+
+@triton.jit
+def store_part(ptr, x, rows, num_rows, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
+    ok = (rows[:, None] < num_rows) & (cols[None, :] < HD)
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def store_head(ptr, x0, x1, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    store_part(ptr, x0, rows, num_rows, stride, 0, D0, HD)
+    if D1 > 0:
+        store_part(ptr, x1, rows, num_rows, stride, D0, D1, HD)
+
+
+@triton.jit
+def dot_heads(a0, a1, b0, b1, D1: tl.constexpr):
+    """a b^T over the whole head width: (rows of a, rows of b) fp32."""
+    s = tl.dot(a0, b0.T)
+    if D1 > 0:
+        s = tl.dot(a1, b1.T, s)
+    return s
+
+
+@triton.jit
+def dot_onto(p, x0, x1, acc0, acc1, D1: tl.constexpr):
+    """acc + p x, both parts."""
+    acc0 = tl.dot(p, x0, acc0)
+    if D1 > 0:
+        acc1 = tl.dot(p, x1, acc1)
+    return acc0, acc1
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    x0 = tl.zeros((ROWS, D0), tl.float32)
+    x1 = x0
+    if D1 > 0:
+        x1 = tl.zeros((ROWS, D1), tl.float32)
+    return x0, x1
+
+
+# ------------------------------ On the host
+
+
+@functools.cache
+def split(hd: int) -> dict:
+    """The tiles of a head: 40 is 32 + 16, 8 columns idle; one where two would not be shorter (64, 56)."""
+    whole = L.power_of_two(hd, 16)
+    d0 = max(16, whole // 2)
+    d1 = L.power_of_two(hd - d0, 16) if hd > d0 else 0
+    return dict(HD=hd, D0=d0, D1=d1) if 0 < d1 < whole - d0 else dict(HD=hd, D0=whole, D1=0)
+
+
+def shape_class(hd: int) -> int:
+    return next(c for c in (32, 40, 64, 80, 128, 160) if hd <= c)
+
+
+def heads_dense(t: Tensor) -> Tensor:
+    """t, copied only where its heads do not lie side by side (a slice of a fused QKV product is fine)."""
+    return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
+
+
+def arguments(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """The scalars that all kernels take: n, m, nh and the strides."""
+    return q.shape[1], k.shape[1], q.shape[2], *(s for t in (q, k, v) for s in t.stride()[:2])

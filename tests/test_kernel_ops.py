@@ -1,0 +1,199 @@
+"""The dispatcher: what auto takes, what a forced choice refuses, the kernels behind the models' names."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisd import ops
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = pytest.mark.skipif(not INTERPRET, reason="test_kernels.py runs it in the interpreter")
+ordinary = pytest.mark.skipif(INTERPRET, reason="the ordinary session runs it")
+
+
+@pytest.fixture(autouse=True)
+def default():
+    yield
+    ops.choose("auto")
+
+
+def sdpa(q, k):
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, k).transpose(1, 2)
+
+
+def every_op():
+    """Each op once: name, what ops gives, plain torch, and the input that wants a gradient."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 4, 4, generator=g).requires_grad_()
+    w, b, add = (torch.randn(s, generator=g) for s in ((32,), (32,), (2, 32)))
+    tokens = x.flatten(2).mT  # (2, 16, 32)
+    q = tokens.unflatten(-1, (1, 32))  # (2, 16, 1, 32)
+    text, long = (torch.randn(2, m, 1, 32, generator=g) for m in (77, 130))
+    norm = F.layer_norm(tokens * 2, (32,), w, b)
+    theirs = F.silu(F.group_norm(x + add[:, :, None, None], 8, w, b, 1e-5))
+    yield "group_norm", ops.group_norm(x, 8, w, b, 1e-5, silu=True, add=add), theirs, x
+    yield "attention", ops.attention(q, long, long), sdpa(q, long), x
+    yield "cross_attention", ops.attention(q, text, text), sdpa(q, text), x
+    yield "layer_norm", ops.layer_norm(tokens * 2, w, b, 1e-5), norm, x
+    yield "add_layer_norm", ops.add_layer_norm(tokens, tokens, w, b, 1e-5)[0], norm, x
+    yield "geglu", ops.geglu(tokens), tokens[..., :16] * F.gelu(tokens[..., 16:]), x
+
+
+def compare():
+    for _, ours, theirs, x in every_op():
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        grads = [torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (ours, theirs)]
+        torch.testing.assert_close(*grads, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["auto", "torch"])
+def test_on_a_cpu_torch_computes(choice):
+    ops.choose(choice)
+    compare()
+
+
+@interpreter
+def test_forced_kernels_agree_with_torch():
+    ops.choose("triton")
+    compare()
+
+
+@interpreter
+def test_forced_kernels_compile_without_a_break():
+    ops.choose("triton")
+    x = torch.randn(1, 32, 4, 4, requires_grad=True)
+    w, b = torch.randn(32), torch.randn(32)
+
+    def step(x):
+        tokens = ops.group_norm(x, 8, w, b, 1e-6).flatten(2).mT  # (1, 16, 32)
+        heads = ops.layer_norm(tokens, w, b, 1e-5).unflatten(-1, (2, 16))
+        return ops.geglu(ops.attention(heads, heads, heads).flatten(2))
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, step(x))
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (compiled, step(x))))
+
+
+@interpreter
+def test_autocast():
+    """Attention runs in the low type, as torch's own does; gradients return in the input's."""
+    ops.choose("triton")
+    q = torch.randn(1, 9, 2, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        o = ops.attention(q, q, q)
+    assert o.dtype == torch.float16
+    assert torch.autograd.grad(o.float().sum(), q)[0].dtype == torch.float32
+
+
+@ordinary
+def test_a_forced_choice_that_cannot_run_says_why():
+    pytest.importorskip("triton")
+    ops.choose("triton")
+    with pytest.raises(ValueError, match="--kernels triton: group norm cannot run: the tensors are on cpu"):
+        ops.group_norm(torch.randn(1, 8, 2, 2), 2, torch.ones(8), torch.ones(8), 1e-5)
+    with pytest.raises(ValueError, match="choose from auto, triton, torch"):
+        ops.choose("cuda")
+
+
+@ordinary
+def test_auto_says_once_what_it_chose(capsys):
+    ops.choose("auto")
+    for _ in range(2):
+        list(every_op())
+    assert capsys.readouterr().err == "kernels: torch, the tensors are on cpu\n"
+
+
+def run_python(code):
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+@ordinary
+def test_without_triton():
+    """Where triton cannot be imported everything works, and asking for it is an error with the reason."""
+    found = run_python("""if True:
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from minisd import ops
+        ops.geglu(torch.randn(2, 8))
+        try:
+            ops.choose("triton")
+        except ValueError as error:
+            assert "triton cannot be imported" in str(error), error
+        else:
+            raise SystemExit("no error")
+    """)
+    assert found.returncode == 0, found.stderr
+
+
+@ordinary
+def test_a_cpu_run_does_not_import_the_kernels():
+    found = run_python("""if True:
+        import sys, torch
+        from minisd import ops
+        ops.geglu(torch.randn(2, 8))
+        sys.exit("minisd.kernels" in sys.modules)
+    """)
+    assert found.returncode == 0, found.stderr
+
+
+# ------------------------------ A whole network
+
+
+def unet_gradients(dtype, device, layout):
+    """Prediction and gradients of a small UNet, the same weights and inputs whatever the type and device."""
+    from minisd.models import unet
+
+    torch.manual_seed(0)
+    config = unet.UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        attention=(True, False),
+        num_heads=(1, 2),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        norm_num_groups=2,
+        norm_eps=1e-5,
+        sample_size=4,
+    )
+    net = unet.UNet(config).to(device, dtype).to(memory_format=layout)
+    x, context = torch.randn(1, 4, 4, 6), torch.randn(1, 77, 24)
+    x = x.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
+    pred = net(x, torch.tensor([700], device=device), context.to(device, dtype))
+    grads = torch.autograd.grad(pred.float().square().sum(), [x, *net.parameters()])
+    return pred.detach(), grads
+
+
+@interpreter
+def test_a_whole_unet_by_the_kernels():
+    ops.choose("torch")
+    pred, grads = unet_gradients(torch.float32, "cpu", torch.channels_last)
+    ops.choose("triton")
+    ours, our_grads = unet_gradients(torch.float32, "cpu", torch.channels_last)
+    torch.testing.assert_close(ours, pred, atol=1e-5, rtol=1e-4)
+    for a, b in zip(our_grads, grads, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRET, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_whole_unet_on_the_gpu(dtype):
+    """Against float64 on the CPU the kernels err at most twice as much as torch in the same type."""
+    ops.choose("torch")
+    exact = unet_gradients(torch.float64, "cpu", torch.contiguous_format)
+    errors = []
+    for choice in ("triton", "torch"):
+        ops.choose(choice)
+        pred, grads = unet_gradients(dtype, "cuda", torch.channels_last)
+        off = [(a.cpu().double() - b).norm() / b.norm() for a, b in zip(grads, exact[1], strict=True)]
+        errors.append([(pred.cpu().double() - exact[0]).norm() / exact[0].norm(), torch.stack(off).mean()])
+    ours, theirs = errors
+    assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
