@@ -38,10 +38,12 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
+    from minisd import ops
     from minisd.data import images
     from minisd.generate import Settings, infotext, pictures
     from minisd.stable_diffusion import StableDiffusion
 
+    ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(options.dtype)
     sd = StableDiffusion.load(

@@ -28,6 +28,10 @@ TRITON_NAMES = {
     torch.int64: "i64",
 }
 
+# GPU families on which `pytest -m gpu` and the benchmark have been run. On others `auto` leaves the work to
+# torch: a kernel that nobody has timed on a chip may be slower there, and one that nobody has run, wrong.
+MEASURED: frozenset[int] = frozenset()
+
 # ------------------------------ Tile tables
 
 
@@ -91,6 +95,10 @@ def family(capability: int) -> int:
     if capability >= 120:
         return 86
     return max((f for f in (80, 86, 90, 100) if f <= capability), default=80)
+
+
+def measured(device: torch.device) -> bool:
+    return family(capability(device)) in MEASURED
 
 
 def tile(op: str, shape_class, device: torch.device) -> dict:

@@ -138,10 +138,14 @@ class Optimizer(Group):
         require(self.snr_gamma is None or self.snr_gamma > 0, "--snr_gamma must be positive")
 
 
+KERNELS = Literal["auto", "triton", "torch"]
+
+
 @dataclass(kw_only=True)
 class Precision(Group):
     """Speed and memory"""
 
+    kernels: KERNELS = flag("auto", "who computes attention and norms; auto is triton where it was measured")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "what frozen networks and autocast run in")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     cache_latents: bool = flag(True, "encode every picture once, where crops are not random")
@@ -265,6 +269,7 @@ class Sample(Model):
     batch_size: int = flag(4, "pictures drawn at the same time")
     output: Path = flag(Path("samples"), "folder for the pictures, or the name of a .png file")
     device: str | None = flag(None, "cuda, cpu, ...; cuda by default where there is one")
+    kernels: KERNELS = flag("auto", "who computes attention and norms; auto is triton where it was measured")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag("auto", "auto is fp16 on cuda and fp32 elsewhere")
 
     def check(self):

@@ -1,6 +1,7 @@
 """The only door between the models and the kernels: each op has one signature, whoever computes it.
 
-`choose` sets who: "auto", the default, takes a Triton kernel wherever one can run and torch elsewhere;
+`choose` sets who: "auto", the default, takes a Triton kernel wherever one can run that has been measured on
+such a GPU, and torch elsewhere;
 "triton" is an error where none can, with the reason; "torch" never asks. On a CPU auto is torch, and the
 kernels are not even imported.
 
@@ -39,11 +40,11 @@ def _load() -> str:
     global _missing
     if _missing:
         try:
-            from minisd.kernels import attention, cross_attention, geglu, group_norm, layer_norm
+            from minisd.kernels import attention, cross_attention, geglu, group_norm, launch, layer_norm
         except ImportError as error:
             _missing = f"triton cannot be imported ({error})"
         else:
-            modules = attention, cross_attention, geglu, group_norm, layer_norm
+            modules = attention, cross_attention, geglu, group_norm, launch, layer_norm
             _kernels.update({m.__name__.rpartition(".")[2]: m for m in modules})
             _missing = ""
     return _missing
@@ -55,6 +56,8 @@ def _use(name: str, x: Tensor, *arguments) -> bool:
         return False
     if _choice == "auto" and not x.is_cuda:
         reason = f"the tensors are on {x.device.type}"
+    elif _choice == "auto" and not _missing and not _kernels["launch"].measured(x.device):
+        reason = "the kernels have not been measured on this GPU; --kernels triton takes them all the same"
     else:
         reason = _missing or _kernels[name].why_not(x, *arguments)
     if reason and _choice == "triton":

@@ -23,7 +23,7 @@ FREE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "num_train_epochs",
     "checkpointing_steps", "checkpoints_total_limit", "save_steps", "report_to", "logging_dir", "local_rank",
     "push_to_hub", "hub_model_id", "hub_token", "cache_dir", "dataloader_num_workers", "cache_latents",
-    "validation_prompt", "validation_steps", "validation_epochs", "num_validation_images",
+    "kernels", "validation_prompt", "validation_steps", "validation_epochs", "num_validation_images",
 }  # fmt: skip
 
 

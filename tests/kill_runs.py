@@ -28,7 +28,7 @@ STEPS = 8
 def train(model: str, data: str, out: Path, resume: bool) -> None:
     argv = ["--method", "textual_inversion", "--model", model, "--data", data, "--output_dir", str(out)]
     argv += ["--max_train_steps", str(STEPS), "--resolution", "32", "--train_batch_size", "2"]
-    argv += ["--learning_rate", "1e-2", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    argv += ["--learning_rate", "1e-2", "--checkpointing_steps", "1", "--checkpoints_total_limit", "3"]
     argv += ["--save_steps", "1", "--report_to", "none", "--num_validation_images", "1"]
     argv += ["--resume_from_checkpoint", "latest"] if resume else []
     name, options = cli.parse_train(argv)
@@ -78,7 +78,11 @@ def main(model: str, data: str, folder: str, count: str) -> None:
     for i in range(int(count)):
         out = Path(folder) / f"run-{i}"
         pid = fork(model, data, out, False)
-        time.sleep(rng.uniform(0.05, 1.0) * duration)
+        # Some way into a random update, whatever the machine's speed at the moment.
+        update = rng.randrange(STEPS)
+        while update and not (out / f"checkpoint-{update}").exists():
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 1.5) * duration / STEPS if update else rng.uniform(0, 0.5) * duration)
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:

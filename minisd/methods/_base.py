@@ -34,8 +34,9 @@ class Method:
     def __init__(self, options):
         import torch
 
-        from minisd import distributed
+        from minisd import distributed, ops
 
+        ops.choose(options.kernels)
         self.options = options
         self.device = distributed.device()
         self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[

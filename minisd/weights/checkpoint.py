@@ -60,8 +60,13 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_built: dict[tuple[str, str], nn.Module] = {}
+
+
 def build(part: str, config: Config, source: Path | str) -> nn.Module:
     """The part's module on the meta device. ValueError, naming `source`, if it cannot be built."""
+    if module := _built.pop((part, repr(config)), None):
+        return module
     try:
         with torch.device("meta"), _NoInit():
             return MODULES[part](config)
@@ -71,8 +76,10 @@ def build(part: str, config: Config, source: Path | str) -> nn.Module:
 
 
 def native_shapes(part: str, config: Config, source: Path | str) -> dict[str, torch.Size]:
-    """Native name -> shape of every tensor of a part."""
-    return {name: tensor.shape for name, tensor in build(part, config, source).state_dict().items()}
+    """Native name -> shape of every tensor of a part. The next `build` of it takes the module made for this:
+    making a full-size UNet takes as long as mapping its file."""
+    module = _built[part, repr(config)] = build(part, config, source)
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
