@@ -6,6 +6,7 @@ what is drawn. With buckets the place is a function of the size of a round too (
 together), because a round holds pictures of one bucket.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -83,6 +84,12 @@ class Bucketed:
         return members[self._order(cycle, bucket, turn)[place].item()]
 
 
+def _shape(view) -> tuple[int, int] | None:
+    """Width and height of what a view shows; None where a dataset has but one."""
+    view = getattr(view, "view", view)
+    return view.box and (view.box[2] - view.box[0], view.box[3] - view.box[1])
+
+
 class Stream:
     """Sample k as a list of {"number", "prompt", "weight"} and either "pixels" (3, h, w) or cached "mean" and
     "std": one for each example that stands at that place (an instance and a picture of its class, say)."""
@@ -99,6 +106,14 @@ class Stream:
             self.order = Shuffled(len(self.dataset), self.seed)
         else:
             self.order = Bucketed(self.dataset.buckets, self.seed, size)
+
+    def views(self, size: int) -> list[list]:
+        """Every view there can be, in parts of at most `size` of one shape; none if they are endless."""
+        views, parts = self.dataset.views() or [], []
+        for _, alike in itertools.groupby(views, key=_shape):
+            alike = list(alike)
+            parts += [alike[start : start + size] for start in range(0, len(alike), size)]
+        return parts
 
     def __getitem__(self, number: int) -> list[dict]:
         generator = noise.generator(self.seed, "augment", number)

@@ -11,6 +11,8 @@ from PIL import Image
 from minisd import noise
 from minisd.data import images
 
+SHOWN = 20  # reasons in a summary
+
 # A column by other names, tried where it is missing: ControlNet's lines, and pairs told by file_name.
 ALSO = {
     "image": ("target",),
@@ -54,7 +56,7 @@ class Source:
     flag: str
     records: tuple[Record, ...]
     skipped: tuple[str, ...] = ()
-    hidden: int = 0
+    hidden: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -116,29 +118,41 @@ class Source:
         return replace(self, records=tuple(records))
 
     def split(self, fraction: float, seed: int) -> tuple["Source", "Source"]:
-        """What to train on, and a held-out part of `fraction` of the records, drawn by the seed."""
-        held = set(drawn(len(self), max(1, round(len(self) * fraction)), seed, "held out"))
-        parts = [r for i, r in enumerate(self.records) if i not in held], [self.records[i] for i in held]
+        """What to train on, and a held-out part of `fraction` of the records, at least one, drawn by the
+        seed. ValueError if nothing is left to train on."""
+        count = max(1, round(len(self) * fraction))
+        if count >= len(self):
+            raise ValueError(f"--validation_split {fraction} leaves none of {len(self)} examples to train on")
+        held = set(drawn(len(self), count, seed, "held out"))
+        parts = (
+            [r for i, r in enumerate(self.records) if i not in held],
+            [self.records[i] for i in sorted(held)],
+        )
         return tuple(replace(self, records=tuple(part)) for part in parts)
 
     def summary(self, caption_column: str | None = None) -> str:
         """Pictures, captions, sizes, and what was passed over and why."""
         sizes = Counter(size for r in self.records for size in r.sizes.values())
-        common = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(4))
-        count = sum(len(r.pictures) for r in self.records)
+        count, places = sum(len(r.pictures) for r in self.records), len(self.places)
         column = caption_column or next((c for c in ("text", "prompt") if c in self.columns), None)
-        captions = [r.texts[column] for r in self.records if column in r.texts] if column else []
-        lines = [f"{self.name}: {count} pictures in {len(self)} records, {len(captions)} with a caption"]
-        if len(places := self.places) != len(self):
-            lines[0] += f", {len(places)} in an epoch"
+        captions = sum(column in r.texts for r in self.records)
+        lines = [f"{count} pictures in {self.name}, {captions} with a caption"]
+        if not count == len(self) == places:
+            epoch = f", {places} in an epoch" if places > len(self) else ""
+            lines.append(f"  examples: {len(self)}{epoch}")
         lines.append(f"  columns: {', '.join(self.columns)}")
-        lines.append(f"  sizes: {common}" + (f" and {len(sizes) - 4} more" if len(sizes) > 4 else ""))
+        common = [f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(4)]
+        lines.append(f"  sizes: {_listed(common, len(sizes))}")
         if self.hidden:
-            lines.append(f"  hidden files: {self.hidden}")
-        lines += [f"  passed over: {reason}" for reason in self.skipped[:20]]
-        if len(self.skipped) > 20:
-            lines.append(f"  and {len(self.skipped) - 20} more")
+            lines.append(f"  hidden: {_listed(self.hidden[:4], len(self.hidden))}")
+        lines += [f"  passed over: {reason}" for reason in self.skipped[:SHOWN]]
+        if len(self.skipped) > SHOWN:
+            lines.append(f"  passed over: {len(self.skipped) - SHOWN} more")
         return "\n".join(lines)
+
+
+def _listed(shown, total: int) -> str:
+    return ", ".join(shown) + (f" and {total - len(shown)} more" if total > len(shown) else "")
 
 
 def join(sources: list[Source]) -> Source:
@@ -148,7 +162,7 @@ def join(sources: list[Source]) -> Source:
         flag=sources[0].flag,
         records=tuple(r for s in sources for r in s.records),
         skipped=tuple(reason for s in sources for reason in s.skipped),
-        hidden=sum(s.hidden for s in sources),
+        hidden=tuple(name for s in sources for name in s.hidden),
     )
 
 

@@ -48,8 +48,8 @@ def read(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> Source:
-    """The pictures of a folder in the order of their names; of the folders in it too: all, kohya's N_name
-    alone ("repeated"), or none.
+    """The pictures of a folder: first those of metadata files in the order of the rows, then the others by
+    name. Those of the folders in it too: of all, of kohya's N_name alone ("repeated"), or of none.
 
     Texts are the columns of the nearest metadata file at or above a picture; "text" is else that of a .txt or
     .caption file beside it, else kohya's name of the folder. ValueError if anything does not fit together, or
@@ -65,11 +65,11 @@ def read(
     except ValueError as e:
         raise ValueError(f"{flag}: {e}") from None
     if not records:
-        seen = f"{len(skipped)} other files looked at" if skipped else "it is empty"
+        seen = f"{len(skipped) + len(hidden)} other entries looked at" if skipped or hidden else "it is empty"
         raise ValueError(f"{flag}: no picture in {folder} ({seen})")
     records = [records[i] for i in drawn(len(records), max_samples, seed, "samples")]
     source = verified(str(folder), records, flag=flag, skip_bad_images=skip_bad_images)
-    return replace(source, skipped=(*skipped, *source.skipped), hidden=hidden)
+    return replace(source, skipped=(*skipped, *source.skipped), hidden=tuple(hidden))
 
 
 def read_dataset(
@@ -94,10 +94,11 @@ def read_dataset(
         )
     chosen = drawn(len(table), max_samples, seed, "samples")
     columns = {column: table.select_columns(column)[:][column] for column in texts}
+    tables_of = {column: table.select_columns(column) for column in pictures}  # so that no other one is read
     records = [
         Record(
             name=f"row {i}",
-            pictures={column: Cell(table, i, column) for column in pictures},
+            pictures={column: Cell(alone, i, column) for column, alone in tables_of.items()},
             texts={column: values[i] for column, values in columns.items()},
         )
         for i in chosen
@@ -134,7 +135,7 @@ class _Folder:
         self.metadata: dict[Path, Path] = {}  # folder -> its metadata file
         self.repeats: dict[Path, tuple[int, str]] = {}  # kohya's folder -> repeats, caption
         self.skipped: list[str] = []
-        self.hidden = 0
+        self.hidden: list[str] = []
         self._scan(root, subfolders, {os.path.realpath(root)})
 
     def _scan(self, folder: Path, subfolders: str, seen: set[str]) -> None:
@@ -146,7 +147,7 @@ class _Folder:
             self.skipped += [f"{self._short(p)}: {metadata.name} counts" for p in others]
         for path in entries:
             if path.name.startswith(".") or path.name == "__MACOSX":
-                self.hidden += 1
+                self.hidden.append(self._short(path))
             elif path.is_dir():
                 self._enter(path, subfolders, seen)
             elif path.suffix.lower() in images.SUFFIXES:
@@ -175,8 +176,8 @@ class _Folder:
     def _short(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
-    def records(self) -> tuple[list[Record], list[str], int]:
-        """The records, what was passed over, and how many hidden files there are. ValueError if a picture has
+    def records(self) -> tuple[list[Record], list[str], list[str]]:
+        """The records, what was passed over, and what is hidden. ValueError if a picture has
         no row, or a row no picture."""
         rows = [record for folder, path in self.metadata.items() for record in self._rows(folder, path)]
         named = {os.path.normpath(p) for record in rows for p in record.pictures.values()}
