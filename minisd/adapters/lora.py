@@ -229,6 +229,16 @@ def matches(tensors: dict[str, Tensor]) -> bool:
     return kohya.matches(tensors)
 
 
+def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
+    """The updates in a file, to train on. ValueError, naming it, if one is not of two low-rank factors."""
+    updates = read(sd, files.read(path), path)
+    for name, update in updates.items():
+        if not isinstance(update, LowRank):
+            raise ValueError(f"{path}: its update of {name} is no plain LoRA, which alone can be trained on")
+        update.dropout = dropout
+    return updates
+
+
 def read(sd, tensors: dict[str, Tensor], source: Path) -> dict[str, LowRank | FullDelta]:
     """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
     and the keys, if one of them is unknown, incomplete, or of another model."""
