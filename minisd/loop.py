@@ -51,9 +51,7 @@ def restore(state: State, names, parameters, optimizer, scaler, ema) -> None:
 
 def cache_latents(stream: Stream, encode: Callable, batch_size: int) -> None:
     """Encode every view of every picture once: mean and deviation are kept, so that each use draws anew."""
-    views = stream.dataset.views()
-    for start in tqdm(range(0, len(views), batch_size), desc="encoding pictures", leave=False):
-        part = views[start : start + batch_size]
+    for part in tqdm(stream.views(batch_size), desc="encoding pictures", leave=False):
         mean, std = encode(torch.stack([stream.dataset.pixels(view) for view in part]))
         stream.moments.update(zip(part, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
 
