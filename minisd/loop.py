@@ -105,7 +105,7 @@ def train(method, run: Run) -> int:
 
     # How it trains
     optimizer = optim.adamw(parameters, options)
-    lr = options.learning_rate * (per_update if options.scale_lr else 1)
+    lr = options.learning_rate * (per_update * method.lr_scale if options.scale_lr else 1)
     curve = {"warmup": options.lr_warmup_steps, "total": total, "lr": lr}
     curve |= {"cycles": options.lr_num_cycles, "power": options.lr_power}
     scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
@@ -177,7 +177,7 @@ def train(method, run: Run) -> int:
                     log.flush()
                 with averaged():
                     method.after_update(step)
-                    if options.validation_prompt and step % every == 0 and step < total:
+                    if method.validates() and step % every == 0 and step < total:
                         image = method.validation()
                         run.picture(step, "validation", image, f"validation/step-{step:06}.png")
             stop = processes.agree(interrupt.signal or 0)

@@ -2,6 +2,7 @@
 
 import inspect
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ class StableDiffusion:
         self.scheduler = scheduler  # what scheduler_config.json says
         self.set_schedule()
         self.name = name
+        self.original: dict[str, dict[str, Tensor]] = {}  # the tensors of the files, still on the disk
 
     @classmethod
     def load(
@@ -64,7 +66,7 @@ class StableDiffusion:
         checkpoint: Checkpoint = registry.match("weights", path).load(path, variant=variant, ema=ema)
         parts = {}
         for part in PARTS:
-            module = fill(build(part, getattr(checkpoint, part), path), checkpoint.tensors.pop(part), path)
+            module = fill(build(part, getattr(checkpoint, part), path), checkpoint.tensors[part], path)
             parts[part] = module.to(device, dtype).eval().requires_grad_(False)
         folder = Path(tokenizer) if tokenizer else checkpoint.tokenizer
         words = Tokenizer(folder, checkpoint.text_encoder.max_positions)
@@ -73,7 +75,9 @@ class StableDiffusion:
                 f"{folder} has {words.vocab_size} tokens and the text encoder of {path} "
                 f"{checkpoint.text_encoder.vocab_size}: they do not belong together"
             )
-        return cls(**parts, tokenizer=words, scheduler=checkpoint.scheduler, name=path.stem)
+        sd = cls(**parts, tokenizer=words, scheduler=checkpoint.scheduler, name=path.stem)
+        sd.original = checkpoint.tensors
+        return sd
 
     def set_schedule(self, **changes) -> None:
         """Change entries of scheduler_config.json; they are saved with the model."""
@@ -122,8 +126,9 @@ class StableDiffusion:
             raise ValueError(f"{file} is no adapter that is known here; it holds {names}, ...") from None
         return adapter.attach(self, tensors, scale, file)
 
-    def save(self, folder: Path) -> None:
-        """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it."""
+    def save(self, folder: Path, changed: Collection[str] = PARTS) -> None:
+        """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it.
+        Parts that are not `changed` are written as they were read, whatever precision they run in."""
         text_config, text_tensors = token_embedding.merged(self.text_encoder, lora.merged(self.text_encoder))
         with tempfile.TemporaryDirectory() as tokenizer:
             checkpoint = Checkpoint(
@@ -139,6 +144,7 @@ class StableDiffusion:
                 tokenizer=self.tokenizer.save(Path(tokenizer)),
                 pipeline="StableDiffusionPipeline",
             )
+            checkpoint.tensors |= {p: t for p, t in self.original.items() if p not in changed}
             diffusers.save(folder, checkpoint)
 
 

@@ -103,6 +103,17 @@ def cat(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def captioned(cat) -> Path:
+    """The same pictures, with captions beside them."""
+    folder = cat.parent / "captioned"
+    folder.mkdir()
+    for i, path in enumerate(sorted(cat.iterdir())):
+        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / f"{i}.txt").write_text(f"a drawing of cat number {i}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def script():
     """script("train.py", *flags): run it from the repository root; returns (exit status, stdout, stderr)."""
 

@@ -10,7 +10,6 @@ This file and the methods import torch only when they are called, so that `--hel
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +46,8 @@ class Method:
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.cache_latents = options.cache_latents
+        self.thawed: set[str] = set()  # the parts of the model that train as a whole
+        self.lr_scale = 1.0  # what --scale_lr multiplies by besides the pictures of an update
         self.contexts: dict[str, Tensor] = {}  # of prompts, where the text encoder is frozen
 
     # The seams
@@ -71,8 +72,8 @@ class Method:
         return losses.mse(pred, target)
 
     def save(self, folder: Path) -> None:
-        """Write the result: the whole model."""
-        self.sd.save(folder)
+        """Write the result: the whole model, in fp32 what trained and as it was what did not."""
+        self.sd.save(folder, self.thawed)
 
     def after_update(self, step: int) -> None:
         """Called after each optimizer update."""
@@ -83,7 +84,7 @@ class Method:
 
     # What the seams are called by
 
-    def load(self, dtype: torch.dtype | None = None):
+    def load(self, dtype: torch.dtype | None = None, revision: str | None = None):
         """The model that the options name, in `dtype`, or else in the precision of what is frozen."""
         from minisd.stable_diffusion import StableDiffusion
 
@@ -92,7 +93,7 @@ class Method:
             o.model,
             device=self.device,
             dtype=dtype or self.dtype,
-            revision=o.revision,
+            revision=revision or o.revision,
             variant=o.variant,
             ema=o.load_ema,
             tokenizer=o.tokenizer_name,
@@ -104,6 +105,51 @@ class Method:
         }
         sd.set_schedule(**{k: v for k, v in changed.items() if v is not None})
         return sd
+
+    def captioned(self, prompt: str | None = None):
+        """The captioned pictures that the options name; `prompt` is that of pictures without a caption."""
+        from minisd.data import datasets, sources
+
+        o = self.options
+        return datasets.Captioned(
+            sources.from_options(o),
+            image_column=o.image_column,
+            caption_column=o.caption_column,
+            caption_dropout=o.caption_dropout,
+            prompt=prompt,
+            bucket=o.bucket,
+            **self.shown(),
+        )
+
+    def shown(self) -> dict:
+        """How the options want pictures to be cut."""
+        o = self.options
+        return {
+            "resolution": o.resolution,
+            "center_crop": o.center_crop,
+            "random_flip": o.random_flip,
+            "interpolation": o.image_interpolation_mode,
+        }
+
+    def with_prior(self, instances):
+        """The instances, and pictures of their class beside them if the options ask for them."""
+        from minisd.data import datasets, sources
+
+        o = self.options
+        if not o.with_prior_preservation:
+            return instances
+        pictures = sources.read(o.class_data_dir, flag="--class_data_dir")
+        classes = datasets.InstancePictures(pictures, o.class_prompt, **self.shown())
+        return datasets.Prior(instances, classes, o.prior_loss_weight)
+
+    def initial_row(self, word: str) -> Tensor:
+        """The embedding (1, d) of a word that is one token. ValueError if it is several."""
+        ids = self.sd.tokenizer.encode(word)
+        if len(ids) != 1:
+            raise ValueError(
+                f"--initializer_token {word!r} is {len(ids)} tokens of this model; give a word of one"
+            )
+        return self.sd.text_encoder.text_model.embeddings.token_embedding.weight[ids].float()
 
     def frozen_context(self, prompts: list[str]) -> Tensor:
         """Context (b, s, d) of a text encoder that does not train: each of the last thousand prompts is
@@ -122,6 +168,7 @@ class Method:
     def thaw(self, name: str, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """Let all of a module train, in fp32 whatever the rest runs in."""
         module.float().requires_grad_(True)
+        self.thawed.add(name)
         if self.options.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing()
         return {f"{name}.{n}": p for n, p in module.named_parameters()}
@@ -196,13 +243,26 @@ class Method:
             seeds = [self.options.seed + i for i in range(count)]
             return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update))
 
+    def prompts(self) -> list[str]:
+        """What is drawn, while training if a flag asks for it, and in the end."""
+        return [self.options.validation_prompt] if self.options.validation_prompt else []
+
+    def validates(self) -> bool:
+        """Whether a flag asks for pictures while training."""
+        return self.options.validation_prompt is not None
+
     def validation(self) -> Image.Image:
-        """What is drawn while training."""
+        """What is drawn while training: a row for each prompt."""
         from minisd.data import images
 
-        drawn = self.samples(self.options.validation_prompt)
-        return images.grid(drawn, columns=math.ceil(len(drawn) ** 0.5))
+        return images.labelled_rows([(prompt, self.samples(prompt)) for prompt in self.prompts()])
 
     def result(self) -> Image.Image:
-        """What is drawn when the training is done."""
-        return self.validation()
+        """What is drawn in the end: the prompts, or else one of the training set's."""
+        from minisd.data import images
+        from minisd.noise import generator
+
+        if self.prompts():
+            return self.validation()
+        prompt = self.data.examples(0, generator(self.options.seed, "result"))[0].prompt
+        return images.labelled_rows([(prompt, self.samples(prompt))])

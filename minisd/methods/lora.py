@@ -11,7 +11,6 @@ from minisd.methods._base import Method, Training
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 # Defaults that follow the kind of data: captioned, DreamBooth.
 BY_KIND = {
@@ -72,7 +71,7 @@ class Method(Method):
 
         o = self.options
         if o.with_prior_preservation:
-            _prior.draw_missing(self)
+            _prior.draw_missing(self, o.class_data_dir, o.class_prompt)
         self.sd = sd = self.load()
         if o.gradient_checkpointing:
             sd.unet.enable_gradient_checkpointing()
@@ -102,24 +101,7 @@ class Method(Method):
         return {f"{n}.{k}": p.requires_grad_() for n, u in trained.items() for k, p in u.named_parameters()}
 
     def dataset(self):
-        from minisd.data import datasets, sources
-
-        o = self.options
-        common = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
-        common["interpolation"] = o.image_interpolation_mode
-        self.data = datasets.Captioned(
-            sources.from_options(o),
-            image_column=o.image_column,
-            caption_column=o.caption_column,
-            caption_dropout=o.caption_dropout,
-            prompt=o.instance_prompt,
-            bucket=o.bucket,
-            **common,
-        )
-        if o.with_prior_preservation:
-            pictures = sources.read(o.class_data_dir, flag="--class_data_dir")
-            classes = datasets.InstancePictures(pictures, o.class_prompt, **common)
-            self.data = datasets.Prior(self.data, classes, o.prior_loss_weight)
+        self.data = self.with_prior(self.captioned(self.options.instance_prompt))
         return self.data
 
     def condition(self, batch: dict) -> dict:
@@ -131,14 +113,6 @@ class Method(Method):
         from minisd.adapters import lora
 
         return f"{lora.describe(self.updates)}\n{self.data.summary()}"
-
-    def result(self) -> Image.Image:
-        from minisd.data import images
-        from minisd.noise import generator
-
-        o = self.options
-        prompt = o.validation_prompt or self.data.examples(0, generator(o.seed, "result"))[0].prompt
-        return images.grid(self.samples(prompt))
 
     def save(self, folder: Path) -> None:
         from minisd.adapters import lora

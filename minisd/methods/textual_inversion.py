@@ -64,13 +64,7 @@ class Method(Method):
         sd.text_encoder.float()  # the rows' gradient passes through it, and it is a seventh of the UNet
         if o.gradient_checkpointing:
             sd.unet.enable_gradient_checkpointing()
-        ids = sd.tokenizer.encode(self.word)
-        if len(ids) != 1:
-            raise ValueError(
-                f"--initializer_token {self.word!r} is {len(ids)} tokens of this model; give a word of one"
-            )
-        row = sd.text_encoder.text_model.embeddings.token_embedding.weight[ids].float()  # (1, d)
-        rows = row.repeat(o.num_vectors, 1)  # (n, d)
+        rows = self.initial_row(self.word).repeat(o.num_vectors, 1)  # (n, d)
         try:
             self.rows = token_embedding.add_token(sd.tokenizer, sd.text_encoder, self.token, rows)
         except ValueError as e:
@@ -99,7 +93,7 @@ class Method(Method):
         metadata = {"format": "pt", "initializer_token": self.word, "model": self.sd.name}
         token_embedding.save(path, self.token, self.rows, metadata)
         if not suffix and (self.options.save_as_full_pipeline or not self.options.only_save_embeds):
-            self.sd.save(folder)
+            self.sd.save(folder, {"text_encoder"})
 
     def after_update(self, step: int) -> None:
         if self.options.save_steps and step % self.options.save_steps == 0:

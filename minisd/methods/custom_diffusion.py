@@ -1,0 +1,148 @@
+"""Learn one or several concepts by cross-attention's keys and values and new words (arXiv 2212.04488)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from minisd.config import Prior, flag, require
+from minisd.methods._base import Method, Training
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHANNELS = 4  # of the latents
+
+
+@dataclass(kw_only=True)
+class Options(Prior, Training):
+    """Custom Diffusion"""
+
+    data: Path | None = flag(None)
+    instance_prompt: str | None = flag(None, "what the pictures show, with the new word in it")
+    concepts_list: Path | None = flag(None, "a JSON list of concepts, instead of one by flags")
+    real_prior: bool = flag(False, "the class's pictures are real ones, all of which must be there")
+    modifier_token: str | None = flag(None, "the new words, joined by +")
+    initializer_token: str = flag("ktn+pll+ucd", "the words they start from, joined by +")
+    freeze_model: Literal["crossattn_kv", "crossattn"] = flag(
+        "crossattn_kv", "what trains of cross-attention"
+    )
+    cd_loss: Literal["mean", "reference"] = flag(
+        "mean", "reference counts instances four times, once for each channel, as the field's script does"
+    )
+    hflip: bool = flag(False, "flip pictures with probability 1/2")
+    noaug: bool = flag(False, "show the pictures at one size")
+    no_safe_serialization: bool = flag(False, "write .bin instead of .safetensors")
+    num_class_images: int = flag(200)
+    seed: int = flag(42)
+    train_batch_size: int = flag(4)
+    dataloader_num_workers: int = flag(2)
+    num_train_epochs: int = flag(1)
+    checkpointing_steps: int = flag(250)
+    validation_steps: int = flag(50)
+    num_validation_images: int = flag(2)
+    output_dir: Path = flag(Path("custom-diffusion-model"))
+
+    def check(self):
+        one = self.data is not None and self.instance_prompt is not None
+        require(one or self.concepts_list, "give --data and --instance_prompt, or --concepts_list")
+        require(not (self.data and self.concepts_list), "--data and --concepts_list exclude each other")
+        if self.modifier_token:
+            new, old = self.modifier_token.split("+"), self.initializer_token.split("+")
+            require(len(new) <= len(old), f"--initializer_token: {len(old)} words for {len(new)} new ones")
+
+
+class Method(Method):
+    """Trains whole matrices beside the base's, and a row for each new word."""
+
+    def __init__(self, options: Options):
+        from minisd.data import custom
+
+        super().__init__(options)
+        o = options
+        if o.with_prior_preservation:
+            self.lr_scale = 2.0  # twice the pictures, as the field's script counts them
+        if o.concepts_list:
+            self.concepts = custom.read_concepts(o.concepts_list)
+        else:
+            self.concepts = [
+                custom.Concept(
+                    instance_prompt=o.instance_prompt,
+                    instance_data_dir=o.data,
+                    class_prompt=o.class_prompt,
+                    class_data_dir=o.class_data_dir,
+                )
+            ]
+
+    def build(self):
+        from minisd.adapters import custom_diffusion, token_embedding
+        from minisd.methods import _prior
+
+        o = self.options
+        for concept in self.concepts if o.with_prior_preservation else ():
+            _prior.draw_missing(self, concept.class_data_dir, concept.class_prompt, o.real_prior)
+        self.sd = sd = self.load()
+        if o.gradient_checkpointing:
+            sd.unet.enable_gradient_checkpointing()
+        everything = o.freeze_model == "crossattn"
+        projections = custom_diffusion.ALL if everything else custom_diffusion.KEYS_AND_VALUES
+        self.layers = custom_diffusion.insert(sd.unet, projections)
+        trained = dict(custom_diffusion.parameters(self.layers))
+        self.words = o.modifier_token.split("+") if o.modifier_token else []
+        if self.words:
+            sd.text_encoder.float()  # the rows' gradient passes through it
+        for word, start in zip(self.words, o.initializer_token.split("+"), strict=False):
+            row = self.initial_row(start)
+            try:
+                self.rows = token_embedding.add_token(sd.tokenizer, sd.text_encoder, word, row)
+            except ValueError as e:
+                raise ValueError(f"--modifier_token: {e}") from None
+            trained["modifier_tokens"] = self.rows  # one parameter for all words so far
+        return trained
+
+    def dataset(self):
+        from minisd.data import custom, datasets
+
+        o = self.options
+        size = {"resolution": o.resolution, "factor": self.sd.vae.config.downscale}
+        source = custom.read_instances(self.concepts, flag="--data", skip_bad_images=o.skip_bad_images)
+        self.data = custom.CustomConcepts(source, augment=not o.noaug, hflip=o.hflip, **size)
+        if o.with_prior_preservation:
+            source = custom.read_classes(
+                self.concepts, flag="--class_data_dir", skip_bad_images=o.skip_bad_images
+            )
+            classes = custom.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
+            reference = o.cd_loss == "reference"
+            self.data = datasets.Prior(
+                self.data, classes, o.prior_loss_weight / (CHANNELS if reference else 1)
+            )
+        return self.data
+
+    def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
+        """The mean over what the mask shows, (b,)."""
+        mask = batch["mask"].to(pred.device)  # (b, 1, h, w)
+        squares = ((pred.float() - target.float()).square() * mask).flatten(1).sum(dim=1)
+        mean = squares / (CHANNELS * mask.flatten(1).sum(dim=1))
+        return CHANNELS * mean if self.options.cd_loss == "reference" else mean
+
+    def condition(self, batch: dict) -> dict:
+        if self.words:
+            return super().condition(batch)
+        return {"context": self.frozen_context(batch["prompt"])}
+
+    def prompts(self) -> list[str]:
+        return super().prompts() or [concept.instance_prompt for concept in self.concepts]
+
+    def describe(self) -> str:
+        return self.data.summary()
+
+    def save(self, folder: Path) -> None:
+        from minisd.adapters import custom_diffusion, token_embedding
+
+        extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
+        path = folder / f"pytorch_custom_diffusion_weights{extension}"
+        custom_diffusion.save(path, self.layers, {"format": "pt", "model": self.sd.name})
+        for i, word in enumerate(self.words):
+            row = self.rows[i : i + 1]
+            token_embedding.save(folder / f"{word}{extension}", word, row, {"format": "pt"})
