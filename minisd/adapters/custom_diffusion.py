@@ -73,12 +73,18 @@ def parameters(layers: dict[str, CustomLinear]) -> dict[str, nn.Parameter]:
     return found
 
 
-def save(path: Path, layers: dict[str, CustomLinear], metadata: dict[str, str]) -> None:
+def save(path: Path, unet: UNet, layers: dict[str, CustomLinear], metadata: dict[str, str]) -> None:
+    """Write the trained matrices; a .bin is what diffusers' `load_attn_procs` takes."""
     tensors = {name: p.detach().cpu() for name, p in parameters(layers).items()}
     if path.suffix == files.SAFETENSORS:
         files.write(path, tensors, metadata)
     else:
-        files.write_pickle(path, tensors)
+        # Its reader wants an entry for every attention of the UNet, empty where nothing was trained, which a
+        # .safetensors file cannot hold.
+        processors = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+        trained = {name.rpartition("_custom_diffusion")[0].rpartition(".")[0] for name in tensors}
+        empty = {f"{name}.processor": {} for name in processors if f"{name}.processor" not in trained}
+        files.write_pickle(path, tensors | empty)
 
 
 def matches(tensors: dict[str, Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -28,15 +29,20 @@ def draw_missing(method, folder: Path, prompt: str, real: bool = False) -> None:
         default = "fp16" if method.device.type == "cuda" else "fp32"
         sd = method.load(by_name[o.prior_generation_precision or default])
         settings = Settings(width=o.resolution, height=o.resolution)
-        numbers = range(first, o.num_class_images)
+        free = (i for i in itertools.count() if not (folder / _name(i, o.seed + i)).exists())
+        numbers = list(itertools.islice(free, o.num_class_images - first))
         prompts, seeds = [prompt] * len(numbers), [o.seed + i for i in numbers]
         made = pictures(sd, prompts, seeds, settings, batch_size=o.sample_batch_size)
         made = tqdm(made, desc=f"drawing {prompt!r}", total=len(numbers), leave=False)
         for i, seed, image in zip(numbers, seeds, made, strict=True):
             about = infotext(sd, prompt, seed, settings)
-            images.save_png(image, folder / f"{i:05}-seed-{seed}.png", about)
+            images.save_png(image, folder / _name(i, seed), about)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _name(number: int, seed: int) -> str:
+    return f"{number:05}-seed-{seed}.png"
 
 
 def _count(folder: Path) -> int:

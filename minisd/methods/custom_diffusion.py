@@ -142,7 +142,7 @@ class Method(Method):
 
         extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
         path = folder / f"pytorch_custom_diffusion_weights{extension}"
-        custom_diffusion.save(path, self.layers, {"format": "pt", "model": self.sd.name})
+        custom_diffusion.save(path, self.sd.unet, self.layers, {"format": "pt", "model": self.sd.name})
         for i, word in enumerate(self.words):
             row = self.rows[i : i + 1]
             token_embedding.save(folder / f"{word}{extension}", word, row, {"format": "pt"})

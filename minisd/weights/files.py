@@ -188,7 +188,7 @@ def write_text(path: Path | str, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_pickle(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+def write_pickle(path: Path | str, tensors: Mapping[str, Any]) -> None:
     """For tools that read nothing but .bin files."""
     with _replacing(path) as file:
         try:
