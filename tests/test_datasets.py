@@ -1,5 +1,4 @@
-"""Examples of each method's data, held to the operations of the field's scripts, and the order they come
-in."""
+"""Examples of each method's data, held to the field's operations, and the order they come in."""
 
 import json
 import math
@@ -395,6 +394,9 @@ def test_concepts_and_their_classes(tmp_path, folder):
     assert [r.texts["text"] for r in instances.records] == ["a <new0> cat"] * 2 + ["a <new1> dog"] * 2
     classes = read_classes(concepts, flag="--concepts_list")
     assert [r.texts["text"] for r in classes.records] == ["cat", "cat", "a dog runs", "a dog sleeps"]
+    assert len(read_classes(concepts, flag="--concepts_list", at_least=2)) == 4
+    with pytest.raises(ValueError, match="cats has 2 pictures, fewer than the 3"):
+        read_classes(concepts, flag="--concepts_list", at_least=3)
     data = Prior(CustomConcepts(instances, resolution=32), ClassPictures(classes, resolution=32), 1.0)
     batch = next(batches(Stream(data, 0), first=0, count=1, batch_size=4))
     assert batch["pixels"].shape == (8, 3, 32, 32) and batch["mask"].shape == (8, 1, 4, 4)

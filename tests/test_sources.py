@@ -290,6 +290,27 @@ def test_a_plain_folder_needs_no_package(two, monkeypatch):
     assert len(sources.read_dataset(str(two))) == 2
 
 
+def test_from_options(two, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    common = {"skip_bad_images": False, "seed": 0}
+    hub = {"dataset_config_name": None, "max_train_samples": 1}
+    folder = types.SimpleNamespace(data=two, **common)
+    assert len(sources.from_options(folder)) == 2
+    one = types.SimpleNamespace(data=two, dataset_name=None, **common, **hub)
+    assert len(sources.from_options(one)) == 1
+    named = types.SimpleNamespace(data=None, dataset_name="a/b", **common, **hub)
+    with pytest.raises(ValueError, match="^--dataset_name a/b needs"):
+        sources.from_options(named)
+    (two / "notes.parquet").write_bytes(b"")  # beside pictures it is nobody's
+    assert len(sources.from_options(folder)) == 2
+    only = types.SimpleNamespace(data=two / "only", **common)
+    only.data.mkdir()
+    (only.data / "x.parquet").write_bytes(b"")
+    for path in (only.data, only.data / "x.parquet"):
+        with pytest.raises(ValueError, match="^--data .* needs the package"):
+            sources.from_options(types.SimpleNamespace(data=path, **common))
+
+
 class Table:
     """As much of a dataset as is asked for."""
 
