@@ -439,7 +439,7 @@ def test_bucket_shapes_at_512():
             (1024, 256)]  # fmt: skip
     expected = set(wide) | {(h, w) for w, h in wide}
     assert set(buckets.sizes(512)) == expected
-    for resolution, step in ((64, 8), (512, 64), (768, 64), (256, 64)):
+    for resolution, step in ((64, 8), (512, 64), (768, 64), (256, 64), (320, 64)):
         for w, h in buckets.sizes(resolution, step):
             assert w % step == 0 and h % step == 0 and w * h <= resolution**2
             assert resolution / 2 <= min(w, h) and max(w, h) <= 2 * resolution
@@ -451,7 +451,8 @@ def test_bucket_of_a_picture():
     known = buckets.sizes(512)
     assert buckets.assign((512, 512), known) == (512, 512)
     assert buckets.assign((300, 300), known) == (512, 512)
-    assert buckets.assign((704, 320), known) == (704, 320)  # its own size
+    assert buckets.assign((704, 320), known) == (704, 320)
+    assert buckets.assign((64, 64), [(32, 32), (64, 64)]) == (64, 64)  # its own size, not only its shape
     for size in ((1000, 400), (333, 777), (4000, 3000)):
         best = min(abs(size[0] / size[1] - w / h) for w, h in known)
         w, h = buckets.assign(size, known)
@@ -476,7 +477,7 @@ def test_bucketed_pictures_are_covered_and_centred(source):
 def test_a_cycle_of_rounds_shows_every_place_as_often(size):
     owners = ["a"] * 7 + ["b"] * 2 + ["c"]
     order = Bucketed(owners, seed=5, size=size)
-    n = len(owners)
+    n, orders_of_a = len(owners), []
     for cycle in (0, 1):
         start = cycle * n * size
         shown = [order[k] for k in range(start, start + n * size)]
@@ -485,7 +486,10 @@ def test_a_cycle_of_rounds_shows_every_place_as_often(size):
             assert len({owners[i] for i in shown[r * size : (r + 1) * size]}) == 1
         # Within a bucket nothing comes again before everything was there.
         of_a = [i for i in shown if owners[i] == "a"]
-        assert all(len(set(of_a[t : t + 7])) == 7 for t in range(0, len(of_a), 7))
+        turns = [tuple(of_a[t : t + 7]) for t in range(0, len(of_a), 7)]
+        assert all(len(set(turn)) == 7 for turn in turns)
+        orders_of_a += turns
+    assert len(set(orders_of_a)) == 2 * size  # and each time in another order
     # In any order, and from the start or not.
     again = Bucketed(owners, seed=5, size=size)
     far = [k for k in (29, 3, 17, 0, 29)]
@@ -544,6 +548,8 @@ def test_two_processes_share_a_round_of_one_bucket(bucketed):
 def test_views_of_one_shape_are_encoded_together(bucketed):
     stream = Stream(bucketed, 0)
     parts = stream.views(4)
+    owners = Counter(bucketed.buckets).values()  # each picture has two views
+    assert len(parts) == sum(math.ceil(2 * n / 4) for n in owners)
     assert sum(map(len, parts)) == 12 and max(map(len, parts)) <= 4
     cache_latents(stream, lambda pixels: (pixels.mean((2, 3)), pixels.std((2, 3))), batch_size=4)
     assert set(stream.moments) == set(bucketed.views())
