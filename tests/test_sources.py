@@ -163,6 +163,7 @@ def test_what_is_passed_over(two):
 def test_links_to_folders_are_followed_once(two, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     picture(elsewhere / "c.png")
+    (elsewhere / "self").symlink_to(elsewhere)
     (two / "link").symlink_to(elsewhere)
     (two / "loop").symlink_to(two)
     assert [r.name for r in read(two).records] == ["a.png", "b.png", "link/c.png"]
@@ -290,6 +291,27 @@ def test_a_plain_folder_needs_no_package(two, monkeypatch):
     assert len(sources.read_dataset(str(two))) == 2
 
 
+def test_from_options(two, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    common = {"skip_bad_images": False, "seed": 0}
+    hub = {"dataset_config_name": None, "max_train_samples": 1}
+    folder = types.SimpleNamespace(data=two, **common)
+    assert len(sources.from_options(folder)) == 2
+    one = types.SimpleNamespace(data=two, dataset_name=None, **common, **hub)
+    assert len(sources.from_options(one)) == 1
+    named = types.SimpleNamespace(data=None, dataset_name="a/b", **common, **hub)
+    with pytest.raises(ValueError, match="^--dataset_name a/b needs"):
+        sources.from_options(named)
+    (two / "notes.parquet").write_bytes(b"")  # beside pictures it is nobody's
+    assert len(sources.from_options(folder)) == 2
+    only = types.SimpleNamespace(data=two / "only", **common)
+    only.data.mkdir()
+    (only.data / "x.parquet").write_bytes(b"")
+    for path in (only.data, only.data / "x.parquet"):
+        with pytest.raises(ValueError, match="^--data .* needs the package"):
+            sources.from_options(types.SimpleNamespace(data=path, **common))
+
+
 class Table:
     """As much of a dataset as is asked for."""
 
@@ -352,9 +374,11 @@ def test_a_dataset_of_the_hub(package):
         Captioned(source, resolution=8, caption_column="x")
     with pytest.raises(ValueError, match=r"^--dataset_name gone: Dataset 'gone' doesn't exist$"):
         sources.read_dataset("gone")
-    drawn = sources.read_dataset("a/b", max_samples=2, seed=1)
-    names = [r.name for r in drawn.records]
-    assert len(names) == 2 and [r.texts["text"] for r in drawn.records] == [f"t{n[-1]}" for n in names]
+    drawn = [sources.read_dataset("a/b", max_samples=2, seed=seed).records for seed in range(6)]
+    assert len({tuple(r.name for r in records) for records in drawn}) > 1
+    for records in drawn:
+        assert [r.texts["text"] for r in records] == [f"t{r.name[-1]}" for r in records]
+        assert len(records) == 2
 
 
 def test_bad_pictures_of_a_dataset(package):

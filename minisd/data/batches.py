@@ -49,21 +49,24 @@ class Bucketed:
     def __init__(self, buckets: Sequence, seed: int, size: int):
         names = sorted(set(buckets))
         self.members = [[i for i, b in enumerate(buckets) if b == name] for name in names]
-        self.owner = torch.tensor([names.index(b) for b in buckets])  # (n,) the bucket of each place
+        number = {name: i for i, name in enumerate(names)}
+        self.owner = torch.tensor([number[b] for b in buckets])  # (n,) the bucket of each place
         self.seed, self.size = seed, size
-        self._cycle: tuple[int, list[tuple[int, int]]] | None = None
+        self._cycle: tuple[int, Tensor, Tensor] | None = None
         self._orders: dict[tuple[int, int, int], Tensor] = {}
 
-    def _rounds(self, cycle: int) -> list[tuple[int, int]]:
-        """The bucket of each round of a cycle, and how many rounds it had before in the cycle."""
+    def _round(self, cycle: int, number: int) -> tuple[int, int]:
+        """The bucket of a round of a cycle, and how many rounds it had before in the cycle."""
         if self._cycle is None or self._cycle[0] != cycle:
             generator = noise.generator(self.seed, "buckets", cycle)
-            had, rounds = [0] * len(self.members), []
-            for bucket in self.owner[torch.randperm(len(self.owner), generator=generator)].tolist():
-                rounds.append((bucket, had[bucket]))
-                had[bucket] += 1
-            self._cycle = cycle, rounds
-        return self._cycle[1]
+            rounds = self.owner[torch.randperm(len(self.owner), generator=generator)]  # (n,)
+            by_bucket = rounds.argsort(stable=True)
+            lengths = torch.tensor([len(m) for m in self.members])
+            first = (lengths.cumsum(0) - lengths)[rounds[by_bucket]]  # (n,) where its bucket begins there
+            had = torch.empty_like(rounds)
+            had[by_bucket] = torch.arange(len(rounds)) - first
+            self._cycle = cycle, rounds, had
+        return self._cycle[1][number].item(), self._cycle[2][number].item()
 
     def _order(self, cycle: int, bucket: int, turn: int) -> Tensor:
         key = cycle, bucket, turn
@@ -78,7 +81,7 @@ class Bucketed:
         """The place of sample `number`."""
         round_, inside = divmod(number, self.size)
         cycle, round_ = divmod(round_, len(self.owner))
-        bucket, had = self._rounds(cycle)[round_]
+        bucket, had = self._round(cycle, round_)
         members = self.members[bucket]
         turn, place = divmod(had * self.size + inside, len(members))
         return members[self._order(cycle, bucket, turn)[place].item()]

@@ -65,9 +65,12 @@ def read_instances(concepts: list[Concept], *, flag: str, skip_bad_images: bool 
     )
 
 
-def read_classes(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
+def read_classes(
+    concepts: list[Concept], *, flag: str, skip_bad_images: bool = False, at_least: int = 1
+) -> Source:
     """The pictures of all concepts' classes: with captions of their own where images.txt and caption.txt list
-    them line by line (a retrieved set: --real_prior), else of the folder under the class's prompt."""
+    them line by line (a retrieved set: --real_prior), else of the folder under the class's prompt. ValueError
+    if a class has fewer than `at_least`."""
     found = []
     for c in concepts:
         assert c.class_data_dir and c.class_prompt
@@ -78,6 +81,11 @@ def read_classes(concepts: list[Concept], *, flag: str, skip_bad_images: bool = 
                 c.class_data_dir, flag=flag, subfolders="repeated", skip_bad_images=skip_bad_images
             )
             found.append(source.with_prompt(c.class_prompt))
+        if len(found[-1]) < at_least:
+            raise ValueError(
+                f"{flag}: {c.class_data_dir} has {len(found[-1])} pictures, fewer than the {at_least} asked "
+                "for; --num_class_images takes less"
+            )
     return sources.join(found)
 
 

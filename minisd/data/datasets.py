@@ -205,7 +205,7 @@ class Captioned:
         step: int = 64,
     ):
         self.prompt = prompt or ""
-        self.caption_column = None
+        self.caption_column, self.described = None, source
         if caption_column is not None:
             source = source if prompt is None else source.with_prompt(prompt, caption_column)
             self.caption_column = source.column(caption_column, flag=self.CAPTION_FLAG)
@@ -273,7 +273,7 @@ class Captioned:
 
     def summary(self) -> str:
         """What stands in the source, and how many pictures each bucket has."""
-        text = self.source.summary(self.caption_column)
+        text = self.described.summary(self.caption_column)
         if self.buckets:
             count = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sorted(Counter(self.buckets).items()))
             text += f"\n  buckets: {count}"

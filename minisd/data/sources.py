@@ -29,14 +29,16 @@ MANY = 200  # pictures from which on a bar is shown while they are decoded
 
 
 def from_options(options, *, subfolders: Literal["all", "repeated", "none"] = "all") -> Source:
-    """What --data or --dataset_name names, with what else config.Captions says of it."""
-    o = options
-    kwargs = {"skip_bad_images": o.skip_bad_images, "max_samples": o.max_train_samples, "seed": o.seed}
-    if o.data and o.data.suffix != ".parquet":
-        return read(o.data, flag="--data", subfolders=subfolders, **kwargs)
-    flag, name = ("--data", str(o.data)) if o.data else ("--dataset_name", o.dataset_name)
-    cache = getattr(o, "cache_dir", None)
-    return read_dataset(name, flag=flag, config=o.dataset_config_name, cache_dir=cache, **kwargs)
+    """What --data or --dataset_name names, with what else config.Data and config.Captions say of it."""
+    given = {"skip_bad_images": options.skip_bad_images, "seed": options.seed}
+    given["max_samples"] = getattr(options, "max_train_samples", None)
+    path = options.data
+    if path and path.suffix != ".parquet" and not (path.is_dir() and tables.needs_datasets(path)):
+        return read(path, flag="--data", subfolders=subfolders, **given)
+    flag, name = ("--data", str(path)) if path else ("--dataset_name", options.dataset_name)
+    config = getattr(options, "dataset_config_name", None)
+    cache_dir = getattr(options, "cache_dir", None)
+    return read_dataset(name, flag=flag, config=config, cache_dir=cache_dir, **given)
 
 
 def read(

@@ -6,9 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from minisd.data import images
+
 # Files whose rows describe the pictures of their folder and of those below it; the first that is there
 # counts. prompt.json holds ControlNet's {"source", "target", "prompt"} lines.
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "prompt.jsonl")
+
+SAVED = ("dataset_info.json", "dataset_dict.json")  # what the package `datasets` leaves in a folder
 
 Row = tuple[str, dict]  # where it stands ("metadata.csv, line 3"), and its columns
 
@@ -120,9 +124,12 @@ def split(row: dict) -> tuple[dict, dict]:
 
 
 def needs_datasets(folder: Path) -> bool:
-    """Whether a folder is one of the package `datasets`: saved by it, or with parquet files for pictures."""
-    saved = any((folder / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
-    return saved or any(p.name != "metadata.parquet" for p in folder.rglob("*.parquet"))
+    """Whether a folder is one of the package `datasets`: saved by it, or with parquet files and no
+    pictures."""
+    if any((folder / n).is_file() for n in SAVED):
+        return True
+    kinds = {p.suffix.lower() for p in folder.rglob("*") if p.name != "metadata.parquet"}
+    return ".parquet" in kinds and not kinds & set(images.SUFFIXES)
 
 
 def load_dataset(name: str, config: str | None, cache_dir: str | None, *, flag: str):
@@ -140,7 +147,7 @@ def load_dataset(name: str, config: str | None, cache_dir: str | None, *, flag: 
     try:
         if path.suffix == ".parquet":
             data = datasets.load_dataset("parquet", data_files=name, split="train", cache_dir=cache_dir)
-        elif any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json")):
+        elif any((path / n).is_file() for n in SAVED):
             data = datasets.load_from_disk(name)
             data = data["train"] if isinstance(data, dict) else data
         else:
