@@ -153,6 +153,7 @@ class Precision(Group):
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "accepted: attention never holds the whole score matrix here, with or without it"
     )
+    set_grads_to_none: bool = flag(False, "accepted: gradients are never kept as zeros here")
     dataloader_num_workers: int = flag(0, "processes that prepare pictures; 0 is the main one")
 
     def check(self):

@@ -177,7 +177,7 @@ def train(method, run: Run) -> int:
                     log.flush()
                 with averaged():
                     method.after_update(step)
-                    if method.validates() and step % every == 0 and step < total:
+                    if method.validates and step % every == 0 and step < total:
                         image = method.validation()
                         run.picture(step, "validation", image, f"validation/step-{step:06}.png")
             stop = processes.agree(interrupt.signal or 0)

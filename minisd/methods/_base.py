@@ -118,6 +118,7 @@ class Method:
             caption_dropout=o.caption_dropout,
             prompt=prompt,
             bucket=o.bucket,
+            step=self.sd.vae.config.downscale * 2 ** (len(self.sd.unet.config.block_out_channels) - 1),
             **self.shown(),
         )
 
@@ -247,9 +248,10 @@ class Method:
         """What is drawn, while training if a flag asks for it, and in the end."""
         return [self.options.validation_prompt] if self.options.validation_prompt else []
 
+    @property
     def validates(self) -> bool:
         """Whether a flag asks for pictures while training."""
-        return self.options.validation_prompt is not None
+        return bool(self.options.validation_prompt)
 
     def validation(self) -> Image.Image:
         """What is drawn while training: a row for each prompt."""

@@ -39,6 +39,7 @@ class Method(Method):
     def prompts(self) -> list[str]:
         return self.options.validation_prompts or super().prompts()
 
+    @property
     def validates(self) -> bool:
         return bool(self.prompts())
 
