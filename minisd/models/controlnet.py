@@ -80,8 +80,8 @@ class ControlNet(Encoder):
     def forward(
         self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor, scale: float = 1.0
     ) -> dict:
-        """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`. `noisy_latents`, `timesteps`
-        and `context` are the UNet's own; `hint` (b, 3, 8h, 8w) is in [0, 1]."""
+        """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`. The first three are
+        what the UNet gets; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
         hint = self.controlnet_cond_embedding(hint)  # (b, c0, h, w)
         if hint.shape[-2:] != noisy_latents.shape[-2:]:
             raise ValueError(

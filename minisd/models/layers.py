@@ -29,9 +29,7 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def timestep_embedding(
-    timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False
-) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
     """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), in fp32 (Vaswani et al. 2017, section
     3.5, cosines first as in SD; the DDPM of 2020 has shift 1 and its sines first). timesteps (b,) integer or
     float. Returns (b, dim)."""
