@@ -213,6 +213,24 @@ class Prior(Group):
 
 
 @dataclass(kw_only=True)
+class DeepFloyd(Group):
+    """Flags of the field's scripts that are for DeepFloyd IF"""
+
+    pre_compute_text_embeddings: bool = flag(
+        False, "accepted: a frozen text encoder sees each prompt once, with or without it"
+    )
+    tokenizer_max_length: int | None = flag(None, "refused: SD v1.x has 77 tokens")
+    text_encoder_use_attention_mask: bool = flag(False, "refused: SD v1.x attends to the padding")
+    validation_images: list[str] = flag([], "refused: SD v1.x has no upscaler")
+    class_labels_conditioning: str | None = flag(None, "refused: SD v1.x has no class labels")
+
+    def check(self):
+        for name in ("tokenizer_max_length", "text_encoder_use_attention_mask", "validation_images",
+                     "class_labels_conditioning"):  # fmt: skip
+            require(not getattr(self, name), f"--{name} is for DeepFloyd IF: it means nothing for SD v1.x")
+
+
+@dataclass(kw_only=True)
 class Average(Group):
     """Averaged weights"""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minisd import registry
-from minisd.adapters import token_embedding
+from minisd.adapters import lora, token_embedding
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
@@ -126,15 +126,15 @@ class StableDiffusion:
         return adapter.attach(self, tensors, scale, file)
 
     def save(self, folder: Path) -> None:
-        """Write the whole model in the diffusers layout, the tokens that were added to it included."""
-        text_config, text_tensors = token_embedding.merged(self.text_encoder)
+        """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it."""
+        text_config, text_tensors = token_embedding.merged(self.text_encoder, lora.merged(self.text_encoder))
         with tempfile.TemporaryDirectory() as tokenizer:
             checkpoint = Checkpoint(
                 unet=self.unet.config,
                 vae=self.vae.config,
                 text_encoder=text_config,
                 tensors={
-                    "unet": self.unet.state_dict(),
+                    "unet": lora.merged(self.unet),
                     "vae": self.vae.state_dict(),
                     "text_encoder": text_tensors,
                 },

@@ -53,9 +53,11 @@ def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows:
     return insert(text_encoder, rows)
 
 
-def merged(text_encoder: TextEncoder) -> tuple[TextConfig, dict[str, Tensor]]:
-    """Config and tensors of the text encoder with the extra rows as part of its table."""
-    tensors = text_encoder.state_dict()
+def merged(
+    text_encoder: TextEncoder, tensors: dict[str, Tensor] | None = None
+) -> tuple[TextConfig, dict[str, Tensor]]:
+    """Config and tensors (`tensors`, or its own) of the text encoder, the extra rows part of its table."""
+    tensors = text_encoder.state_dict() if tensors is None else tensors
     name = "text_model.embeddings.token_embedding"
     if (extra := tensors.pop(f"{name}.extra", None)) is not None:
         table = tensors[f"{name}.weight"]

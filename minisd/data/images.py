@@ -24,10 +24,12 @@ def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
     return pictures, [p for p in files if p.suffix.lower() not in SUFFIXES]
 
 
-def open_image(path: Path) -> Image.Image:
-    """An RGB image, turned as its EXIF says, with transparency laid on white. ValueError if it is not one."""
+def open_image(path: Path, content: bytes | None = None) -> Image.Image:
+    """An RGB image, turned as its EXIF says, with transparency laid on white. ValueError if it is not one.
+    `content` is read instead of the file, if given; `path` is its name then."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        file = path if content is None else io.BytesIO(content)
+        with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:

@@ -46,6 +46,7 @@ class Method:
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.cache_latents = options.cache_latents
+        self.contexts: dict[str, Tensor] = {}  # of prompts, where the text encoder is frozen
 
     # The seams
 
@@ -81,15 +82,15 @@ class Method:
 
     # What the seams are called by
 
-    def load(self):
-        """The model that the options name, in the precision of what is frozen."""
+    def load(self, dtype: torch.dtype | None = None):
+        """The model that the options name, in `dtype`, or else in the precision of what is frozen."""
         from minisd.stable_diffusion import StableDiffusion
 
         o = self.options
         sd = StableDiffusion.load(
             o.model,
             device=self.device,
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             revision=o.revision,
             variant=o.variant,
             ema=o.load_ema,
@@ -102,6 +103,20 @@ class Method:
         }
         sd.set_schedule(**{k: v for k, v in changed.items() if v is not None})
         return sd
+
+    def frozen_context(self, prompts: list[str]) -> Tensor:
+        """Context (b, s, d) of a text encoder that does not train: each of the last thousand prompts is
+        encoded once. By itself, so that what it becomes does not depend on the others in its batch."""
+        import torch
+
+        for prompt in prompts:
+            if prompt not in self.contexts:
+                with torch.no_grad():
+                    self.contexts[prompt] = self.sd.encode_text([prompt])[0].to(self.dtype).cpu()
+        context = torch.stack([self.contexts[prompt] for prompt in prompts]).to(self.device)
+        while len(self.contexts) > 1000:
+            del self.contexts[next(iter(self.contexts))]
+        return context
 
     def thaw(self, name: str, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """Let all of a module train, in fp32 whatever the rest runs in."""

@@ -1,0 +1,300 @@
+"""LoRA: low-rank updates beside frozen layers (Hu et al. 2021, arXiv 2106.09685).
+
+y = W x + scale * alpha / rank * B (A x). A layer may carry several updates, each with a scale of its own:
+they add. The names of files are in weights/kohya.py; a module's name here is its path in `networks(sd)`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisd.weights import files, kohya, lycoris
+
+# Ends of module names, by the groups that have a name of their own.
+TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
+    "projections": ("proj_in", "proj_out"),
+    "resnet": (
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "time_emb_proj",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+    ),
+}
+
+
+# --- Modules ---------------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """One update of a layer with weight (c_out, c_in, ...): A (r, c_in, ...) and B (c_out, r, ...), in fp32
+    whatever the layer is in. `dropout` is on the input, and only where gradients are wanted."""
+
+    def __init__(self, a: Tensor, b: Tensor, alpha: float, *, dropout: float = 0.0, scale: float = 1.0):
+        super().__init__()
+        self.lora_A = nn.Parameter(a)
+        self.lora_B = nn.Parameter(b)
+        self.alpha = alpha
+        self.dropout = dropout
+        self.scale = scale
+
+    @classmethod
+    def new(cls, weight: Tensor, rank: int, alpha: float, dropout: float) -> "LowRank":
+        """A ~ N(0, 1 / rank^2) and B = 0: an update that changes nothing yet."""
+        a = torch.randn(rank, *weight.shape[1:]) / rank
+        b = torch.zeros(len(weight), rank, *[1] * (weight.ndim - 2))
+        return cls(a.to(weight.device), b.to(weight.device), alpha, dropout=dropout)
+
+    @property
+    def rank(self) -> int:
+        return len(self.lora_A)
+
+    @property
+    def factor(self) -> float:
+        return self.scale * self.alpha / self.rank
+
+    def forward(self, layer: "LoRALinear | LoRAConv2d", x: Tensor) -> Tensor:
+        if self.dropout:
+            # Not self.training: frozen networks are always in evaluation mode.
+            x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
+        h = layer.apply_weight(x, self.lora_A.to(x.dtype))  # (b, n, r) or (b, r, h, w)
+        if self.factor != 1:
+            h = h * self.factor
+        b = self.lora_B.to(x.dtype)
+        return F.linear(h, b) if b.ndim == 2 else F.conv2d(h, b)
+
+    def delta(self) -> Tensor:
+        """What it adds to the weight, in fp32."""
+        return self.factor * lycoris.product(self.lora_B.detach(), self.lora_A.detach())
+
+
+class FullDelta(nn.Module):
+    """An update that is a whole matrix (c_out, c_in, ...): LoHa, LoKr and DoRA, multiplied out."""
+
+    def __init__(self, delta: Tensor, *, scale: float = 1.0):
+        super().__init__()
+        self.register_buffer("lora_delta", delta)
+        self.scale = scale
+
+    @property
+    def factor(self) -> float:
+        return self.scale
+
+    def forward(self, layer: "LoRALinear | LoRAConv2d", x: Tensor) -> Tensor:
+        return layer.apply_weight(x, self.delta().to(x.dtype))
+
+    def delta(self) -> Tensor:
+        return self.scale * self.lora_delta
+
+
+class LoRALinear(nn.Linear):
+    """The layer as it was, and its updates."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "LoRALinear":
+        self = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        return _take(self, layer)
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _add_updates(self, x, super().forward(x))
+
+
+class LoRAConv2d(nn.Conv2d):
+    """The layer as it was, and its updates: A has its kernel, stride and padding, B is 1x1."""
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> "LoRAConv2d":
+        shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
+        where = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        return _take(cls(*shape, **where, bias=layer.bias is not None, device="meta"), layer)
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _add_updates(self, x, super().forward(x))
+
+
+def _take(new, layer):
+    new.weight, new.bias, new.updates = layer.weight, layer.bias, nn.ModuleList()
+    return new.train(layer.training)
+
+
+def _add_updates(layer: LoRALinear | LoRAConv2d, x: Tensor, y: Tensor) -> Tensor:
+    for update in layer.updates:
+        if update.factor:  # at scale 0 the layer is what it was, to the bit
+            y = y + update(layer, x)
+    return y
+
+
+# --- Putting updates into a network ----------------------------------------------------------------------
+
+
+def networks(sd) -> nn.ModuleDict:
+    """What a LoRA may change, under the names that a module's native name begins with."""
+    return nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
+
+
+def layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every layer that can carry an update, by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def put(module: nn.Module, updates: Mapping[str, nn.Module]) -> None:
+    """Add an update to each of the named layers."""
+    for name, update in updates.items():
+        layer = module.get_submodule(name)
+        if not isinstance(layer, LoRALinear | LoRAConv2d):
+            layer = (LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d).of(layer)
+            parent, _, last = name.rpartition(".")
+            setattr(module.get_submodule(parent), last, layer)
+        layer.updates.append(update)
+
+
+def insert(
+    module: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
+) -> dict[str, LowRank]:
+    """Give every layer that a target means a new update; returns these by the layers' names. A target is a
+    key of TARGETS, or the end of a module's name. ValueError naming the target if it means none."""
+    found = layers(module)
+    chosen: dict[str, LowRank] = {}
+    for target in targets:
+        ends = TARGETS.get(target, (target,))
+        names = [n for n in found if any(f".{n}".endswith(f".{end}") for end in ends)]
+        if not names:
+            raise ValueError(
+                f"target {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end of a name "
+                "such as attn2.to_k"
+            )
+        for n in names:
+            if n not in chosen:
+                chosen[n] = LowRank.new(found[n].weight, rank, alpha, dropout)
+    put(module, chosen)
+    return chosen
+
+
+def merged(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a network as if its updates had been part of the weights: added in fp32, rounded once."""
+    tensors = {n: t for n, t in module.state_dict().items() if ".updates." not in f".{n}"}
+    for name, layer in layers(module).items():
+        weight = f"{name}.weight".lstrip(".")
+        if any(update.factor for update in getattr(layer, "updates", ())):
+            total = sum(update.delta() for update in layer.updates)
+            tensors[weight] = (tensors[weight].float() + total).to(tensors[weight].dtype)
+    return tensors
+
+
+def merge(module: nn.Module) -> None:
+    """Make the updates part of the weights, for good."""
+    tensors = merged(module)
+    for layer in module.modules():
+        if isinstance(layer, LoRALinear | LoRAConv2d):
+            layer.updates = nn.ModuleList()
+    module.load_state_dict(tensors)
+
+
+# --- Files -----------------------------------------------------------------------------------------------
+
+
+def state_dict(updates: Mapping[str, LowRank], form: str = "diffusers") -> tuple[dict, dict[str, str]]:
+    """Tensors in fp32, and metadata, by the names of a form: `diffusers` or `kohya`."""
+    factors = {
+        name: (u.lora_A.detach().float(), u.lora_B.detach().float(), u.alpha) for name, u in updates.items()
+    }
+    return kohya.WRITERS[form](factors)
+
+
+def save(
+    path: Path,
+    updates: Mapping[str, LowRank],
+    form: str = "diffusers",
+    about: Mapping[str, str] | None = None,
+) -> None:
+    tensors, metadata = state_dict(updates, form)
+    files.write(path, tensors, metadata | dict(about or {}))
+
+
+def matches(tensors: dict[str, Tensor]) -> bool:
+    return kohya.matches(tensors)
+
+
+def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
+    """The updates in a file, to train on. ValueError, naming it, if one is not of two low-rank factors."""
+    updates = read(sd, files.read(path), path)
+    for name, update in updates.items():
+        if not isinstance(update, LowRank):
+            raise ValueError(f"{path}: its update of {name} is no plain LoRA, which alone can be trained on")
+        update.dropout = dropout
+    return updates
+
+
+def read(sd, tensors: dict[str, Tensor], source: Path) -> dict[str, LowRank | FullDelta]:
+    """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
+    and the keys, if one of them is unknown, incomplete, or of another model."""
+    kohya.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
+    found = layers(networks(sd))
+    groups = kohya.group(tensors, kohya.table(found, sd.unet.config), source)
+    alpha_of = kohya.alphas(source)
+    updates = {}
+    for name, t in groups.items():
+        weight = found[name].weight
+        t = {kind: tensor.to(weight.device, torch.float32) for kind, tensor in t.items()}
+        alpha = t.pop("alpha").item() if "alpha" in t else None
+        try:
+            updates[name] = _update(name, t, alpha, weight, alpha_of)
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+            reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "does not fit this model"
+            shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
+            raise ValueError(
+                f"{source}: its update of {name} {tuple(weight.shape)} {reason}: {shapes or 'alpha alone'}"
+            ) from None
+    return updates
+
+
+def _update(name: str, t: dict[str, Tensor], alpha: float | None, weight: Tensor, alpha_of) -> nn.Module:
+    """Of the tensors of one layer. KeyError if a factor is missing, RuntimeError if a shape is wrong."""
+    if lycoris.is_full(t):
+        if alpha is None and "down" in t:
+            alpha = alpha_of(name, len(t["down"]))
+        return FullDelta(lycoris.delta(t, weight.detach().float(), alpha))
+    down, up = t["down"], t["up"]
+    rank = len(up[0])
+    if "mid" in t:
+        down = lycoris.fold(t["mid"], down)
+    # 1x1 convolutions and linear layers are written as either: the layer here decides.
+    a = down.reshape(rank, *weight.shape[1:])  # (r, c_in, ...)
+    b = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))  # (c_out, r, ...)
+    return LowRank(a.contiguous(), b.contiguous(), alpha or alpha_of(name, rank))
+
+
+def attach(
+    sd, tensors: dict[str, Tensor], scale: float, source: Path, text_scale: float | None = None
+) -> str:
+    """Add a file's updates to the model, those of the text encoder at `text_scale` if that is given; returns
+    what was added, for people."""
+    updates = read(sd, tensors, source)
+    for name, update in updates.items():
+        in_text = name.startswith("text_encoder.")
+        update.scale = text_scale if in_text and text_scale is not None else scale
+    put(networks(sd), {name: update.requires_grad_(False) for name, update in updates.items()})
+    return describe(updates)
+
+
+def describe(updates: Mapping[str, nn.Module]) -> str:
+    """How many modules of which network, and the ranks."""
+    parts = Counter(name.partition(".")[0] for name in updates)
+    ranks = sorted({u.rank for u in updates.values() if isinstance(u, LowRank)})
+    kind = f"LoRA of rank {', '.join(map(str, ranks))}" if ranks else "LoRA's relative, multiplied out,"
+    where = " and ".join(f"{count} modules of the {part}" for part, count in parts.items())
+    return f"{kind} on {where.replace('unet', 'UNet').replace('_', ' ')}"

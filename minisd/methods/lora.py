@@ -1,0 +1,151 @@
+"""Train low-rank updates beside a frozen model, on captions or as DreamBooth (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from minisd.config import Captions, DeepFloyd, Prior, flag, require
+from minisd.methods._base import Method, Training
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+# Defaults that follow the kind of data: captioned, DreamBooth.
+BY_KIND = {
+    "learning_rate": (1e-4, 5e-4),
+    "train_batch_size": (16, 4),
+    "num_train_epochs": (100, 1),
+    "validation_epochs": (1, 50),
+    "output_dir": (Path("sd-model-finetuned-lora"), Path("lora-dreambooth-model")),
+}
+
+
+@dataclass(kw_only=True)
+class Options(Captions, Prior, DeepFloyd, Training):
+    """LoRA"""
+
+    instance_prompt: str | None = flag(None, "the prompt of pictures without a caption: trains as DreamBooth")
+    rank: int | None = flag(None, "rank of the updates; 4 by default, or that of --init_lora")
+    alpha: float | None = flag(None, "an update counts alpha / rank; the rank by default")
+    target: list[str] = flag(
+        [],
+        "layers: attention (default), feed_forward, projections, resnet, or ends of names such as attn2.to_k",
+    )
+    lora_dropout: float = flag(0.0, "chance that an input of an update is left out")
+    train_text_encoder: bool = flag(False, "train updates of the text encoder as well")
+    init_lora: Path | None = flag(None, "begin with the LoRA in this file: its layers, ranks and alphas")
+    save_format: Literal["diffusers", "kohya"] = flag("diffusers", "kohya is what A1111 and ComfyUI read")
+    learning_rate: float | None = flag(None, "peak learning rate; 1e-4, as DreamBooth 5e-4")
+    train_batch_size: int | None = flag(None, "images in a forward pass on one device; 16, as DreamBooth 4")
+    num_train_epochs: int | None = flag(
+        None, "passes over the data, if --max_train_steps is not given; 100 or 1"
+    )
+    validation_epochs: int | None = flag(None, "draw every so many epochs; 1, as DreamBooth 50")
+    output_dir: Path | None = flag(None, "sd-model-finetuned-lora, as DreamBooth lora-dreambooth-model")
+
+    def check(self):
+        dreambooth = self.instance_prompt is not None
+        for name, defaults in BY_KIND.items():
+            if getattr(self, name) is None:
+                setattr(self, name, defaults[dreambooth])
+        prior = self.with_prior_preservation
+        require(dreambooth or not prior, "--with_prior_preservation needs --instance_prompt")
+        require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of pictures")
+        for name in ("rank", "alpha", "target"):
+            value = getattr(self, name)
+            require(not isinstance(value, int | float) or value > 0, f"--{name} must be positive")
+            require(not (value and self.init_lora), f"--{name} is that of --init_lora: leave one of them out")
+        require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
+        precomputed = self.pre_compute_text_embeddings and self.train_text_encoder
+        require(not precomputed, "--pre_compute_text_embeddings and --train_text_encoder exclude each other")
+
+
+class Method(Method):
+    """Trains A and B of each targeted layer, in fp32; everything else is frozen."""
+
+    def build(self) -> dict[str, torch.nn.Parameter]:
+        from minisd.adapters import lora
+        from minisd.methods import _prior
+
+        o = self.options
+        if o.with_prior_preservation:
+            _prior.draw_missing(self)
+        self.sd = sd = self.load()
+        if o.gradient_checkpointing:
+            sd.unet.enable_gradient_checkpointing()
+        networks = lora.networks(sd)
+        if o.init_lora:
+            self.updates = lora.load(sd, o.init_lora, o.lora_dropout)
+            lora.put(networks, {n: u.requires_grad_(False) for n, u in self.updates.items()})
+        else:
+            if not o.train_text_encoder:
+                del networks["text_encoder"]
+            rank = o.rank or 4
+            try:
+                self.updates = lora.insert(
+                    networks, o.target or ["attention"], rank, o.alpha or rank, o.lora_dropout
+                )
+            except ValueError as e:
+                raise ValueError(f"--target: {e}") from None
+        # A file's updates of the text encoder stay as they are, and are saved with the others.
+        trained = {n: u for n, u in self.updates.items() if o.train_text_encoder or n.startswith("unet.")}
+        if o.train_text_encoder and not any(n.startswith("text_encoder.") for n in trained):
+            where = f"--init_lora {o.init_lora}" if o.init_lora else f"--target {' '.join(o.target)}"
+            raise ValueError(f"--train_text_encoder: {where} has no layer of the text encoder")
+        if not trained:
+            raise ValueError(
+                f"--init_lora {o.init_lora} has no layer of the UNet; --train_text_encoder trains it"
+            )
+        return {f"{n}.{k}": p.requires_grad_() for n, u in trained.items() for k, p in u.named_parameters()}
+
+    def dataset(self):
+        from minisd.data import datasets, sources
+
+        o = self.options
+        common = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
+        common["interpolation"] = o.image_interpolation_mode
+        self.data = datasets.Captioned(
+            sources.from_options(o),
+            image_column=o.image_column,
+            caption_column=o.caption_column,
+            caption_dropout=o.caption_dropout,
+            prompt=o.instance_prompt,
+            bucket=o.bucket,
+            **common,
+        )
+        if o.with_prior_preservation:
+            pictures = sources.read(o.class_data_dir, flag="--class_data_dir")
+            classes = datasets.InstancePictures(pictures, o.class_prompt, **common)
+            self.data = datasets.Prior(self.data, classes, o.prior_loss_weight)
+        return self.data
+
+    def condition(self, batch: dict) -> dict:
+        if self.options.train_text_encoder:
+            return super().condition(batch)
+        return {"context": self.frozen_context(batch["prompt"])}
+
+    def describe(self) -> str:
+        from minisd.adapters import lora
+
+        return f"{lora.describe(self.updates)}\n{self.data.summary()}"
+
+    def result(self) -> Image.Image:
+        from minisd.data import images
+        from minisd.noise import generator
+
+        o = self.options
+        prompt = o.validation_prompt or self.data.examples(0, generator(o.seed, "result"))[0].prompt
+        return images.grid(self.samples(prompt))
+
+    def save(self, folder: Path) -> None:
+        from minisd.adapters import lora
+        from minisd.weights import kohya
+
+        about = kohya.about(
+            self.options, folder.resolve().name, self.sd.name, self.sd.schedule.prediction_type
+        )
+        path = folder / "pytorch_lora_weights.safetensors"
+        lora.save(path, self.updates, self.options.save_format, about)
