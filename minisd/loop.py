@@ -103,6 +103,7 @@ def train(method, run: Run) -> int:
     per_update = options.train_batch_size * accumulation * processes.world
     per_epoch = math.ceil(len(stream.dataset) / per_update)
     total = options.max_train_steps or options.num_train_epochs * per_epoch
+    method.updates_per_epoch = per_epoch
     every = options.validation_epochs * per_epoch if options.validation_epochs else options.validation_steps
 
     # How it trains
@@ -179,7 +180,7 @@ def train(method, run: Run) -> int:
                     log.flush()
                 with averaged():
                     method.after_update(step)
-                    if options.validation_prompt and step % every == 0 and step < total:
+                    if method.validates and step % every == 0 and step < total:
                         image = method.validation()
                         run.picture(step, "validation", image, f"validation/step-{step:06}.png")
             stop = processes.agree(interrupt.signal or 0)
