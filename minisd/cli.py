@@ -44,7 +44,7 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
         if default not in (None, False, "", []):
             text += f" (default: {default})"
     kwargs["help"] = text.replace("%", "%%")
-    if isinstance(hint, types.UnionType):  # X | None
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None, and Literal[...] | None
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if hint is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
