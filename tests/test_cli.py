@@ -21,6 +21,38 @@ FIELD = {
         no_safe_serialization num_vectors tokenizer_name placeholder_token initializer_token
         learnable_property repeats
     """,
+    "unconditional": """
+        output_dir cache_dir resolution train_batch_size dataloader_num_workers gradient_accumulation_steps
+        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub
+        hub_token hub_model_id logging_dir mixed_precision checkpointing_steps checkpoints_total_limit
+        resume_from_checkpoint enable_xformers_memory_efficient_attention dataset_name dataset_config_name
+        train_data_dir model_config_name_or_path
+        overwrite_output_dir center_crop random_flip eval_batch_size num_epochs save_images_epochs
+        save_model_epochs use_ema ema_inv_gamma ema_power ema_max_decay hub_private_repo logger local_rank
+        prediction_type ddpm_num_steps ddpm_num_inference_steps ddpm_beta_schedule preserve_input_precision
+    """,
+    "controlnet": """
+        output_dir cache_dir resolution train_batch_size dataloader_num_workers gradient_accumulation_steps
+        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub
+        hub_token hub_model_id logging_dir mixed_precision checkpointing_steps checkpoints_total_limit
+        resume_from_checkpoint enable_xformers_memory_efficient_attention dataset_name dataset_config_name
+        train_data_dir pretrained_model_name_or_path revision variant seed num_train_epochs max_train_steps
+        gradient_checkpointing scale_lr use_8bit_adam allow_tf32 max_grad_norm report_to max_train_samples
+        image_column conditioning_image_column caption_column proportion_empty_prompts validation_image
+        validation_prompt num_validation_images validation_steps controlnet_model_name_or_path
+        tracker_project_name tokenizer_name lr_num_cycles lr_power set_grads_to_none
+    """,
+    "instruct_pix2pix": """
+        output_dir cache_dir resolution train_batch_size dataloader_num_workers gradient_accumulation_steps
+        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub
+        hub_token hub_model_id logging_dir mixed_precision checkpointing_steps checkpoints_total_limit
+        resume_from_checkpoint enable_xformers_memory_efficient_attention dataset_name dataset_config_name
+        train_data_dir pretrained_model_name_or_path revision variant seed num_train_epochs max_train_steps
+        gradient_checkpointing scale_lr use_8bit_adam allow_tf32 max_grad_norm report_to max_train_samples
+        center_crop random_flip use_ema non_ema_revision local_rank original_image_column
+        edited_image_column edit_prompt_column val_image_url validation_prompt num_validation_images
+        validation_epochs conditioning_dropout_prob
+    """,
 }
 DEFAULTS = {
     "textual_inversion": {
@@ -28,6 +60,23 @@ DEFAULTS = {
         "lr_warmup_steps": 0, "adam_weight_decay": 1e-2, "max_train_steps": 5000, "save_steps": 500,
         "checkpointing_steps": 500, "repeats": 100, "num_vectors": 1, "validation_steps": 100,
         "num_validation_images": 4, "report_to": "tensorboard", "mixed_precision": "no",
+    },
+    "unconditional": {
+        "resolution": 64, "train_batch_size": 16, "eval_batch_size": 16, "num_train_epochs": 100,
+        "save_images_epochs": 10, "save_model_epochs": 10, "learning_rate": 1e-4, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 500, "adam_beta1": 0.95, "adam_beta2": 0.999, "adam_weight_decay": 1e-6,
+        "ema_inv_gamma": 1.0, "ema_power": 0.75, "ema_max_decay": 0.9999, "prediction_type": "epsilon",
+        "ddpm_num_steps": 1000, "ddpm_num_inference_steps": 1000, "ddpm_beta_schedule": "linear",
+    },
+    "controlnet": {
+        "resolution": 512, "train_batch_size": 4, "learning_rate": 5e-6, "num_train_epochs": 1,
+        "validation_steps": 100, "num_validation_images": 4, "proportion_empty_prompts": 0.0,
+        "conditioning_image_column": "conditioning_image", "tracker_project_name": "train_controlnet",
+    },
+    "instruct_pix2pix": {
+        "resolution": 256, "train_batch_size": 16, "learning_rate": 1e-4, "num_train_epochs": 100,
+        "validation_epochs": 1, "original_image_column": "input_image", "edited_image_column": "edited_image",
+        "edit_prompt_column": "edit_prompt", "conditioning_dropout_prob": None, "use_ema": False,
     },
 }  # fmt: skip
 
@@ -37,7 +86,8 @@ def test_every_flag_of_the_field(method):
     cls = cli.options_of(method)
     ours = {name for f in fields(cls) for name in cli.spellings(cls, f)}
     assert set(FIELD[method].split()) <= ours
-    _, options = cli.parse_train(["--method", method, "--model", "m", "--data", "d"])
+    model = ["--model", "m"] if "model" in ours else []
+    _, options = cli.parse_train(["--method", method, *model, "--data", "d"])
     assert {k: getattr(options, k) for k in DEFAULTS[method]} == DEFAULTS[method]
 
 
