@@ -102,8 +102,9 @@ def parse(
         close = difflib.get_close_matches(name, known, n=1)
         parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
     namespace = parser.parse_args(argv)
-    if namespace.model is None:
-        parser.set_defaults(model=str(TINY), **json.loads((TINY / "defaults.json").read_text())[command])
+    if getattr(namespace, "model", "none is needed") is None:
+        defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
+        parser.set_defaults(model=str(TINY), **defaults)
         namespace = parser.parse_args(argv)
         print(
             "no --model: the tiny one in the box (64x64 emoji); for SD v1.x give its folder, file or hub id"

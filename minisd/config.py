@@ -72,6 +72,7 @@ class Run(Group):
     logging_dir: str = flag("logs", "tensorboard's folder within --output_dir")
     push_to_hub: bool = flag(False, "upload the result when the run is done")
     hub_model_id: str | None = flag(None, "name on the hub; the folder's name by default")
+    hub_private_repo: bool = flag(False, "let nobody else see it there")
     hub_token: str | None = flag(None, "token for the hub; the saved one by default")
     local_rank: int = flag(-1, "set by launchers; LOCAL_RANK counts")
 
@@ -148,7 +149,6 @@ class Precision(Group):
     kernels: KERNELS = flag("auto", "who computes attention and norms; auto is triton where it was measured")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "what frozen networks and autocast run in")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    cache_latents: bool = flag(True, "encode every picture once, where crops are not random")
     allow_tf32: bool = flag(False, "let fp32 matrix products run in TF32")
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "accepted: attention never holds the whole score matrix here, with or without it"
@@ -158,6 +158,13 @@ class Precision(Group):
 
     def check(self):
         require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative")
+
+
+@dataclass(kw_only=True)
+class Latents(Group):
+    """Latents"""
+
+    cache_latents: bool = flag(True, "encode every picture once, where crops are not random")
 
 
 @dataclass(kw_only=True)
@@ -174,25 +181,33 @@ class Data(Group):
 
 
 @dataclass(kw_only=True)
-class Captions(Data):
-    """Captioned data"""
+class Dataset(Data):
+    """Data with columns"""
 
     data: Path | None = flag(None)
     dataset_name: str | None = flag(None, "a dataset on the hub, or a folder or parquet file, by `datasets`")
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
+    max_train_samples: int | None = flag(None, "take only so many examples, drawn by --seed")
+
+    def check(self):
+        require(bool(self.data) != bool(self.dataset_name), "give one of --data and --dataset_name")
+        samples = self.max_train_samples
+        require(samples is None or samples > 0, "--max_train_samples must be positive")
+
+
+@dataclass(kw_only=True)
+class Captions(Dataset):
+    """Captioned data"""
+
     image_column: str = flag("image", "column of the pictures")
     caption_column: str = flag("text", "column of the captions; of several in a row one is drawn each time")
-    max_train_samples: int | None = flag(None, "take only so many examples, drawn by --seed")
     random_flip: bool = flag(False, "flip pictures with probability 1/2")
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"] = flag("lanczos", "how to resize")
     caption_dropout: float = flag(0.0, "chance that a caption is left out: guidance needs some")
     bucket: bool = flag(False, "batch pictures by aspect ratio instead of cropping all to a square")
 
     def check(self):
-        require(bool(self.data) != bool(self.dataset_name), "give one of --data and --dataset_name")
         require(0 <= self.caption_dropout <= 1, "--caption_dropout must be from 0 to 1")
-        samples = self.max_train_samples
-        require(samples is None or samples > 0, "--max_train_samples must be positive")
 
 
 @dataclass(kw_only=True)

@@ -101,6 +101,7 @@ def train(method, run: Run) -> int:
     per_update = options.train_batch_size * accumulation * processes.world
     per_epoch = math.ceil(len(stream.dataset) / per_update)
     total = options.max_train_steps or options.num_train_epochs * per_epoch
+    method.updates_per_epoch = per_epoch
     every = options.validation_epochs * per_epoch if options.validation_epochs else options.validation_steps
 
     # How it trains

@@ -4,6 +4,7 @@ Ho et al. 2020 (arXiv 2006.11239); v-prediction: Salimans and Ho 2022 (arXiv 220
 """
 
 import hashlib
+import inspect
 import math
 
 import torch
@@ -131,6 +132,12 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":
             return signal * pred.float() + sigma * x.float()
         return (x.float() - signal * denoised) / sigma
+
+
+def settings_for(function, config: dict) -> dict:
+    """The entries of a scheduler_config.json that `function` has keywords for; the rest is for others."""
+    known = inspect.signature(function).parameters
+    return {k: v for k, v in config.items() if k in known and v is not None}
 
 
 def generator(*names: object) -> torch.Generator:

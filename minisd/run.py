@@ -24,6 +24,8 @@ FREE = {
     "checkpointing_steps", "checkpoints_total_limit", "save_steps", "report_to", "logging_dir", "local_rank",
     "push_to_hub", "hub_model_id", "hub_token", "cache_dir", "dataloader_num_workers", "cache_latents",
     "kernels", "validation_prompt", "validation_steps", "validation_epochs", "num_validation_images",
+    "hub_private_repo", "validation_image", "val_image_url", "save_images_epochs", "save_model_epochs",
+    "eval_batch_size", "ddpm_num_inference_steps",
 }  # fmt: skip
 
 
@@ -174,7 +176,8 @@ class WandB:
         import wandb
 
         self.wandb = wandb
-        self.run = wandb.init(project=f"minisd-{run.plain['method']}", config=run.plain, dir=str(run.folder))
+        project = run.plain.get("tracker_project_name") or f"minisd-{run.plain['method']}"
+        self.run = wandb.init(project=project, config=run.plain, dir=str(run.folder))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -219,7 +222,9 @@ class Hub:
         self.api = HfApi(token=options.hub_token)
         self.ready = False
         try:
-            self.name = self.api.create_repo(self.name, exist_ok=True).repo_id
+            self.name = self.api.create_repo(
+                self.name, exist_ok=True, private=options.hub_private_repo or None
+            ).repo_id
             self.ready = True
         except Exception as e:  # no token, no network, no permission: each has its own kind
             print(f"--push_to_hub: nothing will be uploaded: {str(e).splitlines()[0]}", file=sys.stderr)

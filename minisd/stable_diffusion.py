@@ -1,6 +1,5 @@
 """The assembled model: networks, tokenizer and noise schedule, loaded from whatever they lie in."""
 
-import inspect
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -13,15 +12,9 @@ from minisd.adapters import lora, token_embedding
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.noise import NoiseSchedule
+from minisd.noise import NoiseSchedule, settings_for
 from minisd.weights import diffusers, files, hub
-from minisd.weights.checkpoint import PARTS, Checkpoint, build, fill
-
-
-def settings_for(function, config: dict) -> dict:
-    """The entries of a scheduler_config.json that `function` has keywords for; the rest is for others."""
-    known = inspect.signature(function).parameters
-    return {k: v for k, v in config.items() if k in known and v is not None}
+from minisd.weights.checkpoint import PARTS, PIPELINES, Checkpoint, build, fill
 
 
 class StableDiffusion:
@@ -85,6 +78,11 @@ class StableDiffusion:
         self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, self.scheduler))
 
     @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """Its networks."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
@@ -103,6 +101,11 @@ class StableDiffusion:
             pixels = pixels.to(self.device, self.vae.quant_conv.weight.dtype)
             mean, std = self.vae.encode(pixels)
         return mean.float(), std.float()
+
+    def encode_original(self, pixels: Tensor) -> Tensor:
+        """What an instruct-pix2pix UNet sees of pixels (b, 3, 8h, 8w): the mean of the latents, not scaled
+        (b, 4, h, w), in fp32."""
+        return self.encode_images(pixels)[0] / self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (b, 3, 8h, 8w), about [-1, 1], of scaled latents (b, 4, h, w)."""
@@ -142,7 +145,7 @@ class StableDiffusion:
                 },
                 scheduler=self.scheduler,
                 tokenizer=self.tokenizer.save(Path(tokenizer)),
-                pipeline="StableDiffusionPipeline",
+                pipeline=PIPELINES[self.unet.config.in_channels],
             )
             checkpoint.tensors |= {p: t for p, t in self.original.items() if p not in changed}
             diffusers.save(folder, checkpoint)

@@ -19,7 +19,7 @@ LAYERS = [
     ["minisd.models"],
     ["minisd.weights", "minisd.guidance"],
     ["minisd.adapters", "minisd.schedulers", "minisd.data"],
-    ["minisd.stable_diffusion"],
+    ["minisd.stable_diffusion", "minisd.pixel_diffusion"],
     ["minisd.generate", "minisd.run"],
     ["minisd.methods"],
     ["minisd.loop"],

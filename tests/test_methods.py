@@ -70,8 +70,7 @@ def same(a, b):
 @pytest.mark.parametrize("method", METHODS)
 def test_exactly_what_is_declared_changes(method, options):
     m, trained, batch = built(method, options(method))
-    modules = {"unet": m.sd.unet, "vae": m.sd.vae, "text_encoder": m.sd.text_encoder}
-    everything = {f"{part}.{n}": p for part, module in modules.items() for n, p in module.named_parameters()}
+    everything = {f"{part}.{n}": p for part, module in m.parts.items() for n, p in module.named_parameters()}
     declared = {id(p) for p in trained.values()}
     assert declared <= {id(p) for p in everything.values()}
     before = {n: p.detach().clone() for n, p in everything.items()}

@@ -300,7 +300,7 @@ def test_marks_of_v_prediction(single):
 
 def test_channels_of_a_standard_file_are_counted():
     first = "model.diffusion_model.input_blocks.0.0.weight"
-    for channels, name in compvis.PIPELINES.items():
+    for channels, name in ck.PIPELINES.items():
         found = {first: torch.zeros(320, channels, 3, 3)}
         config, _, pipeline = compvis._described({}, found, Path("x.ckpt"))
         assert config["unet"] == replace(unet.SD15, in_channels=channels) and pipeline == name

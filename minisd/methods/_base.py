@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.config import Data, Model, Optimizer, Precision, Run, Validation
+from minisd.config import Data, Latents, Model, Optimizer, Precision, Run, Validation
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Training(Data, Validation, Optimizer, Precision, Model, Run):
+class Training(Data, Validation, Optimizer, Precision, Latents, Model, Run):
     """The flags of every method that starts from a Stable Diffusion model."""
 
 
@@ -45,9 +45,10 @@ class Method:
             raise ValueError("--mixed_precision fp16 needs a GPU; bf16 runs on a CPU")
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.cache_latents = options.cache_latents
+        self.cache_latents = getattr(options, "cache_latents", False)
         self.thawed: set[str] = set()  # the parts of the model that train as a whole
         self.lr_scale = 1.0  # what --scale_lr multiplies by besides the pictures of an update
+        self.updates_per_epoch = 0  # the loop says
         self.contexts: dict[str, Tensor] = {}  # of prompts, where the text encoder is frozen
 
     # The seams
@@ -65,6 +66,10 @@ class Method:
         """What the UNet gets besides the noisy latents and the timesteps."""
         return {"context": self.sd.encode_text(batch["prompt"]).to(self.dtype)}
 
+    def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
+        """The prediction (b, c, h, w) for noisy latents; runs under autocast."""
+        return self.sd.unet(noisy, timesteps, **self.condition(batch))
+
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
         """How far off each sample's prediction is, (b,)."""
         from minisd import losses
@@ -77,6 +82,11 @@ class Method:
 
     def after_update(self, step: int) -> None:
         """Called after each optimizer update."""
+
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """All networks, those that are frozen too."""
+        return self.sd.parts
 
     def describe(self) -> str:
         """One line on what is about to happen."""
@@ -217,8 +227,7 @@ class Method:
         timesteps = self.timesteps(batch)
         noisy = schedule.add_noise(latents, perturbed, timesteps)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            condition = self.condition(batch)
-            pred = self.sd.unet(noisy.to(self.dtype), timesteps.to(self.device), **condition)
+            pred = self.predict(noisy.to(self.dtype), timesteps.to(self.device), batch)
         errors = self.errors(pred, schedule.target(latents, noise, timesteps), batch)  # (b,)
         weights = batch["weight"]
         if self.options.snr_gamma is not None:
@@ -227,8 +236,9 @@ class Method:
 
     # Pictures
 
-    def samples(self, prompt: str) -> list[Image.Image]:
-        """The validation pictures of a prompt, drawn with the live modules. The same noise every time."""
+    def samples(self, prompt: str, **further) -> list[Image.Image]:
+        """The validation pictures of a prompt, drawn with the live modules. The same noise every time.
+        `further` is for generate.pictures."""
         import torch
         from tqdm import tqdm
 
@@ -242,7 +252,8 @@ class Method:
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
         ):
             seeds = [self.options.seed + i for i in range(count)]
-            return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update))
+            prompts = [prompt] * count
+            return list(pictures(self.sd, prompts, seeds, settings, on_step=bar.update, **further))
 
     def prompts(self) -> list[str]:
         """What is drawn, while training if a flag asks for it, and in the end."""

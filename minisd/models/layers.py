@@ -29,13 +29,15 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-2i/dim), in fp32 (Vaswani et al. 2017, section 3.5, cosines
-    first as in SD). timesteps (b,) integer or float. Returns (b, dim)."""
+def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
+    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), in fp32 (Vaswani et al. 2017, section
+    3.5, cosines first as in SD; the DDPM of 2020 has shift 1 and its sines first). timesteps (b,) integer or
+    float. Returns (b, dim)."""
     half = dim // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float()[:, None] * exponent.exp()  # (b, dim / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * (exponent / (half - shift)).exp()  # (b, dim / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([sin, cos] if sines_first else [cos, sin], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):

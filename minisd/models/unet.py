@@ -1,6 +1,6 @@
 """The denoising UNet of Stable Diffusion v1.x (Rombach et al. 2022, arXiv 2112.10752)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -19,11 +19,10 @@ from minisd.models.layers import (
 
 
 @dataclass(kw_only=True)
-class UNetConfig:
+class EncoderConfig:
     """One entry per level, highest resolution first, in `block_out_channels`, `num_heads` and `attention`."""
 
     in_channels: int  # 4; 8 instruct-pix2pix (noisy | image); 9 inpainting (noisy | mask | masked image)
-    out_channels: int
     block_out_channels: tuple[int, ...]
     attention: tuple[bool, ...]
     num_heads: tuple[int, ...]
@@ -31,11 +30,16 @@ class UNetConfig:
     cross_attention_dim: int
     norm_num_groups: int
     norm_eps: float
-    sample_size: int  # side of the latents that the model was trained on
 
     @property
     def temb_dim(self) -> int:
         return 4 * self.block_out_channels[0]
+
+
+@dataclass(kw_only=True)
+class UNetConfig(EncoderConfig):
+    out_channels: int
+    sample_size: int  # side of the latents that the model was trained on
 
 
 SD15 = UNetConfig(
@@ -52,13 +56,13 @@ SD15 = UNetConfig(
 )
 
 
-def _resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
+def _resnet(config: EncoderConfig, c_in: int, c_out: int) -> ResnetBlock:
     return ResnetBlock(
         c_in, c_out, groups=config.norm_num_groups, eps=config.norm_eps, temb_dim=config.temb_dim
     )
 
 
-def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
+def _transformer(config: EncoderConfig, level: int) -> SpatialTransformer:
     channels, num_heads = config.block_out_channels[level], config.num_heads[level]
     return SpatialTransformer(channels, num_heads, config.cross_attention_dim, groups=config.norm_num_groups)
 
@@ -66,7 +70,7 @@ def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
 class DownBlock(nn.Module):
     """One level of the encoder. Each of its outputs is a skip connection."""
 
-    def __init__(self, config: UNetConfig, level: int):
+    def __init__(self, config: EncoderConfig, level: int):
         super().__init__()
         channels = config.block_out_channels
         c_in, c_out, layers = channels[max(level - 1, 0)], channels[level], range(config.layers_per_block)
@@ -92,7 +96,7 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """ResnetBlock, transformer, ResnetBlock at the lowest resolution."""
 
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         c = config.block_out_channels[-1]
         self.resnets = nn.ModuleList(_resnet(config, c, c) for _ in range(2))
@@ -135,40 +139,85 @@ class UpBlock(nn.Module):
         return x
 
 
-class UNet(nn.Module):
-    """Predicts the noise (or v, or the clean latents) in noisy latents, given the timestep and the text."""
+class Encoder(nn.Module):
+    """The UNet as far as its middle, which a ControlNet has a copy of."""
 
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        levels = range(len(config.block_out_channels))
         c = config.block_out_channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
         self.time_embedding = TimestepEmbedding(c, config.temb_dim)
+        levels = range(len(config.block_out_channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
     def enable_gradient_checkpointing(self) -> None:
-        for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
+        for block in [*self.down_blocks, self.mid_block]:
             block.gradient_checkpointing = True
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """(b, in_channels, h, w) at timesteps (b,), context (b, s, d) -> pred (b, out_channels, h, w)."""
+    def encode(
+        self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The middle's output, the skips in the order they are made, and temb with its SiLU applied. `hint`
+        (b, c0, h, w) is added behind conv_in."""
         # Time: sinusoids in fp32, then the MLP. The SiLU that every ResnetBlock starts with is applied once.
         temb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(noisy_latents.dtype)
         temb = nn.functional.silu(self.time_embedding(temb))  # (b, temb_dim)
 
         # Down
         x = self.conv_in(noisy_latents)  # (b, c0, h, w)
-        skips = [x]
+        skips = [x if hint is None else x + hint]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, context)
 
         # Middle
-        x = self.mid_block(skips[-1], temb, context)
+        return self.mid_block(skips[-1], temb, context), skips, temb
+
+
+class UNet(Encoder):
+    """Predicts the noise (or v, or the clean latents) in noisy latents, given the timestep and the text."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        levels, c = range(len(config.block_out_channels)), config.block_out_channels[0]
+        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    def enable_gradient_checkpointing(self) -> None:
+        super().enable_gradient_checkpointing()
+        for block in self.up_blocks:
+            block.gradient_checkpointing = True
+
+    def widen(self, in_channels: int) -> None:
+        """Take further input channels, whose weights are zero and whose bias there is already: with anything
+        in them, the output stays what it was (Brooks et al. 2022, arXiv 2211.09800, section 3.2)."""
+        old = self.conv_in
+        self.conv_in = nn.Conv2d(
+            in_channels, old.out_channels, 3, padding=1, device=old.weight.device, dtype=old.weight.dtype
+        )
+        with torch.no_grad():
+            self.conv_in.weight.zero_()[:, : old.in_channels] = old.weight
+            self.conv_in.bias.copy_(old.bias)
+        self.config = replace(self.config, in_channels=in_channels)
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        *,
+        down_residuals: list[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        """(b, in_channels, h, w) at timesteps (b,), context (b, s, d) -> pred (b, out_channels, h, w). A
+        ControlNet's residuals are added to the skips and to the middle's output."""
+        x, skips, temb = self.encode(noisy_latents, timesteps, context)
+        if down_residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+        if mid_residual is not None:
+            x = x + mid_residual
 
         # Up: every skip is used once, last in first out
         for block in self.up_blocks:

@@ -10,14 +10,26 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from minisd.models.controlnet import ControlNet, ControlNetConfig
 from minisd.models.text import TextConfig, TextEncoder
 from minisd.models.unet import UNet, UNetConfig
+from minisd.models.unet2d import UNet2D, UNet2DConfig
 from minisd.models.vae import AutoencoderKL, VAEConfig
 
-Config = UNetConfig | VAEConfig | TextConfig
+Config = UNetConfig | VAEConfig | TextConfig | ControlNetConfig | UNet2DConfig
 
-PARTS = ("unet", "vae", "text_encoder")
-MODULES: dict[str, type[nn.Module]] = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
+PARTS = ("unet", "vae", "text_encoder")  # of a Stable Diffusion; the other networks come by themselves
+MODULES: dict[str, type[nn.Module]] = {
+    "unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder, "controlnet": ControlNet,
+    "unet2d": UNet2D,
+}  # fmt: skip
+
+# By the number of channels that the UNet takes.
+PIPELINES = {
+    4: "StableDiffusionPipeline",
+    8: "StableDiffusionInstructPix2PixPipeline",
+    9: "StableDiffusionInpaintPipeline",
+}
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer"  # CLIP's vocabulary
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from minisd.models import text, unet, vae
+from minisd.models import controlnet, text, unet, vae
 from minisd.weights import checkpoint as ck
 from minisd.weights import configs, files
 from minisd.weights.checkpoint import PARTS, Checkpoint, Config
@@ -22,6 +23,7 @@ PREFIXES = {
     "text_encoder": "cond_stage_model.transformer.",
 }
 EMA = "model_ema."
+CONTROLNET = "control_model."
 
 # What training left in such files: the noise schedule, the loss' own network, counters, and marks of the kind
 # of model. Names that end in `.` or `_` stand for all that begin so.
@@ -30,11 +32,6 @@ IGNORED = (
     "lvlb_weights", "first_stage_model.loss.", EMA, "v_pred", "ztsnr",
 )  # fmt: skip
 
-PIPELINES = {
-    4: "StableDiffusionPipeline",
-    8: "StableDiffusionInstructPix2PixPipeline",
-    9: "StableDiffusionInpaintPipeline",
-}
 CONFIG = "minisd.config"  # the metadata entry with the configs, for models that are not of SD v1.5's size
 
 
@@ -112,6 +109,41 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
     files.write(file, tensors, about)
 
 
+def load_controlnet(path: Path) -> tuple[controlnet.ControlNetConfig, dict[str, Tensor]]:
+    """Config and tensors, by native names, of a ControlNet in a single file: alone, with or without
+    `control_model.` before its names, or in front of the base model that it was trained with.
+
+    ValueError, naming the file, if there is none in it, or if it is of another base than SD v1.x.
+    """
+    path = Path(path)
+    found, about = files.read(path), files.metadata(path)
+    if any(name.startswith(CONTROLNET) for name in found):
+        found = {n.removeprefix(CONTROLNET): t for n, t in found.items() if n.startswith(CONTROLNET)}
+    if "difference" in found:
+        raise ValueError(f"{path} holds differences from its base model: only whole ones are read")
+    if "zero_convs.0.0.weight" not in found:
+        raise ValueError(f"{path} holds no ControlNet (zero_convs.*, input_hint_block.*)")
+    width = found.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", torch.empty(0, 768)).shape[1]
+    if CONFIG not in about and width != 768:
+        raise ValueError(f"{path}: text states of width {width}; minisd is for ControlNets of SD v1.x")
+    config = controlnet.SD15
+    if CONFIG in about:
+        try:
+            config = configs.READERS["controlnet"](json.loads(about[CONFIG]), path)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
+    names = table("controlnet", config, path)
+    ck.check_names(found, names.values(), path)
+    return config, _read_part("controlnet", config, names, found, path)
+
+
+def save_controlnet(file: Path, config: controlnet.ControlNetConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a ControlNet as a single .safetensors file, for programs that do not read folders."""
+    ck.check(tensors, ck.native_shapes("controlnet", config, file), file)
+    named = {new: tensors[name] for name, new in table("controlnet", config, file).items()}
+    files.write(file, named, {CONFIG: json.dumps(configs.WRITERS["controlnet"](config), sort_keys=True)})
+
+
 # --- The table -------------------------------------------------------------------------------------------
 
 UNET_RESNET = {
@@ -123,8 +155,9 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 def table(part: str, config: Config, source: Path | str) -> dict[str, str]:
     """Native name -> file's name, for every tensor of a part."""
-    modules = dict({"unet": _unet, "vae": _vae, "text_encoder": lambda config: ()}[part](config))
-    prefix = PREFIXES[part]
+    rows = {"unet": _unet, "vae": _vae, "text_encoder": lambda config: (), "controlnet": _controlnet}
+    modules = dict(rows[part](config))
+    prefix = PREFIXES.get(part, "")
     return {name: prefix + _rename(name, modules) for name in ck.native_shapes(part, config, source)}
 
 
@@ -137,34 +170,54 @@ def _rename(name: str, modules: Mapping[str, str]) -> str:
     return name
 
 
-def _unet(config: unet.UNetConfig) -> Iterator[tuple[str, str]]:
+def _encoder(config: unet.EncoderConfig) -> Iterator[tuple[str, str]]:
     """Rows native module -> file's module. The file counts blocks through all levels; in a block, index 0 is
     the ResnetBlock, 1 the transformer, and what changes the size comes last."""
-    levels, layers = len(config.block_out_channels), config.layers_per_block
+    layers = config.layers_per_block
     yield from {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "conv_in": "input_blocks.0.0",
         "mid_block.attentions.0": "middle_block.1",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
     }.items()
-    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    for b in range(levels):
+    yield from _resnet("mid_block.resnets.0", "middle_block.0")
+    yield from _resnet("mid_block.resnets.1", "middle_block.2")
+    for b in range(len(config.block_out_channels)):
         first = 1 + b * (layers + 1)
         for i in range(layers):
-            resnets[f"down_blocks.{b}.resnets.{i}"] = f"input_blocks.{first + i}.0"
+            yield from _resnet(f"down_blocks.{b}.resnets.{i}", f"input_blocks.{first + i}.0")
             yield f"down_blocks.{b}.attentions.{i}", f"input_blocks.{first + i}.1"
         yield f"down_blocks.{b}.downsamplers.0.conv", f"input_blocks.{first + layers}.0.op"
 
+
+def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    return ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in UNET_RESNET.items())
+
+
+def _unet(config: unet.UNetConfig) -> Iterator[tuple[str, str]]:
+    levels, layers = len(config.block_out_channels), config.layers_per_block
+    yield from _encoder(config)
+    yield from {"conv_norm_out": "out.0", "conv_out": "out.2"}.items()
+    for b in range(levels):
         first = b * (layers + 1)
         for i in range(layers + 1):
-            resnets[f"up_blocks.{b}.resnets.{i}"] = f"output_blocks.{first + i}.0"
+            yield from _resnet(f"up_blocks.{b}.resnets.{i}", f"output_blocks.{first + i}.0")
             yield f"up_blocks.{b}.attentions.{i}", f"output_blocks.{first + i}.1"
         last = 2 if config.attention[levels - 1 - b] else 1
         yield f"up_blocks.{b}.upsamplers.0.conv", f"output_blocks.{first + layers}.{last}.conv"
-    for ours, theirs in resnets.items():
-        yield from ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in UNET_RESNET.items())
+
+
+def _controlnet(config: controlnet.ControlNetConfig) -> Iterator[tuple[str, str]]:
+    """Rows native module -> file's module; in the hint network the file counts the SiLUs, too."""
+    yield from _encoder(config)
+    for i in range(len(config.block_out_channels) * (config.layers_per_block + 1)):
+        yield f"controlnet_down_blocks.{i}", f"zero_convs.{i}.0"
+    yield "controlnet_mid_block", "middle_block_out.0"
+    hint, blocks = "controlnet_cond_embedding", 2 * (len(config.hint_channels) - 1)
+    yield f"{hint}.conv_in", "input_hint_block.0"
+    for i in range(blocks):
+        yield f"{hint}.blocks.{i}", f"input_hint_block.{2 * i + 2}"
+    yield f"{hint}.conv_out", f"input_hint_block.{2 * blocks + 2}"
 
 
 def _vae(config: vae.VAEConfig) -> Iterator[tuple[str, str]]:
@@ -216,7 +269,7 @@ def refuse_others(found: Mapping[str, Tensor], path: Path) -> None:
         kind = "an SDXL checkpoint"
     elif width == 1024 or has("cond_stage_model.model."):
         kind = "an SD2 checkpoint"
-    elif has("control_model.", "controlnet_", "zero_convs.", "input_hint_block."):
+    elif has(CONTROLNET, "controlnet_", "zero_convs.", "input_hint_block."):
         kind = "a ControlNet"
     elif any("lora_" in name or ".lora" in name for name in found):
         kind = "a LoRA, an adapter"
@@ -248,15 +301,16 @@ def _described(
     first = PREFIXES["unet"] + "input_blocks.0.0.weight"
     conv_in = found.get(first, found.get(_ema_name(first)))
     in_channels = conv_in.shape[1] if conv_in is not None and conv_in.ndim == 4 else 4
-    if in_channels not in PIPELINES:
-        raise ValueError(f"{path}: its UNet takes {in_channels} channels; minisd knows {[*PIPELINES]}")
+    if in_channels not in ck.PIPELINES:
+        known = [*ck.PIPELINES]
+        raise ValueError(f"{path}: its UNet takes {in_channels} channels; minisd knows {known}")
     config = {"unet": replace(unet.SD15, in_channels=in_channels), "vae": vae.SD15, "text_encoder": text.SD15}
     scheduler = dict(ck.SD1_SCHEDULER)
     if "v_pred" in found or about.get("modelspec.prediction_type", "").startswith("v"):
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in found:
         scheduler["rescale_betas_zero_snr"] = True
-    return config, scheduler, PIPELINES[in_channels]
+    return config, scheduler, ck.PIPELINES[in_channels]
 
 
 def _is_ignored(name: str, ema: bool) -> bool:

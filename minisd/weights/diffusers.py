@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from minisd.models.unet2d import UNet2DConfig
 from minisd.weights import checkpoint as ck
 from minisd.weights import configs, files
 from minisd.weights.checkpoint import PARTS, Checkpoint, Config
@@ -43,6 +44,8 @@ def load(
     for name in ("text_encoder_2", "text_encoder_3", "transformer"):
         if index.get(name) not in (None, [None, None]):
             raise ValueError(f"{path} has a {name}: this is SDXL, SD3 or later; minisd is for SD v1.x")
+    if index.get("_class_name") == "DDPMPipeline":
+        raise ValueError(f"{path} is a model of pixels without text (DDPMPipeline), not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
     config = {part: configs.read(path / part, part) for part in PARTS}
@@ -94,6 +97,28 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         files.write_json(temporary / INDEX, index)
 
 
+def load_ddpm(path: Path, *, variant: str | None = None) -> tuple[UNet2DConfig, dict[str, Tensor], dict]:
+    """Config, tensors and scheduler_config.json of a DDPMPipeline's folder."""
+    path = Path(path)
+    config, tensors = load_part(path / "unet", "unet2d", variant)
+    return config, tensors, files.read_json(path / SCHEDULER)
+
+
+def save_ddpm(folder: Path, config: UNet2DConfig, tensors: dict[str, Tensor], scheduler: dict) -> None:
+    """Write a DDPMPipeline's folder, whole or not at all. What else an existing folder holds stays there."""
+    with files.new_folder(folder, keep=True) as temporary:
+        save_part(temporary / "unet", "unet2d", config, tensors)
+        (temporary / "scheduler").mkdir()
+        files.write_json(temporary / SCHEDULER, scheduler)
+        index = {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": configs.LAYOUT,
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+        files.write_json(temporary / INDEX, index)
+
+
 # --- One part -------------------------------------------------------------------------------------------
 
 
@@ -127,17 +152,18 @@ def save_part(folder: Path, part: str, config: Config, tensors: dict[str, Tensor
 def native(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under native names, from the names of older and newer files of the same layout."""
     return {
-        new: ck.as_matrix(tensor) if part == "vae" and ".attentions." in new else tensor
+        new: ck.as_matrix(tensor) if part in OLD_NAMES and ".attentions." in new else tensor
         for name, tensor in tensors.items()
         if (new := _native_name(part, name)) is not None
     }
 
 
+OLD_NAMES = ("vae", "unet2d")  # the parts whose attention had other names once
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def _native_name(part: str, name: str) -> str | None:
-    if part == "vae":
+    if part in OLD_NAMES:
         found = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
         if found and found[2] in OLD_ATTENTION:
             return found[1] + OLD_ATTENTION[found[2]] + found[3]

@@ -7,6 +7,7 @@ from pathlib import Path
 from minisd.weights import diffusers, files
 from minisd.weights.checkpoint import PARTS
 
+PART = "config.json"  # at the top of a repository that holds one part
 TIMEOUT = 10  # seconds, until the cache is used instead
 
 
@@ -80,10 +81,14 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
     """The files, among a repository's, that loading reads. ValueError, naming the model, if it has none.
 
     A repository in the layout of diffusers: the configs, the tokenizer, and one set of weights for each part.
-    Any other: its only single file.
+    One part by itself, such as a ControlNet: its config and one set of weights. Any other: its only single
+    file.
     """
     if diffusers.INDEX not in names:
         roots = [name for name in names if "/" not in name]
+        if PART in names and diffusers.variants(roots, "controlnet"):
+            chosen, shards = diffusers.choose(roots, "controlnet", variant, model)
+            return [PART, chosen, *shards]
         for is_weights in (lambda n: n.endswith(files.SAFETENSORS), lambda n: n.endswith(files.PICKLES)):
             if found := sorted(filter(is_weights, roots)):
                 if len(found) > 1:
@@ -106,7 +111,7 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
 
 
 def _model_in(folder: Path, wanted: list[str]) -> Path:
-    return folder if diffusers.INDEX in wanted else folder / wanted[0]
+    return folder if {diffusers.INDEX, PART} & {*wanted} else folder / wanted[0]
 
 
 def _short(error: BaseException) -> str:

@@ -1,0 +1,36 @@
+"""ControlNets beside the model: read from a folder, a single file or the hub; written as a folder."""
+
+from pathlib import Path
+
+import torch
+
+from minisd.models.controlnet import ControlNet
+from minisd.weights import compvis, diffusers, hub
+from minisd.weights.checkpoint import build, fill
+
+
+def load(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+) -> ControlNet:
+    """The ControlNet in a folder of diffusers' layout, in a single file, or of a hub id; frozen.
+
+    ValueError, naming the file, if there is none, or if it is of another base than SD v1.x.
+    """
+    path = hub.resolve(path, revision=revision, variant=variant, cache_dir=cache_dir)
+    if path.is_dir():
+        config, tensors = diffusers.load_part(path, "controlnet", variant)
+    else:
+        config, tensors = compvis.load_controlnet(path)
+    network = fill(build("controlnet", config, path), tensors, path)
+    return network.to(device, dtype).eval().requires_grad_(False)
+
+
+def save(folder: Path, network: ControlNet) -> None:
+    """Write config.json and the weights. What else an existing folder holds stays there."""
+    diffusers.save_part(folder, "controlnet", network.config, network.state_dict())

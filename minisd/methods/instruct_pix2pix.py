@@ -1,0 +1,142 @@
+"""Train the whole UNet to edit a picture as a sentence says (InstructPix2Pix, arXiv 2211.09800)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minisd.config import Average, Dataset, flag, require
+from minisd.methods._base import Method, Training
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Options(Dataset, Average, Training):
+    """InstructPix2Pix"""
+
+    original_image_column: str = flag("input_image", "column of the pictures before the edit")
+    edited_image_column: str = flag("edited_image", "column of the pictures after it")
+    edit_prompt_column: str = flag("edit_prompt", "column of what was asked for")
+    random_flip: bool = flag(False, "flip both pictures of a pair with probability 1/2")
+    conditioning_dropout_prob: float | None = flag(
+        None, "chance p that the prompt alone is left out, that both are, and that the picture alone is; 0.05"
+    )
+    val_image_url: str | None = flag(None, "picture to edit by --validation_prompt: an address or a path")
+    revision: str | None = flag(None, "branch, tag or commit of a hub id", also=("non_ema_revision",))
+    validation_guidance_scale: float = flag(7.0)
+    validation_epochs: int | None = flag(1)
+    resolution: int = flag(256)
+    train_batch_size: int = flag(16)
+    learning_rate: float = flag(1e-4)
+    output_dir: Path = flag(Path("instruct-pix2pix-model"))
+
+    def check(self):
+        p = self.conditioning_dropout_prob
+        require(p is None or 0 <= p <= 1 / 3, "--conditioning_dropout_prob must be from 0 to 1/3")
+        both = bool(self.val_image_url) == bool(self.validation_prompt)
+        require(both, "--val_image_url and --validation_prompt go together: give both or neither")
+
+
+class Method(Method):
+    """The UNet gets the latents of the original beside the noisy ones of the edited picture."""
+
+    def build(self) -> dict[str, torch.nn.Parameter]:
+        o = self.options
+        self.asked = (o.validation_prompt, self.open(o.val_image_url)) if o.val_image_url else None
+        self.sd = sd = self.load()
+        latents = sd.vae.config.latent_channels
+        if sd.unet.config.in_channels == latents:
+            sd.unet.widen(2 * latents)
+        elif sd.unet.config.in_channels != 2 * latents:
+            raise ValueError(
+                f"--model {o.model} takes {sd.unet.config.in_channels} channels: it is for another use"
+            )
+        return self.thaw("unet", sd.unet)
+
+    def dataset(self):
+        from minisd.data import pairs, sources
+
+        o = self.options
+        self.data = pairs.EditPairs(
+            sources.from_options(o),
+            resolution=o.resolution,
+            center_crop=o.center_crop,
+            random_flip=o.random_flip,
+            original_column=o.original_image_column,
+            edited_column=o.edited_image_column,
+            prompt_column=o.edit_prompt_column,
+        )
+        return self.data
+
+    def dropped(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Whose prompt and whose original is left out, (b,) each. With r uniform in [0, 1): the prompt where
+        r < 2p, the original where p <= r < 3p."""
+        import torch
+
+        from minisd.noise import generator
+
+        p = self.options.conditioning_dropout_prob or 0.0
+        streams = [generator(self.options.seed, "conditioning", n) for n in batch["number"]]
+        r = torch.stack([torch.rand((), generator=g) for g in streams])
+        return r < 2 * p, (r >= p) & (r < 3 * p)
+
+    def condition(self, batch: dict) -> dict:
+        without = self.dropped(batch)[0].tolist()
+        prompts = ["" if drop else prompt for prompt, drop in zip(batch["prompt"], without, strict=True)]
+        return {"context": self.frozen_context(prompts)}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
+        import torch
+
+        original = self.sd.encode_original(batch["original"])  # (b, c, h, w)
+        kept = ~self.dropped(batch)[1].to(original.device)
+        inputs = torch.cat([noisy, (original * kept[:, None, None, None]).to(noisy.dtype)], dim=1)
+        return self.sd.unet(inputs, timesteps, **self.condition(batch))
+
+    def describe(self) -> str:
+        return self.data.summary()
+
+    # Pictures
+
+    def open(self, name: str) -> Tensor:
+        """The picture to edit, (3, resolution, resolution) in [-1, 1]. ValueError if there is none."""
+        from urllib.request import urlopen
+
+        from minisd.data import images
+
+        content = None
+        if name.startswith(("http://", "https://")):
+            try:
+                with urlopen(name, timeout=20) as answer:
+                    content = answer.read()
+            except OSError as e:
+                raise ValueError(f"--val_image_url {name}: {e}") from None
+        image = images.center_square(images.open_image(Path(name), content))
+        return images.to_tensor(image.resize((self.options.resolution, self.options.resolution)))
+
+    @property
+    def validates(self) -> bool:
+        return self.asked is not None
+
+    def validation(self) -> Image.Image:
+        return self.row(*self.asked)
+
+    def result(self) -> Image.Image:
+        """Of the picture that the flags name, or else of the first of the data."""
+        from minisd.noise import generator
+
+        example = self.data.examples(0, generator(self.options.seed, "result"))[0]
+        return self.row(*self.asked or (example.prompt, self.data.extras(example.view)["original"]))
+
+    def row(self, prompt: str, original: Tensor) -> Image.Image:
+        """The original, then its edits."""
+        from minisd.data import images
+
+        originals = original.expand(self.options.num_validation_images, -1, -1, -1)  # (n, 3, h, w)
+        drawn = self.samples(prompt, originals=originals)
+        return images.labelled_rows([(prompt, [images.to_pil(original), *drawn])])

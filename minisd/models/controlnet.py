@@ -1,0 +1,92 @@
+"""ControlNet: a trained copy of the UNet's encoder that steers it by a picture (arXiv 2302.05543)."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisd.models import unet
+from minisd.models.unet import Encoder, EncoderConfig, UNet
+
+HINT_CHANNELS = (16, 32, 96, 256)
+
+
+@dataclass(kw_only=True)
+class ControlNetConfig(EncoderConfig):
+    hint_channels: tuple[int, ...]  # of the hint network; each but the first halves the side
+
+
+def _of_encoder(config: EncoderConfig) -> dict:
+    return {f.name: getattr(config, f.name) for f in fields(EncoderConfig)}
+
+
+SD15 = ControlNetConfig(**_of_encoder(unet.SD15), hint_channels=HINT_CHANNELS)
+
+
+class HintNetwork(nn.Module):
+    """The control picture at the size of the latents: (b, 3, 8h, 8w) in [0, 1] -> (b, c_out, h, w)."""
+
+    def __init__(self, channels: tuple[int, ...], c_out: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for narrow, wide in zip(channels, channels[1:], strict=False):
+            self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
+            self.blocks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
+        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
+
+    def forward(self, hint: Tensor) -> Tensor:
+        x = self.conv_in(hint)  # (b, channels[0], 8h, 8w)
+        for block in self.blocks:
+            x = block(F.silu(x))  # every second one halves the side
+        return self.conv_out(F.silu(x))  # (b, c_out, h, w)
+
+
+class ControlNet(Encoder):
+    """What to add to the UNet's skips and to its middle, given what the UNet gets and a control picture."""
+
+    def __init__(self, config: ControlNetConfig):
+        super().__init__(config)
+        channels, last = config.block_out_channels, len(config.block_out_channels) - 1
+        self.controlnet_cond_embedding = HintNetwork(config.hint_channels, channels[0])
+        # One for each skip: conv_in's, then each level's layers and what halves its side.
+        skips = [channels[0]]
+        for level, c in enumerate(channels):
+            skips += [c] * (config.layers_per_block + (level < last))
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skips)
+        self.controlnet_mid_block = nn.Conv2d(channels[-1], channels[-1], 1)
+
+    @classmethod
+    def from_unet(cls, source: UNet, downscale: int = 8) -> "ControlNet":
+        """A copy of the UNet's encoder whose residuals are zero. `downscale`: pixels per latent along a side.
+
+        ValueError if the hint network has no form for it.
+        """
+        steps = downscale.bit_length() - 1
+        if downscale != 2**steps or not 0 < steps < len(HINT_CHANNELS):
+            raise ValueError(f"no hint network goes from pixels to latents {downscale} times smaller")
+        config = ControlNetConfig(**_of_encoder(source.config), hint_channels=HINT_CHANNELS[: steps + 1])
+        self = cls(config).to(source.conv_in.weight.device, source.conv_in.weight.dtype)
+        own = self.state_dict()
+        self.load_state_dict({k: v for k, v in source.state_dict().items() if k in own}, strict=False)
+        zero = [self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block]
+        with torch.no_grad():
+            for p in (p for conv in [*zero, *self.controlnet_down_blocks] for p in conv.parameters()):
+                p.zero_()
+        return self
+
+    def forward(
+        self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor, scale: float = 1.0
+    ) -> dict:
+        """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`. The first three are
+        what the UNet gets; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
+        hint = self.controlnet_cond_embedding(hint)  # (b, c0, h, w)
+        if hint.shape[-2:] != noisy_latents.shape[-2:]:
+            raise ValueError(
+                f"a control picture of {tuple(hint.shape[-2:])} latents for {tuple(noisy_latents.shape[-2:])}"
+            )
+        x, skips, _ = self.encode(noisy_latents, timesteps, context, hint)
+        down = [scale * conv(s) for conv, s in zip(self.controlnet_down_blocks, skips, strict=True)]
+        return {"down_residuals": down, "mid_residual": scale * self.controlnet_mid_block(x)}

@@ -1,0 +1,77 @@
+"""The model without a text encoder or a VAE: the pixel UNet and its noise schedule (arXiv 2006.11239)."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisd.models.unet2d import UNet2D
+from minisd.noise import NoiseSchedule, randn, settings_for
+from minisd.schedulers import ddpm
+from minisd.weights import configs, diffusers
+from minisd.weights.checkpoint import build, fill
+
+
+class PixelDiffusion:
+    """unet and schedule; pictures (b, 3, h, w) in [-1, 1] out."""
+
+    def __init__(self, unet: UNet2D, scheduler: dict):
+        self.unet = unet
+        self.scheduler = scheduler  # what scheduler_config.json says
+        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, scheduler))
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "PixelDiffusion":
+        """A DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
+        config, tensors, scheduler = diffusers.load_ddpm(Path(path))
+        unet = fill(build("unet2d", config, path), tensors, path)
+        return cls(unet.to(device).eval().requires_grad_(False), scheduler)
+
+    def save(self, folder: Path) -> None:
+        """Write a DDPMPipeline's folder."""
+        diffusers.save_ddpm(folder, self.unet.config, self.unet.state_dict(), self.scheduler)
+
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """Its networks."""
+        return {"unet": self.unet}
+
+    @torch.no_grad()
+    def sample(
+        self, generators: list[torch.Generator], steps: int, on_step: Callable[[int], None] = lambda n: None
+    ) -> Tensor:
+        """(b, c, h, w), about [-1, 1]: one picture for each generator, by DDPM."""
+        for x in self.denoise(generators, steps):
+            on_step(len(x))
+        return x
+
+    def denoise(self, generators: list[torch.Generator], steps: int) -> Iterator[Tensor]:
+        """The noisy pictures (b, c, h, w) after each step, in fp32."""
+        config, device = self.unet.config, self.unet.conv_in.weight.device
+
+        def predict(x: Tensor, t: float) -> Tensor:
+            timesteps = torch.full((len(x),), t, device=device)
+            return self.unet(x.to(self.unet.conv_in.weight.dtype), timesteps).float()
+
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        x = randn(shape, generators).to(device)
+        options = settings_for(ddpm.sample, self.scheduler)
+        yield from ddpm.sample(predict, x, self.schedule, steps, generators, **options)
+
+
+def scheduler_config(**changes) -> dict:
+    """scheduler_config.json as the field's script leaves it, but for `changes`."""
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": configs.LAYOUT,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "trained_betas": None,
+        "variance_type": "fixed_small",
+    } | changes
