@@ -33,7 +33,8 @@ def test_every_flag_of_the_field(method):
     names = {spelling: f.name for f in fields(cls) for spelling in cli.spellings(cls, f)}
     missing = (FIELD[method]["defaults"].keys() | FIELD[method]["newer"]) - names.keys()
     assert not missing
-    _, options = cli.parse_train(["--method", method, "--model", "m", "--data", "d", *NEEDS.get(method, [])])
+    flags = [*(["--model", "m"] if "model" in names else []), "--data", "d", *NEEDS.get(method, [])]
+    _, options = cli.parse_train(["--method", method, *flags])
     for flag, default in FIELD[method]["defaults"].items():
         if default is not None and default != "required" and flag not in CHANGED:
             ours = getattr(options, names[flag])
