@@ -23,20 +23,21 @@ FIELD = {
     """,
     "unconditional": """
         output_dir cache_dir resolution train_batch_size dataloader_num_workers gradient_accumulation_steps
-        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub
-        hub_token hub_model_id logging_dir mixed_precision checkpointing_steps checkpoints_total_limit
-        resume_from_checkpoint enable_xformers_memory_efficient_attention dataset_name dataset_config_name
-        train_data_dir model_config_name_or_path
+        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+        push_to_hub hub_token hub_model_id logging_dir mixed_precision checkpointing_steps
+        checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
+        dataset_name dataset_config_name train_data_dir model_config_name_or_path
         overwrite_output_dir center_crop random_flip eval_batch_size num_epochs save_images_epochs
         save_model_epochs use_ema ema_inv_gamma ema_power ema_max_decay hub_private_repo logger local_rank
         prediction_type ddpm_num_steps ddpm_num_inference_steps ddpm_beta_schedule preserve_input_precision
     """,
     "controlnet": """
         output_dir cache_dir resolution train_batch_size dataloader_num_workers gradient_accumulation_steps
-        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub
-        hub_token hub_model_id logging_dir mixed_precision checkpointing_steps checkpoints_total_limit
-        resume_from_checkpoint enable_xformers_memory_efficient_attention dataset_name dataset_config_name
-        train_data_dir pretrained_model_name_or_path revision variant seed num_train_epochs max_train_steps
+        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+        push_to_hub hub_token hub_model_id logging_dir mixed_precision checkpointing_steps
+        checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
+        dataset_name dataset_config_name train_data_dir
+        pretrained_model_name_or_path revision variant seed num_train_epochs max_train_steps
         gradient_checkpointing scale_lr use_8bit_adam allow_tf32 max_grad_norm report_to max_train_samples
         image_column conditioning_image_column caption_column proportion_empty_prompts validation_image
         validation_prompt num_validation_images validation_steps controlnet_model_name_or_path
@@ -44,10 +45,11 @@ FIELD = {
     """,
     "instruct_pix2pix": """
         output_dir cache_dir resolution train_batch_size dataloader_num_workers gradient_accumulation_steps
-        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub
-        hub_token hub_model_id logging_dir mixed_precision checkpointing_steps checkpoints_total_limit
-        resume_from_checkpoint enable_xformers_memory_efficient_attention dataset_name dataset_config_name
-        train_data_dir pretrained_model_name_or_path revision variant seed num_train_epochs max_train_steps
+        learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+        push_to_hub hub_token hub_model_id logging_dir mixed_precision checkpointing_steps
+        checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
+        dataset_name dataset_config_name train_data_dir
+        pretrained_model_name_or_path revision variant seed num_train_epochs max_train_steps
         gradient_checkpointing scale_lr use_8bit_adam allow_tf32 max_grad_norm report_to max_train_samples
         center_crop random_flip use_ema non_ema_revision local_rank original_image_column
         edited_image_column edit_prompt_column val_image_url validation_prompt num_validation_images
