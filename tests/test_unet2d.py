@@ -176,6 +176,15 @@ def test_other_configs_are_refused(tmp_path, change, message):
 
 
 @pytest.mark.parity
+def test_the_scheduler_is_the_script_s():
+    from diffusers import DDPMScheduler
+
+    expected = dict(DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").config)
+    written = {n: v for n, v in scheduler_config().items() if n[0] != "_"}
+    assert written.items() <= expected.items()
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("kind", ["epsilon", "sample"])
 @pytest.mark.parametrize("law", ["linear", "squaredcos_cap_v2"])
 def test_it_draws_the_same_as_diffusers(saved, tmp_path, kind, law):

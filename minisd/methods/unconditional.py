@@ -119,8 +119,7 @@ class Method(Method):
         return self.sd.unet(noisy, timesteps)
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
-        """The clean picture's error counts SNR times, as that of the noise does by itself; --snr_gamma caps
-        that."""
+        """A clean picture's error counts SNR times, as the noise's does by itself; --snr_gamma caps that."""
         errors = super().errors(pred, target, batch)
         if self.options.prediction_type == "sample" and self.options.snr_gamma is None:
             errors = errors * self.sd.schedule.snr(self.timesteps(batch)).to(errors.device)
