@@ -21,6 +21,21 @@ FIELD = {
         no_safe_serialization num_vectors tokenizer_name placeholder_token initializer_token
         learnable_property repeats
     """,
+    "lora": """
+        dataset_name dataset_config_name train_data_dir instance_data_dir output_dir cache_dir resolution
+        center_crop random_flip train_batch_size dataloader_num_workers gradient_accumulation_steps
+        learning_rate lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 adam_beta2
+        adam_weight_decay adam_epsilon push_to_hub hub_token hub_model_id logging_dir local_rank
+        mixed_precision checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+        enable_xformers_memory_efficient_attention pretrained_model_name_or_path revision variant
+        tokenizer_name image_column caption_column max_train_samples seed num_train_epochs max_train_steps
+        gradient_checkpointing scale_lr use_8bit_adam allow_tf32 max_grad_norm report_to noise_offset
+        validation_epochs validation_prompt num_validation_images class_data_dir instance_prompt
+        class_prompt with_prior_preservation prior_loss_weight num_class_images train_text_encoder
+        sample_batch_size prior_generation_precision snr_gamma prediction_type rank lora_dropout
+        image_interpolation_mode pre_compute_text_embeddings tokenizer_max_length
+        text_encoder_use_attention_mask validation_images class_labels_conditioning
+    """,
 }
 DEFAULTS = {
     "textual_inversion": {
@@ -28,6 +43,13 @@ DEFAULTS = {
         "lr_warmup_steps": 0, "adam_weight_decay": 1e-2, "max_train_steps": 5000, "save_steps": 500,
         "checkpointing_steps": 500, "repeats": 100, "num_vectors": 1, "validation_steps": 100,
         "num_validation_images": 4, "report_to": "tensorboard", "mixed_precision": "no",
+    },
+    "lora": {
+        "resolution": 512, "train_batch_size": 16, "learning_rate": 1e-4, "lr_scheduler": "constant",
+        "adam_weight_decay": 1e-2, "max_train_steps": None, "num_train_epochs": 100, "validation_epochs": 1,
+        "checkpointing_steps": 500, "num_validation_images": 4, "num_class_images": 100,
+        "sample_batch_size": 4, "caption_column": "text", "image_interpolation_mode": "lanczos",
+        "output_dir": cli.Path("sd-model-finetuned-lora"),
     },
 }  # fmt: skip
 
