@@ -216,7 +216,7 @@ def test_ours_in_diffusers(model, pipe, tmp_path, form, alpha):
     assert psnr(here, there) >= 50 and psnr(there, plain) < 40
     again = fresh(model)
     assert again.attach(tmp_path) == [
-        "LoRA of rank 2, 4 on 8 modules of the text encoder and 128 modules of the UNet"
+        "LoRA of rank 2, 4 on 128 modules of the UNet and 8 modules of the text encoder"
     ]
     assert same_weights(weights(again), weights(sd))
 

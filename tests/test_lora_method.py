@@ -104,9 +104,10 @@ def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, wi
         expected = errors.mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    largest = max(p.grad.abs().max() for p in theirs.values())
-    for name, p in theirs.items():
-        assert (trained[name].grad - p.grad).abs().max() <= 1e-4 * largest, name
+    for part in ("unet.", "text_encoder."):
+        names = [n for n in theirs if n.startswith(part)]
+        a, b = (torch.cat([t[n].grad.flatten() for n in names]) for t in (trained, theirs))
+        assert (a - b).norm() <= 1e-4 * b.norm()
 
 
 def test_what_trains(options):
@@ -124,9 +125,8 @@ def test_the_text_encoder_learns_too(model, options):
     assert len(text) == 2 and all(v.dtype == torch.float32 and v.any() for v in tensors.values())
     sd = StableDiffusion.load(model)
     before = sd.encode_text(["a cat"])
-    assert sd.attach(o.output_dir) == [
-        "LoRA of rank 4 on 56 modules of the UNet and 8 modules of the text encoder"
-    ]
+    attached = "LoRA of rank 4 on 56 modules of the UNet and 8 modules of the text encoder"
+    assert sd.attach(o.output_dir) == [attached]
     assert not torch.equal(sd.encode_text(["a cat"]), before)
 
 
@@ -226,8 +226,8 @@ def test_wrong_flags(cat, capsys, flags, message):
 
 
 CAPTIONED = """--mixed_precision=bf16 --dataloader_num_workers=2 --resolution=32 --center_crop --random_flip
---train_batch_size=1 --gradient_accumulation_steps=4 --max_train_steps=2 --learning_rate=1e-04 --max_grad_norm=1
---lr_scheduler=cosine --lr_warmup_steps=0 --push_to_hub --hub_model_id=x --report_to=wandb
+--train_batch_size=1 --gradient_accumulation_steps=4 --max_train_steps=2 --learning_rate=1e-04
+--max_grad_norm=1 --lr_scheduler=cosine --lr_warmup_steps=0 --push_to_hub --hub_model_id=x --report_to=wandb
 --checkpointing_steps=500 --seed=1337"""
 
 
