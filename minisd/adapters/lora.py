@@ -296,5 +296,5 @@ def describe(updates: Mapping[str, nn.Module]) -> str:
     parts = Counter(name.partition(".")[0] for name in updates)
     ranks = sorted({u.rank for u in updates.values() if isinstance(u, LowRank)})
     kind = f"LoRA of rank {', '.join(map(str, ranks))}" if ranks else "LoRA's relative, multiplied out,"
-    where = " and ".join(f"{count} modules of the {part}" for part, count in parts.items())
+    where = " and ".join(f"{parts[part]} modules of the {part}" for part in sorted(parts, reverse=True))
     return f"{kind} on {where.replace('unet', 'UNet').replace('_', ' ')}"

@@ -50,12 +50,13 @@ class Options(Captions, Prior, DeepFloyd, Training):
         for name, defaults in BY_KIND.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[dreambooth])
-        prior = self.with_prior_preservation
-        require(dreambooth or not prior, "--with_prior_preservation needs --instance_prompt")
+        if self.with_prior_preservation:
+            require(dreambooth, "--with_prior_preservation needs --instance_prompt")
+            require(not self.bucket, "--with_prior_preservation and --bucket exclude each other")
         require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of pictures")
         for name in ("rank", "alpha", "target"):
             value = getattr(self, name)
-            require(not isinstance(value, int | float) or value > 0, f"--{name} must be positive")
+            require(value is None or isinstance(value, list) or value > 0, f"--{name} must be positive")
             require(not (value and self.init_lora), f"--{name} is that of --init_lora: leave one of them out")
         require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
         precomputed = self.pre_compute_text_embeddings and self.train_text_encoder
@@ -98,6 +99,7 @@ class Method(Method):
             raise ValueError(
                 f"--init_lora {o.init_lora} has no layer of the UNet; --train_text_encoder trains it"
             )
+        self.summary = lora.describe(self.updates)
         return {f"{n}.{k}": p.requires_grad_() for n, u in trained.items() for k, p in u.named_parameters()}
 
     def dataset(self):
@@ -110,16 +112,12 @@ class Method(Method):
         return {"context": self.frozen_context(batch["prompt"])}
 
     def describe(self) -> str:
-        from minisd.adapters import lora
-
-        return f"{lora.describe(self.updates)}\n{self.data.summary()}"
+        return f"{self.summary}\n{self.data.summary()}"
 
     def save(self, folder: Path) -> None:
         from minisd.adapters import lora
         from minisd.weights import kohya
 
-        about = kohya.about(
-            self.options, folder.resolve().name, self.sd.name, self.sd.schedule.prediction_type
-        )
+        about = kohya.about(self.options, folder.resolve().name, self.sd)
         path = folder / "pytorch_lora_weights.safetensors"
         lora.save(path, self.updates, self.options.save_format, about)

@@ -158,16 +158,21 @@ def table(part: str, config: Config, source: Path | str) -> dict[str, str]:
     rows = {"unet": _unet, "vae": _vae, "text_encoder": lambda config: (), "controlnet": _controlnet}
     modules = dict(rows[part](config))
     prefix = PREFIXES.get(part, "")
-    return {name: prefix + _rename(name, modules) for name in ck.native_shapes(part, config, source)}
+    return {name: prefix + rename(name, modules) for name in ck.native_shapes(part, config, source)}
 
 
-def _rename(name: str, modules: Mapping[str, str]) -> str:
+def rename(name: str, modules: Mapping[str, str]) -> str:
     """The name with its longest beginning that is a row of `modules` replaced."""
     head = name
     while head := head.rpartition(".")[0]:
         if head in modules:
             return modules[head] + name[len(head) :]
     return name
+
+
+def unet_modules(config: unet.UNetConfig) -> dict[str, str]:
+    """Native module -> file's module, without the prefix, for `rename`."""
+    return dict(_unet(config))
 
 
 def _encoder(config: unet.EncoderConfig) -> Iterator[tuple[str, str]]:

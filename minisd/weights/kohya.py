@@ -63,17 +63,18 @@ def kohya_stem(name: str) -> str:
 def table(names: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
     """Stem -> native name, for all stems by which a file may mean one of the modules `names`; None for those
     that never had an effect."""
-    compvis_names = compvis.table("unet", unet, "")
+    single_file = compvis.unet_modules(unet)
     found: dict[str, str | None] = {}
     for name in names:
         part, _, path = name.partition(".")
-        found |= dict.fromkeys((prefix + path.replace(".", "_") for prefix in PREFIXES[part]), name)
         if part == "unet":
-            theirs = compvis_names[f"{path}.weight"].removeprefix(compvis.PREFIXES["unet"])
-            found["lora_unet_" + theirs.removesuffix(".weight").replace(".", "_")] = name
-            found |= dict.fromkeys(_unet_stems(path), name)
+            paths = (path, compvis.rename(f"{path}.weight", single_file).removesuffix(".weight"))
+            stems = [*_unet_stems(path), *("lora_unet_" + p.replace(".", "_") for p in paths)]
         else:
-            found |= dict.fromkeys(_text_stems(path), name)
+            stems = [*_text_stems(path), *(prefix + path.replace(".", "_") for prefix in PREFIXES[part])]
+        for stem in stems:
+            assert found.setdefault(stem, name) == name, f"{stem} means {found[stem]} and {name}"
+        if part == "text_encoder":
             # 0.16 gave each projection of the text encoder four pairs, and used the one called to_q.
             found |= dict.fromkeys((f"{name}.{old}" for old in ("to_k", "to_v", "to_out")), None)
     return found
@@ -239,11 +240,12 @@ def to_kohya(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
     }
 
 
-def about(options, title: str, model: str, prediction_type: str) -> dict[str, str]:
-    """How a LoRA was trained, under the names that kohya's files have for it and A1111 shows."""
+def about(options, title: str, sd) -> dict[str, str]:
+    """How a LoRA of the model `sd` was trained, by the names of kohya's files, which A1111 shows."""
+    kind = sd.schedule.prediction_type
     side = f"{options.resolution}x{options.resolution}"
     recorded = {
-        "output_name": title, "sd_model_name": model, "resolution": side, "optimizer": "AdamW",
+        "output_name": title, "sd_model_name": sd.name, "resolution": side, "optimizer": "AdamW",
         "batch_size_per_device": options.train_batch_size, "num_epochs": options.num_train_epochs,
         "min_snr_gamma": options.snr_gamma, "clip_skip": None,
     }  # fmt: skip
@@ -253,7 +255,7 @@ def about(options, title: str, model: str, prediction_type: str) -> dict[str, st
     return {f"ss_{name}": str(value) for name, value in recorded.items()} | {
         "modelspec.title": title,
         "modelspec.resolution": side,
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
+        "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
     }
 
 

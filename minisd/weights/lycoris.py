@@ -45,7 +45,7 @@ def delta(t: Mapping[str, Tensor], weight: Tensor, alpha: float | None) -> Tenso
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """core (p, q, k, k) with a (p, c_out) and b (q, c_in): (c_out, c_in, k, k)."""
-    return torch.einsum("pqkl,po,qi->oikl", core, a, b)
+    return torch.einsum("pqkl,po,qi->oikl", core, a, b).contiguous()
 
 
 def _loha(t: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -81,5 +81,7 @@ def _dora(t: Mapping[str, Tensor], weight: Tensor, changed: Tensor) -> Tensor:
         scale = t["dora_scale"]
         scale = scale.reshape(*scale.shape, *[1] * (weight.ndim - scale.ndim))
     kept = [d for d in range(weight.ndim) if scale.shape[d] != 1]
-    norm = changed.norm(dim=[d for d in range(weight.ndim) if d not in kept], keepdim=True)
+    norm = torch.linalg.vector_norm(
+        changed, dim=[d for d in range(weight.ndim) if d not in kept], keepdim=True
+    )
     return changed * (scale / norm)
