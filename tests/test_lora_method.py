@@ -148,9 +148,9 @@ def test_going_on_from_a_file(model, options, tmp_path):
     before, after = load_file(file), load_file(o.output_dir / "pytorch_lora_weights.safetensors")
     text = [k for k in after if k.startswith("text_encoder.")]
     assert len(text) == 16 and {u.alpha for u in m.updates.values()} == {3.0}
-    key = "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight"
-    assert torch.equal(after["text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.up.weight"],
-                       before[key])  # fmt: skip
+    old = "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight"
+    new = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.up.weight"
+    assert torch.equal(after[new], before[old])
     assert len(built("lora", options("--init_lora", file, "--train_text_encoder"))[1]) == 2 * 64
 
 
