@@ -332,12 +332,16 @@ def test_what_it_leaves_draws_the_same_in_diffusers(model, opts, tmp_path):
     assert train("controlnet", o) == 0
     assert (o.output_dir / "validation" / "step-000001.png").exists()
     assert {p.name for p in o.output_dir.iterdir()} >= {"config.json", "diffusion_pytorch_model.safetensors"}
+    ControlNetModel.from_pretrained(o.output_dir)
+    network = control.load(o.output_dir)
+    shake(network, 0.1)  # two updates are not enough to tell one picture from another
+    control.save(tmp_path / "shaken", network)
     theirs = StableDiffusionControlNetPipeline.from_pretrained(
-        model, controlnet=ControlNetModel.from_pretrained(o.output_dir), safety_checker=None
+        model, controlnet=ControlNetModel.from_pretrained(tmp_path / "shaken"), safety_checker=None
     )
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
     theirs.set_progress_bar_config(disable=True)
-    sd, network = StableDiffusion.load(model), control.load(o.output_dir)
+    sd = StableDiffusion.load(model)
     shown = [Image.open(picture).convert("RGB").resize((32, 32)), Image.new("RGB", (32, 32), "white")]
     from minisd.data import images
 
