@@ -367,7 +367,14 @@ def test_alpha_of_kohya(model, sd, tmp_path, alpha):
     tensors = {k: torch.tensor(alpha) if k.endswith(".alpha") else v for k, v in tensors.items()}
     save_file(tensors, tmp_path / "x.safetensors")
     sd.attach(tmp_path / "x.safetensors")
-    assert same_weights(weights(sd), weights(new(model, alpha=alpha or 4.0)[0]))
+    expected = weights(fresh(model))
+    for name in lora.layers(lora.networks(sd)):
+        if (down := tensors.get(f"{kohya.kohya_stem(name)}.lora_down.weight")) is not None:
+            up, weight = tensors[f"{kohya.kohya_stem(name)}.lora_up.weight"], expected[f"{name}.weight"]
+            expected[f"{name}.weight"] = weight + (alpha or 4) / 4 * (
+                up.flatten(1) @ down.flatten(1)
+            ).view_as(weight)
+    assert same_weights(weights(sd), expected)
 
 
 def test_alpha_patterns(model, sd, tmp_path):

@@ -107,7 +107,7 @@ def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, wi
     for part in ("unet.", "text_encoder."):
         names = [n for n in theirs if n.startswith(part)]
         a, b = (torch.cat([t[n].grad.flatten() for n in names]) for t in (trained, theirs))
-        assert (a - b).norm() <= 1e-4 * b.norm()
+        assert (a - b).norm() <= 3e-4 * b.norm()
 
 
 def test_what_trains(options):
@@ -148,9 +148,9 @@ def test_going_on_from_a_file(model, options, tmp_path):
     before, after = load_file(file), load_file(o.output_dir / "pytorch_lora_weights.safetensors")
     text = [k for k in after if k.startswith("text_encoder.")]
     assert len(text) == 16 and {u.alpha for u in m.updates.values()} == {3.0}
-    old = "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight"
-    new = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.up.weight"
-    assert torch.equal(after[new], before[old])
+    old_name = "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight"
+    name = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.up.weight"
+    assert torch.equal(after[name], before[old_name])
     assert len(built("lora", options("--init_lora", file, "--train_text_encoder"))[1]) == 2 * 64
 
 

@@ -226,7 +226,7 @@ def save(
 
 
 def matches(tensors: dict[str, Tensor]) -> bool:
-    return kohya.matches(tensors)
+    return kohya.is_lora(tensors)
 
 
 def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:

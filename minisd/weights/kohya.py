@@ -104,7 +104,7 @@ def _text_stems(path: str) -> Iterator[str]:
 # --- Reading ---------------------------------------------------------------------------------------------
 
 
-def matches(tensors: Mapping[str, Tensor]) -> bool:
+def is_lora(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are of a LoRA or one of its relatives, known here or not."""
     marks = ("lora", "lycoris", "hada_", "lokr_", "oft_")
     return any(mark in key for key in tensors for mark in marks)
