@@ -1,6 +1,6 @@
 """The model without a text encoder or a VAE: the pixel UNet and its noise schedule (arXiv 2006.11239)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -28,8 +28,8 @@ class PixelDiffusion:
         unet = fill(build("unet2d", config, path), tensors, path)
         return cls(unet.to(device).eval().requires_grad_(False), scheduler)
 
-    def save(self, folder: Path) -> None:
-        """Write a DDPMPipeline's folder."""
+    def save(self, folder: Path, changed: Collection[str] = ("unet",)) -> None:
+        """Write a DDPMPipeline's folder; all there is of it trains."""
         diffusers.save_ddpm(folder, self.unet.config, self.unet.state_dict(), self.scheduler)
 
     @property
