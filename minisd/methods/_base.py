@@ -64,7 +64,9 @@ class Method:
 
     def condition(self, batch: dict) -> dict:
         """What the UNet gets besides the noisy latents and the timesteps."""
-        return {"context": self.sd.encode_text(batch["prompt"]).to(self.dtype)}
+        if any(p.requires_grad for p in self.sd.text_encoder.parameters()):
+            return {"context": self.sd.encode_text(batch["prompt"]).to(self.dtype)}
+        return {"context": self.frozen_context(batch["prompt"])}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         """The prediction (b, c, h, w) for noisy latents; runs under autocast."""
@@ -89,8 +91,8 @@ class Method:
         return self.sd.parts
 
     def describe(self) -> str:
-        """One line on what is about to happen."""
-        return f"{self.options.model} on {self.options.data}"
+        """What is about to be trained on."""
+        return self.data.summary()
 
     # What the seams are called by
 

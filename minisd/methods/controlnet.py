@@ -92,9 +92,6 @@ class Method(Method):
         )
         return self.data
 
-    def condition(self, batch: dict) -> dict:
-        return {"context": self.frozen_context(batch["prompt"])}
-
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         context = self.condition(batch)["context"]
         hint = batch["conditioning"].to(self.device, noisy.dtype)
@@ -105,9 +102,6 @@ class Method(Method):
         from minisd.adapters import control
 
         control.save(folder, self.controlnet)
-
-    def describe(self) -> str:
-        return self.data.summary()
 
     # Pictures
 

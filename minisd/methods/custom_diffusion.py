@@ -126,16 +126,8 @@ class Method(Method):
         mean = squares / (CHANNELS * mask.flatten(1).sum(dim=1))
         return CHANNELS * mean if self.options.cd_loss == "reference" else mean
 
-    def condition(self, batch: dict) -> dict:
-        if self.words:
-            return super().condition(batch)
-        return {"context": self.frozen_context(batch["prompt"])}
-
     def prompts(self) -> list[str]:
         return super().prompts() or [concept.instance_prompt for concept in self.concepts]
-
-    def describe(self) -> str:
-        return self.data.summary()
 
     def save(self, folder: Path) -> None:
         from minisd.adapters import custom_diffusion, token_embedding

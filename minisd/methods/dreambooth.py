@@ -48,13 +48,5 @@ class Method(Method):
         self.data = self.with_prior(self.captioned(self.options.instance_prompt))
         return self.data
 
-    def condition(self, batch: dict) -> dict:
-        if self.options.train_text_encoder:
-            return super().condition(batch)
-        return {"context": self.frozen_context(batch["prompt"])}
-
     def prompts(self) -> list[str]:
         return super().prompts() or [self.options.instance_prompt]
-
-    def describe(self) -> str:
-        return self.data.summary()

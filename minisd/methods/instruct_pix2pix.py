@@ -98,9 +98,6 @@ class Method(Method):
         inputs = torch.cat([noisy, (original * kept[:, None, None, None]).to(noisy.dtype)], dim=1)
         return self.sd.unet(inputs, timesteps, **self.condition(batch))
 
-    def describe(self) -> str:
-        return self.data.summary()
-
     # Pictures
 
     def open(self, name: str) -> Tensor:

@@ -106,11 +106,6 @@ class Method(Method):
         self.data = self.with_prior(self.captioned(self.options.instance_prompt))
         return self.data
 
-    def condition(self, batch: dict) -> dict:
-        if self.options.train_text_encoder:
-            return super().condition(batch)
-        return {"context": self.frozen_context(batch["prompt"])}
-
     def describe(self) -> str:
         return f"{self.summary}\n{self.data.summary()}"
 

@@ -33,15 +33,9 @@ class Method(Method):
         self.data = self.captioned()
         return self.data
 
-    def condition(self, batch: dict) -> dict:
-        return {"context": self.frozen_context(batch["prompt"])}
-
     def prompts(self) -> list[str]:
         return self.options.validation_prompts or super().prompts()
 
     @property
     def validates(self) -> bool:
         return bool(self.prompts())
-
-    def describe(self) -> str:
-        return self.data.summary()

@@ -129,9 +129,6 @@ class Method(Method):
         if step % (self.options.save_model_epochs * self.updates_per_epoch) == 0:
             self.save(self.options.output_dir)
 
-    def describe(self) -> str:
-        return self.data.summary()
-
     validates = True
 
     def validation(self) -> Image.Image:
@@ -148,3 +145,5 @@ class Method(Method):
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
         ):
             return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, bar.update)])
+
+    result = validation
