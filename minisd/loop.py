@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -111,6 +110,8 @@ def train(method, run: Run) -> int:
     curve |= {"cycles": options.lr_num_cycles, "power": options.lr_power}
     scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
     ema = optim.EMA(parameters, options) if getattr(options, "use_ema", False) else None
+    if ema:
+        method.averaged = ema.applied
     step, samples = 0, 0
     if state:
         step, samples = state.step, state.samples
@@ -130,9 +131,6 @@ def train(method, run: Run) -> int:
         if processes.first:
             run.save(snapshot(step, samples, names, parameters, optimizer, scaler, ema))
         processes.wait()
-
-    def averaged():
-        return ema.applied() if ema else nullcontext()
 
     source = batches(
         stream,
@@ -176,11 +174,11 @@ def train(method, run: Run) -> int:
                 log.add(step, loss_sum, norm, rate)
                 if device.type == "cpu" or step % 10 == 0 or due or step == total:
                     log.flush()
-                with averaged():
-                    method.after_update(step)
-                    if method.validates and step % every == 0 and step < total:
+                method.after_update(step)
+                if method.validates and step % every == 0 and step < total:
+                    with method.averaged():
                         image = method.validation()
-                        run.picture(step, "validation", image, f"validation/step-{step:06}.png")
+                    run.picture(step, "validation", image, f"validation/step-{step:06}.png")
             stop = processes.agree(interrupt.signal or 0)
             if stop or due:
                 log.flush()
@@ -196,7 +194,7 @@ def train(method, run: Run) -> int:
         processes.close()
         return 128 + stop
     if processes.first:
-        with averaged():
+        with method.averaged():
             method.save(run.folder)
             run.picture(step, "result", method.result(), "result.png")
         print(f"saved to {run.folder}; {run.folder / 'result.png'} shows what it learned")

@@ -10,6 +10,7 @@ This file and the methods import torch only when they are called, so that `--hel
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,7 @@ class Method:
         self.thawed: set[str] = set()  # the parts of the model that train as a whole
         self.lr_scale = 1.0  # what --scale_lr multiplies by besides the pictures of an update
         self.updates_per_epoch = 0  # the loop says
+        self.averaged = nullcontext  # inside, what trains has its average, if the loop keeps one
         self.contexts: dict[str, Tensor] = {}  # of prompts, where the text encoder is frozen
 
     # The seams

@@ -127,7 +127,8 @@ class Method(Method):
 
     def after_update(self, step: int) -> None:
         if step % (self.options.save_model_epochs * self.updates_per_epoch) == 0:
-            self.save(self.options.output_dir)
+            with self.averaged():
+                self.save(self.options.output_dir)
 
     validates = True
 
