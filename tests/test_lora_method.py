@@ -54,12 +54,13 @@ def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, wi
 
     flags = ["--train_text_encoder", "--rank", 3, "--alpha", 6]
     flags += prior(classes, "--prior_loss_weight", 0.7) if with_prior else []
+    torch.manual_seed(0)
     m, trained, batch = built("lora", options(*flags, snr_gamma=gamma))
     m.sd.schedule.prediction_type = prediction_type
     with torch.no_grad():
         for name, p in trained.items():
             if "lora_B" in name:
-                p.normal_(std=0.2)
+                p.normal_(std=0.05)  # large ones make softmax so steep that rounding is all one compares
     loss = m.loss(batch)
     loss.backward()
 
@@ -107,7 +108,7 @@ def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, wi
     for part in ("unet.", "text_encoder."):
         names = [n for n in theirs if n.startswith(part)]
         a, b = (torch.cat([t[n].grad.flatten() for n in names]) for t in (trained, theirs))
-        assert (a - b).norm() <= 3e-4 * b.norm()
+        assert (a - b).norm() <= 1e-4 * b.norm()
 
 
 def test_what_trains(options):
