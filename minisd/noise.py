@@ -6,6 +6,7 @@ Ho et al. 2020 (arXiv 2006.11239); v-prediction: Salimans and Ho 2022 (arXiv 220
 import hashlib
 import inspect
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -132,6 +133,46 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":
             return signal * pred.float() + sigma * x.float()
         return (x.float() - signal * denoised) / sigma
+
+
+@dataclass(kw_only=True)
+class Original:
+    """A picture to begin with instead of noise alone (Meng et al. 2021, arXiv 2108.01073), and the part of it
+    to keep (Lugmayr et al. 2022, arXiv 2201.09865, equation 8)."""
+
+    latents: Tensor  # (b, c, h, w)
+    start: int = 0  # so many steps are left out
+    mask: Tensor | None = None  # (b or 1, 1, h, w): 1 is drawn anew, 0 is kept
+
+
+class Canvas:
+    """What a scheduler draws on: `x` to begin with, the number of the `first` step, and `keep` after each.
+
+    `noise` (b, c, h, w) is standard normal. Step i of n begins at signal[i] x_0 + sigma[i] noise, (n,) each;
+    without an original, or with a mask and no step left out, the first begins at `scale` times the noise.
+    """
+
+    def __init__(
+        self, original: Original | None, noise: Tensor, signal: Tensor, sigma: Tensor, scale: float = 1.0
+    ):
+        self.original, self.noise = original, noise
+        self.levels = [*zip(signal.tolist(), sigma.tolist(), strict=True), (1.0, 0.0)]
+        self.first = original.start if original else 0
+        if not 0 <= self.first < len(signal):
+            raise ValueError(f"--strength leaves none of the {len(signal)} steps")
+        alone = original is None or (original.mask is not None and self.first == 0)
+        self.x = noise * scale if alone else self._noised(self.first)
+
+    def _noised(self, step: int) -> Tensor:
+        signal, sigma = self.levels[step]
+        return signal * self.original.latents.to(self.noise) + sigma * self.noise
+
+    def keep(self, x: Tensor, step: int) -> Tensor:
+        """x after `step`, with the original outside the mask, as noisy as the next step wants it."""
+        if self.original is None or self.original.mask is None:
+            return x
+        mask = self.original.mask.to(x)
+        return mask * x + (1 - mask) * self._noised(step + 1)
 
 
 def settings_for(function, config: dict) -> dict:

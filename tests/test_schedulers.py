@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minisd.noise import NoiseSchedule, randn
+from minisd import registry
+from minisd.noise import NoiseSchedule, Original, randn
 from minisd.schedulers import ddim, ddpm
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -148,3 +149,51 @@ def test_low_precision_latents_get_an_exact_schedule():
     x = schedule.add_noise(zeros, noise, torch.tensor([0]))
     assert x.dtype == torch.float32
     assert x.item() == pytest.approx((1 - 0.99914998) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["DDIM", "DDPM"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_original_as_in_diffusers_pipelines(kind, spacing, strength, masked):
+    """img2img's start and 4-channel inpainting's, which at strength 1 begins with noise alone."""
+    diffusers = pytest.importorskip("diffusers")
+    steps, common = 7, {"timestep_spacing": spacing, "clip_sample": False, "steps_offset": 1}
+    theirs = getattr(diffusers, f"{kind}Scheduler")(**SD, **common)
+    latents = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(9).view(1, 1, 3, 3) % 2).float() if masked else None
+
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    noise = randn((4, 3, 3), generators)
+    theirs.set_timesteps(steps)
+    begin = max(steps - int(steps * strength), 0)
+    timesteps = theirs.timesteps[begin * theirs.order :]
+    if masked and strength == 1:
+        x = noise * theirs.init_noise_sigma
+    else:
+        x = theirs.add_noise(latents, noise, timesteps[:1])
+    expected = []
+    for i, t in enumerate(timesteps):
+        x = theirs.step(toy(x, t.item()), t, x, generator=generators).prev_sample
+        if masked:
+            known = latents
+            if i + 1 < len(timesteps):
+                known = theirs.add_noise(latents, noise, timesteps[i + 1 : i + 2])
+            x = (1 - mask) * known + mask * x
+        expected.append(x)
+
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    x = randn((4, 3, 3), generators)
+    original = Original(latents=latents, start=begin, mask=mask)
+    ours = registry.load("schedulers", kind.lower()).sample
+    got = list(ours(toy, x, NoiseSchedule(**SD), steps, generators, original=original, **common))
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+
+
+def test_original_must_leave_a_step():
+    original = Original(latents=torch.zeros(1, 4, 1, 1), start=10)
+    with pytest.raises(ValueError, match="--strength leaves none of the 10 steps"):
+        last(ddim.sample(toy, start(), NoiseSchedule(**SD), 10, [], original=original))

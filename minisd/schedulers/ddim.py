@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from minisd.noise import NoiseSchedule, randn
+from minisd.noise import Canvas, NoiseSchedule, Original, randn
+
+A1111 = "DDIM"
 
 
 def sample(
@@ -15,6 +17,7 @@ def sample(
     steps: int,
     generators: list[torch.Generator],
     *,
+    original: Original | None = None,
     eta: float = 0.0,
     timestep_spacing: str = "leading",
     steps_offset: int = 0,
@@ -28,8 +31,11 @@ def sample(
     """
     timesteps = schedule.timesteps(steps, timestep_spacing, steps_offset)
     alphas_cumprod = schedule.alphas_cumprod.to(x.device)
+    bars = alphas_cumprod[timesteps]
+    canvas = Canvas(original, x, bars.sqrt(), (1 - bars).sqrt())
+    x = canvas.x
     final = torch.ones((), device=x.device) if set_alpha_to_one else alphas_cumprod[0]
-    for t in timesteps:
+    for step, t in list(enumerate(timesteps))[canvas.first :]:
         previous = t - schedule.num_train_timesteps // steps
         alpha, alpha_prev = alphas_cumprod[t], alphas_cumprod[previous] if previous >= 0 else final
         pred = denoise(x, t)
@@ -41,4 +47,5 @@ def sample(
         x = alpha_prev.sqrt() * denoised + (1 - alpha_prev - sigma**2).sqrt() * noise
         if eta > 0:
             x = x + sigma * randn(x.shape[1:], generators).to(x.device)
+        x = canvas.keep(x, step)
         yield x

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from minisd.noise import NoiseSchedule, randn
+from minisd.noise import Canvas, NoiseSchedule, Original, randn
+
+A1111 = "DDPM"
 
 
 def sample(
@@ -15,6 +17,7 @@ def sample(
     steps: int,
     generators: list[torch.Generator],
     *,
+    original: Original | None = None,
     timestep_spacing: str = "leading",
     steps_offset: int = 0,
     variance_type: str = "fixed_small",
@@ -30,8 +33,12 @@ def sample(
         raise ValueError(f"variance_type {variance_type!r}: one of fixed_small, fixed_large")
     timesteps = schedule.timesteps(steps, timestep_spacing, steps_offset)
     alphas_cumprod = schedule.alphas_cumprod.to(x.device)
+    bars = alphas_cumprod[timesteps]
+    canvas = Canvas(original, x, bars.sqrt(), (1 - bars).sqrt())
+    x = canvas.x
     one = torch.ones((), device=x.device)
-    for t, previous in zip(timesteps, [*timesteps[1:], -1], strict=True):
+    for step, t in list(enumerate(timesteps))[canvas.first :]:
+        previous = [*timesteps, -1][step + 1]
         bar, bar_prev = alphas_cumprod[t], alphas_cumprod[previous] if previous >= 0 else one
         alpha = bar / bar_prev
         denoised = schedule.denoised(denoise(x, t), x, bar)
@@ -43,4 +50,5 @@ def sample(
             if variance_type == "fixed_small":
                 variance = ((1 - bar_prev) / (1 - bar) * variance).clamp(min=1e-20)
             x = x + variance.sqrt() * randn(x.shape[1:], generators).to(x.device)
+        x = canvas.keep(x, step)
         yield x
