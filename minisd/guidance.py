@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from minisd.models.layers import Context
+
 
 @dataclass(kw_only=True)
 class Branch:
@@ -63,19 +65,19 @@ class Denoiser:
     def __init__(self, unet: nn.Module, branches: list[Branch], control: Control | None = None):
         self.unet = unet
         self.weights = [branch.weight for branch in branches]
-        self.context = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
+        self.context = Context(torch.cat([branch.context for branch in branches]))  # (branches * b, s, d)
         originals = [branch.original for branch in branches if branch.original is not None]
         self.original = torch.cat(originals) if originals else None  # (branches * b, c, h, w)
         self.control = control
         if control:
-            hint = control.hint.to(self.context.device, self.context.dtype)
+            hint = control.hint.to(self.context.states)
             self.hint = torch.cat([hint] * len(branches))  # (branches * b, 3, H, W)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         inputs = torch.cat([x] * len(self.weights))
         if self.original is not None:
             inputs = torch.cat([inputs, self.original.to(inputs)], dim=1)  # (branches * b, 2c, h, w)
-        inputs = inputs.to(self.context.dtype)
+        inputs = inputs.to(self.context.states.dtype)
         timesteps = torch.full((len(inputs),), t, device=x.device)
         residuals = {}
         if self.control:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models import unet
+from minisd.models.layers import Context
 from minisd.models.unet import Encoder, EncoderConfig, UNet
 
 HINT_CHANNELS = (16, 32, 96, 256)
@@ -78,7 +79,12 @@ class ControlNet(Encoder):
         return self
 
     def forward(
-        self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor, scale: float = 1.0
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Context,
+        hint: Tensor,
+        scale: float = 1.0,
     ) -> dict:
         """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`. The first three are
         what the UNet gets; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""

@@ -71,6 +71,20 @@ class ResnetBlock(nn.Module):
         return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
 
 
+class Context:
+    """Text states (b, s, d), and the keys and values that cross-attention makes of them, each computed once:
+    for sampling, where neither the text nor a layer changes from step to step."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
+        self.made: dict[nn.Module, Tensor] = {}
+
+    def through(self, layer: nn.Module) -> Tensor:
+        if layer not in self.made:
+            self.made[layer] = layer(self.states)
+        return self.made[layer]
+
+
 class Attention(nn.Module):
     """Multi-head attention of x (b, n, d) to itself or to context (b, s, context_dim). Returns (b, n, d)."""
 
@@ -82,9 +96,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+    def forward(self, x: Tensor, context: Tensor | Context | None = None) -> Tensor:
+        q, context = self.to_q(x), x if context is None else context
+        if isinstance(context, Context):
+            k, v = context.through(self.to_k), context.through(self.to_v)
+        else:
+            k, v = self.to_k(context), self.to_v(context)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))  # (b, n or s, nh, hd)
         return self.to_out(ops.attention(q, k, v).flatten(-2))  # (b, n, d)
 
@@ -124,7 +141,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -140,7 +157,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
         height, width = x.shape[-2:]
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (b, n, c)
         for block in self.transformer_blocks:

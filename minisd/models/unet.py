@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minisd.models.layers import (
+    Context,
     Downsample,
     GroupNorm,
     ResnetBlock,
@@ -81,7 +82,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | Context) -> list[Tensor]:
         outputs = []
         for i, resnet in enumerate(self.resnets):
             x = maybe_checkpoint(self.gradient_checkpointing, resnet, x, temb)
@@ -103,7 +104,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([_transformer(config, -1)])
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | Context) -> Tensor:
         x = maybe_checkpoint(self.gradient_checkpointing, self.resnets[0], x, temb)
         x = maybe_checkpoint(self.gradient_checkpointing, self.attentions[0], x, context)
         return maybe_checkpoint(self.gradient_checkpointing, self.resnets[1], x, temb)
@@ -127,7 +128,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if level else [])
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor | Context) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = torch.cat([x, skips.pop()], dim=1)  # (b, c + c_skip, h, w)
             x = maybe_checkpoint(self.gradient_checkpointing, resnet, x, temb)
@@ -157,7 +158,11 @@ class Encoder(nn.Module):
             block.gradient_checkpointing = True
 
     def encode(
-        self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Context,
+        hint: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """The middle's output, the skips in the order they are made, and temb with its SiLU applied. `hint`
         (b, c0, h, w) is added behind conv_in."""
@@ -206,7 +211,7 @@ class UNet(Encoder):
         self,
         noisy_latents: Tensor,
         timesteps: Tensor,
-        context: Tensor,
+        context: Tensor | Context,
         *,
         down_residuals: list[Tensor] | None = None,
         mid_residual: Tensor | None = None,
