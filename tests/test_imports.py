@@ -24,6 +24,7 @@ LAYERS = [
     ["minisd.methods"],
     ["minisd.loop"],
     ["minisd.cli"],
+    ["minisd.tiny"],
     ["train", "sample"],
 ]
 

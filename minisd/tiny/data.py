@@ -1,0 +1,319 @@
+"""The tiny model's data: openly licensed emoji, drawn at 64x64 and written as folders that train.py reads.
+
+    python -m minisd.tiny.data OUT                      fetch the packages with npm, and draw them
+    python -m minisd.tiny.data OUT --packages FOLDER    with FOLDER/fluent-emoji-3d and so on, unpacked
+    python -m minisd.tiny.data OUT --world wide         all things, not only those of world.json
+
+    OUT/train       pictures with several captions each, the 3d and the flat style: the model's data
+    OUT/noto        the same things in a style that the model has never seen
+    OUT/control     silhouette -> picture, for ControlNet
+    OUT/edits       3d -> flat with an instruction, for InstructPix2Pix
+    OUT/held_out    what no training may see: concepts/NAME, each five pictures of one thing with {} for its
+                    name; styles and hues, the pictures of held-out combinations; control and edits of the
+                    held-out things
+    OUT/bank        every thing once in every style, with transparency: what metrics are measured against
+
+Building it twice gives equal bytes: every choice is a function of the names alone. The things, and what is
+held out of them, stand in world.json. OUT/NOTICE.md says under which licences the pictures are.
+"""
+
+import argparse
+import io
+import json
+import random
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from minisd import cli
+from minisd.tiny.pictures import (
+    GROUNDS,
+    HUES,
+    SIDE,
+    WHITE,
+    hues_of,
+    on,
+    posed,
+    recoloured,
+    resized,
+    silhouette,
+)
+
+WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
+PACKAGES = {  # folder -> name and version for npm
+    "fluent-emoji-3d": "@lobehub/fluent-emoji-3d@1.1.0",
+    "fluent-emoji-flat": "@lobehub/fluent-emoji-flat@1.1.0",
+    "noto": "emoji-datasource-google@16.0.0",
+    "names": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+}
+STYLES = ("3d", "flat")
+# Named geometry: caption with {} for the thing, and rotation in degrees, scale, whether mirrored.
+POSES = {
+    "small {}": (0, 0.65, False),
+    "mirrored {}": (0, 1.0, True),
+    "{} tilted to the left": (15, 0.95, False),
+    "{} tilted to the right": (-15, 0.95, False),
+}
+# What --world wide takes: categories of the Noto package, without what has no shape of its own.
+WIDE = ("Animals & Nature", "Food & Drink", "Objects", "Activities", "Travel & Places", "Smileys & Emotion")
+MASS = set("bread broccoli garlic popcorn bacon butter salt ice coral confetti".split())
+NOTICE = """Drawn at 64x64 from Fluent Emoji, Copyright (c) Microsoft Corporation, MIT License, and, in noto
+and bank, from Noto Emoji, Copyright Google Inc., Apache License 2.0, as packed by emoji-datasource, Copyright
+(c) 2013 Cal Henderson, MIT License. The packages:
+
+"""
+
+
+# ------------------------------ The packages
+
+
+def fetch(into: Path) -> None:
+    """Each package that `into` lacks, by `npm pack`. ValueError if npm is missing or fails."""
+    missing = {folder: name for folder, name in PACKAGES.items() if not (into / folder).is_dir()}
+    if missing and not shutil.which("npm"):
+        raise ValueError(
+            f"npm is not installed: install it, or unpack {', '.join(missing.values())} into "
+            f"folders named {', '.join(missing)} and give the folder above them as --packages"
+        )
+    for folder, name in missing.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = ["npm", "pack", "--silent", name, "--pack-destination", scratch]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"{' '.join(command[:4])} failed: {done.stderr.strip()}")
+            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as tar:
+                tar.extractall(Path(scratch) / "unpacked", filter="data")
+            into.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(scratch) / "unpacked" / "package", into / folder)
+
+
+def _key(code: str) -> str:
+    """An emoji's code points without the variation selector: what the packages agree on."""
+    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
+
+
+class Emoji:
+    """The pictures of the packages, by style and by the name of the thing, such as "cat-face"."""
+
+    def __init__(self, packages: Path):
+        folders = {
+            "3d": packages / "fluent-emoji-3d" / "assets",
+            "flat": packages / "fluent-emoji-flat" / "assets",
+            "noto": packages / "noto" / "img" / "google" / "64",
+        }
+        names = json.loads((packages / "names" / "chars.json").read_text())
+        self.names = {_key(code): name for code, name in sorted(names.items())}
+        self.files = {
+            style: {
+                self.names[_key(p.stem)]: p for p in sorted(folder.iterdir()) if _key(p.stem) in self.names
+            }
+            for style, folder in folders.items()
+        }
+        self.table = packages / "noto" / "emoji.json"
+
+    def wide(self) -> dict[str, list[str]]:
+        """All things with a shape: category -> names, in the order of the names."""
+        kinds: dict[str, list[str]] = {}
+        for row in json.loads(self.table.read_text()):
+            name = self.names.get(_key(row["unified"]))
+            if name and row["category"] in WIDE and row["subcategory"] != "time":
+                if all(name in self.files[style] for style in STYLES):
+                    kinds.setdefault(row["category"], []).append(name)
+        return {kind: sorted(names) for kind, names in sorted(kinds.items())}
+
+    def draw(self, style: str, name: str) -> Image.Image:
+        """64x64 RGBA. ValueError, naming it, if a package lacks it."""
+        if name not in self.files[style]:
+            raise ValueError(f"--packages: {name!r} is not among the {style} pictures")
+        path = self.files[style][name]
+        if path.suffix == ".svg":
+            return resized(Image.open(io.BytesIO(_rasterize(path.read_text()))))
+        return resized(Image.open(path))
+
+
+def _rasterize(svg: str) -> bytes:
+    try:
+        import resvg_py
+    except ImportError:
+        raise ValueError("the flat emoji are SVG, drawn by resvg-py: pip install 'minisd[tiny]'") from None
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIDE, height=2 * SIDE))
+
+
+# ------------------------------ Words
+
+
+def plain(name: str) -> str:
+    """ "cat-face" -> "cat face" """
+    return name.replace("-", " ")
+
+
+def uncoloured(name: str) -> str:
+    """The words of a thing without a colour, so that none is called "a blue red apple"."""
+    return " ".join(w for w in plain(name).split() if w not in HUES)
+
+
+def article(words: str) -> str:
+    """With "a" or "an", unless it is a plural or cannot be counted."""
+    last = words.split(" with ")[0].split(" tilted ")[0].split()[-1]
+    if last in MASS or last.endswith("s") and not last.endswith(("ss", "us", "os", "is")):
+        return words
+    return f"{'an' if words[0] in 'aeiou' and not words.startswith('uni') else 'a'} {words}"
+
+
+def captions(style: str, words: str, ground: str = "", kind: str = "") -> list[str]:
+    """What a picture may be called; the first form most often. `kind` is what the thing is one of."""
+    behind, thing = f" on {article(ground)} background" if ground else "", article(words)
+    usual = f"{style} emoji of {thing}{behind}"
+    rows = [usual] * 5 + [
+        f"an emoji of {thing}{behind}",
+        f"a picture of {thing}{behind}",
+        f"a photo of {thing}{behind}",
+        f"{words}, {style} style{behind}",
+    ]
+    return rows + [f"{style} emoji of {article(kind)}{behind}" if kind else usual]
+
+
+# ------------------------------ The folders
+
+
+class Folder:
+    """A folder of pictures that is being written, and its metadata.jsonl."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        path.mkdir(parents=True, exist_ok=True)
+
+    def add(self, pictures: dict[str, Image.Image], **texts) -> None:
+        """A row: pictures by column ("" is file_name), and texts."""
+        row = {}
+        for column, image in pictures.items():
+            name = f"{len(self.rows):05}{'-' + column if column else ''}.png"
+            image.save(self.path / name)
+            row[f"{column}_file_name" if column else "file_name"] = name
+        self.rows.append(row | texts)
+
+    def close(self) -> None:
+        lines = [json.dumps(row) for row in self.rows]
+        (self.path / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def jittered(image: Image.Image, chance: random.Random) -> Image.Image:
+    """Shifted by up to 2 pixels and scaled a little: a difference without a name."""
+    shift = chance.randint(-2, 2), chance.randint(-2, 2)
+    return posed(image, scale=1 - chance.randint(0, 3) / 40, shift=shift)
+
+
+def variants(name: str, kind: str, style: str, image: Image.Image, held_hues: set):
+    """The training pictures of a thing in a style, with their captions: plain, on coloured grounds, in other
+    hues, in other poses."""
+    chance = random.Random(f"{name} {style}")
+    words = plain(name)
+    grounds = chance.sample(list(GROUNDS), 5)
+    yield on(image), captions(style, words, kind=kind)
+    yield on(jittered(image, chance)), captions(style, words)
+    yield on(jittered(image, chance)), captions(style, words)
+    for i, ground in enumerate(grounds[:3]):
+        posed_ = jittered(image, chance) if i else image
+        yield on(posed_, GROUNDS[ground]), captions(style, words, ground, kind if not i else "")
+    hues = [h for h in hues_of(image) if (name, h) not in held_hues]
+    for i, hue in enumerate(chance.sample(hues, min(3, len(hues)))):
+        ground = "" if i < 2 else next(g for g in grounds[3:] if g != hue)
+        other = recoloured(jittered(image, chance) if i else image, HUES[hue])
+        yield (
+            on(other, GROUNDS.get(ground, WHITE)),
+            captions(style, f"{hue} {uncoloured(name)}", ground),
+        )
+    for i, pose in enumerate(chance.sample(list(POSES), 2)):
+        angle, scale, mirror = POSES[pose]
+        ground = grounds[4] if i else ""
+        turned = posed(image, angle=angle, scale=scale, mirror=mirror)
+        yield on(turned, GROUNDS.get(ground, WHITE)), captions(style, pose.format(words), ground)
+
+
+def loose(image: Image.Image, chance: random.Random) -> Image.Image:
+    """Anywhere, mirrored or not: what a control has to say, because no caption does."""
+    shift = chance.randint(-5, 5), chance.randint(-5, 5)
+    return posed(image, scale=chance.randint(28, 40) / 40, mirror=chance.random() < 0.5, shift=shift)
+
+
+def build(out: Path, packages: Path, world: str) -> str:
+    """Write all folders below `out`, which must be new; returns what was written, for people."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty")
+    emoji = Emoji(packages)
+    kinds = {kind: names.split() for kind, names in WORLD["concepts"].items()}
+    if world == "wide":
+        listed = {name for names in kinds.values() for name in names}
+        kinds |= {k: [n for n in names if n not in listed] for k, names in emoji.wide().items()}
+    held = WORLD["held_out"]
+    unseen = set(held["concepts"].split())
+    combinations, held_hues = set(map(tuple, held["style"])), set(map(tuple, held["hue"]))
+
+    parts = "train noto control edits bank held_out/styles held_out/hues held_out/control held_out/edits"
+    folders = {part: Folder(out / part) for part in parts.split()}
+    for kind, names in kinds.items():
+        for name in names:
+            known, chance = name not in unseen, random.Random(f"{name} pairs")
+            # A wide world's categories are no words for a thing.
+            said = kind if kind in WORLD["concepts"] else ""
+            in_style = {s: emoji.draw(s, name) for s in (*STYLES, "noto") if name in emoji.files[s]}
+            for style, image in in_style.items():
+                seen = known and style != "noto" and (name, style) not in combinations
+                about = {"name": plain(name), "kind": kind, "style": style, "seen": seen}
+                folders["bank"].add({"": image}, text=captions(style, plain(name))[0], **about)
+                if seen:
+                    for picture, texts in variants(name, said, style, image, held_hues):
+                        folders["train"].add({"": picture}, text=texts)
+                elif style == "noto" and known:
+                    folders["noto"].add({"": on(image)}, text=captions(style, plain(name))[0])
+                elif known:
+                    folders["held_out/styles"].add({"": on(image)}, text=captions(style, plain(name))[0])
+                for hue in [h for n, h in held["hue"] if n == name and style != "noto"]:
+                    text = captions(style, f"{hue} {uncoloured(name)}")[0]
+                    folders["held_out/hues"].add({"": on(recoloured(image, HUES[hue]))}, text=text)
+            seen = known and not {(name, s) for s in STYLES} & combinations
+            if seen or not known:
+                part = "" if seen else "held_out/"
+                for turn in range(3):
+                    shape = loose(in_style["3d"], chance) if turn else in_style["3d"]
+                    pair = {"": on(shape), "conditioning_image": silhouette(shape)}
+                    folders[f"{part}control"].add(pair, text=captions("3d", plain(name))[0])
+                ground = chance.choice(list(GROUNDS.values()))
+                for behind in (WHITE, ground):
+                    before, after = (on(in_style[style], behind) for style in STYLES)
+                    pair = {"input_image": before, "edited_image": after}
+                    folders[f"{part}edits"].add(pair, edit_prompt="make it flat")
+            if not known:
+                concept = Folder(out / "held_out" / "concepts" / name)
+                for ground in ("", "red", "yellow", "purple", "gray"):
+                    behind = f" on {article(ground)} background" if ground else ""
+                    picture = on(in_style["3d"], GROUNDS.get(ground, WHITE))
+                    concept.add({"": picture}, text=f"3d emoji of a {{}}{behind}")
+                concept.close()
+    for folder in folders.values():
+        folder.close()
+    (out / "NOTICE.md").write_text(NOTICE + "".join(f"- {name}\n" for name in PACKAGES.values()))
+    (out / "names.txt").write_text("\n".join(sorted(set(map(plain, emoji.names.values())))) + "\n")
+    return ", ".join(f"{part}: {len(folder.rows)}" for part, folder in folders.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minisd.tiny.data", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--packages", type=Path, help="folder of unpacked packages; what it lacks is fetched")
+    parser.add_argument("--world", choices=("small", "wide"), default="small", help="how many things")
+    o = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        packages = o.packages or Path(scratch)
+        fetch(packages)
+        print(build(o.out, packages, o.world))
+
+
+if __name__ == "__main__":
+    cli.run("minisd.tiny.data", main)

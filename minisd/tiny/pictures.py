@@ -1,0 +1,100 @@
+"""What is done to a 64x64 picture with transparency: other poses, other hues, a ground behind it."""
+
+import numpy as np
+from PIL import Image
+
+SIDE = 64
+WHITE = (255, 255, 255)
+GROUNDS = {
+    "red": (224, 60, 60),
+    "orange": (250, 160, 60),
+    "yellow": (250, 225, 90),
+    "green": (80, 180, 90),
+    "blue": (70, 130, 230),
+    "purple": (160, 95, 210),
+    "pink": (250, 165, 200),
+    "gray": (140, 140, 140),
+}
+HUES = {
+    "red": 0,
+    "orange": 28,
+    "yellow": 50,
+    "green": 110,
+    "blue": 215,
+    "purple": 272,
+    "pink": 325,
+}  # degrees
+
+
+def resized(image: Image.Image) -> Image.Image:
+    """64x64 RGBA; colours weighted by their opacity, so that nothing bleeds in from where there is none."""
+    image = image.convert("RGBA")
+    if image.size == (SIDE, SIDE):
+        return image
+    return image.convert("RGBa").resize((SIDE, SIDE), Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def posed(
+    image: Image.Image, *, angle: float = 0, scale: float = 1, mirror: bool = False, shift=(0, 0)
+) -> Image.Image:
+    """Turned counter-clockwise by degrees, scaled about the middle, mirrored, shifted by pixels."""
+    image = image.convert("RGBa")
+    if mirror:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if scale != 1:
+        side = round(SIDE * scale)
+        small, left = image.resize((side, side), Image.Resampling.LANCZOS), (SIDE - side) // 2
+        image = Image.new("RGBa", (SIDE, SIDE))
+        image.paste(small, (left, left))
+    if angle:
+        image = image.rotate(angle, Image.Resampling.BICUBIC)
+    if shift != (0, 0):
+        moved = Image.new("RGBa", (SIDE, SIDE))
+        moved.paste(image, shift)
+        image = moved
+    return image.convert("RGBA")
+
+
+def _hsv(image: Image.Image) -> np.ndarray:
+    """(64, 64, 3): hue, saturation and value, each from 0 to 1."""
+    return np.asarray(image.convert("RGB").convert("HSV"), dtype=np.float64) / 255
+
+
+def main_hue(image: Image.Image) -> tuple[float, float]:
+    """The mean hue of a thing in degrees, weighted by saturation, and its mean saturation."""
+    h, s, v = np.moveaxis(_hsv(image), -1, 0)
+    weight = np.asarray(image)[..., 3] / 255 * v
+    direction = (weight * s * np.exp(2j * np.pi * h)).sum()
+    return float(np.degrees(np.angle(direction)) % 360), float((weight * s).sum() / max(weight.sum(), 1e-6))
+
+
+def recoloured(image: Image.Image, hue: float) -> Image.Image:
+    """With its main hue turned to `hue` in degrees; a thing without colour of its own is tinted."""
+    own, saturation = main_hue(image)
+    hsv = _hsv(image)
+    if saturation < 0.3:
+        hsv[..., 0] = hue / 360
+        hsv[..., 1] = np.maximum(hsv[..., 1], 0.55)
+    else:
+        hsv[..., 0] = (hsv[..., 0] + (hue - own) / 360) % 1
+    hsv[..., 2] **= 0.8  # a brown that is turned is dark
+    colour = Image.fromarray((hsv * 255).round().astype(np.uint8), "HSV").convert("RGB")
+    colour.putalpha(image.getchannel("A"))
+    return colour
+
+
+def hues_of(image: Image.Image) -> list[str]:
+    """The named hues that a thing does not have itself."""
+    own, saturation = main_hue(image)
+    far = [n for n, hue in HUES.items() if min(abs(hue - own), 360 - abs(hue - own)) >= 40]
+    return list(HUES) if saturation < 0.3 else far
+
+
+def on(image: Image.Image, ground: tuple[int, int, int] = WHITE) -> Image.Image:
+    """RGB on a ground."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+
+
+def silhouette(image: Image.Image) -> Image.Image:
+    """White where the thing is, black elsewhere, RGB."""
+    return image.getchannel("A").point(lambda a: 255 * (a > 127)).convert("RGB")

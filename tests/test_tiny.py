@@ -1,0 +1,149 @@
+"""The tiny model's data, its first weights, and what it is measured by."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from minisd.data import sources
+from minisd.tiny import data, pictures
+
+NAMES = {
+    "1f408": "cat",
+    "1f42a": "camel",
+    "1f34e": "red-apple",
+    "1f987": "bat",
+    "1f981": "lion",
+    "2b50": "star",
+}
+WORLD = {
+    "concepts": {"animal": "cat camel bat lion", "fruit": "red-apple"},
+    "held_out": {
+        "concepts": "bat",
+        "style": [["lion", "flat"]],
+        "hue": [["cat", "green"], ["red-apple", "blue"]],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """Made-up packages in the layout of the real ones: a shape of its own for every name and style."""
+    root = tmp_path_factory.mktemp("packages")
+    places = {"fluent-emoji-3d/assets": (256, ".webp"), "fluent-emoji-flat/assets": (32, ".png")}
+    places["noto/img/google/64"] = (64, ".png")
+    for place, (side, suffix) in places.items():
+        (root / place).mkdir(parents=True)
+        for i, code in enumerate(NAMES):
+            image = Image.new("RGBA", (side, side))
+            box = (side // 8, side // 8, side * 3 // 4, side * (4 + i % 4) // 8)
+            ImageDraw.Draw(image).ellipse(box, fill=(200, 30 * i, 60, 255))
+            image.save(root / place / f"{code}{'-fe0f' if i == 0 else ''}{suffix}")
+    (root / "names").mkdir()
+    (root / "names" / "chars.json").write_text(json.dumps(NAMES))
+    rows = [{"unified": code.upper(), "category": "Objects", "subcategory": "sky"} for code in NAMES]
+    (root / "noto" / "emoji.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture
+def built(packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WORLD", WORLD)
+    data.build(tmp_path / "data", packages, "small")
+    return tmp_path / "data"
+
+
+def captions(folder) -> list[str]:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    texts = [row["text"] for row in rows]
+    return [t for text in texts for t in ([text] if isinstance(text, str) else text)]
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_same_bytes_again(built, packages):
+    data.build(built.parent / "again", packages, "small")
+    assert files(built) == files(built.parent / "again")
+    with pytest.raises(ValueError, match="is not empty"):
+        data.build(built, packages, "small")
+
+
+def test_nothing_trains_on_what_is_held_out(built):
+    texts = captions(built / "train")
+    assert any("camel" in t for t in texts) and any("red apple" in t for t in texts)
+    assert not any("bat" in t.split() for t in texts + captions(built / "noto") + captions(built / "control"))
+    assert not any("lion" in t and t.startswith("flat") for t in texts)
+    assert any("lion" in t and t.startswith("3d") for t in texts)
+    assert not any("green cat" in t or "blue apple" in t for t in texts)
+    assert set(captions(built / "held_out/hues")) == {
+        f"{style} emoji of {thing}" for style in data.STYLES for thing in ("a green cat", "a blue apple")
+    }
+    assert captions(built / "held_out/styles") == ["flat emoji of a lion"]
+    assert captions(built / "held_out/concepts/bat")[1] == "3d emoji of a {} on a red background"
+    seen = [json.loads(line) for line in (built / "bank/metadata.jsonl").read_text().splitlines()]
+    assert {(r["name"], r["style"]) for r in seen if r["seen"]} == {
+        (name, style) for name in ("cat", "camel", "lion", "red apple") for style in data.STYLES
+    } - {("lion", "flat")}
+
+
+def test_the_folders_are_what_train_reads(built):
+    columns = {
+        "train": ["image", "text"],
+        "noto": ["image", "text"],
+        "control": ["image", "conditioning_image", "text"],
+        "edits": ["input_image", "edited_image", "edit_prompt"],
+        "held_out/concepts/bat": ["image", "text"],
+    }
+    for folder, expected in columns.items():
+        source = sources.read(built / folder, flag="--data")
+        assert source.columns == expected and not source.skipped
+        assert {size for r in source.records for size in r.sizes.values()} == {(64, 64)}
+    assert "MIT" in (built / "NOTICE.md").read_text()
+
+
+def test_a_wide_world_has_the_rest(packages, built):
+    data.build(built.parent / "wide", packages, "wide")
+    assert any("star" in t for t in captions(built.parent / "wide/train"))
+    assert not any("star" in t for t in captions(built / "train"))
+
+
+def test_hues_are_turned_and_named():
+    image = Image.new("RGBA", (64, 64), (200, 40, 40, 255))
+    assert "red" not in pictures.hues_of(image) and "blue" in pictures.hues_of(image)
+    hue, saturation = pictures.main_hue(pictures.recoloured(image, pictures.HUES["blue"]))
+    assert hue == pytest.approx(pictures.HUES["blue"], abs=3) and saturation > 0.5
+    gray = Image.new("RGBA", (64, 64), (120, 120, 120, 255))
+    assert pictures.main_hue(pictures.recoloured(gray, 110))[0] == pytest.approx(110, abs=3)
+
+
+def test_nothing_bleeds_into_what_is_transparent():
+    image = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
+    ImageDraw.Draw(image).rectangle((64, 64, 191, 191), fill=(255, 0, 0, 255))
+    drawn = np.asarray(pictures.resized(image))
+    assert drawn.shape == (64, 64, 4) and (drawn[drawn[..., 3] > 8][:, 0] > 240).all()
+    assert pictures.on(pictures.resized(image)).getpixel((32, 32)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("cat face", "a cat face"),
+        ("orange fox", "an orange fox"),
+        ("grapes", "grapes"),
+        ("octopus", "an octopus"),
+        ("unicorn", "a unicorn"),
+        ("bread", "bread"),
+        ("cherries tilted to the left", "cherries tilted to the left"),
+    ],
+)
+def test_articles(words, expected):
+    assert data.article(words) == expected
+
+
+def test_without_npm_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="npm is not installed.*--packages"):
+        data.fetch(tmp_path)
