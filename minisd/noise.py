@@ -6,6 +6,7 @@ Ho et al. 2020 (arXiv 2006.11239); v-prediction: Salimans and Ho 2022 (arXiv 220
 import hashlib
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,21 +77,26 @@ class NoiseSchedule:
         self.num_train_timesteps = len(betas)
         self.alphas_cumprod = (1 - betas).cumprod(0)
 
-    def timesteps(self, steps: int, spacing: str, offset: int) -> list[int]:
-        """The timesteps that inference in `steps` steps visits, descending (Lin et al. 2023, table 2)."""
+    def spaced(self, steps: int, spacing: str, offset: int) -> Tensor:
+        """The timesteps that inference in `steps` steps visits, descending and in fp64; those of "linspace"
+        may lie between two of training (Lin et al. 2023, table 2)."""
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"steps {steps}: from 1 to {total}")
         if spacing == "leading":
-            ascending = torch.arange(steps) * (total // steps) + offset
+            ascending = torch.arange(steps, dtype=torch.float64) * (total // steps) + offset
         elif spacing == "linspace":
-            ascending = torch.linspace(0, total - 1, steps, dtype=torch.float64).round()
+            ascending = torch.linspace(0, total - 1, steps, dtype=torch.float64)
         elif spacing == "trailing":
             ascending = (torch.arange(steps, dtype=torch.float64) - steps + 1) * (total / steps) + total
             ascending = ascending.round() - 1
         else:
             raise ValueError(f"timestep_spacing {spacing!r}: one of leading, linspace, trailing")
-        return ascending.long().clamp(0, total - 1).flip(0).tolist()
+        return ascending.clamp(0, total - 1).flip(0)
+
+    def timesteps(self, steps: int, spacing: str, offset: int) -> list[int]:
+        """These, rounded to those of training."""
+        return self.spaced(steps, spacing, offset).round().long().tolist()
 
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like` (b, ...)."""
@@ -146,22 +152,28 @@ class Original:
 
 
 class Canvas:
-    """What a scheduler draws on: `x` to begin with, the number of the `first` step, and `keep` after each.
+    """What a scheduler draws on: `x` to begin with, the numbers of the `steps` to take, `keep` after each.
 
     `noise` (b, c, h, w) is standard normal. Step i of n begins at signal[i] x_0 + sigma[i] noise, (n,) each;
     without an original, or with a mask and no step left out, the first begins at `scale` times the noise.
     """
 
     def __init__(
-        self, original: Original | None, noise: Tensor, signal: Tensor, sigma: Tensor, scale: float = 1.0
+        self,
+        original: Original | None,
+        noise: Tensor,
+        signal: Sequence[float] | Tensor,
+        sigma: Sequence[float] | Tensor,
+        scale: float = 1.0,
     ):
         self.original, self.noise = original, noise
-        self.levels = [*zip(signal.tolist(), sigma.tolist(), strict=True), (1.0, 0.0)]
-        self.first = original.start if original else 0
-        if not 0 <= self.first < len(signal):
+        self.levels = [*zip(map(float, signal), map(float, sigma), strict=True), (1.0, 0.0)]
+        start = original.start if original else 0
+        if not 0 <= start < len(signal):
             raise ValueError(f"--strength leaves none of the {len(signal)} steps")
-        alone = original is None or (original.mask is not None and self.first == 0)
-        self.x = noise * scale if alone else self._noised(self.first)
+        self.steps = range(start, len(signal))
+        alone = original is None or (original.mask is not None and start == 0)
+        self.x = noise * scale if alone else self._noised(start)
 
     def _noised(self, step: int) -> Tensor:
         signal, sigma = self.levels[step]

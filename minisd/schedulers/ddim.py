@@ -35,7 +35,8 @@ def sample(
     canvas = Canvas(original, x, bars.sqrt(), (1 - bars).sqrt())
     x = canvas.x
     final = torch.ones((), device=x.device) if set_alpha_to_one else alphas_cumprod[0]
-    for step, t in list(enumerate(timesteps))[canvas.first :]:
+    for step in canvas.steps:
+        t = timesteps[step]
         previous = t - schedule.num_train_timesteps // steps
         alpha, alpha_prev = alphas_cumprod[t], alphas_cumprod[previous] if previous >= 0 else final
         pred = denoise(x, t)

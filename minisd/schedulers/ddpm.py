@@ -37,8 +37,8 @@ def sample(
     canvas = Canvas(original, x, bars.sqrt(), (1 - bars).sqrt())
     x = canvas.x
     one = torch.ones((), device=x.device)
-    for step, t in list(enumerate(timesteps))[canvas.first :]:
-        previous = [*timesteps, -1][step + 1]
+    for step in canvas.steps:
+        t, previous = [*timesteps, -1][step : step + 2]
         bar, bar_prev = alphas_cumprod[t], alphas_cumprod[previous] if previous >= 0 else one
         alpha = bar / bar_prev
         denoised = schedule.denoised(denoise(x, t), x, bar)

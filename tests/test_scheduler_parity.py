@@ -1,0 +1,167 @@
+"""Every scheduler, step by step, against diffusers' as its pipelines run them, on a toy network."""
+
+import importlib
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from minisd import registry
+from minisd.noise import NoiseSchedule, Original, randn
+
+pytestmark = pytest.mark.parity
+diffusers = pytest.importorskip("diffusers")
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CLIP = {"clip_sample": True, "clip_sample_range": 3.0}
+
+# Name of ours: name of theirs, what is added to a config for both, to theirs alone, to step() and to ours.
+KINDS = {
+    "ddim": ("DDIMScheduler", CLIP, {}, {}),
+    "ddim eta": ("DDIMScheduler", CLIP, {}, {"eta": 0.7}),
+    "ddim to one": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}, {}, {}),
+    "ddpm": ("DDPMScheduler", CLIP | {"variance_type": "fixed_small"}, {}, {}),
+    "ddpm large": ("DDPMScheduler", CLIP | {"variance_type": "fixed_large"}, {}, {}),
+    "pndm": ("PNDMScheduler", {"set_alpha_to_one": False}, {"skip_prk_steps": True}, {}),
+    "pndm to one": ("PNDMScheduler", {"set_alpha_to_one": True}, {"skip_prk_steps": True}, {}),
+    "euler": ("EulerDiscreteScheduler", {}, {}, {}),
+    "euler sigma_min": ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, {}, {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}, {}, {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, {}, {}),
+    "dpmpp_2m heun": ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, {}, {}),
+    "dpmpp_2m sigma_min": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, {}, {}),
+    "dpmpp_2m sigma_min euler": (
+        "DPMSolverMultistepScheduler",
+        {"final_sigmas_type": "sigma_min", "euler_at_final": True, "lower_order_final": False},
+        {},
+        {},
+    ),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {}, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "dpmpp_2m_sde heun": (
+        "DPMSolverMultistepScheduler", {"solver_type": "heun"}, {"algorithm_type": "sde-dpmsolver++"}, {},
+    ),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}, {}, {}),
+    "lcm": ("LCMScheduler", {}, {}, {}),
+}  # fmt: skip
+KARRAS = ("euler", "dpmpp")
+
+
+def toy(x, t):
+    return 0.5 * x.tanh() + 0.1 * t / 1000
+
+
+def seeded():
+    return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+
+
+class Path:
+    """The Brownian motion over sigma that diffusers would take from torchsde, of the draws that we make."""
+
+    def __init__(self, generators, shape):
+        self.generators, self.shape, self.at = generators, shape, {}
+
+    def __call__(self, sigma, after):
+        sigma, after = float(sigma), float(after)
+        begin = self.at.setdefault(sigma, torch.zeros(len(self.generators), *self.shape))
+        near = min((s for s in self.at if s > after), key=lambda s: s - after)
+        step = randn(self.shape, self.generators) * math.sqrt(near - after)
+        self.at[after] = self.at[near] + step
+        return (self.at[after] - begin) / math.sqrt(sigma - after)
+
+
+def make_theirs(kind, config, monkeypatch):
+    name, both, alone, _ = KINDS[kind]
+    config = SD | config | both | alone
+    if name == "DPMSolverSDEScheduler":  # its module wants torchsde at the top
+        monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+        module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+        return module.DPMSolverSDEScheduler(**config)
+    return getattr(diffusers, name)(**config)
+
+
+def theirs_draws(theirs, kind, steps, strength=1.0, latents=None, mask=None):
+    """x after each step, as diffusers' pipelines for text, pictures, and masks with 4 channels compute it."""
+    generators = seeded()
+    noise = randn((4, 3, 3), generators)
+    theirs.set_timesteps(steps)
+    begin = max(steps - int(steps * strength), 0) * theirs.order
+    timesteps = theirs.timesteps[begin:]
+    if hasattr(theirs, "set_begin_index"):
+        theirs.set_begin_index(begin)
+    x = noise * theirs.init_noise_sigma
+    if latents is not None and (mask is None or strength < 1):
+        x = theirs.add_noise(latents, noise, timesteps[:1])
+    options = dict(KINDS[kind][3])
+    if kind == "dpmpp_sde":
+        theirs.noise_sampler = Path(generators, (4, 3, 3))
+    elif kind.split()[0] not in ("pndm", "dpmpp_sde"):
+        options["generator"] = generators
+    made = []
+    for i, t in enumerate(timesteps):
+        pred = toy(theirs.scale_model_input(x, t), t.item())
+        x = theirs.step(pred, t, x, **options).prev_sample
+        # Theirs blend between the two halves of a step of order 2 as well, at a level that x is not at.
+        if mask is not None and not (theirs.order == 2 and i % 2 == 0 and i + 1 < len(timesteps)):
+            known = latents
+            if i + 1 < len(timesteps):
+                known = theirs.add_noise(latents, noise, timesteps[i + 1 : i + 2])
+            x = (1 - mask) * known + mask * x
+        made.append(x)
+    if kind.startswith("pndm"):
+        return made[1:] or made  # the first step is taken twice
+    return [*made[1::2], made[-1]] if theirs.order == 2 else made
+
+
+def ours_draws(kind, prediction_type, config, steps, original=None):
+    generators = seeded()
+    x = randn((4, 3, 3), generators)
+    settings = config | KINDS[kind][1] | KINDS[kind][3]
+    schedule = NoiseSchedule(**SD, prediction_type=prediction_type)
+    sample = registry.load("schedulers", kind.split()[0]).sample
+    return list(sample(toy, x, schedule, steps, generators, original=original, **settings))
+
+
+def compare(got, expected):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+
+
+def settings_of(kind, spacing, karras):
+    if kind == "lcm":
+        return {}
+    config = {"timestep_spacing": spacing, "steps_offset": 1}
+    return config | ({"use_karras_sigmas": True} if karras else {})
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("karras", [False, True], ids=["", "karras"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_diffusers(kind, spacing, prediction_type, karras, monkeypatch):
+    if karras and (not kind.startswith(KARRAS) or kind == "euler_ancestral"):
+        pytest.skip("diffusers has no Karras sigmas for it")
+    if prediction_type == "sample" and kind.startswith(("pndm", "euler_ancestral", "dpmpp_sde")):
+        pytest.skip("diffusers does not have it")
+    config = settings_of(kind, spacing, karras)
+    theirs = make_theirs(kind, config | {"prediction_type": prediction_type}, monkeypatch)
+    for steps in (1, 2, 5, 20):
+        expected = theirs_draws(theirs, kind, steps)
+        compare(ours_draws(kind, prediction_type, config, steps), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("strength", [1.0, 0.6, 0.2])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if " " not in kind])
+def test_original_as_in_diffusers_pipelines(kind, spacing, strength, masked, monkeypatch):
+    """img2img's start and 4-channel inpainting's, which at strength 1 begins with noise alone."""
+    config, steps = settings_of(kind, spacing, False), 7
+    latents = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(9).view(1, 1, 3, 3) % 2).float() if masked else None
+    theirs = make_theirs(kind, config, monkeypatch)
+    expected = theirs_draws(theirs, kind, steps, strength, latents, mask)
+    original = Original(latents=latents, start=steps - int(steps * strength), mask=mask)
+    compare(ours_draws(kind, "epsilon", config, steps, original), expected)
