@@ -3,18 +3,27 @@
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minisd import registry
 from minisd.adapters import lora, token_embedding
+from minisd.adapters._adapter import Adapter, Updates, set_scale
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.noise import NoiseSchedule, settings_for
 from minisd.weights import diffusers, files, hub
 from minisd.weights.checkpoint import PARTS, PIPELINES, Checkpoint, build, fill
+
+
+class Attached(NamedTuple):
+    """What one call of `attach` added."""
+
+    files: list[Path]
+    updates: Updates
 
 
 class StableDiffusion:
@@ -37,6 +46,7 @@ class StableDiffusion:
         self.set_schedule()
         self.name = name
         self.original: dict[str, dict[str, Tensor]] = {}  # the tensors of the files, still on the disk
+        self.attached: dict[Path, Attached] = {}
 
     @classmethod
     def load(
@@ -116,18 +126,50 @@ class StableDiffusion:
                 pixels = self.vae.decode(latents.float())
         return pixels.float()
 
-    def attach(self, path: str | Path, scale: float = 1.0) -> list[str]:
-        """Use the adapter in a file, or those in a folder; returns what each was, for people."""
-        return [self._attach_file(file, scale) for file in adapter_files(Path(path))]
+    def attach(self, path: str | Path, scale: float = 1.0, text_scale: float | None = None) -> list[str]:
+        """Use the adapter in a file, or those in a folder; returns what each was, for people. Several add. At
+        `scale` 0 the model is what it was, to the bit; its text encoder has `text_scale` if that is given.
 
-    def _attach_file(self, file: Path, scale: float) -> str:
+        ValueError, naming the file and changing nothing, if it does not fit, or is attached already.
+        """
+        path = Path(path)
+        found = adapter_files(path)
+        taken = {file for attached in self.attached.values() for file in attached.files}
+        if again := [file for file in found if file.resolve() in taken]:
+            raise ValueError(f"{again[0]} is attached already (`rescale` sets a scale anew)")
+        adapters = [self._read_adapter(file) for file in found]
+        updates = [item for adapter in adapters for item in adapter.updates.items()]
+        set_scale(updates, scale, text_scale, str(path))
+        tokens = [item for adapter in adapters for item in adapter.tokens.items()]
+        if len({token.lower() for token, _ in tokens}) < len(tokens):
+            raise ValueError(f"{path} has the same token in several files")
+        for adapter in adapters:
+            lora.put(lora.networks(self), adapter.updates)
+        for token, rows in tokens:
+            rows = token_embedding.add_token(self.tokenizer, self.text_encoder, token, rows)
+            rows.requires_grad_(False)
+        self.attached[path.resolve()] = Attached([file.resolve() for file in found], updates)
+        return [adapter.about for adapter in adapters]
+
+    def rescale(self, name: str | Path, scale: float, text_scale: float | None = None) -> None:
+        """Set the scale of what `attach` was given as `name`, or a path whose last part is `name`, with or
+        without its suffix. ValueError if there is no such, or if it has none to set."""
+        found = [Path(name).resolve()] if Path(name).resolve() in self.attached else []
+        found = found or [path for path in self.attached if str(name) in (path.name, path.stem)]
+        if len(found) != 1:
+            known = ", ".join(map(str, found or self.attached)) or "nothing"
+            is_what = "the name of several adapters" if found else "no adapter that is attached"
+            raise ValueError(f"{name} is {is_what}: {known}")
+        set_scale(self.attached[found[0]].updates, scale, text_scale, str(name))
+
+    def _read_adapter(self, file: Path) -> Adapter:
         tensors = files.read(file)
         try:
-            adapter = registry.match("adapters", tensors)
+            kind = registry.match("adapters", tensors)
         except ValueError:
             names = ", ".join(list(tensors)[:3])
             raise ValueError(f"{file} is no adapter that is known here; it holds {names}, ...") from None
-        return adapter.attach(self, tensors, scale, file)
+        return kind.read(self, tensors, file)
 
     def save(self, folder: Path, changed: Collection[str] = PARTS) -> None:
         """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it.
@@ -158,6 +200,9 @@ def adapter_files(path: Path) -> list[Path]:
     found = sorted(
         p for p in path.iterdir() if p.suffix in (files.SAFETENSORS, ".bin") and "-steps-" not in p.name
     )
+    # Of the same thing in both formats, the one that is no pickle.
+    twins = {p.with_suffix(".bin") for p in found if p.suffix == files.SAFETENSORS}
+    found = [p for p in found if p not in twins]
     if not found:
         raise ValueError(f"{path} holds no adapter: no .safetensors or .bin file")
     return found

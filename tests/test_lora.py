@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisd.adapters import lora
+from minisd.adapters import lora, token_embedding
 from minisd.generate import Settings, pictures
 from minisd.models import text, unet
 from minisd.stable_diffusion import StableDiffusion
@@ -184,13 +184,79 @@ def test_scales_and_sums(model, tmp_path):
         assert close(outputs(sd), outputs(plain))
 
 
-def test_the_text_encoder_may_have_a_scale_of_its_own(model, sd, tmp_path):
-    file = tmp_path / "x.safetensors"
-    lora.save(file, new(model)[1])
-    before = outputs(sd)
-    lora.attach(sd, files.read(file), 1.0, file, text_scale=0.0)
-    after = outputs(sd)
-    assert torch.equal(after[0], before[0]) and not close(after[1:], before[1:], 0.01)
+def same_outputs(a, b):
+    return [torch.equal(x, y) for x, y in zip(outputs(a), outputs(b), strict=True)]
+
+
+def test_scales_are_set_anew(model, sd, tmp_path):
+    """The text encoder's by itself; 0 leaves nothing, to the bit; by path, by name, and of a folder."""
+    a, b = tmp_path / "a.b.safetensors", tmp_path / "run" / "pytorch_lora_weights.safetensors"
+    lora.save(a, new(model, alpha=2.0)[1])
+    lora.save(b, new(model, ["attention"], alpha=6.0, seed=2)[1])
+    plain = fresh(model)
+    sd.attach(a, 1.0, text_scale=0.0)
+    assert same_outputs(sd, plain) == [True, False]
+    sd.rescale("a.b", 0.0, text_scale=0.7)
+    assert same_outputs(sd, plain) == [False, False]  # the UNet sees another context
+    sd.attach(b.parent, 0.0)
+    sd.rescale(a, 0.0)
+    assert same_outputs(sd, plain) == [True, True]
+    for name in ("a.b", "a.b.safetensors"):
+        sd.rescale(name, 0.5)
+        sd.rescale("run", -0.3)
+        other = fresh(model)
+        other.attach(a, 0.5)
+        other.attach(b, -0.3)
+        assert same_outputs(sd, other) == [True, True]
+        sd.rescale(name, 0)
+        sd.rescale(b.parent, 0)
+        assert same_outputs(sd, plain) == [True, True]
+
+
+def test_scales_that_would_change_nothing(model, sd, tmp_path):
+    lora.save(tmp_path / "both.safetensors", new(model, ["to_q", "q_proj"])[1])
+    lora.save(tmp_path / "unet.safetensors", new(model, ["to_q"])[1])
+    lora.save(tmp_path / "text.safetensors", new(model, ["q_proj"])[1])
+    token_embedding.save(tmp_path / "word.safetensors", "<word>", torch.zeros(1, 32), {})
+    for name, scales, message in [
+        ("unet", (1, 0.5), "unet.safetensors changes nothing in the text encoder, so its scale 0.5 there"),
+        ("text", (0.5, 1), "text.safetensors changes nothing in the UNet, so its scale 0.5 there"),
+        ("word", (0.5,), "word.safetensors is an embedding: it has no scale, so 0.5 would"),
+        ("both", (math.nan,), "nan is no scale"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sd.attach(tmp_path / f"{name}.safetensors", *scales)
+        assert same_outputs(sd, fresh(model)) == [True, True] and not sd.attached
+        sd.attach(tmp_path / f"{name}.safetensors", *[0] * (name != "word"))
+        with pytest.raises(ValueError, match=message.replace(".safetensors", "")):
+            sd.rescale(name, *scales)
+        assert same_outputs(sd, fresh(model)) == [True, True]
+        sd.attached.clear()
+        sd = fresh(model)
+    sd.tokenizer.placeholders.clear()
+
+
+def test_names_of_what_is_attached(model, sd, tmp_path):
+    for folder in "ab":
+        lora.save(tmp_path / folder / "x.safetensors", new(model, ["to_q"])[1])
+        sd.attach(tmp_path / folder, 0.5)
+    for wrong in (tmp_path / "a", tmp_path / "a" / "x.safetensors"):
+        with pytest.raises(ValueError, match="x.safetensors is attached already"):
+            sd.attach(wrong)
+    with pytest.raises(ValueError, match="^c is no adapter that is attached: .*/a, .*/b$"):
+        sd.rescale("c", 1.0)
+    (tmp_path / "c").mkdir()
+    lora.save(tmp_path / "c" / "a.safetensors", new(model, ["to_k"])[1])
+    sd.attach(tmp_path / "c" / "a.safetensors")
+    with pytest.raises(ValueError, match="^a is the name of several adapters: "):
+        sd.rescale("a", 1.0)
+
+
+def test_a_folder_with_both_formats(model, sd, tmp_path):
+    updates = new(model, ["to_q"])[1]
+    lora.save(tmp_path / "w.safetensors", updates)
+    torch.save(lora.state_dict(updates)[0], tmp_path / "w.bin")
+    assert len(sd.attach(tmp_path)) == 1
 
 
 def test_the_saved_model_has_it_in_its_weights(model, tmp_path):
@@ -386,7 +452,7 @@ def test_alpha_patterns(model, sd, tmp_path):
         "text_encoder.lora_alpha": 3, "text_encoder.use_rslora": True,
     }  # fmt: skip
     files.write(tmp_path / "x.safetensors", tensors, {kohya.METADATA: json.dumps(about)})
-    read = lora.read(sd, files.read(tmp_path / "x.safetensors"), tmp_path / "x.safetensors")
+    read = lora.read(sd, files.read(tmp_path / "x.safetensors"), tmp_path / "x.safetensors").updates
     expected = lambda n: 3 * 4**0.5 if "q_proj" in n else 8.0 if "attn1" in n else 2.0  # noqa: E731
     assert {n: u.alpha for n, u in read.items()} == {n: expected(n) for n in updates}
 

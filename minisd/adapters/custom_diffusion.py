@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.adapters._adapter import Adapter
+from minisd.adapters.lora import FullDelta
 from minisd.models.unet import UNet
 from minisd.weights import files
 
@@ -91,24 +93,24 @@ def matches(tensors: dict[str, Tensor]) -> bool:
     return any("_custom_diffusion." in name for name in tensors)
 
 
-def attach(sd, tensors: dict[str, Tensor], scale: float, source: Path) -> str:
-    """Move the model's projections to those in the file: at a scale of 1 all the way."""
-    unknown = [name for name in tensors if not NAME.fullmatch(name)]
-    if unknown:
+def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
+    """What moves the model's projections to those in the file: at a scale of 1 all the way."""
+    if unknown := [name for name in tensors if not NAME.fullmatch(name)]:
         raise ValueError(f"{source}: {len(unknown)} names are not Custom Diffusion's, such as {unknown[0]}")
-    layers: dict[str, nn.Linear] = {}
+    deltas: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         attention, projection, index, kind = NAME.fullmatch(name).groups()
         path = f"{attention}.{projection}{index or ''}"
         try:
-            layer = sd.unet.get_submodule(path)
-            base = getattr(layer, kind)
+            base = getattr(sd.unet.get_submodule(path), kind)
         except AttributeError:
             raise ValueError(f"{source}: {name} has no place in this model") from None
         if base is None or base.shape != tensor.shape:
             shape = None if base is None else tuple(base.shape)
             raise ValueError(f"{source}: {name} is {tuple(tensor.shape)}, this model's is {shape}")
-        layers[path] = layer
-        moved = base.float() + scale * (tensor.to(base.device).float() - base.float())
-        setattr(layer, kind, nn.Parameter(moved.to(base.dtype), requires_grad=False))
-    return f"Custom Diffusion of {len(layers)} projections"
+        delta = tensor.to(base.device).float() - base.detach().float()
+        deltas.setdefault(f"unet.{path}", {})[kind] = delta
+    if bare := [layer for layer, t in deltas.items() if "weight" not in t]:
+        raise ValueError(f"{source}: has a bias of {bare[0]}, and no weight")
+    updates = {layer: FullDelta(t["weight"], t.get("bias")) for layer, t in deltas.items()}
+    return Adapter(about=f"Custom Diffusion of {len(updates)} projections", updates=updates)

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.adapters._adapter import Adapter
 from minisd.weights import files, kohya, lycoris
 
 # Ends of module names, by the groups that have a name of their own.
@@ -77,11 +78,13 @@ class LowRank(nn.Module):
 
 
 class FullDelta(nn.Module):
-    """An update that is a whole matrix (c_out, c_in, ...): LoHa, LoKr and DoRA, multiplied out."""
+    """An update that is a whole matrix (c_out, c_in, ...), and may have a bias (c_out,): LoHa, LoKr and DoRA,
+    multiplied out, and Custom Diffusion."""
 
-    def __init__(self, delta: Tensor, *, scale: float = 1.0):
+    def __init__(self, delta: Tensor, bias: Tensor | None = None, *, scale: float = 1.0):
         super().__init__()
         self.register_buffer("lora_delta", delta)
+        self.register_buffer("lora_bias", bias)
         self.scale = scale
 
     @property
@@ -89,7 +92,9 @@ class FullDelta(nn.Module):
         return self.scale
 
     def forward(self, layer: "LoRALinear | LoRAConv2d", x: Tensor) -> Tensor:
-        return layer.apply_weight(x, self.delta().to(x.dtype))
+        bias = None if self.lora_bias is None else self.lora_bias.to(x.dtype)
+        y = layer.apply_weight(x, self.lora_delta.to(x.dtype), bias)
+        return y if self.scale == 1 else y * self.scale
 
     def delta(self) -> Tensor:
         return self.scale * self.lora_delta
@@ -103,8 +108,8 @@ class LoRALinear(nn.Linear):
         self = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         return _take(self, layer)
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return _add_updates(self, x, super().forward(x))
@@ -119,8 +124,8 @@ class LoRAConv2d(nn.Conv2d):
         where = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         return _take(cls(*shape, **where, bias=layer.bias is not None, device="meta"), layer)
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         return _add_updates(self, x, super().forward(x))
@@ -188,10 +193,12 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
     """The state of a network as if its updates had been part of the weights: added in fp32, rounded once."""
     tensors = {n: t for n, t in module.state_dict().items() if ".updates." not in f".{n}"}
     for name, layer in layers(module).items():
-        weight = f"{name}.weight".lstrip(".")
-        if any(update.factor for update in getattr(layer, "updates", ())):
-            total = sum(update.delta() for update in layer.updates)
-            tensors[weight] = (tensors[weight].float() + total).to(tensors[weight].dtype)
+        active = [update for update in getattr(layer, "updates", ()) if update.factor]
+        biases = [u.scale * u.lora_bias for u in active if getattr(u, "lora_bias", None) is not None]
+        for kind, deltas in (("weight", [update.delta() for update in active]), ("bias", biases)):
+            if deltas:
+                own = f"{name}.{kind}".lstrip(".")
+                tensors[own] = (tensors[own].float() + sum(deltas)).to(tensors[own].dtype)
     return tensors
 
 
@@ -231,15 +238,15 @@ def matches(tensors: dict[str, Tensor]) -> bool:
 
 def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
     """The updates in a file, to train on. ValueError, naming it, if one is not of two low-rank factors."""
-    updates = read(sd, files.read(path), path)
+    updates = read(sd, files.read(path), path).updates
     for name, update in updates.items():
         if not isinstance(update, LowRank):
             raise ValueError(f"{path}: its update of {name} is no plain LoRA, which alone can be trained on")
-        update.dropout = dropout
+        update.requires_grad_(True).dropout = dropout
     return updates
 
 
-def read(sd, tensors: dict[str, Tensor], source: Path) -> dict[str, LowRank | FullDelta]:
+def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
     and the keys, if one of them is unknown, incomplete, or of another model."""
     kohya.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
@@ -252,14 +259,14 @@ def read(sd, tensors: dict[str, Tensor], source: Path) -> dict[str, LowRank | Fu
         t = {kind: tensor.to(weight.device, torch.float32) for kind, tensor in t.items()}
         alpha = t.pop("alpha").item() if "alpha" in t else None
         try:
-            updates[name] = _update(name, t, alpha, weight, alpha_of)
+            updates[name] = _update(name, t, alpha, weight, alpha_of).requires_grad_(False)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "does not fit this model"
             shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
             raise ValueError(
                 f"{source}: its update of {name} {tuple(weight.shape)} {reason}: {shapes or 'alpha alone'}"
             ) from None
-    return updates
+    return Adapter(about=describe(updates), updates=updates)
 
 
 def _update(name: str, t: dict[str, Tensor], alpha: float | None, weight: Tensor, alpha_of) -> nn.Module:
@@ -276,19 +283,6 @@ def _update(name: str, t: dict[str, Tensor], alpha: float | None, weight: Tensor
     a = down.reshape(rank, *weight.shape[1:])  # (r, c_in, ...)
     b = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))  # (c_out, r, ...)
     return LowRank(a.contiguous(), b.contiguous(), alpha or alpha_of(name, rank))
-
-
-def attach(
-    sd, tensors: dict[str, Tensor], scale: float, source: Path, text_scale: float | None = None
-) -> str:
-    """Add a file's updates to the model, those of the text encoder at `text_scale` if that is given; returns
-    what was added, for people."""
-    updates = read(sd, tensors, source)
-    for name, update in updates.items():
-        in_text = name.startswith("text_encoder.")
-        update.scale = text_scale if in_text and text_scale is not None else scale
-    put(networks(sd), {name: update.requires_grad_(False) for name, update in updates.items()})
-    return describe(updates)
 
 
 def describe(updates: Mapping[str, nn.Module]) -> str:

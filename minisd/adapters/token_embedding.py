@@ -3,6 +3,7 @@
 The file is {token: (d,) or (n, d)}, as diffusers writes it, or {"emb_params": (n, d)}, named by its file.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.adapters._adapter import Adapter
 from minisd.models.text import TextConfig, TextEncoder, Tokenizer
 from minisd.weights import files
 
@@ -44,11 +46,6 @@ def insert(text_encoder: TextEncoder, rows: Tensor) -> nn.Parameter:
 
 def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows: Tensor) -> nn.Parameter:
     """Teach both the token, with its rows (n, d)."""
-    width = text_encoder.config.hidden_size
-    if rows.shape[-1] != width:
-        raise ValueError(
-            f"{token} is {rows.shape[-1]} wide, this model's text encoder {width}: made for another model"
-        )
     tokenizer.add_placeholder(token, len(rows))
     return insert(text_encoder, rows)
 
@@ -80,17 +77,30 @@ def matches(tensors: dict[str, Tensor]) -> bool:
     )
 
 
-def attach(sd, tensors: dict[str, Tensor], scale: float, source: Path) -> str:
-    """Add the file's tokens to the model; returns what was added, for people."""
-    if scale != 1:
-        raise ValueError(f"{source} is an embedding: it has no scale, so {scale:g} would change nothing")
-    added = []
+def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
+    """The file's tokens."""
+    tokens = {}
     for token, rows in tensors.items():
-        token = source.stem if token == "emb_params" else token
         rows = rows[None] if rows.ndim == 1 else rows  # (n, d)
+        tokens[source.stem if token == "emb_params" else token] = rows
+    check(sd, tokens, source)
+    return Adapter(about=describe(tokens), tokens=tokens)
+
+
+def describe(tokens: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{t} ({len(rows)} vector{'s' if len(rows) > 1 else ''})" for t, rows in tokens.items())
+
+
+def check(sd, tokens: Mapping[str, Tensor], source: Path) -> None:
+    """ValueError, naming the file, if one of the tokens cannot be added to the model."""
+    width = sd.text_encoder.config.hidden_size
+    for token, rows in tokens.items():
+        if rows.shape[-1] != width:
+            kind = {768: "SD v1.x", 1024: "SD2", 1280: "SDXL"}.get(rows.shape[-1], "another model")
+            raise ValueError(
+                f"{source}: {token} is {rows.shape[-1]} wide, for {kind}; this model's text encoder {width}"
+            )
         try:
-            add_token(sd.tokenizer, sd.text_encoder, token, rows).requires_grad_(False)
+            sd.tokenizer.check_placeholder(token)
         except ValueError as e:
             raise ValueError(f"{source}: {e}") from None
-        added.append(f"{token} ({len(rows)} vector{'s' if len(rows) > 1 else ''})")
-    return ", ".join(added)

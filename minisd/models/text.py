@@ -137,6 +137,13 @@ class Tokenizer:
 
     def add_placeholder(self, token: str, num_vectors: int = 1) -> list[int]:
         """Give `token` the next `num_vectors` ids. ValueError if it means something already."""
+        token = self.check_placeholder(token)
+        first = self.vocab_size + sum(len(ids) for ids in self.placeholders.values())
+        self.placeholders[token] = list(range(first, first + num_vectors))
+        return self.placeholders[token]
+
+    def check_placeholder(self, token: str) -> str:
+        """The token as it is looked up. ValueError if it means something already."""
         if not token or token != token.strip():
             raise ValueError(f"placeholder {token!r} is empty or begins or ends with a blank")
         token = token.lower()
@@ -148,9 +155,7 @@ class Tokenizer:
             raise ValueError(
                 f"placeholder {token!r} is a token already; choose another, for example '<{token}>'"
             )
-        first = self.vocab_size + sum(len(ids) for ids in self.placeholders.values())
-        self.placeholders[token] = list(range(first, first + num_vectors))
-        return self.placeholders[token]
+        return token
 
     def save(self, folder: Path) -> Path:
         """The folder of a tokenizer that knows the placeholders too: this one's own if there are none, else
