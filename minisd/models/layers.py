@@ -28,6 +28,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """LayerNorm of x + residual, and x + residual: one fused op."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
     """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), in fp32 (Vaswani et al. 2017, section
@@ -142,9 +146,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        h, x = self.norm2.add(self.attn1(self.norm1(x)), x)
+        h, x = self.norm3.add(self.attn2(h, context), x)
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):
