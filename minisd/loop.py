@@ -31,10 +31,14 @@ def snapshot(step, samples, names, parameters, optimizer, scaler, ema) -> State:
 
 def restore(state: State, names, parameters, optimizer, scaler, ema) -> None:
     """Put it all back."""
+    by_name = dict(zip(names, parameters, strict=True))
     slots: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, value in state.optimizer.items():
         parameter, _, key = name.rpartition("|")
-        slots[parameter][key] = value.clone()
+        own = torch.empty_like(value)
+        if value.shape == by_name[parameter].shape:  # then in the same memory layout too
+            own = torch.empty_like(by_name[parameter], dtype=value.dtype, device=value.device)
+        slots[parameter][key] = own.copy_(value)
     averages = {name: slot.pop("average", None) for name, slot in slots.items()}
     by_number = {i: slots[name] for i, name in enumerate(names) if slots[name]}
     optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisd.models.layers import place
 from minisd.models.unet2d import UNet2D
 from minisd.noise import NoiseSchedule, randn, settings_for
 from minisd.schedulers import ddpm
@@ -26,7 +27,7 @@ class PixelDiffusion:
         """A DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
         config, tensors, scheduler = diffusers.load_ddpm(Path(path))
         unet = fill(build("unet2d", config, path), tensors, path)
-        return cls(unet.to(device).eval().requires_grad_(False), scheduler)
+        return cls(place(unet, device).eval().requires_grad_(False), scheduler)
 
     def save(self, folder: Path, changed: Collection[str] = ("unet",)) -> None:
         """Write a DDPMPipeline's folder; all there is of it trains."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from minisd import registry
 from minisd.adapters import lora, token_embedding
 from minisd.adapters._adapter import Adapter, Updates, set_scale
+from minisd.models.layers import place
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
@@ -70,7 +71,7 @@ class StableDiffusion:
         parts = {}
         for part in PARTS:
             module = fill(build(part, getattr(checkpoint, part), path), checkpoint.tensors[part], path)
-            parts[part] = module.to(device, dtype).eval().requires_grad_(False)
+            parts[part] = place(module, device, dtype).eval().requires_grad_(False)
         folder = Path(tokenizer) if tokenizer else checkpoint.tokenizer
         words = Tokenizer(folder, checkpoint.text_encoder.max_positions)
         if words.vocab_size != checkpoint.text_encoder.vocab_size:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from minisd.models.controlnet import ControlNet
+from minisd.models.layers import place
 from minisd.weights import compvis, diffusers, hub
 from minisd.weights.checkpoint import build, fill
 
@@ -28,7 +29,7 @@ def load(
     else:
         config, tensors = compvis.load_controlnet(path)
     network = fill(build("controlnet", config, path), tensors, path)
-    return network.to(device, dtype).eval().requires_grad_(False)
+    return place(network, device, dtype).eval().requires_grad_(False)
 
 
 def save(folder: Path, network: ControlNet) -> None:

@@ -67,6 +67,7 @@ class Method(Method):
     def build(self) -> dict[str, torch.nn.Parameter]:
         import torch
 
+        from minisd.models.layers import place
         from minisd.models.unet2d import UNet2D
         from minisd.pixel_diffusion import PixelDiffusion, scheduler_config
 
@@ -79,7 +80,7 @@ class Method(Method):
             prediction_type=o.prediction_type,
             rescale_betas_zero_snr=o.rescale_betas_zero_snr,
         )
-        self.sd = PixelDiffusion(UNet2D(config).to(self.device), scheduler)
+        self.sd = PixelDiffusion(place(UNet2D(config), self.device), scheduler)
         return self.thaw("unet", self.sd.unet)
 
     def config(self):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models import unet
-from minisd.models.layers import Context
+from minisd.models.layers import Context, place
 from minisd.models.unet import Encoder, EncoderConfig, UNet
 
 HINT_CHANNELS = (16, 32, 96, 256)
@@ -69,7 +69,7 @@ class ControlNet(Encoder):
         if downscale != 2**steps or not 0 < steps < len(HINT_CHANNELS):
             raise ValueError(f"no hint network goes from pixels to latents {downscale} times smaller")
         config = ControlNetConfig(**_of_encoder(source.config), hint_channels=HINT_CHANNELS[: steps + 1])
-        self = cls(config).to(source.conv_in.weight.device, source.conv_in.weight.dtype)
+        self = place(cls(config), source.conv_in.weight.device, source.conv_in.weight.dtype)
         own = self.state_dict()
         self.load_state_dict({k: v for k, v in source.state_dict().items() if k in own}, strict=False)
         zero = [self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block]

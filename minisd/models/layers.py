@@ -5,6 +5,7 @@ s text tokens, d width, nh heads, hd head width; h is never heads.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minisd import ops
+
+LAID_OUT = {"cuda"}  # where `place` lays networks out
 
 
 class GroupNorm(nn.GroupNorm):
@@ -27,6 +30,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """LayerNorm of x + residual, and x + residual: one fused op."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
@@ -71,6 +78,32 @@ class ResnetBlock(nn.Module):
         return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
 
 
+def products(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """x (b, n, d) through each layer: one product, where `lay_out` put the weights one behind the other and
+    nothing but the weights is asked for."""
+    weights = [layer.weight for layer in layers]
+    if torch.compiler.is_compiling() or not all(map(_bare, layers)) or not _in_one_piece(weights):
+        return [layer(x) for layer in layers]
+    widths = [len(w) for w in weights]
+    whole = weights[0].as_strided((sum(widths), x.shape[-1]), (x.shape[-1], 1))
+    return F.linear(x, whole).split(widths, dim=-1)
+
+
+def _bare(layer: nn.Linear) -> bool:
+    """No bias, no gradient, no adapter and nobody who listens."""
+    listened = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and layer.bias is None and not (layer.weight.requires_grad or listened)
+
+
+def _in_one_piece(weights: list[Tensor]) -> bool:
+    storage, end = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
+    for w in weights:
+        if w.untyped_storage().data_ptr() != storage or w.storage_offset() != end or not w.is_contiguous():
+            return False
+        end += w.numel()
+    return True
+
+
 class Context:
     """Text states (b, s, d), and the keys and values that cross-attention makes of them, each computed once:
     for sampling, where neither the text nor a layer changes from step to step."""
@@ -97,11 +130,12 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, context: Tensor | Context | None = None) -> Tensor:
-        q, context = self.to_q(x), x if context is None else context
-        if isinstance(context, Context):
-            k, v = context.through(self.to_k), context.through(self.to_v)
+        if context is None:
+            q, k, v = products(x, self.to_q, self.to_k, self.to_v)
+        elif isinstance(context, Context):
+            q, k, v = self.to_q(x), context.through(self.to_k), context.through(self.to_v)
         else:
-            k, v = self.to_k(context), self.to_v(context)
+            q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))  # (b, n or s, nh, hd)
         return self.to_out(ops.attention(q, k, v).flatten(-2))  # (b, n, d)
 
@@ -142,9 +176,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        h, x = self.norm2.add(self.attn1(self.norm1(x)), x)
+        h, x = self.norm3.add(self.attn2(h, context), x)
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):
@@ -215,3 +249,23 @@ def maybe_checkpoint(enabled: bool, module: nn.Module, *args: Tensor) -> Tensor:
     if enabled and torch.is_grad_enabled():
         return checkpoint(module, *args, use_reentrant=False)
     return module(*args)
+
+
+def lay_out(network: nn.Module) -> nn.Module:
+    """Arrange the weights as a GPU likes them, in place; names, shapes and values stay. A convolution whose
+    weight is channels-last gives channels-last, in which pixels are tokens without a copy; the three weights
+    of a self-attention in one piece are one product, see `products`."""
+    network.to(memory_format=torch.channels_last)
+    for block in network.modules():
+        if isinstance(block, TransformerBlock):
+            layers = block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+            whole = torch.cat([layer.weight.data for layer in layers])
+            for layer, weight in zip(layers, whole.chunk(len(layers)), strict=True):
+                layer.weight.data = weight
+    return network
+
+
+def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """The network on a device, laid out for it; on a CPU nothing is won by that."""
+    network = network.to(device, dtype)
+    return lay_out(network) if torch.device(device).type in LAID_OUT else network

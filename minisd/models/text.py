@@ -71,8 +71,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        h, x = self.layer_norm2.add(self.self_attn(self.layer_norm1(x)), x)
+        return x + self.mlp(h)
 
 
 class Embeddings(nn.Module):

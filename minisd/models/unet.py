@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models.layers import (
@@ -168,7 +169,7 @@ class Encoder(nn.Module):
         (b, c0, h, w) is added behind conv_in."""
         # Time: sinusoids in fp32, then the MLP. The SiLU that every ResnetBlock starts with is applied once.
         temb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(noisy_latents.dtype)
-        temb = nn.functional.silu(self.time_embedding(temb))  # (b, temb_dim)
+        temb = F.silu(self.time_embedding(temb))  # (b, temb_dim)
 
         # Down
         x = self.conv_in(noisy_latents)  # (b, c0, h, w)
@@ -198,13 +199,10 @@ class UNet(Encoder):
     def widen(self, in_channels: int) -> None:
         """Take further input channels, whose weights are zero and whose bias there is already: with anything
         in them, the output stays what it was (Brooks et al. 2022, arXiv 2211.09800, section 3.2)."""
-        old = self.conv_in
-        self.conv_in = nn.Conv2d(
-            in_channels, old.out_channels, 3, padding=1, device=old.weight.device, dtype=old.weight.dtype
-        )
-        with torch.no_grad():
-            self.conv_in.weight.zero_()[:, : old.in_channels] = old.weight
-            self.conv_in.bias.copy_(old.bias)
+        old, more = self.conv_in, in_channels - self.config.in_channels
+        self.conv_in = nn.Conv2d(in_channels, old.out_channels, 3, padding=1, device="meta")
+        self.conv_in.weight = nn.Parameter(F.pad(old.weight.detach(), (0, 0, 0, 0, 0, more)))  # in its layout
+        self.conv_in.bias = old.bias
         self.config = replace(self.config, in_channels=in_channels)
 
     def forward(
