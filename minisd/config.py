@@ -31,6 +31,16 @@ class Group:
             if "check" in cls.__dict__:
                 cls.check(self)
 
+    def positive(self, *names: str) -> None:
+        """ValueError if one of these flags is given and not above 0."""
+        for name in names:
+            require(getattr(self, name) is None or getattr(self, name) > 0, f"--{name} must be positive")
+
+    def chances(self, *names: str) -> None:
+        """ValueError if one of these flags is not from 0 to 1."""
+        for name in names:
+            require(0 <= getattr(self, name) <= 1, f"--{name} must be from 0 to 1")
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -76,14 +86,11 @@ class Run(Group):
     hub_token: str | None = flag(None, "token for the hub; the saved one by default")
     local_rank: int = flag(-1, "set by launchers; LOCAL_RANK counts")
 
+    use_ema = cache_latents = False  # where a method has no such flag
+
     def check(self):
-        require(
-            self.max_train_steps is None or self.max_train_steps > 0, "--max_train_steps must be positive"
-        )
-        require(self.num_train_epochs > 0, "--num_train_epochs must be positive")
+        self.positive("max_train_steps", "num_train_epochs", "checkpoints_total_limit")
         require(self.checkpointing_steps >= 0, "--checkpointing_steps must not be negative")
-        limit = self.checkpoints_total_limit
-        require(limit is None or limit > 0, "--checkpoints_total_limit must be positive")
         require(
             not (self.overwrite_output_dir and self.resume_from_checkpoint),
             "--overwrite_output_dir starts over and --resume_from_checkpoint goes on: give one of them",
@@ -128,15 +135,14 @@ class Optimizer(Group):
     rescale_betas_zero_snr: bool = flag(False, "train to pure noise; needs v_prediction")
 
     def check(self):
-        for name in ("learning_rate", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles"):
-            require(getattr(self, name) > 0, f"--{name} must be positive")
+        self.positive("learning_rate", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
+        self.positive("snr_gamma")
         if self.lr_warmup_steps is None:
             self.lr_warmup_steps = 0 if self.lr_scheduler == "constant" else 500
         elif self.lr_warmup_steps and self.lr_scheduler == "constant":
             print("--lr_scheduler constant has no warm-up: --lr_warmup_steps waits for constant_with_warmup")
         for name in ("lr_warmup_steps", "max_grad_norm", "adam_weight_decay"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
-        require(self.snr_gamma is None or self.snr_gamma > 0, "--snr_gamma must be positive")
 
 
 KERNELS = Literal["auto", "triton", "torch"]
@@ -191,8 +197,7 @@ class Dataset(Data):
 
     def check(self):
         require(bool(self.data) != bool(self.dataset_name), "give one of --data and --dataset_name")
-        samples = self.max_train_samples
-        require(samples is None or samples > 0, "--max_train_samples must be positive")
+        self.positive("max_train_samples")
 
 
 @dataclass(kw_only=True)
@@ -207,7 +212,7 @@ class Captions(Dataset):
     bucket: bool = flag(False, "batch pictures by aspect ratio instead of cropping all to a square")
 
     def check(self):
-        require(0 <= self.caption_dropout <= 1, "--caption_dropout must be from 0 to 1")
+        self.chances("caption_dropout")
 
 
 @dataclass(kw_only=True)
@@ -224,12 +229,15 @@ class Prior(Group):
         None, "precision that they are drawn in; fp16 on a GPU and fp32 elsewhere by default"
     )
 
+    real_prior = bucket = concepts_list = False  # where a method has no such flag
+
     def check(self):
         for name in ("class_data_dir", "class_prompt"):
-            given = getattr(self, name) is not None
+            given = getattr(self, name) is not None or self.concepts_list
             require(not self.with_prior_preservation or given, f"--with_prior_preservation needs --{name}")
-        require(self.num_class_images > 0, "--num_class_images must be positive")
-        require(self.sample_batch_size > 0, "--sample_batch_size must be positive")
+        both = self.with_prior_preservation and self.bucket
+        require(not both, "--with_prior_preservation and --bucket exclude each other")
+        self.positive("num_class_images", "sample_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -248,6 +256,8 @@ class DeepFloyd(Group):
         for name in ("tokenizer_max_length", "text_encoder_use_attention_mask", "validation_images",
                      "class_labels_conditioning"):  # fmt: skip
             require(not getattr(self, name), f"--{name} is for DeepFloyd IF: it means nothing for SD v1.x")
+        both = self.pre_compute_text_embeddings and self.train_text_encoder
+        require(not both, "--pre_compute_text_embeddings and --train_text_encoder exclude each other")
 
 
 @dataclass(kw_only=True)
@@ -265,7 +275,7 @@ class Average(Group):
     foreach_ema: bool = flag(False, "accepted: the average is always updated for all tensors at once")
 
     def check(self):
-        require(0 <= self.ema_max_decay <= 1, "--ema_max_decay must be from 0 to 1")
+        self.chances("ema_max_decay")
 
 
 @dataclass(kw_only=True)
@@ -279,9 +289,7 @@ class Validation(Group):
     validation_epochs: int | None = flag(None, "draw every so many epochs instead")
 
     def check(self):
-        for name in ("num_validation_images", "validation_steps", "validation_epochs"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"--{name} must be positive")
+        self.positive("num_validation_images", "validation_steps", "validation_epochs")
 
 
 @dataclass(kw_only=True)
@@ -308,6 +316,5 @@ class Sample(Model):
 
     def check(self):
         require(bool(self.prompt) != bool(self.prompt_file), "give --prompt or --prompt_file")
-        for name in ("steps", "num_images", "batch_size"):
-            require(getattr(self, name) > 0, f"--{name} must be positive")
+        self.positive("steps", "num_images", "batch_size")
         require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")

@@ -112,8 +112,8 @@ def train(method, run: Run) -> int:
     lr = options.learning_rate * (per_update * method.lr_scale if options.scale_lr else 1)
     curve = {"warmup": options.lr_warmup_steps, "total": total, "lr": lr}
     curve |= {"cycles": options.lr_num_cycles, "power": options.lr_power}
-    scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
-    ema = optim.EMA(parameters, options) if getattr(options, "use_ema", False) else None
+    scaler = torch.amp.GradScaler(device.type, enabled=method.dtype == torch.float16)
+    ema = optim.EMA(parameters, options) if options.use_ema else None
     if ema:
         method.averaged = ema.applied
     step, samples = 0, 0
@@ -128,7 +128,7 @@ def train(method, run: Run) -> int:
         count = sum(p.numel() for p in parameters)
         print(method.describe())
         print(f"{count:,} parameters train, {total} updates of {per_update} pictures, {device}")
-    if method.cache_latents and stream.dataset.views() is not None:
+    if options.cache_latents:
         cache_latents(stream, method.sd.encode_images, options.train_batch_size)
 
     def save() -> None:

@@ -1,13 +1,14 @@
 """The model without a text encoder or a VAE: the pixel UNet and its noise schedule (arXiv 2006.11239)."""
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minisd.models.layers import place
-from minisd.models.unet2d import UNet2D
+from minisd.models.unet2d import DDPM, UNet2D
 from minisd.noise import NoiseSchedule, randn, settings_for
 from minisd.schedulers import ddpm
 from minisd.weights import configs, diffusers
@@ -28,6 +29,19 @@ class PixelDiffusion:
         config, tensors, scheduler = diffusers.load_ddpm(Path(path))
         unet = fill(build("unet2d", config, path), tensors, path)
         return cls(place(unet, device).eval().requires_grad_(False), scheduler)
+
+    @classmethod
+    def new(cls, side: int, config: Path | None, **scheduler) -> "PixelDiffusion":
+        """Random weights for pictures of `side` pixels: the field's network, or that of a config.json or its
+        folder; `scheduler` is what differs in scheduler_config.json. ValueError for a side that the network
+        cannot halve."""
+        network = replace(DDPM, sample_size=side)
+        if config:
+            network = configs.read(config.parent if config.name == "config.json" else config, "unet2d")
+        smallest = 2 ** (len(network.block_out_channels) - 1)
+        if side % smallest:
+            raise ValueError(f"--resolution {side}: this network needs a multiple of {smallest}")
+        return cls(UNet2D(network), scheduler_config(**scheduler))
 
     def save(self, folder: Path, changed: Collection[str] = ("unet",)) -> None:
         """Write a DDPMPipeline's folder; all there is of it trains."""

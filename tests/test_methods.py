@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -56,7 +56,8 @@ def options(model, cat, captioned, tmp_path):
         else:
             argv += ["--model", str(model), "--num_validation_images", "1"]
         o = cli.parse_train(argv)[1]
-        return replace(o, **{name: value for name, value in changes.items() if hasattr(o, name)})
+        known = {f.name for f in fields(o)}
+        return replace(o, **{name: value for name, value in changes.items() if name in known})
 
     return make
 

@@ -171,7 +171,7 @@ def insert(
     module: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LowRank]:
     """Give every layer that a target means a new update; returns these by the layers' names. A target is a
-    key of TARGETS, or the end of a module's name. ValueError naming the target if it means none."""
+    key of TARGETS, or the end of a module's name. ValueError naming --target if it means none."""
     found = layers(module)
     chosen: dict[str, LowRank] = {}
     for target in targets:
@@ -179,8 +179,8 @@ def insert(
         names = [n for n in found if any(f".{n}".endswith(f".{end}") for end in ends)]
         if not names:
             raise ValueError(
-                f"target {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end of a name "
-                "such as attn2.to_k"
+                f"--target {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end of a "
+                "name such as attn2.to_k"
             )
         for n in names:
             if n not in chosen:
@@ -237,12 +237,14 @@ def matches(tensors: dict[str, Tensor]) -> bool:
 
 
 def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
-    """The updates in a file, to train on. ValueError, naming it, if one is not of two low-rank factors."""
+    """Put the updates in a file into the model, to train on: they are frozen still. ValueError, naming it, if
+    one is not of two low-rank factors."""
     updates = read(sd, files.read(path), path).updates
     for name, update in updates.items():
         if not isinstance(update, LowRank):
             raise ValueError(f"{path}: its update of {name} is no plain LoRA, which alone can be trained on")
-        update.requires_grad_(True).dropout = dropout
+        update.requires_grad_(False).dropout = dropout
+    put(networks(sd), updates)
     return updates
 
 

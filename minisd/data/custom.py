@@ -53,6 +53,25 @@ def read_concepts(path: Path) -> list[Concept]:
     return concepts
 
 
+def concepts_of(options) -> list[Concept]:
+    """What the flags name: the concepts of a list, or one. ValueError as by `read_concepts`, or if one has no
+    class where pictures of it are asked for."""
+    if options.concepts_list:
+        concepts = read_concepts(options.concepts_list)
+        for number, c in enumerate(concepts, 1):
+            if options.with_prior_preservation and not (c.class_prompt and c.class_data_dir):
+                where = f"--concepts_list: {options.concepts_list}, concept {number}"
+                raise ValueError(f"{where}: --with_prior_preservation needs class_prompt and class_data_dir")
+        return concepts
+    one = Concept(
+        instance_prompt=options.instance_prompt,
+        instance_data_dir=options.data,
+        class_prompt=options.class_prompt,
+        class_data_dir=options.class_data_dir,
+    )
+    return [one]
+
+
 def read_instances(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
     """The pictures of all concepts, each under its caption or its concept's prompt."""
     return sources.join(

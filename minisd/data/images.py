@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -46,6 +47,20 @@ def open_image(path: Path, content: bytes | None = None) -> Image.Image:
         Image.DecompressionBombError,
     ) as e:
         raise ValueError(f"{path} cannot be decoded: {e}") from None
+
+
+def read_square(name: str, side: int, *, flag: str) -> Tensor:
+    """The middle of the picture at a path or an address, (3, side, side) in [-1, 1]. ValueError, naming
+    `flag`, if there is none."""
+    content = None
+    try:
+        if name.startswith(("http://", "https://")):
+            with urlopen(name, timeout=20) as answer:
+                content = answer.read()
+        image = center_square(open_image(Path(name), content))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{flag} {name}: {e}") from None
+    return to_tensor(image.resize((side, side)))
 
 
 def center_square(image: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
-"""What the methods share: text-to-image training, in four seams that a method overrides where it differs.
+"""What the methods share: text-to-image training, in seams that a method overrides where it differs.
 
-build      what trains
-dataset    what an example is
+insert     what trains
+examples   what an example is
 condition  what the UNet gets besides the noisy latents
 save       what is left in the end
 
@@ -10,7 +10,8 @@ This file and the methods import torch only when they are called, so that `--hel
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,30 +40,41 @@ class Method:
         ops.choose(options.kernels)
         self.options = options
         self.device = distributed.device()
-        self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
-            options.mixed_precision
-        ]
-        if options.mixed_precision == "fp16" and self.device.type == "cpu":
-            raise ValueError("--mixed_precision fp16 needs a GPU; bf16 runs on a CPU")
+        precision = options.mixed_precision
+        if precision == "fp16" and self.device.type == "cpu":
+            print("--mixed_precision fp16 needs a GPU: on this CPU the run is in fp32")
+            precision = "no"
+        self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.cache_latents = getattr(options, "cache_latents", False)
         self.thawed: set[str] = set()  # the parts of the model that train as a whole
         self.lr_scale = 1.0  # what --scale_lr multiplies by besides the pictures of an update
         self.updates_per_epoch = 0  # the loop says
         self.averaged = nullcontext  # inside, what trains has its average, if the loop keeps one
         self.contexts: dict[str, Tensor] = {}  # of prompts, where the text encoder is frozen
 
-    # The seams
-
     def build(self) -> dict[str, torch.nn.Parameter]:
-        """Load the model, frozen; insert what trains, in fp32; return it by name."""
+        """Load the model, frozen, and let some of it train: that, by name, in fp32."""
+        self.asked = self.wanted()  # first: a picture that is not there is said before the model is read
         self.sd = self.load()
-        return self.thaw("unet", self.sd.unet)
+        return self.insert(self.sd)
 
     def dataset(self):
-        """The examples: see minisd/data/datasets.py."""
-        raise NotImplementedError
+        """What is trained on: see minisd/data/datasets.py."""
+        from minisd.data import sources
+
+        self.data = self.examples(sources.from_options(self.options))
+        return self.data
+
+    # The seams
+
+    def insert(self, sd) -> dict[str, torch.nn.Parameter]:
+        """Put into the model what trains, or thaw it."""
+        return self.thaw("unet", sd.unet)
+
+    def examples(self, source):
+        """The examples of a source: captioned pictures."""
+        return self.captioned(source)
 
     def condition(self, batch: dict) -> dict:
         """What the UNet gets besides the noisy latents and the timesteps."""
@@ -118,15 +130,17 @@ class Method:
             "rescale_betas_zero_snr": o.rescale_betas_zero_snr or None,
         }
         sd.set_schedule(**{k: v for k, v in changed.items() if v is not None})
+        if o.gradient_checkpointing:
+            sd.unet.enable_gradient_checkpointing()
         return sd
 
-    def captioned(self, prompt: str | None = None):
-        """The captioned pictures that the options name; `prompt` is that of pictures without a caption."""
-        from minisd.data import datasets, sources
+    def captioned(self, source, prompt: str | None = None):
+        """The source's captioned pictures; `prompt` is that of pictures without a caption."""
+        from minisd.data import datasets
 
         o = self.options
         return datasets.Captioned(
-            sources.from_options(o),
+            source,
             image_column=o.image_column,
             caption_column=o.caption_column,
             caption_dropout=o.caption_dropout,
@@ -146,25 +160,23 @@ class Method:
             "interpolation": o.image_interpolation_mode,
         }
 
-    def with_prior(self, instances):
-        """The instances, and pictures of their class beside them if the options ask for them."""
-        from minisd.data import datasets, sources
+    def teach(self, token: str, word: str, count: int = 1, *, flag: str) -> torch.nn.Parameter:
+        """Give the model a new token of `count` vectors that start as the one of `word`. Returns those of all
+        new tokens (n, d). ValueError if the word is several tokens, or the token cannot be one."""
+        from minisd.adapters import token_embedding
 
-        o = self.options
-        if not o.with_prior_preservation:
-            return instances
-        pictures = sources.read(o.class_data_dir, flag="--class_data_dir")
-        classes = datasets.InstancePictures(pictures, o.class_prompt, **self.shown())
-        return datasets.Prior(instances, classes, o.prior_loss_weight)
-
-    def initial_row(self, word: str) -> Tensor:
-        """The embedding (1, d) of a word that is one token. ValueError if it is several."""
-        ids = self.sd.tokenizer.encode(word)
+        sd = self.sd
+        ids = sd.tokenizer.encode(word)
         if len(ids) != 1:
             raise ValueError(
                 f"--initializer_token {word!r} is {len(ids)} tokens of this model; give a word of one"
             )
-        return self.sd.text_encoder.text_model.embeddings.token_embedding.weight[ids].float()
+        sd.text_encoder.float()  # the vectors' gradient passes through it, and it is a seventh of the UNet
+        rows = sd.text_encoder.text_model.embeddings.token_embedding.weight[ids].repeat(count, 1)  # (n, d)
+        try:
+            return token_embedding.add_token(sd.tokenizer, sd.text_encoder, token, rows)
+        except ValueError as e:
+            raise ValueError(f"{flag}: {e}") from None
 
     def frozen_context(self, prompts: list[str]) -> Tensor:
         """Context (b, s, d) of a text encoder that does not train: each of the last thousand prompts is
@@ -212,10 +224,14 @@ class Method:
             mean, std = self.sd.encode_images(batch["pixels"])
         return mean + std * self.draw("posterior", batch, mean.shape[1:])
 
-    def loss(self, batch: dict) -> Tensor:
-        """The mean over the batch of the weighted squared error of the prediction."""
+    def autocast(self):
+        """What the networks run under."""
         import torch
 
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def loss(self, batch: dict) -> Tensor:
+        """The mean over the batch of the weighted squared error of the prediction."""
         from minisd import losses
 
         schedule = self.sd.schedule
@@ -230,7 +246,7 @@ class Method:
             perturbed = noise + self.options.input_perturbation * perturbation
         timesteps = self.timesteps(batch)
         noisy = schedule.add_noise(latents, perturbed, timesteps)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             pred = self.predict(noisy.to(self.dtype), timesteps.to(self.device), batch)
         errors = self.errors(pred, schedule.target(latents, noise, timesteps), batch)  # (b,)
         weights = batch["weight"]
@@ -240,46 +256,65 @@ class Method:
 
     # Pictures
 
-    def samples(self, prompt: str, **further) -> list[Image.Image]:
-        """The validation pictures of a prompt, drawn with the live modules. The same noise every time.
-        `further` is for generate.pictures."""
-        import torch
-        from tqdm import tqdm
+    def wanted(self) -> list[tuple[str, Tensor | None]]:
+        """The prompts that flags want drawn, each with the picture (3, h, w) in [-1, 1] that it goes with."""
+        prompt = self.options.validation_prompt
+        return [(prompt, None)] if prompt else []
 
-        from minisd.generate import Settings, pictures
+    def example(self) -> list[tuple[str, Tensor | None]]:
+        """What is drawn in the end if no flag says: a prompt of the training set, and its picture."""
+        from minisd.noise import generator
 
-        count, side, steps = self.options.num_validation_images, self.options.resolution, 25
-        scale = self.options.validation_guidance_scale
-        settings = Settings(width=side, height=side, steps=steps, guidance_scale=scale)
-        with (
-            tqdm(total=count * steps, desc="drawing", leave=False) as bar,
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
-        ):
-            seeds = [self.options.seed + i for i in range(count)]
-            prompts = [prompt] * count
-            return list(pictures(self.sd, prompts, seeds, settings, on_step=bar.update, **further))
+        example = self.data.examples(0, generator(self.options.seed, "result"))[0]
+        return [(example.prompt, self.beside(example.view))]
 
-    def prompts(self) -> list[str]:
-        """What is drawn, while training if a flag asks for it, and in the end."""
-        return [self.options.validation_prompt] if self.options.validation_prompt else []
+    def beside(self, view) -> Tensor | None:
+        """The picture (3, h, w) in [-1, 1] that the prompt of a view goes with."""
+        return None
+
+    def steer(self, pictures: Tensor) -> dict:
+        """How generate.pictures is told to draw by these, (b, 3, h, w)."""
+        raise NotImplementedError
 
     @property
     def validates(self) -> bool:
         """Whether a flag asks for pictures while training."""
-        return bool(self.options.validation_prompt)
+        return bool(self.asked)
 
     def validation(self) -> Image.Image:
-        """What is drawn while training: a row for each prompt."""
-        from minisd.data import images
-
-        return images.labelled_rows([(prompt, self.samples(prompt)) for prompt in self.prompts()])
+        """What is drawn while training."""
+        return self.sheet(self.asked)
 
     def result(self) -> Image.Image:
-        """What is drawn in the end: the prompts, or else one of the training set's."""
-        from minisd.data import images
-        from minisd.noise import generator
+        """What is drawn in the end."""
+        return self.sheet(self.asked or self.example())
 
-        if self.prompts():
-            return self.validation()
-        prompt = self.data.examples(0, generator(self.options.seed, "result"))[0].prompt
-        return images.labelled_rows([(prompt, self.samples(prompt))])
+    def sheet(self, wanted: list[tuple[str, Tensor | None]]) -> Image.Image:
+        """A row for each prompt: the picture that it goes with, then what is drawn."""
+        from minisd.data import images
+
+        rows = []
+        for prompt, picture in wanted:
+            shown = [] if picture is None else [images.to_pil(picture)]
+            rows.append((prompt, shown + self.samples(prompt, picture)))
+        return images.labelled_rows(rows)
+
+    def samples(self, prompt: str, picture: Tensor | None = None) -> list[Image.Image]:
+        """The pictures of a prompt, drawn with the live modules. The same noise every time."""
+        from minisd.generate import Settings, pictures
+
+        o, count = self.options, self.options.num_validation_images
+        scale = o.validation_guidance_scale
+        settings = Settings(width=o.resolution, height=o.resolution, steps=25, guidance_scale=scale)
+        further = {} if picture is None else self.steer(picture.expand(count, -1, -1, -1))
+        seeds = [o.seed + i for i in range(count)]
+        with self.drawing(count * settings.steps) as on_step:
+            return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=on_step, **further))
+
+    @contextmanager
+    def drawing(self, steps: int) -> Iterator[Callable[[int], None]]:
+        """A bar of so many steps, in the precision of the run; gives what moves it."""
+        from tqdm import tqdm
+
+        with tqdm(total=steps, desc="drawing", leave=False) as bar, self.autocast():
+            yield bar.update

@@ -10,8 +10,6 @@ from minisd.config import Dataset, flag, require
 from minisd.methods._base import Method, Training
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
     from torch import Tensor
 
 
@@ -35,7 +33,7 @@ class Options(Dataset, Training):
     output_dir: Path = flag(Path("controlnet-model"))
 
     def check(self):
-        require(0 <= self.proportion_empty_prompts <= 1, "--proportion_empty_prompts must be from 0 to 1")
+        self.chances("proportion_empty_prompts")
         pictures, prompts = len(self.validation_image), len(self.validation_prompt)
         require(
             pictures == prompts or (pictures and prompts and 1 in (pictures, prompts)),
@@ -47,15 +45,13 @@ class Options(Dataset, Training):
 class Method(Method):
     """Trains the ControlNet alone, in fp32; its gradient passes through the UNet's frozen decoder."""
 
-    def build(self) -> dict[str, torch.nn.Parameter]:
+    def insert(self, sd):
         import torch
 
         from minisd.adapters import control
         from minisd.models.controlnet import ControlNet
 
         o = self.options
-        self.asked = self.pairs_of_flags()
-        self.sd = sd = self.load()
         if sd.unet.config.in_channels != sd.vae.config.latent_channels:
             raise ValueError(
                 f"--model {o.model} takes {sd.unet.config.in_channels} channels, not latents alone"
@@ -70,27 +66,24 @@ class Method(Method):
         else:
             torch.manual_seed(o.seed)
             self.controlnet = ControlNet.from_unet(sd.unet, sd.vae.config.downscale)
-        if o.gradient_checkpointing:
-            sd.unet.enable_gradient_checkpointing()
         return self.thaw("controlnet", self.controlnet)
 
     @property
-    def parts(self) -> dict[str, torch.nn.Module]:
+    def parts(self):
         return self.sd.parts | {"controlnet": self.controlnet}
 
-    def dataset(self):
-        from minisd.data import pairs, sources
+    def examples(self, source):
+        from minisd.data import pairs
 
         o = self.options
-        self.data = pairs.Conditioned(
-            sources.from_options(o),
+        return pairs.Conditioned(
+            source,
             resolution=o.resolution,
             conditioning_column=o.conditioning_image_column,
             image_column=o.image_column,
             caption_column=o.caption_column,
             caption_dropout=o.proportion_empty_prompts,
         )
-        return self.data
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         context = self.condition(batch)["context"]
@@ -105,39 +98,19 @@ class Method(Method):
 
     # Pictures
 
-    def pairs_of_flags(self) -> list[tuple[str, Tensor]]:
-        """The prompts and control pictures (3, h, w) in [0, 1] that the flags name."""
+    def wanted(self) -> list[tuple[str, Tensor]]:
         from minisd.data import images
 
-        o = self.options
+        o, flag = self.options, "--validation_image"
         count = max(len(o.validation_image), len(o.validation_prompt))
         names, prompts = (v * count if len(v) == 1 else v for v in (o.validation_image, o.validation_prompt))
-        pictures = [images.center_square(images.open_image(Path(name))) for name in names]
-        hints = [images.to_tensor(p.resize((o.resolution, o.resolution))) / 2 + 0.5 for p in pictures]
-        return list(zip(prompts, hints, strict=True))
+        pictures = [images.read_square(name, o.resolution, flag=flag) for name in names]
+        return list(zip(prompts, pictures, strict=True))
 
-    @property
-    def validates(self) -> bool:
-        return bool(self.asked)
+    def beside(self, view) -> Tensor:
+        return 2 * self.data.extras(view)["conditioning"] - 1
 
-    def validation(self) -> Image.Image:
-        return self.rows(self.asked)
-
-    def result(self) -> Image.Image:
-        """By the flags' control pictures, or else by the first of the data."""
-        from minisd.noise import generator
-
-        example = self.data.examples(0, generator(self.options.seed, "result"))[0]
-        return self.rows(self.asked or [(example.prompt, self.data.extras(example.view)["conditioning"])])
-
-    def rows(self, pairs: list[tuple[str, Tensor]]) -> Image.Image:
-        """A row for each pair: the control picture, then what is drawn by it."""
-        from minisd.data import images
+    def steer(self, pictures: Tensor) -> dict:
         from minisd.guidance import Control
 
-        rows = []
-        for prompt, hint in pairs:
-            hints = hint.expand(self.options.num_validation_images, -1, -1, -1)  # (n, 3, h, w)
-            drawn = self.samples(prompt, control=Control(network=self.controlnet, hint=hints))
-            rows.append((prompt, [images.to_pil(2 * hint - 1), *drawn]))
-        return images.labelled_rows(rows)
+        return {"control": Control(network=self.controlnet, hint=pictures / 2 + 0.5)}

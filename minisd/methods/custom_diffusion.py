@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from minisd.config import Prior, flag, require
-from minisd.methods._base import Method, Training
+from minisd.methods._base import Training
+from minisd.methods._prior import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,44 +61,24 @@ class Method(Method):
         from minisd.data import custom
 
         super().__init__(options)
-        o = options
-        if o.with_prior_preservation:
+        self.concepts = custom.concepts_of(options)
+        self.words = options.modifier_token.split("+") if options.modifier_token else []
+        if options.with_prior_preservation:
             self.lr_scale = 2.0  # twice the pictures, as the field's script counts them
-        if o.concepts_list:
-            self.concepts = custom.read_concepts(o.concepts_list)
-        else:
-            self.concepts = [
-                custom.Concept(
-                    instance_prompt=o.instance_prompt,
-                    instance_data_dir=o.data,
-                    class_prompt=o.class_prompt,
-                    class_data_dir=o.class_data_dir,
-                )
-            ]
 
-    def build(self):
-        from minisd.adapters import custom_diffusion, token_embedding
-        from minisd.methods import _prior
+    def classes(self) -> list[tuple[Path, str]]:
+        return [(c.class_data_dir, c.class_prompt) for c in self.concepts]
+
+    def insert(self, sd):
+        from minisd.adapters import custom_diffusion
 
         o = self.options
-        for concept in self.concepts if o.with_prior_preservation else ():
-            _prior.draw_missing(self, concept.class_data_dir, concept.class_prompt, o.real_prior)
-        self.sd = sd = self.load()
-        if o.gradient_checkpointing:
-            sd.unet.enable_gradient_checkpointing()
         everything = o.freeze_model == "crossattn"
         projections = custom_diffusion.ALL if everything else custom_diffusion.KEYS_AND_VALUES
         self.layers = custom_diffusion.insert(sd.unet, projections)
         trained = dict(custom_diffusion.parameters(self.layers))
-        self.words = o.modifier_token.split("+") if o.modifier_token else []
-        if self.words:
-            sd.text_encoder.float()  # the rows' gradient passes through it
         for word, start in zip(self.words, o.initializer_token.split("+"), strict=False):
-            row = self.initial_row(start)
-            try:
-                self.rows = token_embedding.add_token(sd.tokenizer, sd.text_encoder, word, row)
-            except ValueError as e:
-                raise ValueError(f"--modifier_token: {e}") from None
+            self.rows = self.teach(word, start, flag="--modifier_token")
             trained["modifier_tokens"] = self.rows  # one parameter for all words so far
         return trained
 
@@ -113,10 +94,8 @@ class Method(Method):
                 self.concepts, flag="--class_data_dir", skip_bad_images=o.skip_bad_images
             )
             classes = custom.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
-            reference = o.cd_loss == "reference"
-            self.data = datasets.Prior(
-                self.data, classes, o.prior_loss_weight / (CHANNELS if reference else 1)
-            )
+            share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
+            self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)
         return self.data
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
@@ -126,8 +105,8 @@ class Method(Method):
         mean = squares / (CHANNELS * mask.flatten(1).sum(dim=1))
         return CHANNELS * mean if self.options.cd_loss == "reference" else mean
 
-    def prompts(self) -> list[str]:
-        return super().prompts() or [concept.instance_prompt for concept in self.concepts]
+    def example(self):
+        return [(concept.instance_prompt, None) for concept in self.concepts]
 
     def save(self, folder: Path) -> None:
         from minisd.adapters import custom_diffusion, token_embedding

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisd.config import Average, Captions, DeepFloyd, Prior, flag, require
-from minisd.methods._base import Method, Training
+from minisd.config import Average, Captions, DeepFloyd, Prior, flag
+from minisd.methods._base import Training
+from minisd.methods._prior import Method
 
 
 @dataclass(kw_only=True)
@@ -27,26 +28,11 @@ class Options(Captions, Prior, DeepFloyd, Average, Training):
     def check(self):
         if self.offset_noise and not self.noise_offset:
             self.noise_offset = 0.1
-        both = self.with_prior_preservation and self.bucket
-        require(not both, "--with_prior_preservation and --bucket exclude each other")
-        both = self.pre_compute_text_embeddings and self.train_text_encoder
-        require(not both, "--pre_compute_text_embeddings and --train_text_encoder exclude each other")
 
 
 class Method(Method):
-    def build(self):
-        from minisd.methods import _prior
-
-        if self.options.with_prior_preservation:
-            _prior.draw_missing(self, self.options.class_data_dir, self.options.class_prompt)
-        trained = super().build()
+    def insert(self, sd):
+        trained = super().insert(sd)
         if self.options.train_text_encoder:
-            trained |= self.thaw("text_encoder", self.sd.text_encoder)
+            trained |= self.thaw("text_encoder", sd.text_encoder)
         return trained
-
-    def dataset(self):
-        self.data = self.with_prior(self.captioned(self.options.instance_prompt))
-        return self.data
-
-    def prompts(self) -> list[str]:
-        return super().prompts() or [self.options.instance_prompt]

@@ -10,8 +10,6 @@ from minisd.config import Average, Dataset, flag, require
 from minisd.methods._base import Method, Training
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
     from torch import Tensor
 
 
@@ -45,25 +43,21 @@ class Options(Dataset, Average, Training):
 class Method(Method):
     """The UNet gets the latents of the original beside the noisy ones of the edited picture."""
 
-    def build(self) -> dict[str, torch.nn.Parameter]:
-        o = self.options
-        self.asked = (o.validation_prompt, self.open(o.val_image_url)) if o.val_image_url else None
-        self.sd = sd = self.load()
+    def insert(self, sd):
         latents = sd.vae.config.latent_channels
         if sd.unet.config.in_channels == latents:
             sd.unet.widen(2 * latents)
         elif sd.unet.config.in_channels != 2 * latents:
-            raise ValueError(
-                f"--model {o.model} takes {sd.unet.config.in_channels} channels: it is for another use"
-            )
-        return self.thaw("unet", sd.unet)
+            channels = f"takes {sd.unet.config.in_channels} channels"
+            raise ValueError(f"--model {self.options.model} {channels}: it is for another use")
+        return super().insert(sd)
 
-    def dataset(self):
-        from minisd.data import pairs, sources
+    def examples(self, source):
+        from minisd.data import pairs
 
         o = self.options
-        self.data = pairs.EditPairs(
-            sources.from_options(o),
+        return pairs.EditPairs(
+            source,
             resolution=o.resolution,
             center_crop=o.center_crop,
             random_flip=o.random_flip,
@@ -71,7 +65,6 @@ class Method(Method):
             edited_column=o.edited_image_column,
             prompt_column=o.edit_prompt_column,
         )
-        return self.data
 
     def dropped(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Whose prompt and whose original is left out, (b,) each. With r uniform in [0, 1): the prompt where
@@ -100,40 +93,16 @@ class Method(Method):
 
     # Pictures
 
-    def open(self, name: str) -> Tensor:
-        """The picture to edit, (3, resolution, resolution) in [-1, 1]. ValueError if there is none."""
-        from urllib.request import urlopen
-
+    def wanted(self) -> list[tuple[str, Tensor]]:
         from minisd.data import images
 
-        content = None
-        if name.startswith(("http://", "https://")):
-            try:
-                with urlopen(name, timeout=20) as answer:
-                    content = answer.read()
-            except OSError as e:
-                raise ValueError(f"--val_image_url {name}: {e}") from None
-        image = images.center_square(images.open_image(Path(name), content))
-        return images.to_tensor(image.resize((self.options.resolution, self.options.resolution)))
+        o, flag = self.options, "--val_image_url"
+        if not o.val_image_url:
+            return []
+        return [(o.validation_prompt, images.read_square(o.val_image_url, o.resolution, flag=flag))]
 
-    @property
-    def validates(self) -> bool:
-        return self.asked is not None
+    def beside(self, view) -> Tensor:
+        return self.data.extras(view)["original"]
 
-    def validation(self) -> Image.Image:
-        return self.row(*self.asked)
-
-    def result(self) -> Image.Image:
-        """Of the picture that the flags name, or else of the first of the data."""
-        from minisd.noise import generator
-
-        example = self.data.examples(0, generator(self.options.seed, "result"))[0]
-        return self.row(*self.asked or (example.prompt, self.data.extras(example.view)["original"]))
-
-    def row(self, prompt: str, original: Tensor) -> Image.Image:
-        """The original, then its edits."""
-        from minisd.data import images
-
-        originals = original.expand(self.options.num_validation_images, -1, -1, -1)  # (n, 3, h, w)
-        drawn = self.samples(prompt, originals=originals)
-        return images.labelled_rows([(prompt, [images.to_pil(original), *drawn])])
+    def steer(self, pictures: Tensor) -> dict:
+        return {"originals": pictures}

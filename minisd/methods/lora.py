@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from minisd.config import Captions, DeepFloyd, Prior, flag, require
-from minisd.methods._base import Method, Training
-
-if TYPE_CHECKING:
-    import torch
+from minisd.methods._base import Training
+from minisd.methods._prior import Method
 
 # Defaults that follow the kind of data: captioned, DreamBooth.
 BY_KIND = {
@@ -50,64 +48,43 @@ class Options(Captions, Prior, DeepFloyd, Training):
         for name, defaults in BY_KIND.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[dreambooth])
-        if self.with_prior_preservation:
-            require(dreambooth, "--with_prior_preservation needs --instance_prompt")
-            require(not self.bucket, "--with_prior_preservation and --bucket exclude each other")
+        require(dreambooth or not self.with_prior_preservation,
+                "--with_prior_preservation needs --instance_prompt")  # fmt: skip
         require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of pictures")
+        self.positive("rank", "alpha")
         for name in ("rank", "alpha", "target"):
-            value = getattr(self, name)
-            require(value is None or isinstance(value, list) or value > 0, f"--{name} must be positive")
-            require(not (value and self.init_lora), f"--{name} is that of --init_lora: leave one of them out")
+            both = getattr(self, name) and self.init_lora
+            require(not both, f"--{name} is that of --init_lora: leave one of them out")
         require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
-        precomputed = self.pre_compute_text_embeddings and self.train_text_encoder
-        require(not precomputed, "--pre_compute_text_embeddings and --train_text_encoder exclude each other")
 
 
 class Method(Method):
     """Trains A and B of each targeted layer, in fp32; everything else is frozen."""
 
-    def build(self) -> dict[str, torch.nn.Parameter]:
+    def insert(self, sd):
         from minisd.adapters import lora
-        from minisd.methods import _prior
 
-        o = self.options
-        if o.with_prior_preservation:
-            _prior.draw_missing(self, o.class_data_dir, o.class_prompt)
-        self.sd = sd = self.load()
-        if o.gradient_checkpointing:
-            sd.unet.enable_gradient_checkpointing()
-        networks = lora.networks(sd)
+        o, rank = self.options, self.options.rank or 4
         if o.init_lora:
-            self.updates = lora.load(sd, o.init_lora, o.lora_dropout)
-            lora.put(networks, {n: u.requires_grad_(False) for n, u in self.updates.items()})
+            self.updates, source = lora.load(sd, o.init_lora, o.lora_dropout), f"--init_lora {o.init_lora}"
         else:
+            networks, source = lora.networks(sd), f"--target {' '.join(o.target)}"
             if not o.train_text_encoder:
                 del networks["text_encoder"]
-            rank = o.rank or 4
-            try:
-                self.updates = lora.insert(
-                    networks, o.target or ["attention"], rank, o.alpha or rank, o.lora_dropout
-                )
-            except ValueError as e:
-                raise ValueError(f"--target: {e}") from None
+            targets = o.target or ["attention"]
+            self.updates = lora.insert(networks, targets, rank, o.alpha or rank, o.lora_dropout)
         # A file's updates of the text encoder stay as they are, and are saved with the others.
         trained = {n: u for n, u in self.updates.items() if o.train_text_encoder or n.startswith("unet.")}
         if o.train_text_encoder and not any(n.startswith("text_encoder.") for n in trained):
-            where = f"--init_lora {o.init_lora}" if o.init_lora else f"--target {' '.join(o.target)}"
-            raise ValueError(f"--train_text_encoder: {where} has no layer of the text encoder")
+            raise ValueError(f"--train_text_encoder: {source} has no layer of the text encoder")
         if not trained:
-            raise ValueError(
-                f"--init_lora {o.init_lora} has no layer of the UNet; --train_text_encoder trains it"
-            )
-        self.summary = lora.describe(self.updates)
+            raise ValueError(f"{source} has no layer of the UNet; --train_text_encoder trains it")
         return {f"{n}.{k}": p.requires_grad_() for n, u in trained.items() for k, p in u.named_parameters()}
 
-    def dataset(self):
-        self.data = self.with_prior(self.captioned(self.options.instance_prompt))
-        return self.data
-
     def describe(self) -> str:
-        return f"{self.summary}\n{self.data.summary()}"
+        from minisd.adapters import lora
+
+        return f"{lora.describe(self.updates)}\n{super().describe()}"
 
     def save(self, folder: Path) -> None:
         from minisd.adapters import lora

@@ -23,19 +23,10 @@ class Options(Captions, Average, Training):
 
 
 class Method(Method):
-    def build(self):
-        trained = super().build()
+    def insert(self, sd):
         if revision := self.options.non_ema_revision:
-            self.sd.unet.load_state_dict(self.load(revision=revision).unet.state_dict())
-        return trained
+            sd.unet.load_state_dict(self.load(revision=revision).unet.state_dict())
+        return super().insert(sd)
 
-    def dataset(self):
-        self.data = self.captioned()
-        return self.data
-
-    def prompts(self) -> list[str]:
-        return self.options.validation_prompts or super().prompts()
-
-    @property
-    def validates(self) -> bool:
-        return bool(self.prompts())
+    def wanted(self):
+        return [(prompt, None) for prompt in self.options.validation_prompts] or super().wanted()

@@ -10,7 +10,6 @@ from minisd.config import flag, require
 from minisd.methods._base import Method, Training
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
 
@@ -35,10 +34,9 @@ class Options(Training):
     output_dir: Path = flag(Path("text-inversion-model"))
 
     def check(self):
-        require(self.num_vectors > 0, "--num_vectors must be positive")
-        require(self.repeats > 0, "--repeats must be positive")
+        self.positive("num_vectors", "repeats")
+        self.chances("flip_p")
         require(self.save_steps >= 0, "--save_steps must not be negative")
-        require(0 <= self.flip_p <= 1, "--flip_p must be from 0 to 1")
 
 
 class Method(Method):
@@ -50,32 +48,20 @@ class Method(Method):
         name = options.data.resolve().name.lower()
         self.token = options.placeholder_token or f"<{name}>"
         self.word = options.initializer_token or name
+        style = "a painting in the style of {}"
+        kind = style if options.learnable_property == "style" else "a photo of a {}"
+        self.prompt = options.validation_prompt or kind
 
-    def describe(self) -> str:
-        return f"{self.token} starts from {self.word!r}\n{self.folder.summary()}"
+    def insert(self, sd):
+        self.rows = self.teach(self.token, self.word, self.options.num_vectors, flag="--placeholder_token")
+        return {"rows": self.rows}
 
-    def build(self) -> dict[str, torch.nn.Parameter]:
-        from minisd.adapters import token_embedding
+    def dataset(self):
         from minisd.data import datasets
 
         o = self.options
         self.folder = datasets.read_folder(o.data, flag="--data", skip_bad_images=o.skip_bad_images)
-        self.sd = sd = self.load()
-        sd.text_encoder.float()  # the rows' gradient passes through it, and it is a seventh of the UNet
-        if o.gradient_checkpointing:
-            sd.unet.enable_gradient_checkpointing()
-        rows = self.initial_row(self.word).repeat(o.num_vectors, 1)  # (n, d)
-        try:
-            self.rows = token_embedding.add_token(sd.tokenizer, sd.text_encoder, self.token, rows)
-        except ValueError as e:
-            raise ValueError(f"--placeholder_token: {e}") from None
-        return {"rows": self.rows}
-
-    def dataset(self):
-        from minisd.data.datasets import ConceptPictures
-
-        o = self.options
-        return ConceptPictures(
+        return datasets.ConceptPictures(
             self.folder,
             self.token,
             style=o.learnable_property == "style",
@@ -84,6 +70,9 @@ class Method(Method):
             flip_p=o.flip_p,
             repeats=o.repeats,
         )
+
+    def describe(self) -> str:
+        return f"{self.token} starts from {self.word!r}\n{self.folder.summary()}"
 
     def save(self, folder: Path, suffix: str = "") -> None:
         from minisd.adapters import token_embedding
@@ -99,22 +88,15 @@ class Method(Method):
         if self.options.save_steps and step % self.options.save_steps == 0:
             self.save(self.options.output_dir, f"-steps-{step}")
 
-    def prompt(self) -> str:
-        style = "a painting in the style of {}"
-        kind = style if self.options.learnable_property == "style" else "a photo of a {}"
-        return self.options.validation_prompt or kind
-
-    def validation(self) -> Image.Image:
-        from minisd.data import images
-
-        return images.grid(self.samples(self.prompt().replace("{}", self.token)))
+    def wanted(self):
+        return [(self.prompt.replace("{}", self.token), None)] if self.options.validation_prompt else []
 
     def result(self) -> Image.Image:
         """What it was shown, what the model draws for the word it began with, and what for the token."""
         from minisd.data import images
 
         shown = [images.open_image(p) for p in self.folder.pictures[: self.options.num_validation_images]]
-        before, after = (self.prompt().replace("{}", word) for word in (self.word, self.token))
+        before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
         before = before.replace(self.token, self.word)
         rows = [("trained on", shown), (f"before: {before}", self.samples(before))]
         return images.labelled_rows([*rows, (f"after: {after}", self.samples(after))])

@@ -54,9 +54,8 @@ class Options(Dataset, Average, Optimizer, Precision, Run):
         require(
             not self.preserve_input_precision, "--preserve_input_precision: pictures are read with 8 bits"
         )
-        for name in ("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size", "save_images_epochs",
-                     "save_model_epochs"):  # fmt: skip
-            require(getattr(self, name) > 0, f"--{name} must be positive")
+        self.positive("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size")
+        self.positive("save_images_epochs", "save_model_epochs")
         fewer = self.ddpm_num_inference_steps <= self.ddpm_num_steps
         require(fewer, "--ddpm_num_inference_steps must not be more than --ddpm_num_steps")
 
@@ -68,50 +67,32 @@ class Method(Method):
         import torch
 
         from minisd.models.layers import place
-        from minisd.models.unet2d import UNet2D
-        from minisd.pixel_diffusion import PixelDiffusion, scheduler_config
+        from minisd.pixel_diffusion import PixelDiffusion
 
         o = self.options
-        config = self.config()
         torch.manual_seed(o.seed)
-        scheduler = scheduler_config(
+        self.sd = PixelDiffusion.new(
+            o.resolution,
+            o.model_config_name_or_path,
             beta_schedule=o.ddpm_beta_schedule,
             num_train_timesteps=o.ddpm_num_steps,
             prediction_type=o.prediction_type,
             rescale_betas_zero_snr=o.rescale_betas_zero_snr,
         )
-        self.sd = PixelDiffusion(place(UNet2D(config), self.device), scheduler)
-        return self.thaw("unet", self.sd.unet)
+        return self.thaw("unet", place(self.sd.unet, self.device))
 
-    def config(self):
-        """The network's: the script's for --resolution, or what --model_config_name_or_path says."""
-        from dataclasses import replace
-
-        from minisd.models.unet2d import DDPM
-        from minisd.weights import configs
+    def examples(self, source):
+        from minisd.data import datasets
 
         o = self.options
-        config = replace(DDPM, sample_size=o.resolution)
-        if path := o.model_config_name_or_path:
-            config = configs.read(path.parent if path.name == "config.json" else path, "unet2d")
-        smallest = 2 ** (len(config.block_out_channels) - 1)
-        if o.resolution % smallest:
-            raise ValueError(f"--resolution {o.resolution}: this network needs a multiple of {smallest}")
-        return config
-
-    def dataset(self):
-        from minisd.data import datasets, sources
-
-        o = self.options
-        self.data = datasets.Captioned(
-            sources.from_options(o),
+        return datasets.Captioned(
+            source,
             resolution=o.resolution,
             center_crop=o.center_crop,
             random_flip=o.random_flip,
             image_column=o.image_column,
             caption_column=None,
         )
-        return self.data
 
     def latents(self, batch: dict) -> Tensor:
         return batch["pixels"].to(self.device)
@@ -136,16 +117,12 @@ class Method(Method):
     def validation(self) -> Image.Image:
         """The same noise every time."""
         import torch
-        from tqdm import tqdm
 
         from minisd.data import images
 
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
-        with (
-            tqdm(total=count * steps, desc="drawing", leave=False) as bar,
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
-        ):
-            return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, bar.update)])
+        with self.drawing(count * steps) as on_step:
+            return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, on_step)])
 
     result = validation
