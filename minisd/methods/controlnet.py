@@ -138,6 +138,6 @@ class Method(Method):
         rows = []
         for prompt, hint in pairs:
             hints = hint.expand(self.options.num_validation_images, -1, -1, -1)  # (n, 3, h, w)
-            drawn = self.samples(prompt, control=Control(network=self.controlnet, hint=hints))
+            drawn = self.samples(prompt, controls=[Control(network=self.controlnet, hint=hints)])
             rows.append((prompt, [images.to_pil(2 * hint - 1), *drawn]))
         return images.labelled_rows(rows)
