@@ -41,8 +41,11 @@ def main() -> int:
     from minisd import ops
     from minisd.data import images
     from minisd.generate import Settings, infotext, pictures
+    from minisd.inputs import Inputs
     from minisd.stable_diffusion import StableDiffusion
 
+    inputs = Inputs(options)
+    prompts = [prompt for prompt in inputs.prompts(prompts) for _ in range(options.num_images)]
     ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(options.dtype)
@@ -61,20 +64,22 @@ def main() -> int:
             print(f"{adapter}: {line}")
 
     settings = Settings(
-        width=options.width or sd.default_size,
-        height=options.height or sd.default_size,
+        **inputs.settings(sd),
         negative_prompt=options.negative_prompt,
         scheduler=options.scheduler,
         steps=options.steps,
         guidance_scale=options.guidance_scale,
         eta=options.eta,
     )
-    prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
+    shown = inputs.tensors(sd, settings, len(prompts))
     seeds = [options.seed + i for i in range(len(prompts))]
     paths = output_paths(options.output, seeds)
     drawn = []
-    with tqdm(total=len(prompts) * options.steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
-        made = pictures(sd, prompts, seeds, settings, batch_size=options.batch_size, on_step=bar.update)
+    steps = len(prompts) * (settings.steps - settings.first_step)
+    with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
+        made = pictures(
+            sd, prompts, seeds, settings, batch_size=options.batch_size, on_step=bar.update, **shown
+        )
         for prompt, seed, path, image in zip(prompts, seeds, paths, made, strict=True):
             images.save_png(image, path, infotext(sd, prompt, seed, settings))
             drawn.append(image)

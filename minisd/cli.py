@@ -51,7 +51,11 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
     elif typing.get_origin(hint) is typing.Literal:
         kwargs["choices"] = typing.get_args(hint)
     elif typing.get_origin(hint) is list:
-        kwargs.update(nargs="+", type=typing.get_args(hint)[0], metavar="X")
+        (item,) = typing.get_args(hint)
+        chosen = typing.get_args(item)  # of list[Literal[...]]
+        kwargs.update(nargs="+", **({"choices": chosen} if chosen else {"type": item, "metavar": "X"}))
+        if not default:
+            kwargs["action"] = "extend"  # given twice, it adds up
     else:
         kwargs.update(type=hint, metavar=hint.__name__.upper())
     group.add_argument(*(f"--{name}" for name in spellings(cls, f)), **kwargs)

@@ -293,7 +293,53 @@ class Validation(Group):
 
 
 @dataclass(kw_only=True)
-class Sample(Model):
+class Pictures(Group):
+    """Pictures in"""
+
+    image: list[Path] = flag([], "begin with it, or edit it: one for all prompts, one for each, or a folder")
+    strength: float | None = flag(
+        None,
+        "the part of the steps that --image goes through; 0.8 alone, 1 with --mask or a model that sees it",
+    )
+    mask: list[Path] = flag([], "redraw only the white part of --image: one for all, or one for each")
+    image_guidance_scale: float | None = flag(
+        None, "how far an edit by an instruct-pix2pix model stays with --image; 1.5 by default"
+    )
+    controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
+    control_image: list[Path] = flag([], "what they go by; one for each")
+    control_preprocess: list[Literal["canny", "none"]] = flag(
+        [], "canny draws the edges of --control_image; one for all, or one for each"
+    )
+    control_start: list[float] = flag(
+        [], "from which part of the steps on; 0 by default; one or one for each"
+    )
+    control_end: list[float] = flag([], "up to which part of the steps; 1 by default; one or one for each")
+    guess_mode: bool = flag(False, "ControlNets steer the part with the prompt alone, and fine detail less")
+
+    def check(self):
+        for name in ("strength", "mask", "image_guidance_scale"):
+            require(getattr(self, name) in (None, []) or self.image, f"--{name} needs --image")
+        require(self.strength is None or 0 < self.strength <= 1, "--strength must be above 0, and at most 1")
+        nets, hints = len(self.controlnet), len(self.control_image)
+        require(nets == hints, f"{nets} --controlnet and {hints} --control_image: give one for each")
+        for name in ("control_preprocess", "control_start", "control_end"):
+            given = len(getattr(self, name))
+            require(nets or not given, f"--{name} needs --controlnet")
+            require(given in (0, 1, nets), f"{given} --{name} and {nets} --controlnet: one, or one for each")
+        require(nets or not self.guess_mode, "--guess_mode needs --controlnet")
+        ranges = zip(*(self.for_each(name) for name in ("control_start", "control_end")), strict=True)
+        for start, end in ranges:
+            require(0 <= start < end <= 1, f"--control_start {start:g} and --control_end {end:g}: of 0 to 1")
+
+    def for_each(self, name: str) -> list:
+        """A flag's value for each ControlNet."""
+        default = {"control_preprocess": "none", "control_start": 0.0, "control_end": 1.0}[name]
+        given = getattr(self, name) or [default]
+        return given * len(self.controlnet) if len(given) == 1 else given
+
+
+@dataclass(kw_only=True)
+class Sample(Model, Pictures):
     """Sampling"""
 
     prompt: list[str] = flag([], "what to draw; several draw several")
@@ -317,4 +363,15 @@ class Sample(Model):
     def check(self):
         require(bool(self.prompt) != bool(self.prompt_file), "give --prompt or --prompt_file")
         self.positive("steps", "num_images", "batch_size")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            require(side is None or side > 0 and side % 8 == 0, f"--{name} {side}: a positive multiple of 8")
+        require(
+            not self.strength or int(self.steps * self.strength) > 0,
+            f"--strength {self.strength} leaves none of the {self.steps} steps",
+        )
         require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
+        require(
+            self.image_guidance_scale is None or self.guidance_scale > 1,
+            f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}",
+        )

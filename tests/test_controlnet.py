@@ -348,7 +348,7 @@ def test_what_it_leaves_draws_the_same_in_diffusers(model, opts, tmp_path):
     hint = torch.stack([images.to_tensor(i) for i in shown]) / 2 + 0.5
     settings = Settings(width=32, height=32, steps=6, negative_prompt="ugly")
     steered = Control(network=network, hint=hint, scale=0.8)
-    drawn = list(pictures(sd, ["a cat", "a dog"], [3, 4], settings, control=steered))
+    drawn = list(pictures(sd, ["a cat", "a dog"], [3, 4], settings, controls=[steered]))
     expected = theirs(
         ["a cat", "a dog"], shown, negative_prompt=["ugly"] * 2, num_inference_steps=6, guidance_scale=7.5,
         generator=[torch.Generator().manual_seed(s) for s in (3, 4)], controlnet_conditioning_scale=0.8,
@@ -356,10 +356,10 @@ def test_what_it_leaves_draws_the_same_in_diffusers(model, opts, tmp_path):
     assert all(psnr(a, b) >= 50 for a, b in zip(drawn, expected, strict=True))
     plain = list(pictures(sd, ["a cat", "a dog"], [3, 4], settings))
     assert psnr(drawn[0], plain[0]) < 45  # it does steer
-    singly = list(pictures(sd, ["a cat", "a dog"], [3, 4], settings, control=steered, batch_size=1))
+    singly = list(pictures(sd, ["a cat", "a dog"], [3, 4], settings, controls=[steered], batch_size=1))
     assert all(psnr(a, b) >= 50 for a, b in zip(singly, drawn, strict=True))  # each by its own
     same = Control(network=network, hint=hint[:1].expand(2, -1, -1, -1), scale=0.8)
-    assert psnr(list(pictures(sd, ["a cat", "a dog"], [3, 4], settings, control=same))[1], drawn[1]) < 50
+    assert psnr(list(pictures(sd, ["a cat", "a dog"], [3, 4], settings, controls=[same]))[1], drawn[1]) < 50
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ LAYERS = [
     ["minisd.generate", "minisd.run"],
     ["minisd.methods"],
     ["minisd.loop"],
-    ["minisd.cli"],
+    ["minisd.cli", "minisd.inputs"],
     ["minisd.tiny"],
     ["train", "sample"],
 ]

@@ -6,6 +6,7 @@ import torch
 
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import place
+from minisd.models.unet import UNetConfig
 from minisd.weights import compvis, diffusers, hub
 from minisd.weights.checkpoint import build, fill
 
@@ -30,6 +31,16 @@ def load(
         config, tensors = compvis.load_controlnet(path)
     network = fill(build("controlnet", config, path), tensors, path)
     return place(network, device, dtype).eval().requires_grad_(False)
+
+
+def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:
+    """ValueError, naming the path, if the network does not belong to such a UNet."""
+    for name in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
+        own, wanted = getattr(network.config, name), getattr(unet, name)
+        if own != wanted:
+            raise ValueError(f"{path}: a ControlNet with {name} {own}, and the model has {wanted}")
+    if network.config.in_channels > unet.in_channels:
+        raise ValueError(f"{path}: a ControlNet of a model with {network.config.in_channels} channels")
 
 
 def save(folder: Path, network: ControlNet) -> None:

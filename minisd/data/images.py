@@ -25,8 +25,8 @@ def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
     return pictures, [p for p in files if p.suffix.lower() not in SUFFIXES]
 
 
-def open_image(path: Path, content: bytes | None = None) -> Image.Image:
-    """An RGB image, turned as its EXIF says, with transparency laid on white. ValueError if it is not one.
+def open_image(path: Path, content: bytes | None = None, behind: str = "white") -> Image.Image:
+    """An RGB image, turned as its EXIF says, with transparency laid on `behind`. ValueError if it is not one.
     `content` is read instead of the file, if given; `path` is its name then."""
     try:
         file = path if content is None else io.BytesIO(content)
@@ -35,7 +35,7 @@ def open_image(path: Path, content: bytes | None = None) -> Image.Image:
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture") from None

@@ -113,4 +113,4 @@ class Method(Method):
     def steer(self, pictures: Tensor) -> dict:
         from minisd.guidance import Control
 
-        return {"control": Control(network=self.controlnet, hint=pictures / 2 + 0.5)}
+        return {"controls": [Control(network=self.controlnet, hint=pictures / 2 + 0.5)]}

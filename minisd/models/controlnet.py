@@ -1,5 +1,6 @@
 """ControlNet: a trained copy of the UNet's encoder that steers it by a picture (arXiv 2302.05543)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -85,14 +86,31 @@ class ControlNet(Encoder):
         context: Tensor | Context,
         hint: Tensor,
         scale: float = 1.0,
+        guess: bool = False,
     ) -> dict:
-        """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`. The first three are
-        what the UNet gets; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
+        """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`; with `guess` also times 0.1
+        at the first to 1 in the middle, evenly in the logarithm. The first three are what the UNet gets;
+        `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
         hint = self.controlnet_cond_embedding(hint)  # (b, c0, h, w)
         if hint.shape[-2:] != noisy_latents.shape[-2:]:
             raise ValueError(
                 f"a control picture of {tuple(hint.shape[-2:])} latents for {tuple(noisy_latents.shape[-2:])}"
             )
         x, skips, _ = self.encode(noisy_latents, timesteps, context, hint)
-        down = [scale * conv(s) for conv, s in zip(self.controlnet_down_blocks, skips, strict=True)]
-        return {"down_residuals": down, "mid_residual": scale * self.controlnet_mid_block(x)}
+        count = len(skips)
+        scales = [scale * 10 ** (i / count - 1) if guess else scale for i in range(count + 1)]
+        down = [s * conv(x) for s, conv, x in zip(scales, self.controlnet_down_blocks, skips, strict=False)]
+        return {"down_residuals": down, "mid_residual": scales[-1] * self.controlnet_mid_block(x)}
+
+
+def total(residuals: list[dict], rows: int) -> dict:
+    """The sum of what several ControlNets say, as one of them says it. Those that saw only the last of `rows`
+    samples say nothing to the others."""
+
+    def add(tensors: Sequence[Tensor]) -> Tensor:
+        return sum(F.pad(t, (0, 0, 0, 0, 0, 0, rows - len(t), 0)) for t in tensors)  # (rows, c, h, w)
+
+    return {
+        "down_residuals": [add(t) for t in zip(*(r["down_residuals"] for r in residuals), strict=True)],
+        "mid_residual": add([r["mid_residual"] for r in residuals]),
+    }

@@ -1,0 +1,477 @@
+"""Pictures in: what is begun with, edited, redrawn under a mask or steered equals diffusers' pipelines."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from minisd import cli
+from minisd.adapters import control
+from minisd.data import images
+from minisd.data.canny import canny, gradient
+from minisd.generate import Settings, denoise, pictures
+from minisd.guidance import Control
+from minisd.inputs import Inputs
+from minisd.models.controlnet import ControlNet
+from minisd.stable_diffusion import StableDiffusion
+from tests.conftest import make_pipeline
+from tests.pairs import psnr, shake
+
+PROMPTS, SEEDS = ["a photo of a cat", "an oil painting"], [3, 4]
+SETTINGS = Settings(width=40, height=32, steps=10, negative_prompt="ugly", guidance_scale=5.0)
+
+
+def photo(number: int, size=(40, 32)) -> Image.Image:
+    """Smooth colours and an ellipse."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    array = np.stack([255 * x, 200 * y, 128 + 100 * np.sin(9 * x * y + number)], axis=2)
+    image = Image.fromarray(array.astype(np.uint8))
+    ImageDraw.Draw(image).ellipse((6, 6, 22 + 4 * number, 26), fill=(255, 80 * number, 30))
+    return image
+
+
+def half(size=(40, 32)) -> Image.Image:
+    """A mask: the right part is redrawn, but for a corner of grey that is too dark."""
+    image = Image.new("L", size, "black")
+    ImageDraw.Draw(image).rectangle((size[0] // 2 + 1, 0, size[0], size[1]), fill="white")
+    ImageDraw.Draw(image).rectangle((size[0] - 8, 0, size[0], 8), fill=127)
+    return image
+
+
+def as_mask(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image) > 127).float()[None]
+
+
+PHOTOS = [photo(0), photo(1)]
+GIVEN = {"originals": torch.stack([images.to_tensor(p) for p in PHOTOS])}
+MASKS = {"masks": as_mask(half()).expand(2, -1, -1, -1)}
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory):
+    """Models by their number of channels."""
+    found = {4: model}
+    for channels in (8, 9):
+        found[channels] = tmp_path_factory.mktemp(f"channels{channels}")
+        make_pipeline(in_channels=channels).save_pretrained(found[channels])
+    return found
+
+
+@pytest.fixture(scope="module")
+def nets(model, tmp_path_factory):
+    """Two ControlNets that say something."""
+    found = []
+    for size in (0.1, 0.05):
+        network = ControlNet.from_unet(StableDiffusion.load(model).unet, downscale=4)
+        shake(network, size)
+        found.append(tmp_path_factory.mktemp("control"))
+        control.save(found[-1], network)
+    return found
+
+
+@pytest.fixture
+def theirs(folders, monkeypatch):
+    """theirs(pipeline's name, channels, further parts) of diffusers, with the mean of the latents instead of
+    a sample, which is what we take."""
+    import diffusers
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+
+    def make(name: str, channels: int = 4, **parts):
+        parts = {"safety_checker": None, "requires_safety_checker": False} | parts
+        pipe = getattr(diffusers, name).from_pretrained(folders[channels], **parts)
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        pipe.set_progress_bar_config(disable=True)
+
+        def draw(settings: Settings, **given) -> list[Image.Image]:
+            negative = [settings.negative_prompt] * 2
+            common = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+            generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+            return pipe(PROMPTS, negative_prompt=negative, generator=generators, **common, **given).images
+
+        return draw
+
+    return make
+
+
+def diffusers_nets(nets: list):
+    from diffusers import ControlNetModel
+
+    found = [ControlNetModel.from_pretrained(folder) for folder in nets]
+    return found[0] if len(found) == 1 else found
+
+
+def ours(folder, settings: Settings, **given) -> list[Image.Image]:
+    return list(pictures(StableDiffusion.load(folder), PROMPTS, SEEDS, settings, **given))
+
+
+def assert_same(drawn: list, expected: list) -> None:
+    assert len(drawn) == len(expected) == 2
+    for a, b in zip(drawn, expected, strict=True):
+        assert a.size == b.size and np.asarray(a).std() > 3
+        assert psnr(a, b) >= 65  # some of these differ by 55 from what another picture would give
+    assert psnr(drawn[0], drawn[1]) < 40
+
+
+def hints(number: int) -> list[Image.Image]:
+    return [photo(number + i).transpose(Image.Transpose.ROTATE_180) for i in (0, 1)]
+
+
+def controls(nets, scales=(0.9, 0.6), **further) -> list[Control]:
+    found = []
+    for i, (folder, scale) in enumerate(zip(nets, scales, strict=False)):
+        hint = torch.stack([images.to_tensor(h) for h in hints(i)]) / 2 + 0.5
+        found.append(Control(network=control.load(folder), hint=hint, scale=scale, **further))
+    return found
+
+
+# Equal to diffusers
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("strength", [0.3, 0.58, 0.8, 1.0])
+def test_image_to_image(folders, theirs, strength):
+    settings = replace(SETTINGS, strength=strength)
+    drawn = ours(folders[4], settings, **GIVEN)
+    assert_same(drawn, theirs("StableDiffusionImg2ImgPipeline")(SETTINGS, image=PHOTOS, strength=strength))
+    assert psnr(drawn[0], ours(folders[4], SETTINGS)[0]) < 60
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting(folders, theirs, channels, strength):
+    drawn = ours(folders[channels], replace(SETTINGS, strength=strength), **GIVEN, **MASKS)
+    expected = theirs("StableDiffusionInpaintPipeline", channels)(
+        SETTINGS, image=PHOTOS, mask_image=half(), strength=strength, width=40, height=32
+    )
+    assert_same(drawn, expected)
+
+
+@pytest.mark.parity
+def test_edits(folders, theirs):
+    settings = replace(SETTINGS, image_guidance_scale=1.8)
+    expected = theirs("StableDiffusionInstructPix2PixPipeline", 8)(
+        SETTINGS, image=PHOTOS, image_guidance_scale=1.8
+    )
+    assert_same(ours(folders[8], settings, **GIVEN), expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_controlnets(folders, theirs, nets, count, guess):
+    nets = nets[:count]
+    shown = [hints(i) for i in range(count)]
+    expected = theirs("StableDiffusionControlNetPipeline", controlnet=diffusers_nets(nets))(
+        SETTINGS,
+        image=[list(pair) for pair in zip(*shown, strict=True)] if count > 1 else shown[0],
+        controlnet_conditioning_scale=[0.9, 0.6][:count] if count > 1 else 0.9,
+        guess_mode=guess,
+    )
+    drawn = ours(folders[4], SETTINGS, controls=controls(nets, guess=guess))
+    assert_same(drawn, expected)
+    assert psnr(drawn[0], ours(folders[4], SETTINGS)[0]) < 45
+
+
+@pytest.mark.parity
+def test_guess_mode_without_guidance(folders, theirs, nets):
+    settings = replace(SETTINGS, guidance_scale=1.0)
+    expected = theirs("StableDiffusionControlNetPipeline", controlnet=diffusers_nets(nets[:1]))(
+        settings, image=hints(0), controlnet_conditioning_scale=0.9, guess_mode=True
+    )
+    assert_same(ours(folders[4], settings, controls=controls(nets[:1], guess=True)), expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("start, end", [(0.0, 0.5), (0.3, 1.0), (0.25, 0.75)])
+def test_controlnets_from_start_to_end(folders, theirs, nets, start, end):
+    """The second one from half of it on, too."""
+    shown = controls(nets)
+    shown = [replace(shown[0], start=start, end=end), replace(shown[1], start=start / 2)]
+    expected = theirs("StableDiffusionControlNetPipeline", controlnet=diffusers_nets(nets))(
+        SETTINGS,
+        image=[list(pair) for pair in zip(hints(0), hints(1), strict=True)],
+        controlnet_conditioning_scale=[0.9, 0.6],
+        control_guidance_start=[start, start / 2],
+        control_guidance_end=[end, 1.0],
+    )
+    drawn = ours(folders[4], SETTINGS, controls=shown)
+    assert_same(drawn, expected)
+    assert psnr(drawn[0], ours(folders[4], SETTINGS, controls=controls(nets))[0]) < 50
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("guess", [False, True])
+def test_a_controlnet_and_a_picture(folders, theirs, nets, guess):
+    settings = replace(SETTINGS, strength=0.7)
+    expected = theirs("StableDiffusionControlNetImg2ImgPipeline", controlnet=diffusers_nets(nets[:1]))(
+        SETTINGS, image=PHOTOS, control_image=hints(0), strength=0.7, width=40, height=32,
+        controlnet_conditioning_scale=0.9, guess_mode=guess, control_guidance_end=0.8,
+    )  # fmt: skip
+    drawn = ours(folders[4], settings, controls=controls(nets[:1], guess=guess, end=0.8), **GIVEN)
+    assert_same(drawn, expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_controlnet_and_a_mask(folders, theirs, nets, channels, strength):
+    """The ControlNet sees the noisy latents alone, whatever the UNet sees."""
+    pipe = theirs("StableDiffusionControlNetInpaintPipeline", channels, controlnet=diffusers_nets(nets[:1]))
+    expected = pipe(
+        SETTINGS, image=PHOTOS, mask_image=half(), control_image=hints(0), strength=strength,
+        width=40, height=32, controlnet_conditioning_scale=0.9,
+    )  # fmt: skip
+    settings = replace(SETTINGS, strength=strength)
+    assert_same(ours(folders[channels], settings, controls=controls(nets[:1]), **GIVEN, **MASKS), expected)
+
+
+# Ours
+
+
+@pytest.mark.parametrize("channels", [4, 8, 9])
+def test_a_picture_does_not_depend_on_its_batch(folders, nets, channels):
+    """Everything at once, ControlNets with an edit and a mask too; and the same again."""
+    sd = StableDiffusion.load(folders[channels])
+    settings = replace(SETTINGS, steps=5, strength=0.8)
+    given = {**GIVEN, **MASKS, "controls": controls(nets, guess=True)}
+    together = list(pictures(sd, PROMPTS, SEEDS, settings, **given))
+    singly = list(pictures(sd, PROMPTS, SEEDS, settings, **given, batch_size=1))
+    assert all(psnr(a, b) >= 65 for a, b in zip(together, singly, strict=True))
+    again = list(pictures(sd, PROMPTS, SEEDS, settings, **given))
+    assert [i.tobytes() for i in again] == [i.tobytes() for i in together]
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_what_is_outside_the_mask_stays(folders, channels):
+    sd = StableDiffusion.load(folders[channels])
+    *_, x = denoise(sd, PROMPTS, SEEDS, replace(SETTINGS, steps=4), **GIVEN, **MASKS)
+    latents = sd.encode_images(GIVEN["originals"])[0]
+    assert torch.equal(x[..., :5], latents[..., :5])
+    assert (x[..., 6:] - latents[..., 6:]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("channels, given, message", [
+    (8, {}, "takes 8 channels: it needs a picture .--image"),
+    (9, {}, "takes 9 channels: it needs a picture .--image"),
+    (9, GIVEN, "takes 9 channels: it needs a mask .*--mask"),
+])  # fmt: skip
+def test_what_a_model_needs(folders, channels, given, message):
+    with pytest.raises(ValueError, match=message):
+        ours(folders[channels], SETTINGS, **given)
+
+
+# The command
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Pictures of other sizes than the one that is drawn."""
+    for i in (0, 1):
+        photo(i, (45, 37)).save(tmp_path / f"photo{i}.png")
+        photo(i, (64, 48)).transpose(Image.Transpose.ROTATE_180).save(tmp_path / f"hint{i}.png")
+    half((80, 64)).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def options(model, *flags):
+    return cli.parse_sample(["--model", str(model), "--prompt", "x", *map(str, flags)])
+
+
+@pytest.mark.parity
+def test_script(folders, files, nets, theirs, script):
+    """Sizes are brought together and said; a mask, two ControlNets, one of them by edges."""
+    photos, out = [files / f"photo{i}.png" for i in (0, 1)], files / "out"
+    status, stdout, stderr = script(
+        "sample.py", "--model", folders[4], "--prompt", *PROMPTS, "--seed", SEEDS[0], "--steps", 10,
+        "--guidance_scale", 5, "--negative_prompt", "ugly", "--output", out, "--image", *photos,
+        "--mask", files / "mask.png", "--strength", 0.7,
+        "--controlnet", f"{nets[0]}:0.9", "--control_image", files / "hint0.png",
+        "--controlnet", nets[1], "--control_image", files / "hint1.png",
+        "--control_preprocess", "canny", "none", "--control_end", 0.8,
+    )  # fmt: skip
+    assert status == 0, stderr
+    assert "14/14" in stderr  # 2 pictures of 7 steps
+    for name, size in (("photo0", "45x37"), ("photo1", "45x37"), ("mask", "80x64"), ("hint1", "64x48")):
+        assert f"{name}.png: {size}, resized to 40x32" in stdout
+    drawn = [Image.open(path) for path in sorted(out.glob("*seed*"))]
+    shown = [Image.open(files / f"hint{i}.png").resize((40, 32), Image.Resampling.LANCZOS) for i in (0, 1)]
+    expected = theirs("StableDiffusionControlNetInpaintPipeline", controlnet=diffusers_nets(nets))(
+        SETTINGS, image=[Image.open(p) for p in photos], mask_image=Image.open(files / "mask.png"),
+        control_image=[canny(shown[0]), shown[1]], strength=0.7, width=40, height=32,
+        controlnet_conditioning_scale=[0.9, 1.0], control_guidance_end=0.8,
+    )  # fmt: skip
+    assert_same(drawn, expected)
+
+
+def test_one_for_all_or_one_for_each(model, files, nets):
+    sd = StableDiffusion.load(model)
+    photos = [files / f"photo{i}.png" for i in (0, 1)]
+    tensors = [
+        images.to_tensor(images.open_image(p).resize((40, 32), Image.Resampling.LANCZOS)) for p in photos
+    ]
+
+    def read(*flags, prompts=PROMPTS, count=4):
+        inputs = Inputs(options(model, *flags))
+        settings = Settings(**inputs.settings(sd))
+        return inputs.prompts(prompts), settings, inputs.tensors(sd, settings, count)
+
+    prompts, settings, found = read("--image", *photos)
+    assert (settings.width, settings.height, settings.strength) == (40, 32, 0.8)
+    assert torch.equal(found["originals"], torch.stack([tensors[i] for i in (0, 0, 1, 1)]))
+    assert prompts == PROMPTS and found["masks"] is None and not found["controls"]
+    assert torch.equal(read("--image", photos[1])[2]["originals"], tensors[1].expand(4, -1, -1, -1))
+    folder = files / "folder"
+    folder.mkdir()
+    for path in photos:
+        path.rename(folder / path.name)
+    prompts, settings, found = read("--image", folder, "--mask", files / "mask.png", prompts=["x"], count=2)
+    assert prompts == ["x", "x"] and torch.equal(found["originals"], torch.stack(tensors))
+    assert settings.strength == 1 and set(found["masks"].unique().tolist()) == {0.0, 1.0}
+    mask = as_mask(half((80, 64)).resize((40, 32), Image.Resampling.LANCZOS))
+    assert torch.equal(found["masks"], mask.expand(2, -1, -1, -1))
+
+    _, settings, found = read("--controlnet", nets[0], "--control_image", files / "hint0.png", "--height", 40)
+    assert (settings.width, settings.height, settings.strength) == (64, 40, 1.0)
+    assert found["controls"][0].hint.shape == (4, 3, 40, 64) and found["controls"][0].hint.min() >= 0
+
+
+def test_masks_may_be_transparent(model, files):
+    """What is drawn in white is redrawn, whatever is behind it."""
+    mask = Image.new("RGBA", (40, 32), (255, 255, 255, 0))
+    ImageDraw.Draw(mask).rectangle((0, 0, 19, 31), fill=(255, 255, 255, 255))
+    mask.save(files / "strokes.png")
+    inputs = Inputs(options(model, "--image", files / "photo0.png", "--mask", files / "strokes.png"))
+    sd = StableDiffusion.load(model)
+    found = inputs.tensors(sd, Settings(**inputs.settings(sd)), 1)["masks"]
+    assert found[..., :20].all() and not found[..., 20:].any()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--strength 0.5", "--strength needs --image"),
+    ("--mask a.png", "--mask needs --image"),
+    ("--image_guidance_scale 2", "--image_guidance_scale needs --image"),
+    ("--image a.png --image_guidance_scale 2 --guidance_scale 1", "--image_guidance_scale has no effect"),
+    ("--image a.png --strength 0", "--strength must be above 0"),
+    ("--image a.png --strength 1.1", "--strength must be above 0, and at most 1"),
+    ("--image a.png --strength 0.04 --steps 20", "--strength 0.04 leaves none of the 20 steps"),
+    ("--controlnet a", "1 --controlnet and 0 --control_image"),
+    ("--control_image a.png", "0 --controlnet and 1 --control_image"),
+    ("--controlnet a b --control_image a.png", "2 --controlnet and 1 --control_image"),
+    ("--control_start 0.1", "--control_start needs --controlnet"),
+    ("--control_preprocess canny", "--control_preprocess needs --controlnet"),
+    ("--guess_mode", "--guess_mode needs --controlnet"),
+    ("--controlnet a --control_image b --control_end 0.5 0.6", "2 --control_end and 1 --controlnet"),
+    ("--controlnet a --control_image b --control_start 0.5 --control_end 0.5", "--control_start 0.5"),
+    ("--controlnet a --control_image b --control_end 1.5", "--control_end 1.5"),
+    ("--controlnet a --control_image b --control_preprocess cany", "cany"),
+    ("--width 36", "--width 36: a positive multiple of 8"),
+])  # fmt: skip
+def test_mistakes(model, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        options(model, *flags.split())
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_mistakes_in_files(model, files, nets):
+    sd, picture = StableDiffusion.load(model), files / "photo0.png"
+    Image.new("L", (40, 32), 100).save(files / "grey.png")
+    Image.new("RGB", (7, 32)).save(files / "thin.png")
+    (files / "empty").mkdir()
+
+    def refused(message, *flags, prompts=PROMPTS):
+        with pytest.raises(ValueError, match=message):
+            inputs = Inputs(options(model, *flags))
+            inputs.prompts(prompts)
+            inputs.tensors(sd, Settings(**inputs.settings(sd)), 2)
+
+    steered = ("--controlnet", nets[0], "--control_image")
+    refused("nowhere.png", "--image", files / "nowhere.png")
+    refused("nowhere.png", *steered, files / "nowhere.png")
+    refused("empty holds no pictures", "--image", files / "empty")
+    refused("2 --image for 3 pictures", "--image", picture, picture, prompts=["a", "b", "c"])
+    refused("3 --mask for 2 pictures", "--image", picture, "--mask", *[files / "mask.png"] * 3)
+    refused("grey.png: nothing in it is white", "--image", picture, "--mask", files / "grey.png")
+    refused("thin.png has a side of less than 8", "--image", files / "thin.png")
+    refused("has no effect: model.* no instruct-pix2pix", "--image", picture, "--image_guidance_scale", 2)
+    refused("--control_start 0.505 to --control_end 0.515 has none of the 50 steps", *steered, picture,
+            "--control_start", 0.505, "--control_end", 0.515)  # fmt: skip
+    other = ControlNet(replace(control.load(nets[0]).config, layers_per_block=2))
+    control.save(files / "other", other)
+    refused("other: a ControlNet with layers_per_block 2", "--controlnet", files / "other",
+            "--control_image", picture)  # fmt: skip
+
+
+# Edges
+
+
+def plain_canny(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The four steps, one pixel after another."""
+    height, width, _ = pixels.shape
+    value = lambda y, x: pixels[min(max(y, 0), height - 1), min(max(x, 0), width - 1)].astype(int)  # noqa: E731
+    kernel = {-1: 1, 0: 2, 1: 1}
+    slopes, size = {}, {}
+    for y in range(height):
+        for x in range(width):
+            dx = sum(k * (value(y + i, x + 1) - value(y + i, x - 1)) for i, k in kernel.items())
+            dy = sum(k * (value(y + 1, x + i) - value(y - 1, x + i)) for i, k in kernel.items())
+            most = int((abs(dx) + abs(dy)).argmax())
+            slopes[y, x], size[y, x] = (dx[most], dy[most]), abs(dx[most]) + abs(dy[most])
+    lines = set()
+    for (y, x), (dx, dy) in slopes.items():
+        angle = np.degrees(np.arctan2(dy, dx)) % 180
+        if angle < 22.5 or angle > 157.5:
+            step, ties = (0, 1), True
+        elif 67.5 < angle < 112.5:
+            step, ties = (1, 0), True
+        else:
+            step, ties = (1, 1) if angle < 90 else (1, -1), False
+        before, after = (size.get((y + s * step[0], x + s * step[1]), 0) for s in (-1, 1))
+        own = size[y, x]
+        if own > low and own > before and (own >= after if ties else own > after):
+            lines.add((y, x))
+    found, front = set(), [p for p in lines if size[p] > high]
+    while front:
+        y, x = front.pop()
+        if (y, x) in lines and (y, x) not in found:
+            found.add((y, x))
+            front += [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    edges = np.zeros((height, width), dtype=np.uint8)
+    for p in found:
+        edges[p] = 255
+    return edges
+
+
+@pytest.mark.parametrize("size, low, high", [((40, 32), 100, 200), ((33, 21), 20, 300), ((9, 1), 50, 60)])
+def test_canny_is_its_four_steps(size, low, high):
+    noise = np.random.default_rng(0).integers(-40, 40, (size[1], size[0], 3))
+    pixels = np.clip(np.asarray(photo(1, size)) + noise, 0, 255).astype(np.uint8)
+    found = np.asarray(canny(Image.fromarray(pixels), low, high))
+    assert found.shape == pixels.shape and (found == found[..., :1]).all()
+    expected = plain_canny(pixels, low, high)
+    assert 0 < (expected > 0).mean() < 0.5 and np.array_equal(found[..., 0], expected)
+
+
+def test_canny_as_published_programs_draw_it():
+    """All the edges that OpenCV 5.0.0's Canny(image, 100, 200) finds here, by number and place."""
+    y, x = np.mgrid[:48, :64]
+    wave = 128 + 100 * np.sin(x * y / 90) + 20 * np.cos(x / 3)
+    pixels = np.stack([wave, 255 - wave / 2, (x * 3 + y * 7) % 200], axis=2).clip(0, 255).astype(np.uint8)
+    found = np.asarray(canny(Image.fromarray(pixels)))[..., 0] > 0
+    places = np.flatnonzero(found)
+    assert (len(places), int(places.sum())) == (615, 1034137)
+
+
+def test_edges_are_thin_and_in_place():
+    image = Image.new("RGB", (32, 32), "black")
+    ImageDraw.Draw(image).rectangle((8, 8, 23, 23), fill="white")
+    found = np.asarray(canny(image))[..., 0] > 0
+    assert (found.sum(axis=0)[10:22] == 2).all() and (found.sum(axis=1)[10:22] == 2).all()
+    assert not found[:6].any() and not found[12:20, 12:20].any()
+    assert not np.asarray(canny(Image.new("RGB", (32, 32), "red"))).any()
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (8, 1)))
+    assert not np.asarray(canny(ramp)).any() and gradient(np.asarray(ramp.convert("RGB")))[0].max() == 8
