@@ -70,6 +70,7 @@ def main() -> int:
         steps=options.steps,
         guidance_scale=options.guidance_scale,
         eta=options.eta,
+        karras=options.karras,
     )
     shown = inputs.tensors(sd, settings, len(prompts))
     seeds = [options.seed + i for i in range(len(prompts))]

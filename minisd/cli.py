@@ -137,10 +137,10 @@ def parse_train(argv: list[str]):
             print("\ntrain.py --method METHOD --help lists the flags of one method")
             sys.exit(0)
         top.error(f"--method is required, one of: {', '.join(names)}")
-    if chosen.method not in names:
-        close = difflib.get_close_matches(chosen.method, names, n=1)
-        top.error(f"no method {chosen.method!r}" + (f"; did you mean {close[0]!r}?" if close else
-                                                   f"; one of: {', '.join(names)}"))  # fmt: skip
+    try:
+        chosen.method = registry.find("methods", chosen.method)
+    except ValueError as e:
+        top.error(str(e))
     cls = options_of(chosen.method)
 
     def owners(name: str) -> list[str]:

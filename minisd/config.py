@@ -13,6 +13,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from minisd import registry
+
 
 def flag(default=MISSING, help: str | None = None, also: tuple[str, ...] = ()):
     """A dataclass field that is a command-line flag too, `also` under other names. No default: required."""
@@ -284,12 +286,14 @@ class Validation(Group):
 
     validation_prompt: str | None = flag(None, "draw this while training; {} in it is what is trained")
     validation_guidance_scale: float = flag(7.5, "how far these pictures follow the prompt")
+    validation_scheduler: str = flag("ddim", "how their noise is removed, as --scheduler of sample.py")
     num_validation_images: int = flag(4, "pictures each time")
     validation_steps: int = flag(100, "draw every so many updates")
     validation_epochs: int | None = flag(None, "draw every so many epochs instead")
 
     def check(self):
         self.positive("num_validation_images", "validation_steps", "validation_epochs")
+        self.validation_scheduler = registry.find("schedulers", self.validation_scheduler)
 
 
 @dataclass(kw_only=True)
@@ -346,10 +350,16 @@ class Sample(Model, Pictures):
     prompt_file: Path | None = flag(None, "a text file with a prompt on each line")
     negative_prompt: str = flag("", "what to stay away from")
     adapter: list[str] = flag([], "PATH or PATH:SCALE of a file, or of the folder a training run left")
-    scheduler: str = flag("ddim", "how the noise is removed")
+    scheduler: str = flag("ddim", f"how the noise is removed: {', '.join(registry.names('schedulers'))}")
+    karras: bool | None = flag(
+        None,
+        "noise levels of Karras et al., for the euler and dpmpp schedulers; what the model says by default",
+    )
     steps: int = flag(50, "steps of it", also=("num_inference_steps",))
     guidance_scale: float = flag(7.5, "how far to follow the prompt; 1 and below run without guidance")
-    eta: float | None = flag(None, "noise that ddim adds again, from 0 to 1")
+    eta: float | None = flag(
+        None, "noise that each step adds again, from 0 to 1; each scheduler's own by default"
+    )
     seed: int = flag(0, "of the first picture; the next have seed + 1, ...")
     num_images: int = flag(1, "pictures of each prompt")
     width: int | None = flag(None, "in pixels, a multiple of 8; the model's own by default")
@@ -370,6 +380,7 @@ class Sample(Model, Pictures):
             not self.strength or int(self.steps * self.strength) > 0,
             f"--strength {self.strength} leaves none of the {self.steps} steps",
         )
+        self.scheduler = registry.find("schedulers", self.scheduler)
         require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
         require(
             self.image_guidance_scale is None or self.guidance_scale > 1,

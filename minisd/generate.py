@@ -25,7 +25,8 @@ class Settings:
     scheduler: str = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
-    eta: float | None = None
+    eta: float | None = None  # what the scheduler says by default
+    karras: bool | None = None  # what the model says by default
     image_guidance_scale: float = 1.5  # how far an edit stays with its original
     strength: float = 1.0  # the part of the steps that is taken, if there is a picture to begin with
 
@@ -116,11 +117,12 @@ def denoise(
             raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {downscale}")
     sample = registry.load("schedulers", settings.scheduler).sample
     # Clipping is for pixels; latents have no such range, whatever the file says.
-    options = settings_for(sample, sd.scheduler) | {"clip_sample": False}
-    if settings.eta is not None:
-        if not settings_for(sample, {"eta": settings.eta}):
-            raise ValueError(f"--eta has no meaning for --scheduler {settings.scheduler}")
-        options["eta"] = settings.eta
+    options = settings_for(sample, sd.scheduler | {"clip_sample": False})
+    for flag, key in {"eta": "eta", "karras": "use_karras_sigmas"}.items():
+        value = getattr(settings, flag)
+        if value is not None and not settings_for(sample, {key: value}):
+            raise ValueError(f"--{flag} has no meaning for --scheduler {settings.scheduler}")
+        options |= {key: value} if value is not None else {}
 
     context = sd.encode_text(prompts)
     guided = settings.guidance_scale > 1

@@ -83,16 +83,16 @@ class NoiseSchedule:
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"steps {steps}: from 1 to {total}")
+        i = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":
-            ascending = torch.arange(steps, dtype=torch.float64) * (total // steps) + offset
+            descending = i.flip(0) * (total // steps) + offset
         elif spacing == "linspace":
-            ascending = torch.linspace(0, total - 1, steps, dtype=torch.float64)
-        elif spacing == "trailing":
-            ascending = (torch.arange(steps, dtype=torch.float64) - steps + 1) * (total / steps) + total
-            ascending = ascending.round() - 1
+            descending = i.flip(0) * ((total - 1) / max(1, steps - 1))
+        elif spacing == "trailing":  # in numpy's words, so that halves are rounded as they were elsewhere
+            descending = (total + i * ((total - total / steps) - total)).round() - 1
         else:
             raise ValueError(f"timestep_spacing {spacing!r}: one of leading, linspace, trailing")
-        return ascending.clamp(0, total - 1).flip(0)
+        return descending.clamp(0, total - 1)
 
     def timesteps(self, steps: int, spacing: str, offset: int) -> list[int]:
         """These, rounded to those of training."""

@@ -73,6 +73,7 @@ TI = ["--method", "textual_inversion", "--model", "m", "--data", "d"]
         ([*TI, "--resolution", "500"], "--resolution must be a multiple of 8"),
         ([*TI, "--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         ([*TI, "--flip_p", "2"], "--flip_p must be from 0 to 1"),
+        ([*TI, "--validation_scheduler", "eulr"], "did you mean 'euler'?"),
         ([*TI, "--report_to", "wandb", "--hub_token", "x"], "--hub_token"),
         (["--method", "textual_inversion"], "the following arguments are required"),
     ],

@@ -45,7 +45,18 @@ KINDS = {
     "dpmpp_sde": ("DPMSolverSDEScheduler", {}, {}, {}),
     "lcm": ("LCMScheduler", {}, {}, {}),
 }  # fmt: skip
-KARRAS = ("euler", "dpmpp")
+KARRAS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde")
+NO_SAMPLE = ("pndm", "euler_ancestral", "dpmpp_sde")  # which cannot have a network that predicts x_0
+
+# What diffusers has: kind, prediction type, Karras sigmas or not.
+CASES = [
+    pytest.param(kind, prediction_type, karras, id=f"{kind} {prediction_type}{' karras' if karras else ''}")
+    for kind in KINDS
+    for prediction_type in ("epsilon", "v_prediction", "sample")
+    for karras in (False, True)
+    if (not karras or kind.split()[0] in KARRAS)
+    and (prediction_type != "sample" or kind.split()[0] not in NO_SAMPLE)
+]
 
 
 def toy(x, t):
@@ -114,19 +125,19 @@ def theirs_draws(theirs, kind, steps, strength=1.0, latents=None, mask=None):
     return [*made[1::2], made[-1]] if theirs.order == 2 else made
 
 
-def ours_draws(kind, prediction_type, config, steps, original=None):
+def ours_draws(kind, prediction_type, config, steps, original=None, **law):
     generators = seeded()
     x = randn((4, 3, 3), generators)
     settings = config | KINDS[kind][1] | KINDS[kind][3]
-    schedule = NoiseSchedule(**SD, prediction_type=prediction_type)
+    schedule = NoiseSchedule(**SD, prediction_type=prediction_type, **law)
     sample = registry.load("schedulers", kind.split()[0]).sample
     return list(sample(toy, x, schedule, steps, generators, original=original, **settings))
 
 
-def compare(got, expected):
+def compare(got, expected, tolerance=1e-5):
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+        assert (a - b).abs().max() <= tolerance * max(1, b.abs().max())
 
 
 def settings_of(kind, spacing, karras):
@@ -137,14 +148,8 @@ def settings_of(kind, spacing, karras):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("karras", [False, True], ids=["", "karras"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_diffusers(kind, spacing, prediction_type, karras, monkeypatch):
-    if karras and (not kind.startswith(KARRAS) or kind == "euler_ancestral"):
-        pytest.skip("diffusers has no Karras sigmas for it")
-    if prediction_type == "sample" and kind.startswith(("pndm", "euler_ancestral", "dpmpp_sde")):
-        pytest.skip("diffusers does not have it")
+@pytest.mark.parametrize("kind, prediction_type, karras", CASES)
+def test_equals_diffusers(kind, prediction_type, karras, spacing, monkeypatch):
     config = settings_of(kind, spacing, karras)
     theirs = make_theirs(kind, config | {"prediction_type": prediction_type}, monkeypatch)
     for steps in (1, 2, 5, 20):
@@ -165,3 +170,94 @@ def test_original_as_in_diffusers_pipelines(kind, spacing, strength, masked, mon
     expected = theirs_draws(theirs, kind, steps, strength, latents, mask)
     original = Original(latents=latents, start=steps - int(steps * strength), mask=mask)
     compare(ours_draws(kind, "epsilon", config, steps, original), expected)
+
+
+ZERO_SNR = [
+    case for case in CASES
+    if case.values[1] != "epsilon" and case.values[0] not in ("pndm", "pndm to one", "dpmpp_sde")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, prediction_type, karras", ZERO_SNR)
+def test_zero_terminal_snr(kind, prediction_type, karras, monkeypatch):
+    """At the last timestep nothing is left of the picture: sigma is made finite there. Theirs computes in
+    fp32 with a sigma of 4096, so that it cannot be nearer than this."""
+    config, law = settings_of(kind, "trailing", karras), {"rescale_betas_zero_snr": True}
+    theirs = make_theirs(kind, config | law | {"prediction_type": prediction_type}, monkeypatch)
+    expected = theirs_draws(theirs, kind, 10)
+    compare(ours_draws(kind, prediction_type, config, 10, **law), expected, 5e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "pndm", "euler", "dpmpp_2m", "lcm"])
+def test_timesteps_for_every_number_of_steps(kind, monkeypatch):
+    for spacing in ["leading", "linspace", "trailing"]:
+        config = settings_of(kind, spacing, False)
+        theirs = make_theirs(kind, config, monkeypatch)
+        for steps in range(1, 51):
+            theirs.set_timesteps(steps)
+            if len(theirs.timesteps) > steps + (kind == "pndm"):
+                continue  # its arange has one too many, by rounding
+            seen = []
+
+            def denoise(x, t, seen=seen):
+                seen.append(t)
+                return x
+
+            generators = [torch.Generator()]
+            sample = registry.load("schedulers", kind).sample
+            list(sample(denoise, torch.zeros(1, 1), NoiseSchedule(**SD), steps, generators, **config))
+            assert seen == pytest.approx(theirs.timesteps.tolist(), abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def both(model):
+    from minisd.stable_diffusion import StableDiffusion
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return StableDiffusion.load(model), pipe, pipe.scheduler.config
+
+
+PICTURES = [
+    case
+    for case in CASES
+    if case.values[0] in ("ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "lcm")
+    and case.values[1] == "epsilon"
+]
+
+
+@pytest.mark.parametrize("kind, prediction_type, karras", PICTURES)
+def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, both):
+    """With the model's own scheduler_config.json, as from_config makes another scheduler of it."""
+    import numpy as np
+
+    from minisd.generate import Settings, pictures
+
+    sd, pipe, config = both
+    name, _, alone, _ = KINDS[kind]
+    further = alone | ({"use_karras_sigmas": True} if karras else {}) | {"clip_sample": False}
+    pipe.scheduler = getattr(diffusers, name).from_config(config, **further)
+    prompts, generators = ["a cat", "a dog"], [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    expected = pipe(prompts, width=32, height=32, generator=generators, num_inference_steps=4).images
+    settings = Settings(width=32, height=32, steps=4, scheduler=kind, karras=karras or None)
+    for a, b in zip(pictures(sd, prompts, [3, 4], settings), expected, strict=True):
+        error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
+        assert np.asarray(a).std() > 3
+        assert error == 0 or 10 * math.log10(255**2 / error) >= 50
+
+
+@pytest.mark.parametrize(
+    "scheduler, flags, message",
+    [
+        ("ddim", {"karras": True}, "--karras has no meaning for --scheduler ddim"),
+        ("lcm", {"karras": False}, "--karras has no meaning for --scheduler lcm"),
+        ("PLMS", {"eta": 0.5}, "--eta has no meaning for --scheduler PLMS"),
+        ("eulr", {}, "no scheduler 'eulr'; did you mean 'euler'"),
+    ],
+)
+def test_flags_that_a_scheduler_does_not_have(both, scheduler, flags, message):
+    from minisd.generate import Settings, denoise
+
+    settings = Settings(width=32, height=32, steps=2, scheduler=scheduler, **flags)
+    with pytest.raises(ValueError, match=message):
+        next(denoise(both[0], ["a cat"], [1], settings))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from minisd.noise import NoiseSchedule, Original
-from minisd.schedulers import ddim, ddpm
+from minisd import registry
+from minisd.noise import NoiseSchedule, Original, randn, settings_for
+from minisd.schedulers import ddim, ddpm, dpmpp_2m, euler, lcm, pndm
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD_DDIM = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
@@ -23,36 +24,74 @@ def last(iterator):
     return x
 
 
-# Reference values of an independent float64 implementation.
-@pytest.mark.parametrize(
-    "schedule, settings, n10, n20",
-    [
-        ({}, {}, (-5.378889, -0.968339, 1.180695, 12.176441), (-6.98776, -1.161922, 1.393817, 15.8723)),
-        (
-            {},
-            {"timestep_spacing": "trailing"},
-            (-9.491666, -1.675494, 1.783796, 20.892033),
-            (-9.321464, -1.530894, 1.718029, 20.892481),
-        ),
-        (
-            {"prediction_type": "v_prediction"},
-            {},
-            (-0.506098, -0.138317, 0.178923, 1.104075),
-            (-0.539509, -0.145975, 0.194794, 1.181338),
-        ),
-        (
-            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-            {"timestep_spacing": "trailing"},
-            (-0.475391, -0.132988, 0.159544, 1.031768),
-            (-0.516665, -0.141757, 0.180694, 1.129786),
-        ),
-    ],
-    ids=["leading", "trailing", "v", "v zero snr"],
-)
-def test_ddim_golden(schedule, settings, n10, n20):
+LEADING = {"steps_offset": 1, "timestep_spacing": "leading"}
+TRAILING = {"timestep_spacing": "trailing"}
+KARRAS = {"use_karras_sigmas": True}
+V = {"prediction_type": "v_prediction"}
+ZERO_SNR = {"rescale_betas_zero_snr": True}
+
+# Reference values of an independent float64 implementation: x after the last of 10 steps, and of 20.
+# fmt: off
+GOLDEN = [
+    (ddim, {}, SD_DDIM,
+     (-5.378889, -0.968339, 1.180695, 12.176441), (-6.98776, -1.161922, 1.393817, 15.8723)),
+    (ddim, {}, SD_DDIM | TRAILING,
+     (-9.491666, -1.675494, 1.783796, 20.892033), (-9.321464, -1.530894, 1.718029, 20.892481)),
+    (ddim, V, SD_DDIM,
+     (-0.506098, -0.138317, 0.178923, 1.104075), (-0.539509, -0.145975, 0.194794, 1.181338)),
+    (ddim, V | ZERO_SNR, SD_DDIM | TRAILING,
+     (-0.475391, -0.132988, 0.159544, 1.031768), (-0.516665, -0.141757, 0.180694, 1.129786)),
+    (pndm, {}, LEADING,
+     (-5.172672, -0.831458, 1.118407, 12.182557), (-6.850657, -1.066759, 1.348524, 15.874887)),
+    (euler, {}, {},
+     (-9.487438, -1.690818, 1.775889, 20.819242), (-9.28974, -1.521909, 1.699694, 20.819267)),
+    (euler, {}, LEADING,
+     (-5.366597, -0.957819, 1.169102, 12.167034), (-6.976151, -1.150414, 1.381499, 15.864465)),
+    (euler, {}, KARRAS,
+     (-9.431177, -1.69087, 1.77494, 20.803143), (-9.260192, -1.522452, 1.698757, 20.810955)),
+    (euler, {}, KARRAS | LEADING,
+     (-5.363622, -0.973178, 1.176014, 12.16026), (-6.962276, -1.154679, 1.382807, 15.859118)),
+    (dpmpp_2m, {}, {},
+     (-9.28252, -1.442097, 1.669864, 20.900352), (-9.173694, -1.394408, 1.646496, 20.893856)),
+    (dpmpp_2m, {}, LEADING,
+     (-5.24695, -0.855436, 1.122438, 12.177313), (-6.491793, -1.016085, 1.291301, 15.025564)),
+    (dpmpp_2m, {}, KARRAS,
+     (-9.144179, -1.316287, 1.613565, 20.901785), (-9.13624, -1.368139, 1.634109, 20.893156)),
+    (dpmpp_2m, V, {},
+     (-0.535083, -0.143766, 0.193701, 1.182852), (-0.556012, -0.148755, 0.203551, 1.229186)),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("scheduler, schedule, settings, n10, n20", GOLDEN)
+def test_golden(scheduler, schedule, settings, n10, n20):
     for steps, expected in [(10, n10), (20, n20)]:
-        x = last(ddim.sample(toy, start(), NoiseSchedule(**SD, **schedule), steps, [], **SD_DDIM | settings))
+        x = last(scheduler.sample(toy, start(), NoiseSchedule(**SD, **schedule), steps, [], **settings))
         assert torch.allclose(x.flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler, settings, expected",
+    [
+        (euler, {}, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
+        (euler, KARRAS, [999, 916.284, 815.045, 687.153, 523.199, 327.147, 145.939, 40.857, 6.732, 0]),
+        (pndm, LEADING, [901, 801, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
+        (dpmpp_2m, {}, [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]),
+        (dpmpp_2m, LEADING, [901, 811, 721, 631, 541, 451, 361, 271, 181, 91]),
+        (dpmpp_2m, KARRAS, [999, 916, 815, 687, 523, 327, 146, 41, 7, 0]),
+        (lcm, {}, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+    ],
+)
+def test_timesteps_seen_by_the_network(scheduler, settings, expected):
+    seen = []
+
+    def denoise(x, t):
+        seen.append(t)
+        return toy(x, t)
+
+    generators = [torch.Generator().manual_seed(0)]
+    last(scheduler.sample(denoise, start(), NoiseSchedule(**SD), 10, generators, **settings))
+    assert seen == pytest.approx(expected, abs=1e-3)
 
 
 def test_constants_of_sd():
@@ -114,3 +153,116 @@ def test_original_must_leave_a_step():
     original = Original(latents=torch.zeros(1, 4, 1, 1), start=10)
     with pytest.raises(ValueError, match="--strength leaves none of the 10 steps"):
         last(ddim.sample(toy, start(), NoiseSchedule(**SD), 10, [], original=original))
+
+
+@pytest.mark.parametrize("name", registry.names("schedulers"))
+@pytest.mark.parametrize("karras", [False, True], ids=["", "karras"])
+def test_noise_depends_on_the_seed_alone(name, karras):
+    """A sample of a batch is what it is alone, and what is random comes from its generator only."""
+    sample = registry.load("schedulers", name).sample
+    settings = settings_for(sample, {"clip_sample": False, "use_karras_sigmas": karras})
+
+    def draw(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return last(sample(toy, randn((4, 2, 2), generators), NoiseSchedule(**SD), 6, generators, **settings))
+
+    together = draw([1, 2, 3])
+    assert torch.equal(together[1:2], draw([2]))
+    torch.manual_seed(9)
+    assert torch.equal(together, draw([1, 2, 3]))
+    assert not torch.allclose(together[0], together[1])
+
+
+@pytest.mark.parametrize(
+    "name, has",
+    [
+        ("ddim", False),
+        ("ddpm", True),
+        ("pndm", False),
+        ("euler", False),
+        ("euler_ancestral", True),
+        ("dpmpp_2m", False),
+        ("dpmpp_2m_sde", True),
+        ("dpmpp_sde", True),
+        ("lcm", True),
+    ],
+)
+def test_who_adds_noise(name, has):
+    """Those that add none need no generator; the others make two pictures of one x."""
+    sample = registry.load("schedulers", name).sample
+
+    def draw(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return last(sample(toy, torch.ones(1, 4, 2, 2), NoiseSchedule(**SD), 6, generators))
+
+    assert torch.equal(draw([1]), draw([2])) != has
+    if not has:
+        draw([])
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde"])
+def test_ancestral_noise_keeps_the_level(name):
+    """Where the network knows that x_0 is 0, x is noise of the level's size after every step, with new noise
+    and without; and with new noise it forgets what it began with."""
+    schedule, n = NoiseSchedule(**SD), 20000
+    sample = registry.load("schedulers", name).sample
+
+    def nothing_there(x, t):  # the noise in x; the sigma schedulers scale x so that this too is one
+        bar = schedule.alphas_cumprod.double()
+        low = min(int(t), 998)
+        sigma = ((1 - bar) / bar).sqrt()[low : low + 2]
+        sigma = sigma[0] + (t - low) * (sigma[1] - sigma[0])
+        return (x * (sigma**2 + 1).sqrt() / sigma).float()
+
+    for eta in (0.0, 1.0):
+        generators = [torch.Generator().manual_seed(0)]
+        x = randn((n,), generators)
+        states = list(sample(nothing_there, x, schedule, 6, generators, eta=eta))[:-1]
+        like = [torch.corrcoef(torch.stack([x[0], state[0]]))[0, 1].item() for state in states]
+        if eta == 0:
+            assert min(like) > 0.999
+        else:
+            assert like == sorted(like, reverse=True) and like[-1] < 0.1
+        sizes = [state.std().item() for state in states]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("Euler a", "euler_ancestral"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("dpm++ 2m sde", "dpmpp_2m_sde"),
+        ("DPM++ SDE", "dpmpp_sde"),
+        ("PLMS", "pndm"),
+        ("LCM", "lcm"),
+        ("DDIM", "ddim"),
+        ("Euler-Ancestral", "euler_ancestral"),
+        ("euler", "euler"),
+    ],
+)
+def test_names(name, found):
+    assert registry.find("schedulers", name) == found
+
+
+def test_a1111_names_are_different():
+    names = [registry.load("schedulers", name).A1111 for name in registry.names("schedulers")]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("eulr", "did you mean 'euler'"),
+        ("dpm2m", "did you mean 'dpmpp_2m'"),
+        ("quux", "no scheduler 'quux'; one of: ddim, ddpm, dpmpp_2m"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        registry.find("schedulers", name)
+
+
+def test_lcm_has_no_more_steps_than_it_was_distilled_at():
+    with pytest.raises(ValueError, match="--steps 51: lcm has from 1 to 50"):
+        last(lcm.sample(toy, start(), NoiseSchedule(**SD), 51, []))

@@ -50,7 +50,7 @@ def test_no_format_names_the_path_and_the_formats(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is none .*compvis: .*diffusers: "):
         registry.match("weights", tmp_path / "empty")
-    with pytest.raises(ValueError, match="'nonesuch' is not one of minisd/weights: .*compvis"):
+    with pytest.raises(ValueError, match="no weight 'nonesuch'; one of: .*compvis"):
         registry.load("weights", "nonesuch")
 
 

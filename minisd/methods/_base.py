@@ -304,8 +304,8 @@ class Method:
         from minisd.generate import Settings, pictures
 
         o, count = self.options, self.options.num_validation_images
-        scale = o.validation_guidance_scale
-        settings = Settings(width=o.resolution, height=o.resolution, steps=25, guidance_scale=scale)
+        about = {"guidance_scale": o.validation_guidance_scale, "scheduler": o.validation_scheduler}
+        settings = Settings(width=o.resolution, height=o.resolution, steps=25, **about)
         further = {} if picture is None else self.steer(picture.expand(count, -1, -1, -1))
         seeds = [o.seed + i for i in range(count)]
         with self.drawing(count * settings.steps) as on_step:
