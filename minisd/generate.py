@@ -116,7 +116,7 @@ def denoise(
             raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {downscale}")
     sample = registry.load("schedulers", settings.scheduler).sample
     # Clipping is for pixels; latents have no such range, whatever the file says.
-    options = settings_for(sample, sd.scheduler) | {"clip_sample": False}
+    options = settings_for(sample, sd.scheduler | {"clip_sample": False})
     if settings.eta is not None:
         if not settings_for(sample, {"eta": settings.eta}):
             raise ValueError(f"--eta has no meaning for --scheduler {settings.scheduler}")

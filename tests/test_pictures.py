@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from minisd import cli
+from minisd import cli, registry
 from minisd.adapters import control
 from minisd.data import images
 from minisd.data.canny import canny, gradient
@@ -246,6 +246,20 @@ def test_a_picture_does_not_depend_on_its_batch(folders, nets, channels):
     assert [i.tobytes() for i in again] == [i.tobytes() for i in together]
 
 
+@pytest.mark.parametrize("scheduler", registry.names("schedulers"))
+def test_every_scheduler_begins_with_a_picture(model, nets, scheduler):
+    """It takes the steps that are left, and a ControlNet acts in its part of those."""
+    sd, acting = StableDiffusion.load(model), set()
+    steered = controls(nets[:1], start=0.5)
+    settings = replace(SETTINGS, strength=0.85, scheduler=scheduler)
+    assert settings.first_step == 2
+    heard, count = steered[0].network.forward, 0
+    steered[0].network.forward = lambda *args: acting.add(count) or heard(*args)
+    for _ in denoise(sd, PROMPTS, SEEDS, settings, **GIVEN, controls=steered):
+        count += 1
+    assert count == 8 and acting == {4, 5, 6, 7}
+
+
 @pytest.mark.parametrize("channels", [4, 8])
 def test_what_is_outside_the_mask_stays(folders, channels):
     sd = StableDiffusion.load(folders[channels])
@@ -366,7 +380,7 @@ def test_masks_may_be_transparent(model, files):
     ("--control_preprocess canny", "--control_preprocess needs --controlnet"),
     ("--guess_mode", "--guess_mode needs --controlnet"),
     ("--controlnet a --control_image b --control_end 0.5 0.6", "2 --control_end and 1 --controlnet"),
-    ("--controlnet a --control_image b --control_start 0.5 --control_end 0.5", "--control_start 0.5"),
+    ("--controlnet a --control_image b --control_start 0.5 --control_end 0.5", "0.5 must be below"),
     ("--controlnet a --control_image b --control_end 1.5", "--control_end 1.5"),
     ("--controlnet a --control_image b --control_preprocess cany", "cany"),
     ("--width 36", "--width 36: a positive multiple of 8"),
