@@ -333,7 +333,10 @@ class Pictures(Group):
         require(nets or not self.guess_mode, "--guess_mode needs --controlnet")
         ranges = zip(*(self.for_each(name) for name in ("control_start", "control_end")), strict=True)
         for start, end in ranges:
-            require(0 <= start < end <= 1, f"--control_start {start:g} and --control_end {end:g}: of 0 to 1")
+            require(
+                0 <= start < end <= 1,
+                f"--control_start {start:g} must be below --control_end {end:g}, and both from 0 to 1",
+            )
 
     def for_each(self, name: str) -> list:
         """A flag's value for each ControlNet."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from minisd import cli
-from minisd.adapters import control
+from minisd import cli, registry
+from minisd.adapters import control, lora
 from minisd.data import images
 from minisd.data.canny import canny, gradient
 from minisd.generate import Settings, denoise, pictures
@@ -18,6 +18,7 @@ from minisd.models.controlnet import ControlNet
 from minisd.stable_diffusion import StableDiffusion
 from tests.conftest import make_pipeline
 from tests.pairs import psnr, shake
+from tests.test_lora import new
 
 PROMPTS, SEEDS = ["a photo of a cat", "an oil painting"], [3, 4]
 SETTINGS = Settings(width=40, height=32, steps=10, negative_prompt="ugly", guidance_scale=5.0)
@@ -73,18 +74,22 @@ def nets(model, tmp_path_factory):
 
 @pytest.fixture
 def theirs(folders, monkeypatch):
-    """theirs(pipeline's name, channels, further parts) of diffusers, with the mean of the latents instead of
-    a sample, which is what we take."""
+    """theirs(pipeline's name, channels, LoRAs and scales, further parts) of diffusers, with the mean of the
+    latents instead of a sample, which is what we take."""
     import diffusers
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
 
-    def make(name: str, channels: int = 4, **parts):
+    def make(name: str, channels: int = 4, loras: tuple = (), **parts):
         parts = {"safety_checker": None, "requires_safety_checker": False} | parts
         pipe = getattr(diffusers, name).from_pretrained(folders[channels], **parts)
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         pipe.set_progress_bar_config(disable=True)
+        for i, (folder, _) in enumerate(loras):
+            pipe.load_lora_weights(folder, adapter_name=str(i))
+        if loras:
+            pipe.set_adapters([str(i) for i in range(len(loras))], [scale for _, scale in loras])
 
         def draw(settings: Settings, **given) -> list[Image.Image]:
             negative = [settings.negative_prompt] * 2
@@ -246,6 +251,20 @@ def test_a_picture_does_not_depend_on_its_batch(folders, nets, channels):
     assert [i.tobytes() for i in again] == [i.tobytes() for i in together]
 
 
+@pytest.mark.parametrize("scheduler", registry.names("schedulers"))
+def test_every_scheduler_begins_with_a_picture(model, nets, scheduler):
+    """It takes the steps that are left, and a ControlNet acts in its part of those."""
+    sd, acting = StableDiffusion.load(model), set()
+    steered = controls(nets[:1], start=0.5)
+    settings = replace(SETTINGS, strength=0.85, scheduler=scheduler)
+    assert settings.first_step == 2
+    heard, count = steered[0].network.forward, 0
+    steered[0].network.forward = lambda *args: acting.add(count) or heard(*args)
+    for _ in denoise(sd, PROMPTS, SEEDS, settings, **GIVEN, controls=steered):
+        count += 1
+    assert count == 8 and acting == {4, 5, 6, 7}
+
+
 @pytest.mark.parametrize("channels", [4, 8])
 def test_what_is_outside_the_mask_stays(folders, channels):
     sd = StableDiffusion.load(folders[channels])
@@ -284,12 +303,15 @@ def options(model, *flags):
 
 @pytest.mark.parity
 def test_script(folders, files, nets, theirs, script):
-    """Sizes are brought together and said; a mask, two ControlNets, one of them by edges."""
+    """Sizes are brought together and said; a mask, two ControlNets, one of them by edges, and two LoRAs."""
     photos, out = [files / f"photo{i}.png" for i in (0, 1)], files / "out"
+    loras = [(files / "lora0", 0.7), (files / "lora1", 0.4)]
+    for i, (folder, _) in enumerate(loras):
+        lora.save(folder / "pytorch_lora_weights.safetensors", new(folders[4], ["attention"], seed=i)[1])
     status, stdout, stderr = script(
         "sample.py", "--model", folders[4], "--prompt", *PROMPTS, "--seed", SEEDS[0], "--steps", 10,
         "--guidance_scale", 5, "--negative_prompt", "ugly", "--output", out, "--image", *photos,
-        "--mask", files / "mask.png", "--strength", 0.7,
+        "--mask", files / "mask.png", "--strength", 0.7, "--adapter", *(f"{path}:{s}" for path, s in loras),
         "--controlnet", f"{nets[0]}:0.9", "--control_image", files / "hint0.png",
         "--controlnet", nets[1], "--control_image", files / "hint1.png",
         "--control_preprocess", "canny", "none", "--control_end", 0.8,
@@ -300,7 +322,8 @@ def test_script(folders, files, nets, theirs, script):
         assert f"{name}.png: {size}, resized to 40x32" in stdout
     drawn = [Image.open(path) for path in sorted(out.glob("*seed*"))]
     shown = [Image.open(files / f"hint{i}.png").resize((40, 32), Image.Resampling.LANCZOS) for i in (0, 1)]
-    expected = theirs("StableDiffusionControlNetInpaintPipeline", controlnet=diffusers_nets(nets))(
+    pipe = theirs("StableDiffusionControlNetInpaintPipeline", loras=loras, controlnet=diffusers_nets(nets))
+    expected = pipe(
         SETTINGS, image=[Image.open(p) for p in photos], mask_image=Image.open(files / "mask.png"),
         control_image=[canny(shown[0]), shown[1]], strength=0.7, width=40, height=32,
         controlnet_conditioning_scale=[0.9, 1.0], control_guidance_end=0.8,
@@ -366,7 +389,7 @@ def test_masks_may_be_transparent(model, files):
     ("--control_preprocess canny", "--control_preprocess needs --controlnet"),
     ("--guess_mode", "--guess_mode needs --controlnet"),
     ("--controlnet a --control_image b --control_end 0.5 0.6", "2 --control_end and 1 --controlnet"),
-    ("--controlnet a --control_image b --control_start 0.5 --control_end 0.5", "--control_start 0.5"),
+    ("--controlnet a --control_image b --control_start 0.5 --control_end 0.5", "0.5 must be below"),
     ("--controlnet a --control_image b --control_end 1.5", "--control_end 1.5"),
     ("--controlnet a --control_image b --control_preprocess cany", "cany"),
     ("--width 36", "--width 36: a positive multiple of 8"),
