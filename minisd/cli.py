@@ -2,18 +2,19 @@
 
 import argparse
 import difflib
+import functools
 import json
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import NamedTuple
 
-from minisd import config, registry
-
-TINY = Path(__file__).parent / "tiny"
+from minisd import config, infotext, registry, sweep
+from minisd.infotext import TINY
 
 
 def spellings(cls: type, f: Field) -> list[str]:
@@ -38,11 +39,10 @@ def _declared_in(cls: type, name: str) -> type:
 def _add_flag(group, cls: type, f: Field, hint) -> None:
     default = f.default if f.default_factory is MISSING else f.default_factory()
     text = _metadata(cls, f.name).get("help", "")
-    kwargs = {"dest": f.name, "required": default is MISSING}
-    if default is not MISSING:
-        kwargs["default"] = default
-        if default not in (None, False, "", []):
-            text += f" (default: {default})"
+    # What is not given is not in the namespace: the dataclass has the defaults.
+    kwargs = {"dest": f.name, "required": default is MISSING, "default": argparse.SUPPRESS}
+    if default not in (MISSING, None, False, "", []):
+        text += f" (default: {default})"
     kwargs["help"] = text.replace("%", "%%")
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None, and Literal[...] | None
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
@@ -64,8 +64,10 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
 class Parser(argparse.ArgumentParser):
     """One line on stderr and exit status 2: the usage of fifty flags would bury the reason."""
 
+    where = ""  # what is parsed, if it is not the command line itself
+
     def error(self, message):
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {self.where}{message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -90,33 +92,38 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
 def parse(
     parser: Parser,
     cls: type,
-    argv: list[str],
+    argvs: dict[str, list[str]],
     command: str,
     owners: Callable[[str], list[str]] = lambda name: [],
 ):
-    """The options. Exits with status 2 and one line if they are wrong; `owners(name)` are the methods that do
+    """The options that command lines come to, of which a later one counts more; errors in one begin
+    with its key. Exits with status 2 and one line if they are wrong; `owners(name)` are the methods that do
     have a flag that this command has not. Without --model, the tiny model's defaults for `command` hold."""
-    known = parser._option_string_actions
-    for arg in argv:  # before argparse could complain of what is missing
-        name = arg.partition("=")[0]
-        if not name.startswith("--") or name == "--" or name in known:
-            continue
-        if others := owners(name[2:]):
-            parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
-        close = difflib.get_close_matches(name, known, n=1)
-        parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
-    namespace = parser.parse_args(argv)
-    if getattr(namespace, "model", "none is needed") is None:
+    known, given = parser._option_string_actions, {}
+    for parser.where, argv in argvs.items():
+        for arg in argv:  # before argparse could complain of what is missing
+            name = arg.partition("=")[0]
+            if not name.startswith("--") or name == "--" or name in known:
+                continue
+            if others := owners(name[2:]):
+                parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
+            close = difflib.get_close_matches(name, known, n=1)
+            parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        given |= vars(parser.parse_args(argv))
+    if any(f.name == "model" for f in fields(cls)) and given.get("model") is None:
         defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
-        parser.set_defaults(model=str(TINY), **defaults)
-        namespace = parser.parse_args(argv)
-        print(
-            "no --model: the tiny one in the box (64x64 emoji); for SD v1.x give its folder, file or hub id"
-        )
+        given = {"model": str(TINY), **defaults, **given}
+        say("no --model: the tiny one in the box (64x64 emoji); for SD v1.x give its folder, file or hub id")
     try:
-        return cls(**vars(namespace))
+        return cls(**given)
     except ValueError as e:
         parser.error(str(e))
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Print it, but once."""
+    print(line)
 
 
 def options_of(method: str) -> type:
@@ -147,12 +154,84 @@ def parse_train(argv: list[str]):
         return [m for m in names if any(name in spellings(options_of(m), f) for f in fields(options_of(m)))]
 
     parser = parser_of(cls, f"train.py --method {chosen.method}", registry.summary("methods", chosen.method))
-    return chosen.method, parse(parser, cls, rest, chosen.method, owners)
+    return chosen.method, parse(parser, cls, {"": rest}, chosen.method, owners)
 
 
-def parse_sample(argv: list[str]) -> config.Sample:
+class Job(NamedTuple):
+    """What sample.py draws at once: all, or a row of --csv."""
+
+    options: config.Sample
+    row: sweep.Row
+    where: str  # what its errors begin with
+
+
+def parse_sample(argv: list[str]) -> list[Job]:
+    """What to draw: as argv says; where it says nothing, as the picture of --like; and once for each row of
+    --csv, which counts more than both."""
+    early = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
+    for flag in ("--like", "--csv"):
+        early.add_argument(flag, type=Path)
+    files = early.parse_known_args(argv)[0]
     parser = parser_of(config.Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
-    return parse(parser, config.Sample, argv, "sample")
+    parts, rows = {}, {}
+    try:
+        if files.like:
+            parts[f"--like {files.like}: "] = as_flags(like(files.like, argv))
+        parts[""] = argv
+        if files.csv:
+            rows = {f"--csv {files.csv} line {line}: ": row for line, row in sweep.read(files.csv)}
+            for parser.where, row in rows.items():
+                for name in {"csv", "like", "output"} & row.keys():
+                    raise ValueError(f"--{name} is for all rows: give it on the command line")
+                as_flags(row)
+    except ValueError as e:
+        parser.error(str(e))
+    jobs = []
+    for where, row in (rows or {"": {}}).items():
+        own = {where: as_flags(row)} if row else {}
+        jobs.append(Job(parse(parser, config.Sample, parts | own, "sample"), row, where))
+    return jobs
+
+
+def as_flags(values: Mapping[str, list[str]]) -> list[str]:
+    """Flags and their values, from files, as a command line has them."""
+    argv = []
+    kinds = typing.get_type_hints(config.Sample)
+    for name, given in values.items():
+        if not given:
+            continue
+        if bool in (kinds.get(name), *typing.get_args(kinds.get(name))):
+            known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
+            if given[-1].lower() not in known:
+                raise ValueError(f"--{name} is yes or no, not {given[-1]!r}")
+            argv.append(f"--{known[given[-1].lower()]}{name}")
+        elif len(given) == 1:
+            argv.append(f"--{name}={given[0]}")  # whatever it begins with
+        else:
+            argv += [f"--{name}", *given]
+    return argv
+
+
+def like(path: Path, argv: list[str]) -> dict[str, list[str]]:
+    """The flags that a picture was drawn with, and their values, for a command line with `argv`. Prints
+    what in it has no meaning here. ValueError if it does not say how it was drawn, or where the model is."""
+    names = {spelling: f.name for f in fields(config.Sample) for spelling in spellings(config.Sample, f)}
+    given = {names.get(arg.partition("=")[0].removeprefix("--").removeprefix("no-")) for arg in argv}
+    said, about, ignored = infotext.flags(infotext.read(path), names.values())
+    if "strength" in said and "image" not in given | said.keys():  # A1111 does not say of which picture
+        del said["strength"]
+        ignored.append(infotext.KEYS["strength"])
+    if "model" not in given | said.keys() and about.get("Model") != TINY.name:
+        raise ValueError(
+            f"--like {path}: the model {about.get('Model', '')!r} drew it: say where that is, by --model"
+        )
+    if ignored:
+        print(f"--like {path}: no meaning here has {', '.join(ignored)}")
+    if about.get("RNG") != "CPU":
+        print(f"--like {path}: its noise was not drawn on a CPU, as ours is: the picture will be another")
+    if "prompt_file" in given:
+        del said["prompt"]
+    return said
 
 
 def run(prog: str, main: Callable[[], int | None]) -> None:

@@ -352,6 +352,11 @@ class Sample(Model, Pictures):
     prompt: list[str] = flag([], "what to draw; several draw several")
     prompt_file: Path | None = flag(None, "a text file with a prompt on each line")
     negative_prompt: str = flag("", "what to stay away from")
+    plain_prompt: bool = flag(False, "prompts are mere text: no weights, no <lora:...>, 75 tokens at most")
+    clip_skip: int = flag(1, "which layer of the text encoder counts, from the end, as in A1111; 1 is none")
+    lora_dir: Path | None = flag(
+        None, "where <lora:NAME:SCALE> in a prompt is looked up: files, or runs' folders"
+    )
     adapter: list[str] = flag([], "PATH or PATH:SCALE of a file, or of the folder a training run left")
     scheduler: str = flag("ddim", f"how the noise is removed: {', '.join(registry.names('schedulers'))}")
     karras: bool | None = flag(
@@ -367,15 +372,21 @@ class Sample(Model, Pictures):
     num_images: int = flag(1, "pictures of each prompt")
     width: int | None = flag(None, "in pixels, a multiple of 8; the model's own by default")
     height: int | None = flag(None, "in pixels, a multiple of 8; the model's own by default")
-    batch_size: int = flag(4, "pictures drawn at the same time")
+    like: Path | None = flag(None, "draw as this PNG was drawn, but for the other flags given")
+    csv: Path | None = flag(None, "a table whose header names flags: draw each row, and a labelled sheet")
+    batch_size: int | None = flag(
+        None, "pictures drawn at the same time; 4, but 1 on a CPU, where none then changes another's last bit"
+    )
     output: Path = flag(Path("samples"), "folder for the pictures, or the name of a .png file")
+    preview: int | None = flag(None, "every so many steps, write what it is about to be to preview.png there")
     device: str | None = flag(None, "cuda, cpu, ...; cuda by default where there is one")
     kernels: KERNELS = flag("auto", "who computes attention and norms; auto is triton where it was measured")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag("auto", "auto is fp16 on cuda and fp32 elsewhere")
 
     def check(self):
         require(bool(self.prompt) != bool(self.prompt_file), "give --prompt or --prompt_file")
-        self.positive("steps", "num_images", "batch_size")
+        self.positive("steps", "num_images", "batch_size", "clip_skip", "preview")
+        require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
         for name in ("width", "height"):
             side = getattr(self, name)
             require(side is None or side > 0 and side % 8 == 0, f"--{name} {side}: a positive multiple of 8")
@@ -389,3 +400,14 @@ class Sample(Model, Pictures):
             self.image_guidance_scale is None or self.guidance_scale > 1,
             f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}",
         )
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those of the command line, or of the file. ValueError if that cannot be read."""
+        if not self.prompt_file:
+            return self.prompt
+        try:
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"--prompt_file {self.prompt_file}: {e}") from None
+        return [line.strip() for line in lines if line.strip()]

@@ -1,17 +1,20 @@
 """Prompts to pictures."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd import registry
+from minisd import prompt, registry
 from minisd.data import images
 from minisd.guidance import Branch, Control, Denoiser, image_branches, text_branches
-from minisd.noise import Original, randn, settings_for
+from minisd.noise import NoiseSchedule, Original, randn, settings_for
 from minisd.stable_diffusion import StableDiffusion
 
 
@@ -29,29 +32,14 @@ class Settings:
     karras: bool | None = None  # what the model says by default
     image_guidance_scale: float = 1.5  # how far an edit stays with its original
     strength: float = 1.0  # the part of the steps that is taken, if there is a picture to begin with
+    clip_skip: int = 1
+    plain_prompt: bool = False  # the prompts are text, without A1111's syntax
+    lora_dir: Path | None = None  # where the prompts' LoRAs lie
 
     @property
     def first_step(self) -> int:
         """So many steps are left out, if there is a picture to begin with."""
         return self.steps - int(self.steps * self.strength)
-
-
-def infotext(sd: StableDiffusion, prompt: str, seed: int, settings: Settings) -> str:
-    """How a picture was made, as the text that A1111 puts into its PNG files."""
-    lines = [prompt]
-    if settings.negative_prompt:
-        lines.append(f"Negative prompt: {settings.negative_prompt}")
-    fields = {
-        "Steps": settings.steps,
-        "Sampler": settings.scheduler.upper(),
-        "CFG scale": f"{settings.guidance_scale:g}",
-        "Seed": seed,
-        "Size": f"{settings.width}x{settings.height}",
-        "Model": sd.name,
-        **({"Eta": f"{settings.eta:g}"} if settings.eta is not None else {}),
-        "Version": "minisd",
-    }
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in fields.items())])
 
 
 def branches_of(
@@ -104,13 +92,15 @@ def denoise(
     originals: Tensor | None = None,
     masks: Tensor | None = None,
     controls: Sequence[Control] = (),
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """The latents (b, 4, h, w) after each step. Picture i depends on prompts[i] and seeds[i] alone: its noise
     comes from a CPU generator of its own, so that neither the device nor the batch changes it.
 
     `originals` (b, 3, height, width) in [-1, 1] are what to begin with, and what an instruct-pix2pix model
     edits; of them, only what is 1 in `masks` (b, 1, height, width), not 0, is redrawn. Each of `controls` has
-    a hint for each picture."""
+    a hint for each picture. `watch` hears what latents the network sees behind the noise, each time it runs.
+    """
     downscale = sd.vae.config.downscale
     for side in ("width", "height"):
         if getattr(settings, side) <= 0 or getattr(settings, side) % downscale:
@@ -124,19 +114,32 @@ def denoise(
             raise ValueError(f"--{flag} has no meaning for --scheduler {settings.scheduler}")
         options |= {key: value} if value is not None else {}
 
-    context = sd.encode_text(prompts)
-    guided = settings.guidance_scale > 1
-    negative = sd.encode_text([settings.negative_prompt] * len(prompts)) if guided else None
+    negative = settings.negative_prompt if settings.guidance_scale > 1 else None
+    context, negative = prompt.contexts(
+        sd, prompts, negative, clip_skip=settings.clip_skip, plain=settings.plain_prompt
+    )
     branches = branches_of(sd, context, negative, settings, originals, masks)
     original = beginning(sd, settings, originals, masks)
     steps = settings.steps - (original.start if original else 0)
     denoiser = Denoiser(sd.unet, branches, controls, steps)
+    seen = watched(denoiser, sd.schedule, watch) if watch else denoiser
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (sd.vae.config.latent_channels, settings.height // downscale, settings.width // downscale)
     noise = randn(shape, generators).to(sd.device)
-    for x in sample(denoiser, noise, sd.schedule, settings.steps, generators, original=original, **options):
+    for x in sample(seen, noise, sd.schedule, settings.steps, generators, original=original, **options):
         denoiser.step += 1
         yield x
+
+
+def watched(denoiser: Denoiser, schedule: NoiseSchedule, watch: Callable[[Tensor], None]):
+    """The denoiser, which tells `watch` what x_0 it comes to each time."""
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        pred = denoiser(x, t)
+        watch(schedule.denoised(pred, x, schedule.alphas_cumprod[round(t)].to(x.device)))
+        return pred
+
+    return denoise
 
 
 @torch.no_grad()
@@ -151,17 +154,51 @@ def pictures(
     masks: Tensor | None = None,
     controls: Sequence[Control] = (),
     on_step: Callable[[int], None] = lambda n: None,
+    on_preview: Callable[[list[Image.Image]], None] | None = None,
+    preview: int = 1,
 ) -> Iterator[Image.Image]:
-    """One picture for each pair of prompt and seed; `on_step(n)` hears of every step that n pictures took.
+    """One picture for each pair of prompt and seed; `on_step(n)` hears of every step that n pictures took,
+    and `on_preview` gets what they are about to be, every `preview` runs of the network.
     `originals`, `masks` and `controls` are as in `denoise`, with one for each picture."""
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
+
+    runs = itertools.count(1)
+
+    def show(latents: Tensor) -> None:
+        if next(runs) % preview == 0:
+            on_preview([images.to_pil(p) for p in sd.decode(latents)])
+
+    watch = show if on_preview else None
+    if not settings.plain_prompt:
+        prompt.attach_loras(sd, prompts, settings.lora_dir)
+        if prompt.take_loras(settings.negative_prompt)[1]:
+            raise ValueError("--negative_prompt has a <lora:...>: it acts on both, and belongs into --prompt")
+    for part, texts, loras in batches(sd, prompts, settings, batch_size):
         further = {
             "originals": None if originals is None else originals[part],
             "masks": None if masks is None else masks[part],
             "controls": [replace(control, hint=control.hint[part]) for control in controls],
         }
-        for x in denoise(sd, prompts[part], seeds[part], settings, **further):
-            on_step(len(x))
+        with prompt.loras_on(sd, loras, settings.lora_dir):
+            for x in denoise(sd, texts, seeds[part], settings, watch=watch, **further):
+                on_step(len(x))
         for latents in x:
             yield images.to_pil(sd.decode(latents[None])[0])
+
+
+def batches(
+    sd: StableDiffusion, prompts: list[str], settings: Settings, size: int
+) -> Iterator[tuple[slice, list[str], dict[str, tuple[float, float]]]]:
+    """Which pictures can be drawn at once: at most `size` neighbours with the same LoRAs and contexts of the
+    same length, so that none depends on another. With each batch its prompts without the LoRAs, and these."""
+    plain = settings.plain_prompt
+    taken = [(p, {}) if plain else prompt.take_loras(p) for p in prompts]
+
+    def alike(i: int) -> tuple:
+        text, loras = taken[i]
+        return loras, len(prompt.chunks(sd.tokenizer, text, plain))
+
+    for (loras, _), run in groupby(range(len(prompts)), key=alike):
+        numbers = list(run)
+        for start in range(numbers[0], numbers[-1] + 1, size):
+            part = slice(start, min(start + size, numbers[-1] + 1))
+            yield part, [text for text, _ in taken[part]], loras

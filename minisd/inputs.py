@@ -75,6 +75,11 @@ class Inputs:
             "controls": self._controls(sd, settings, count),
         }
 
+    def of(self, number: int, count: int) -> dict[str, list[Path]]:
+        """The files that picture `number` of `count` has of --image and --mask."""
+        given = {"image": self.images, "mask": self.masks}
+        return {name: [files[number * len(files) // count][0]] for name, files in given.items() if files}
+
     def _controls(self, sd: StableDiffusion, settings: Settings, count: int) -> list[Control]:
         o, dtype = self.options, sd.unet.conv_in.weight.dtype
         ranges = (o.for_each(name) for name in ("control_preprocess", "control_start", "control_end"))

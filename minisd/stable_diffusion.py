@@ -103,8 +103,17 @@ class StableDiffusion:
         return self.unet.config.sample_size * self.vae.config.downscale
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Context (b, s, d)."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        """Context (b, s, d) of prompts as they are, each cut off where it is too long."""
+        return self.encode_ids(self.tokenizer(prompts))
+
+    def encode_ids(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
+        """Context (b, s, d) of token ids (b, s); `clip_skip` counts layers from the end, 1 is the last."""
+        layers = self.text_encoder.config.num_layers
+        if not 1 <= clip_skip <= layers:
+            raise ValueError(
+                f"--clip_skip {clip_skip}: this text encoder has {layers} layers, from 1 (the last)"
+            )
+        return self.text_encoder(ids.to(self.device), clip_skip - 1)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the scaled latents (b, 4, h, w), in fp32, of pixels (b, 3, 8h, 8w)."""

@@ -15,16 +15,17 @@ SOURCES = sorted(
 # Lowest first: a file imports from its own line or from the lines above it, never from those below.
 LAYERS = [
     ["minisd", "minisd.kernels", "minisd.config", "minisd.registry", "minisd.noise", "minisd.optim"],
-    ["minisd.ops", "minisd.losses"],
+    ["minisd.ops", "minisd.losses", "minisd.infotext"],
     ["minisd.models"],
     ["minisd.weights", "minisd.guidance"],
-    ["minisd.adapters", "minisd.schedulers", "minisd.data"],
+    ["minisd.adapters", "minisd.schedulers", "minisd.data", "minisd.prompt"],
     ["minisd.stable_diffusion", "minisd.pixel_diffusion"],
-    ["minisd.generate", "minisd.run"],
+    ["minisd.generate", "minisd.run", "minisd.sweep"],
     ["minisd.methods"],
     ["minisd.loop"],
     ["minisd.cli", "minisd.inputs"],
     ["minisd.tiny"],
+    ["minisd.session"],
     ["train", "sample"],
 ]
 

@@ -8,7 +8,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from minisd.weights import files
@@ -91,6 +91,51 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
         sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def label(text: str, width: int, height: int = 0) -> Image.Image:
+    """Words on white, in lines that fit into `width`; at least `height` high."""
+    font = ImageFont.load_default(12)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width - 8 else [*lines, word]
+    lines = [line for line in lines if line] or [""]
+    height = max(height, 16 * len(lines) + 6)
+    image = Image.new("RGB", (width, height), "white")
+    top = (height - 16 * len(lines)) // 2
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((4, top + 16 * number), line, fill="black", font=font)
+    return image
+
+
+def labelled(image: Image.Image, text: str) -> Image.Image:
+    """The picture under its label."""
+    above = label(text, image.width)
+    sheet = Image.new("RGB", (image.width, above.height + image.height), "white")
+    sheet.paste(above, (0, 0))
+    sheet.paste(image, (0, above.height))
+    return sheet
+
+
+def table(
+    cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], gap: int = 4
+) -> Image.Image:
+    """Pictures in rows and columns, with the labels of these to the left and above."""
+    flat = [image for row in cells for image in row]
+    width, height = max(i.width for i in flat), max(i.height for i in flat)
+    above = [label(text, width) for text in columns]
+    left = [label(text, min(160, max(64, width)), height) for text in rows]
+    body = grid(flat, len(columns), gap)
+    sheet = Image.new(
+        "RGB", (left[0].width + body.width, max(i.height for i in above) + body.height), "white"
+    )
+    for number, image in enumerate(above):
+        sheet.paste(image, (left[0].width + number * (width + gap), 0))
+    for number, image in enumerate(left):
+        sheet.paste(image, (0, sheet.height - body.height + number * (height + gap)))
+    sheet.paste(body, (left[0].width, sheet.height - body.height))
     return sheet
 
 

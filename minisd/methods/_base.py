@@ -305,7 +305,8 @@ class Method:
 
         o, count = self.options, self.options.num_validation_images
         about = {"guidance_scale": o.validation_guidance_scale, "scheduler": o.validation_scheduler}
-        settings = Settings(width=o.resolution, height=o.resolution, steps=25, **about)
+        size = {"width": o.resolution, "height": o.resolution}
+        settings = Settings(**size, steps=25, plain_prompt=True, **about)
         further = {} if picture is None else self.steer(picture.expand(count, -1, -1, -1))
         seeds = [o.seed + i for i in range(count)]
         with self.drawing(count * settings.steps) as on_step:

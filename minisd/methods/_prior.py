@@ -43,8 +43,9 @@ class Method(Method):
         import torch.distributed as dist
         from tqdm import tqdm
 
+        from minisd import infotext
         from minisd.data import images
-        from minisd.generate import Settings, infotext, pictures
+        from minisd.generate import Settings, pictures
 
         o, first = self.options, _count(folder)
         if o.real_prior:
@@ -55,14 +56,15 @@ class Method(Method):
             half = {"fp16": torch.float16, "bf16": torch.bfloat16}
             default = "fp16" if self.device.type == "cuda" else "fp32"
             sd = self.load(half.get(o.prior_generation_precision or default, torch.float32))
-            settings = Settings(width=o.resolution, height=o.resolution)
+            settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True)
             free = (i for i in itertools.count() if not (folder / _name(i, o.seed + i)).exists())
             numbers = list(itertools.islice(free, o.num_class_images - first))
             prompts, seeds = [prompt] * len(numbers), [o.seed + i for i in numbers]
             made = pictures(sd, prompts, seeds, settings, batch_size=o.sample_batch_size)
             made = tqdm(made, desc=f"drawing {prompt!r}", total=len(numbers), leave=False)
             for i, seed, image in zip(numbers, seeds, made, strict=True):
-                images.save_png(image, folder / _name(i, seed), infotext(sd, prompt, seed, settings))
+                about = infotext.write(prompt, seed, sd.name, settings)
+                images.save_png(image, folder / _name(i, seed), about)
         if dist.is_initialized():
             dist.barrier()
 

@@ -94,16 +94,17 @@ class TextTransformer(nn.Module):
         )
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, skip: int = 0) -> Tensor:
         x = self.embeddings(ids)
-        for layer in self.encoder["layers"]:
+        layers = self.encoder["layers"]
+        for layer in layers[: len(layers) - skip]:
             x = layer(x)
         return self.final_layer_norm(x)
 
 
 class TextEncoder(nn.Module):
-    """Token ids (b, s) -> context (b, s, d): the last layer's states behind the final LayerNorm. Causal; the
-    padding is attended to, as SD was trained."""
+    """Token ids (b, s) -> context (b, s, d): the last layer's states behind the final LayerNorm, or those of
+    the layer `skip` before it. Causal; the padding is attended to, as SD was trained."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -114,8 +115,8 @@ class TextEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.text_model.final_layer_norm.weight.dtype
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.text_model(ids)
+    def forward(self, ids: Tensor, skip: int = 0) -> Tensor:
+        return self.text_model(ids, skip)
 
 
 class Tokenizer:
@@ -169,12 +170,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start, end, truncation or padding."""
+        return [i for unit in self.units(text) for i in unit]
+
+    def units(self, text: str) -> list[list[int]]:
+        """The same, in what may not be cut apart: each id by itself, and all those of a placeholder."""
         text = text.lower()
-        if not self.placeholders:
-            return self._plain(text)
         longest_first = sorted(self.placeholders, key=len, reverse=True)
-        pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        return [i for piece in pieces for i in self.placeholders.get(piece) or self._plain(piece)]
+        pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
+        pieces = re.split(pattern, text) if longest_first else [text]
+        units = []
+        for piece in pieces:
+            known = self.placeholders.get(piece)
+            units += [known] if known else [[i] for i in self._plain(piece)]
+        return units
 
     def _plain(self, text: str) -> list[int]:
         return self.bpe(text, add_special_tokens=False)["input_ids"] if text.strip() else []

@@ -1,0 +1,57 @@
+"""A table of settings, each row of which is drawn, and the labelled sheet of what came out."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+Row = dict[str, list[str]]  # values by flag; several where the table has its column several times
+
+
+def read(path: Path) -> list[tuple[int, Row]]:
+    """The rows and their lines in a CSV file whose header names flags; an empty cell says nothing.
+    ValueError, naming the line, if a row is not as long as the header."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"--csv {path}: {e}") from None
+    if len(lines) < 2:
+        raise ValueError(f"--csv {path}: a header that names flags, and a row for each picture")
+    header = [name.strip().removeprefix("--") for name in lines[0][1]]
+    rows = []
+    for line, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise ValueError(f"--csv {path} line {line}: {len(cells)} cells, and {len(header)} in the header")
+        row: Row = {}
+        for name, cell in zip(header, cells, strict=True):
+            row.setdefault(name, []).extend([cell.strip()] if cell.strip() else [])
+        rows.append((line, row))
+    return rows
+
+
+def axes(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """The flags that differ between rows, each with its values as they come."""
+    values = {name: list(dict.fromkeys(_value(row, name) for row in rows)) for name in rows[0]}
+    return [(name, found) for name, found in values.items() if len(found) > 1]
+
+
+def _value(row: Row, name: str) -> str:
+    return " ".join(row[name]) or "-"
+
+
+def sheet(rows: Sequence[Row], cells: Sequence):
+    """An image of all cells, one for each row: a table if two flags differ and every pair of their values is
+    there once, the first going down; else a list, each with a label of what differs."""
+    from minisd.data import images
+
+    varying = axes(rows)
+    if len(varying) == 2:
+        (down, ys), (across, xs) = varying
+        pairs = [(_value(row, down), _value(row, across)) for row in rows]
+        places = dict(zip(pairs, cells, strict=True))
+        if len(places) == len(rows) == len(ys) * len(xs):
+            table = [[places[y, x] for x in xs] for y in ys]
+            return images.table(table, [f"{down}: {y}" for y in ys], [f"{across}: {x}" for x in xs])
+    labels = [", ".join(f"{name}: {_value(row, name)}" for name, _ in varying) for row in rows]
+    return images.grid([images.labelled(cell, text) for cell, text in zip(cells, labels, strict=True)])
