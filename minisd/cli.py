@@ -13,8 +13,9 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from minisd import config, infotext, registry, sweep
+from minisd import infotext, registry, sweep
 from minisd.infotext import TINY
+from minisd.sampling import Sample
 
 
 def spellings(cls: type, f: Field) -> list[str]:
@@ -160,7 +161,7 @@ def parse_train(argv: list[str]):
 class Job(NamedTuple):
     """What sample.py draws at once: all, or a row of --csv."""
 
-    options: config.Sample
+    options: Sample
     row: sweep.Row
     where: str  # what its errors begin with
 
@@ -172,7 +173,7 @@ def parse_sample(argv: list[str]) -> list[Job]:
     for flag in ("--like", "--csv"):
         early.add_argument(flag, type=Path)
     files = early.parse_known_args(argv)[0]
-    parser = parser_of(config.Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
+    parser = parser_of(Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
     parts, rows = {}, {}
     try:
         if files.like:
@@ -189,14 +190,14 @@ def parse_sample(argv: list[str]) -> list[Job]:
     jobs = []
     for where, row in (rows or {"": {}}).items():
         own = {where: as_flags(row)} if row else {}
-        jobs.append(Job(parse(parser, config.Sample, parts | own, "sample"), row, where))
+        jobs.append(Job(parse(parser, Sample, parts | own, "sample"), row, where))
     return jobs
 
 
 def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     """Flags and their values, from files, as a command line has them."""
     argv = []
-    kinds = typing.get_type_hints(config.Sample)
+    kinds = typing.get_type_hints(Sample)
     for name, given in values.items():
         if not given:
             continue
@@ -215,7 +216,7 @@ def as_flags(values: Mapping[str, list[str]]) -> list[str]:
 def like(path: Path, argv: list[str]) -> dict[str, list[str]]:
     """The flags that a picture was drawn with, and their values, for a command line with `argv`. Prints
     what in it has no meaning here. ValueError if it does not say how it was drawn, or where the model is."""
-    names = {spelling: f.name for f in fields(config.Sample) for spelling in spellings(config.Sample, f)}
+    names = {spelling: f.name for f in fields(Sample) for spelling in spellings(Sample, f)}
     given = {names.get(arg.partition("=")[0].removeprefix("--").removeprefix("no-")) for arg in argv}
     said, about, ignored = infotext.flags(infotext.read(path), names.values())
     if "strength" in said and "image" not in given | said.keys():  # A1111 does not say of which picture

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd import cli, config
+from minisd import cli
 from minisd.adapters import control
 from minisd.data import images
 from minisd.data.canny import canny
 from minisd.generate import Settings
 from minisd.guidance import Control
+from minisd.sampling import Sample
 from minisd.stable_diffusion import StableDiffusion
 
 PREPROCESS = {"canny": canny, "none": lambda image: image}
@@ -24,7 +25,7 @@ class Inputs:
     """What --image, --mask and --control_image name. Made before the model is read: what is wrong with them
     is said at once. ValueError, here and below, names the flag or the file."""
 
-    def __init__(self, options: config.Sample):
+    def __init__(self, options: Sample):
         self.options = options
         self.images = [(path, images.open_image(path)) for path in listed(options.image)]
         self.masks = [(path, images.open_image(path, behind="black")) for path in listed(options.mask)]

@@ -8,17 +8,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import cli, config, infotext, ops, prompt, sweep
+from minisd import cli, infotext, ops, prompt, sweep
 from minisd.data import images
 from minisd.generate import Settings, pictures
 from minisd.inputs import Inputs
+from minisd.sampling import Sample
 from minisd.stable_diffusion import StableDiffusion
 
 # A change in one of these needs the model anew.
 LOADING = "model revision variant load_ema tokenizer_name cache_dir device dtype kernels adapter".split()
 
 
-def load(options: config.Sample) -> StableDiffusion:
+def load(options: Sample) -> StableDiffusion:
     """The model, with its adapters."""
     ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

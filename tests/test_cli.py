@@ -42,7 +42,7 @@ def test_every_flag_of_the_field(method):
 
 
 def test_every_flag_has_help():
-    for cls in [cli.config.Sample, *(cli.options_of(m) for m in registry.names("methods"))]:
+    for cls in [cli.Sample, *(cli.options_of(m) for m in registry.names("methods"))]:
         assert all(cli._metadata(cls, f.name).get("help") for f in fields(cls))
 
 

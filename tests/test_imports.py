@@ -15,7 +15,7 @@ SOURCES = sorted(
 # Lowest first: a file imports from its own line or from the lines above it, never from those below.
 LAYERS = [
     ["minisd", "minisd.kernels", "minisd.config", "minisd.registry", "minisd.noise", "minisd.optim"],
-    ["minisd.ops", "minisd.losses", "minisd.infotext"],
+    ["minisd.ops", "minisd.losses", "minisd.infotext", "minisd.sampling"],
     ["minisd.models"],
     ["minisd.weights", "minisd.guidance"],
     ["minisd.adapters", "minisd.schedulers", "minisd.data", "minisd.prompt"],

@@ -5,9 +5,10 @@ from dataclasses import fields
 import pytest
 from PIL import Image, PngImagePlugin
 
-from minisd import cli, config, infotext
+from minisd import cli, infotext
 from minisd.data import images
 from minisd.generate import Settings
+from minisd.sampling import Sample
 
 PROMPTS = [
     ("a cat", ""),
@@ -24,7 +25,7 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-NAMES = [f.name for f in fields(config.Sample) if f.name not in infotext.NOT_BY_NAME]
+NAMES = [f.name for f in fields(Sample) if f.name not in infotext.NOT_BY_NAME]
 
 
 @pytest.mark.parametrize("prompt, negative", PROMPTS)
@@ -62,10 +63,10 @@ def values_of(f):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_that_shapes_a_picture_comes_back(name):
     """A flag that is added to sample.py is written and read without another line."""
-    (f,) = [f for f in fields(config.Sample) if f.name == name]
+    (f,) = [f for f in fields(Sample) if f.name == name]
     for value in values_of(f):
-        options = object.__new__(config.Sample)
-        for other in fields(config.Sample):
+        options = object.__new__(Sample)
+        for other in fields(Sample):
             default = other.default_factory() if callable(other.default_factory) else other.default
             setattr(options, other.name, default)
         options.width, options.height = 64, 64
