@@ -5,7 +5,8 @@ they add. The names of files are in weights/kohya.py; a module's name here is it
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.adapters import token_embedding
 from minisd.adapters._adapter import Adapter
 from minisd.weights import files, kohya, lycoris
 
@@ -252,6 +254,9 @@ def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
     and the keys, if one of them is unknown, incomplete, or of another model."""
     kohya.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
+    bundled = {key: t for key, t in tensors.items() if key.startswith(token_embedding.BUNDLE)}
+    tensors = {key: t for key, t in tensors.items() if key not in bundled}
+    words = token_embedding.read(sd, bundled, source)
     found = layers(networks(sd))
     groups = kohya.group(tensors, kohya.table(found, sd.unet.config), source)
     alpha_of = kohya.alphas(source)
@@ -259,24 +264,41 @@ def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     for name, t in groups.items():
         weight = found[name].weight
         t = {kind: tensor.to(weight.device, torch.float32) for kind, tensor in t.items()}
-        alpha = t.pop("alpha").item() if "alpha" in t else None
+        given = t.pop("alpha").item() if "alpha" in t else None
+        alpha = partial(alpha_of, name) if given is None else partial(_given, given)
         try:
-            updates[name] = _update(name, t, alpha, weight, alpha_of).requires_grad_(False)
+            updates[name] = _update(t, alpha, weight, base(sd, name)).requires_grad_(False)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "does not fit this model"
             shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
             raise ValueError(
                 f"{source}: its update of {name} {tuple(weight.shape)} {reason}: {shapes or 'alpha alone'}"
             ) from None
-    return Adapter(about=describe(updates), updates=updates)
+    about = ", ".join([describe(updates), *filter(None, [words.about])])
+    return Adapter(about=about, updates=updates, tokens=words.tokens)
 
 
-def _update(name: str, t: dict[str, Tensor], alpha: float | None, weight: Tensor, alpha_of) -> nn.Module:
+def _given(alpha: float, rank: int) -> float:
+    """A file's own alpha: 0 means the rank, and where there is no rank it does not count."""
+    return (alpha or rank) if rank else 1.0
+
+
+def base(sd, name: str, kind: str = "weight") -> Tensor | None:
+    """A layer's weight, or its bias if it has one, in fp32, without what is added to it. One that runs in a
+    lower precision is taken from the model's file."""
+    part, _, path = name.partition(".")
+    tensor = getattr(networks(sd).get_submodule(name), kind)
+    if tensor is None:
+        return None
+    if tensor.dtype != torch.float32:
+        tensor = sd.original.get(part, {}).get(f"{path}.{kind}", tensor).to(tensor.device)
+    return tensor.detach().float()
+
+
+def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor, base: Tensor) -> nn.Module:
     """Of the tensors of one layer. KeyError if a factor is missing, RuntimeError if a shape is wrong."""
     if lycoris.is_full(t):
-        if alpha is None and "down" in t:
-            alpha = alpha_of(name, len(t["down"]))
-        return FullDelta(lycoris.delta(t, weight.detach().float(), alpha))
+        return FullDelta(lycoris.delta(t, base, alpha))
     down, up = t["down"], t["up"]
     rank = len(up[0])
     if "mid" in t:
@@ -284,7 +306,7 @@ def _update(name: str, t: dict[str, Tensor], alpha: float | None, weight: Tensor
     # 1x1 convolutions and linear layers are written as either: the layer here decides.
     a = down.reshape(rank, *weight.shape[1:])  # (r, c_in, ...)
     b = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))  # (c_out, r, ...)
-    return LowRank(a.contiguous(), b.contiguous(), alpha or alpha_of(name, rank))
+    return LowRank(a.contiguous(), b.contiguous(), alpha(rank))
 
 
 def describe(updates: Mapping[str, nn.Module]) -> str:
