@@ -191,17 +191,26 @@ def insert(
     return chosen
 
 
-def merged(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a network as if its updates had been part of the weights: added in fp32, rounded once."""
-    tensors = {n: t for n, t in module.state_dict().items() if ".updates." not in f".{n}"}
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a network without its updates."""
+    return {n: t for n, t in module.state_dict().items() if ".updates." not in f".{n}"}
+
+
+def merged(
+    module: nn.Module, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The state of a network (`tensors`, or its own) as if its updates had been part of the weights: added in
+    fp32, rounded once, to `dtype` or to what each tensor is in."""
+    tensors = dict(own_state(module) if tensors is None else tensors)
     for name, layer in layers(module).items():
         active = [update for update in getattr(layer, "updates", ()) if update.factor]
         biases = [u.scale * u.lora_bias for u in active if getattr(u, "lora_bias", None) is not None]
         for kind, deltas in (("weight", [update.delta() for update in active]), ("bias", biases)):
             if deltas:
                 own = f"{name}.{kind}".lstrip(".")
-                tensors[own] = (tensors[own].float() + sum(deltas)).to(tensors[own].dtype)
-    return tensors
+                base = tensors[own]
+                tensors[own] = (base.float() + sum(deltas).to(base.device)).to(dtype or base.dtype)
+    return {n: t.to(dtype) for n, t in tensors.items()} if dtype else tensors
 
 
 def merge(module: nn.Module) -> None:
@@ -284,15 +293,12 @@ def _given(alpha: float, rank: int) -> float:
 
 
 def base(sd, name: str, kind: str = "weight") -> Tensor | None:
-    """A layer's weight, or its bias if it has one, in fp32, without what is added to it. One that runs in a
-    lower precision is taken from the model's file."""
+    """A layer's weight, or its bias if it has one, in fp32, without what is added to it."""
     part, _, path = name.partition(".")
     tensor = getattr(networks(sd).get_submodule(name), kind)
     if tensor is None:
         return None
-    if tensor.dtype != torch.float32:
-        tensor = sd.original.get(part, {}).get(f"{path}.{kind}", tensor).to(tensor.device)
-    return tensor.detach().float()
+    return sd.exact(part, f"{path}.{kind}", tensor.detach()).to(tensor.device, torch.float32)
 
 
 def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor, base: Tensor) -> nn.Module:

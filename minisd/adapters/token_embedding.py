@@ -64,7 +64,7 @@ def merged(
     name = "text_model.embeddings.token_embedding"
     if (extra := tensors.pop(f"{name}.extra", None)) is not None:
         table = tensors[f"{name}.weight"]
-        tensors[f"{name}.weight"] = torch.cat([table, extra.to(table.dtype)])
+        tensors[f"{name}.weight"] = torch.cat([table, extra.to(table)])
     return replace(text_encoder.config, vocab_size=len(tensors[f"{name}.weight"])), tensors
 
 
