@@ -1,7 +1,8 @@
 """The assembled model: networks, tokenizer and noise schedule, loaded from whatever they lie in."""
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.noise import NoiseSchedule, settings_for
-from minisd.weights import diffusers, files, hub
+from minisd.weights import compvis, diffusers, files, hub
 from minisd.weights.checkpoint import PARTS, PIPELINES, Checkpoint, build, fill
 
 
@@ -47,6 +48,7 @@ class StableDiffusion:
         self.set_schedule()
         self.name = name
         self.original: dict[str, dict[str, Tensor]] = {}  # the tensors of the files, still on the disk
+        self.source: Path | None = None  # their folder, or the file
         self.attached: dict[Path, Attached] = {}
 
     @classmethod
@@ -80,7 +82,7 @@ class StableDiffusion:
                 f"{checkpoint.text_encoder.vocab_size}: they do not belong together"
             )
         sd = cls(**parts, tokenizer=words, scheduler=checkpoint.scheduler, name=path.stem)
-        sd.original = checkpoint.tensors
+        sd.original, sd.source = checkpoint.tensors, path
         return sd
 
     def set_schedule(self, **changes) -> None:
@@ -181,26 +183,63 @@ class StableDiffusion:
             raise ValueError(f"{file} is no adapter that is known here; it holds {names}, ...") from None
         return kind.read(self, tensors, file)
 
+    def exact(self, part: str, name: str, tensor: Tensor) -> Tensor:
+        """A network's tensor as the model's file has it, if it is no other but for its precision."""
+        found = self.original.get(part, {}).get(name)
+        same = found is not None and found.shape == tensor.shape and torch.equal(found.to(tensor), tensor)
+        return found if same else tensor
+
     def save(self, folder: Path, changed: Collection[str] = PARTS) -> None:
         """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it.
         Parts that are not `changed` are written as they were read, whatever precision they run in."""
-        text_config, text_tensors = token_embedding.merged(self.text_encoder, lora.merged(self.text_encoder))
+        with self._checkpoint(
+            {part: lora.merged(module) for part, module in self.parts.items()}
+        ) as checkpoint:
+            checkpoint.tensors |= {p: t for p, t in self.original.items() if p not in changed}
+            diffusers.save(folder, checkpoint)
+
+    def export(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model with all that is attached, at its scales, in its weights: a single file with
+        CompVis names if `path` ends in .safetensors, else a folder in the diffusers layout. Each tensor is
+        rounded once, to `dtype` or to the precision that its file has it in.
+
+        ValueError, naming `path`, if it is the model itself, or a folder of other things; or if it is a file
+        and there are tokens, which only a folder holds.
+        """
+        path = Path(path)
+        single = path.suffix.lower() == files.SAFETENSORS
+        if path.suffix in files.PICKLES:
+            raise ValueError(f"cannot write {path}: a model is a {files.SAFETENSORS} file, or a folder")
+        if self.source and path.resolve() == self.source.resolve():
+            raise ValueError(f"cannot write {path}: it is the model itself")
+        if single and self.tokenizer.placeholders:
+            tokens = ", ".join(self.tokenizer.placeholders)
+            raise ValueError(f"cannot write {path}: a single file has no place for {tokens}; a folder has")
+        if path.is_dir() and any(path.iterdir()) and not (path / diffusers.INDEX).is_file():
+            raise ValueError(f"cannot write {path}: it holds other things than a model")
+        tensors = {}
+        for part, module in self.parts.items():
+            own = {n: self.exact(part, n, t) for n, t in lora.own_state(module).items()}
+            original = self.original.get(part, {})
+            merged = lora.merged(module, own, dtype)
+            tensors[part] = {n: t.to(dtype or original.get(n, t).dtype) for n, t in merged.items()}
+        with self._checkpoint(tensors) as checkpoint:
+            (compvis if single else diffusers).save(path, checkpoint)
+
+    @contextmanager
+    def _checkpoint(self, tensors: dict[str, dict[str, Tensor]]) -> Iterator[Checkpoint]:
+        """Of these tensors, the added tokens among the others."""
+        config, text_encoder = token_embedding.merged(self.text_encoder, tensors["text_encoder"])
         with tempfile.TemporaryDirectory() as tokenizer:
-            checkpoint = Checkpoint(
+            yield Checkpoint(
                 unet=self.unet.config,
                 vae=self.vae.config,
-                text_encoder=text_config,
-                tensors={
-                    "unet": lora.merged(self.unet),
-                    "vae": self.vae.state_dict(),
-                    "text_encoder": text_tensors,
-                },
+                text_encoder=config,
+                tensors=tensors | {"text_encoder": text_encoder},
                 scheduler=self.scheduler,
                 tokenizer=self.tokenizer.save(Path(tokenizer)),
                 pipeline=PIPELINES[self.unet.config.in_channels],
             )
-            checkpoint.tensors |= {p: t for p, t in self.original.items() if p not in changed}
-            diffusers.save(folder, checkpoint)
 
 
 def adapter_files(path: Path) -> list[Path]:

@@ -1,7 +1,9 @@
 """Custom Diffusion: trained projections in cross-attention (Kumari et al. 2022, arXiv 2212.04488).
 
 The file has the whole trained matrices, as diffusers writes them:
-`down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`.
+`down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`. The authors' own are read too: {"unet":
+{"down_blocks.0. ... .attn2.to_k.weight": ...}, "modifier_token": {"<new1>": (d,)}}, whose matrices may be
+{"u": ..., "v": ...} with u v the change; and those of their CompVis branch, with the words' rows in "embed".
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.adapters import lora, token_embedding
 from minisd.adapters._adapter import Adapter
-from minisd.adapters.lora import FullDelta
 from minisd.models.unet import UNet
-from minisd.weights import files
+from minisd.weights import compvis, files
 
 KEYS_AND_VALUES = ("to_k", "to_v")
 ALL = (*KEYS_AND_VALUES, "to_q", "to_out.0")
-NAME = re.compile(r"(.+\.attn2)\.processor\.(to_[a-z]+)_custom_diffusion(\.0)?\.(weight|bias)")
+KIND = re.compile(r"(?s)(.*?)\.?(weight\.[uv]|weight|bias|)")
+DELTA = re.compile(r"\.attn2\.to_(q|k|v|out\.0)\.(weight|bias)(\.[uv])?$")
+WORDS, EMBED = "modifier_token.", "embed"
 
 
 class CustomLinear(nn.Linear):
@@ -62,16 +66,20 @@ def insert(unet: UNet, projections: tuple[str, ...]) -> dict[str, CustomLinear]:
     return inserted
 
 
+def stem(name: str) -> str:
+    """The beginning of the file's names for a projection."""
+    attention, _, projection = name.partition(".attn2.")
+    projection, _, index = projection.partition(".")
+    return f"{attention}.attn2.processor.{projection}_custom_diffusion" + (f".{index}" if index else "")
+
+
 def parameters(layers: dict[str, CustomLinear]) -> dict[str, nn.Parameter]:
     """The trained parameters by the names of the file."""
     found = {}
     for name, layer in layers.items():
-        attention, _, projection = name.partition(".attn2.")
-        projection, _, index = projection.partition(".")
-        base = f"{attention}.attn2.processor.{projection}_custom_diffusion" + (f".{index}" if index else "")
-        found[f"{base}.weight"] = layer.custom
+        found[f"{stem(name)}.weight"] = layer.custom
         if layer.custom_bias is not None:
-            found[f"{base}.bias"] = layer.custom_bias
+            found[f"{stem(name)}.bias"] = layer.custom_bias
     return found
 
 
@@ -89,28 +97,68 @@ def save(path: Path, unet: UNet, layers: dict[str, CustomLinear], metadata: dict
         files.write_pickle(path, tensors | empty)
 
 
+# --- Reading ---------------------------------------------------------------------------------------------
+
+
 def matches(tensors: dict[str, Tensor]) -> bool:
-    return any("_custom_diffusion." in name for name in tensors)
+    return any("_custom_diffusion." in name or name.startswith(WORDS) for name in tensors) or all(
+        DELTA.search(name) or name == EMBED for name in tensors
+    )
 
 
 def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
-    """What moves the model's projections to those in the file: at a scale of 1 all the way."""
-    if unknown := [name for name in tensors if not NAME.fullmatch(name)]:
-        raise ValueError(f"{source}: {len(unknown)} names are not Custom Diffusion's, such as {unknown[0]}")
-    deltas: dict[str, dict[str, Tensor]] = {}
+    """What moves the model's projections to those in the file, at a scale of 1 all the way; and its words."""
+    table = {}
+    single_file = compvis.unet_modules(sd.unet.config)
+    for name in lora.layers(sd.unet):
+        if ".attn2." in name:
+            theirs = compvis.rename(f"{name}.weight", single_file).removesuffix(".weight")
+            stems = (stem(name), f"unet.{name}", compvis.PREFIXES["unet"] + theirs)
+            table |= dict.fromkeys(stems, f"unet.{name}")
+    groups: dict[
+        str, dict[str, Tensor]
+    ] = {}  # layer -> weight and bias, or the factors of the weight's change
+    words, unknown = {}, []
     for name, tensor in tensors.items():
-        attention, projection, index, kind = NAME.fullmatch(name).groups()
-        path = f"{attention}.{projection}{index or ''}"
-        try:
-            base = getattr(sd.unet.get_submodule(path), kind)
-        except AttributeError:
-            raise ValueError(f"{source}: {name} has no place in this model") from None
-        if base is None or base.shape != tensor.shape:
-            shape = None if base is None else tuple(base.shape)
-            raise ValueError(f"{source}: {name} is {tuple(tensor.shape)}, this model's is {shape}")
-        delta = tensor.to(base.device).float() - base.detach().float()
-        deltas.setdefault(f"unet.{path}", {})[kind] = delta
-    if bare := [layer for layer, t in deltas.items() if "weight" not in t]:
-        raise ValueError(f"{source}: has a bias of {bare[0]}, and no weight")
-    updates = {layer: FullDelta(t["weight"], t.get("bias")) for layer, t in deltas.items()}
-    return Adapter(about=f"Custom Diffusion of {len(updates)} projections", updates=updates)
+        beginning, kind = KIND.fullmatch(name).groups()
+        if layer := table.get(beginning):
+            groups.setdefault(layer, {})[kind] = tensor
+        elif name.startswith(WORDS):
+            words[name.removeprefix(WORDS)] = tensor
+        elif name == EMBED:
+            words |= {f"<new{i}>": row for i, row in enumerate(tensor, 1)}
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"{source}: {len(unknown)} of its {len(tensors)} names have no place in Custom Diffusion of this "
+            f"model, such as {unknown[0]}"
+        )
+    updates = {layer: _update(sd, layer, t, source) for layer, t in groups.items()}
+    words = token_embedding.read(sd, words, source)
+    about = [f"Custom Diffusion of {len(updates)} projections"] if updates else []
+    about = ", ".join([*about, *filter(None, [words.about])])
+    return Adapter(about=about, updates=updates, tokens=words.tokens)
+
+
+def _update(sd, layer: str, t: dict[str, Tensor], source: Path) -> lora.FullDelta:
+    """Of the tensors of one layer: its new weight, or `u` and `v` whose product is the weight's change."""
+    base = lora.base(sd, layer)
+    changes = {}
+    for kind in ("weight", "bias"):
+        if kind in t:
+            old = base if kind == "weight" else lora.base(sd, layer, "bias")
+            if old is None or old.shape != t[kind].shape:
+                shape = None if old is None else tuple(old.shape)
+                raise ValueError(
+                    f"{source}: its {kind} of {layer} is {tuple(t[kind].shape)}, this model's is {shape}"
+                )
+            changes[kind] = t[kind].to(old) - old
+    if t.keys() == {"weight.u", "weight.v"}:
+        u, v = (t[f"weight.{k}"].to(base) for k in "uv")
+        if (len(u), *v.shape[1:]) == base.shape and u.shape[1:] == v.shape[:1]:
+            changes["weight"] = u @ v
+    if "weight" not in changes:
+        shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
+        raise ValueError(f"{source}: {shapes} is no change of {layer} {tuple(base.shape)}")
+    return lora.FullDelta(changes["weight"], changes.get("bias"))

@@ -5,7 +5,8 @@ they add. The names of files are in weights/kohya.py; a module's name here is it
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.adapters import token_embedding
 from minisd.adapters._adapter import Adapter
 from minisd.weights import files, kohya, lycoris
 
@@ -189,17 +191,26 @@ def insert(
     return chosen
 
 
-def merged(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a network as if its updates had been part of the weights: added in fp32, rounded once."""
-    tensors = {n: t for n, t in module.state_dict().items() if ".updates." not in f".{n}"}
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a network without its updates."""
+    return {n: t for n, t in module.state_dict().items() if ".updates." not in f".{n}"}
+
+
+def merged(
+    module: nn.Module, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The state of a network (`tensors`, or its own) as if its updates had been part of the weights: added in
+    fp32, rounded once, to `dtype` or to what each tensor is in."""
+    tensors = dict(own_state(module) if tensors is None else tensors)
     for name, layer in layers(module).items():
         active = [update for update in getattr(layer, "updates", ()) if update.factor]
         biases = [u.scale * u.lora_bias for u in active if getattr(u, "lora_bias", None) is not None]
         for kind, deltas in (("weight", [update.delta() for update in active]), ("bias", biases)):
             if deltas:
                 own = f"{name}.{kind}".lstrip(".")
-                tensors[own] = (tensors[own].float() + sum(deltas)).to(tensors[own].dtype)
-    return tensors
+                base = tensors[own]
+                tensors[own] = (base.float() + sum(deltas).to(base.device)).to(dtype or base.dtype)
+    return {n: t.to(dtype) for n, t in tensors.items()} if dtype else tensors
 
 
 def merge(module: nn.Module) -> None:
@@ -252,6 +263,9 @@ def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
     and the keys, if one of them is unknown, incomplete, or of another model."""
     kohya.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
+    bundled = {key: t for key, t in tensors.items() if key.startswith(token_embedding.BUNDLE)}
+    tensors = {key: t for key, t in tensors.items() if key not in bundled}
+    words = token_embedding.read(sd, bundled, source)
     found = layers(networks(sd))
     groups = kohya.group(tensors, kohya.table(found, sd.unet.config), source)
     alpha_of = kohya.alphas(source)
@@ -259,24 +273,38 @@ def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     for name, t in groups.items():
         weight = found[name].weight
         t = {kind: tensor.to(weight.device, torch.float32) for kind, tensor in t.items()}
-        alpha = t.pop("alpha").item() if "alpha" in t else None
+        given = t.pop("alpha").item() if "alpha" in t else None
+        alpha = partial(alpha_of, name) if given is None else partial(_given, given)
         try:
-            updates[name] = _update(name, t, alpha, weight, alpha_of).requires_grad_(False)
+            updates[name] = _update(t, alpha, weight, base(sd, name)).requires_grad_(False)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "does not fit this model"
             shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
             raise ValueError(
                 f"{source}: its update of {name} {tuple(weight.shape)} {reason}: {shapes or 'alpha alone'}"
             ) from None
-    return Adapter(about=describe(updates), updates=updates)
+    about = ", ".join([describe(updates), *filter(None, [words.about])])
+    return Adapter(about=about, updates=updates, tokens=words.tokens)
 
 
-def _update(name: str, t: dict[str, Tensor], alpha: float | None, weight: Tensor, alpha_of) -> nn.Module:
+def _given(alpha: float, rank: int) -> float:
+    """A file's own alpha: 0 means the rank, and where there is no rank it does not count."""
+    return (alpha or rank) if rank else 1.0
+
+
+def base(sd, name: str, kind: str = "weight") -> Tensor | None:
+    """A layer's weight, or its bias if it has one, in fp32, without what is added to it."""
+    part, _, path = name.partition(".")
+    tensor = getattr(networks(sd).get_submodule(name), kind)
+    if tensor is None:
+        return None
+    return sd.exact(part, f"{path}.{kind}", tensor.detach()).to(tensor.device, torch.float32)
+
+
+def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor, base: Tensor) -> nn.Module:
     """Of the tensors of one layer. KeyError if a factor is missing, RuntimeError if a shape is wrong."""
     if lycoris.is_full(t):
-        if alpha is None and "down" in t:
-            alpha = alpha_of(name, len(t["down"]))
-        return FullDelta(lycoris.delta(t, weight.detach().float(), alpha))
+        return FullDelta(lycoris.delta(t, base, alpha))
     down, up = t["down"], t["up"]
     rank = len(up[0])
     if "mid" in t:
@@ -284,7 +312,7 @@ def _update(name: str, t: dict[str, Tensor], alpha: float | None, weight: Tensor
     # 1x1 convolutions and linear layers are written as either: the layer here decides.
     a = down.reshape(rank, *weight.shape[1:])  # (r, c_in, ...)
     b = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))  # (c_out, r, ...)
-    return LowRank(a.contiguous(), b.contiguous(), alpha or alpha_of(name, rank))
+    return LowRank(a.contiguous(), b.contiguous(), alpha(rank))
 
 
 def describe(updates: Mapping[str, nn.Module]) -> str:

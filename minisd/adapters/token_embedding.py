@@ -1,6 +1,8 @@
 """New tokens: rows of their own behind the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
 
-The file is {token: (d,) or (n, d)}, as diffusers writes it, or {"emb_params": (n, d)}, named by its file.
+The file is {token: (d,) or (n, d)}, as diffusers writes it; or it holds one token, which has the file's
+name: {"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A1111 and the authors write it.
+LoRA files may carry either with `bundle_emb.TOKEN.` before their keys.
 """
 
 from collections.abc import Mapping
@@ -15,6 +17,10 @@ from torch import Tensor
 from minisd.adapters._adapter import Adapter
 from minisd.models.text import TextConfig, TextEncoder, Tokenizer
 from minisd.weights import files
+
+PARAM, BUNDLE = "string_to_param.", "bundle_emb."
+NAMELESS = ("emb_params", "*")  # keys that stand for the file's name
+SDXL = {"clip_l", "clip_g"}
 
 
 class TokenEmbedding(nn.Embedding):
@@ -58,7 +64,7 @@ def merged(
     name = "text_model.embeddings.token_embedding"
     if (extra := tensors.pop(f"{name}.extra", None)) is not None:
         table = tensors[f"{name}.weight"]
-        tensors[f"{name}.weight"] = torch.cat([table, extra.to(table.dtype)])
+        tensors[f"{name}.weight"] = torch.cat([table, extra.to(table)])
     return replace(text_encoder.config, vocab_size=len(tensors[f"{name}.weight"])), tensors
 
 
@@ -72,6 +78,8 @@ def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None
 
 
 def matches(tensors: dict[str, Tensor]) -> bool:
+    if any(name.startswith((PARAM, BUNDLE)) for name in tensors) or SDXL & tensors.keys():
+        return True
     return all(t.ndim in (1, 2) for t in tensors.values()) and not any(
         name.endswith((".weight", ".bias", ".alpha")) for name in tensors
     )
@@ -80,9 +88,18 @@ def matches(tensors: dict[str, Tensor]) -> bool:
 def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     """The file's tokens."""
     tokens = {}
-    for token, rows in tensors.items():
-        rows = rows[None] if rows.ndim == 1 else rows  # (n, d)
-        tokens[source.stem if token == "emb_params" else token] = rows
+    for key, rows in tensors.items():
+        bundled, name, key = key.startswith(BUNDLE), source.stem, key.removeprefix(BUNDLE)
+        if bundled:
+            name, _, key = key.partition(".")
+        if key in SDXL:
+            raise ValueError(f"{source} is an embedding for SDXL ({key}); minisd is for SD v1.x")
+        if key.startswith("string_to_token."):  # an id in the vocabulary of whoever trained it
+            continue
+        token = name if bundled or key in NAMELESS or key.startswith(PARAM) else key
+        if rows.ndim not in (1, 2) or token in tokens:
+            raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding that is known here")
+        tokens[token] = rows[None] if rows.ndim == 1 else rows  # (n, d)
     check(sd, tokens, source)
     return Adapter(about=describe(tokens), tokens=tokens)
 

@@ -30,6 +30,16 @@ INERT = re.compile(
 )
 
 
+# Embeddings of the first years hold their rows in one.
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+DEPTH = 4  # of dicts in dicts
+
+
+class _ParameterDict(dict):
+    def __setstate__(self, state: Any) -> None:
+        self.update(state["_parameters"])
+
+
 class _Inert:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -39,7 +49,8 @@ class _Inert:
 
 
 def read(path: Path | str) -> dict[str, Tensor]:
-    """Name -> tensor of a .safetensors file or of a pickle (its `state_dict` if it has one).
+    """Name -> tensor of a .safetensors file or of a pickle (its `state_dict` if it has one). A tensor lying
+    deeper in a pickle has the keys on the way to it, joined by dots.
 
     The tensors are memory-mapped privately: a page is read when it is used, and a change made in place stays
     in memory. No code from a pickle is run. ValueError, naming the file, if it cannot be read.
@@ -119,12 +130,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         is_zip = file.read(4) == b"PK\x03\x04"  # files older than torch 1.6 are not, and cannot be mapped
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        refused = [name for name in wanted if not INERT.fullmatch(name)]
+        refused = [name for name in wanted if not INERT.fullmatch(name) and name != PARAMETER_DICT]
         # torch puts entries into plain dicts only, so the trainer's AttributeDict has to be one.
         inert = [(dict if name.endswith("Dict") else type("Inert", (_Inert,), {}), name)
                  for name in wanted if INERT.fullmatch(name)]  # fmt: skip
         if not refused:
-            with torch.serialization.safe_globals(inert):
+            with torch.serialization.safe_globals([*inert, (_ParameterDict, PARAMETER_DICT)]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise anything
         # What torch says before its reason is how to run the code after all.
@@ -142,11 +153,18 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         )
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {k: v.detach() for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = dict(_flat(content, "", DEPTH))
     if not tensors:
         raise ValueError(f"{path} holds no named tensors")
     return tensors
+
+
+def _flat(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items() if isinstance(content, dict) and depth else ():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            yield prefix + key, value.detach()
+        elif isinstance(key, str):
+            yield from _flat(value, f"{prefix}{key}.", depth - 1)
 
 
 def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -22,6 +22,7 @@ PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")} 
 # Ending of a key -> what the tensor is. `down` is A (r, c_in, ...), `up` is B (c_out, r, ...).
 ENDINGS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up",  # PEFT
+    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",  # of a module's own state dict
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers, UNet
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",  # text encoder
     "_lora.down.weight": "down", "_lora.up.weight": "up",  # up to 0.19
@@ -68,11 +69,13 @@ def table(names: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
     for name in names:
         part, _, path = name.partition(".")
         if part == "unet":
+            stems = _unet_stems(path)
             paths = (path, compvis.rename(f"{path}.weight", single_file).removesuffix(".weight"))
-            stems = [*_unet_stems(path), *("lora_unet_" + p.replace(".", "_") for p in paths)]
         else:
-            stems = [*_text_stems(path), *(prefix + path.replace(".", "_") for prefix in PREFIXES[part])]
-        for stem in stems:
+            stems = _text_stems(path)
+            paths = (path, path.removeprefix("text_model."))  # as diffusers converts a LoRA to kohya's names
+        flat = (prefix + p.replace(".", "_") for prefix in PREFIXES[part] for p in paths)
+        for stem in (*stems, *flat):
             assert found.setdefault(stem, name) == name, f"{stem} means {found[stem]} and {name}"
         if part == "text_encoder":
             # 0.16 gave each projection of the text encoder four pairs, and used the one called to_q.
@@ -105,9 +108,10 @@ def _text_stems(path: str) -> Iterator[str]:
 
 
 def is_lora(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are of a LoRA or one of its relatives, known here or not."""
+    """Whether these are of a LoRA or one of its relatives, known here or not. A token may be called <flora>:
+    what has no dot is none of their keys."""
     marks = ("lora", "lycoris", "hada_", "lokr_", "oft_")
-    return any(mark in key for key in tensors for mark in marks)
+    return any(mark in key for key in tensors if "." in key for mark in marks)
 
 
 def group(
@@ -150,7 +154,7 @@ def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> No
 
 def alphas(source: Path) -> Callable[[str, int], float]:
     """alpha(native name, rank) for a file whose tensors do not say: from PEFT's settings in its metadata, or
-    beside it in adapter_config.json; else the rank."""
+    beside it in adapter_config.json; else the rank. At rank 0, of what has none, it is the factor itself."""
     text = files.metadata(source).get(METADATA)
     beside = source.with_name("adapter_config.json")
     settings: dict = {}
@@ -168,12 +172,17 @@ def alphas(source: Path) -> Callable[[str, int], float]:
         def setting(key: str):
             return settings.get(f"{part}.{key}", settings.get(key))
 
-        value = setting("lora_alpha")
-        for pattern, other in (setting("alpha_pattern") or {}).items():
-            if f".{path}".endswith("." + pattern.lstrip("^")):
-                value = other
+        def pattern(key: str, value):
+            for end, other in (setting(key) or {}).items():
+                if f".{path}".endswith("." + end.lstrip("^")):
+                    value = other
+            return value
+
+        value = pattern("alpha_pattern", setting("lora_alpha") or setting("alpha"))
         if value is None:
-            return float(rank)
+            return float(rank or 1)
+        if not rank:
+            return value / pattern("rank_pattern", setting("r"))
         return value * rank**0.5 if setting("use_rslora") else float(value)
 
     return alpha

@@ -4,7 +4,7 @@ Formulas as in LyCORIS (Yeh et al. 2023, arXiv 2309.14859) and DoRA (Liu et al. 
 All in fp32; `t` is kind -> tensor as weights/kohya.py groups them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ def fold(mid: Tensor, down: Tensor) -> Tensor:
     return torch.einsum("rskl,si->rikl", mid, down.flatten(1))
 
 
-def delta(t: Mapping[str, Tensor], weight: Tensor, alpha: float | None) -> Tensor:
-    """What a file adds to `weight` (c_out, c_in, ...) at scale 1. KeyError if a factor is missing,
-    RuntimeError if they do not fit."""
+def delta(t: Mapping[str, Tensor], weight: Tensor, alpha: Callable[[int], float]) -> Tensor:
+    """What a file adds to `weight` (c_out, c_in, ...) at scale 1; `alpha` is asked for that of a rank, and at
+    rank 0 for the factor. KeyError if a factor is missing, RuntimeError if they do not fit."""
     if any(kind.startswith("hada_") for kind in t):
         update, rank = _loha(t)
     elif any(kind.startswith("lokr_") for kind in t):
@@ -35,9 +35,7 @@ def delta(t: Mapping[str, Tensor], weight: Tensor, alpha: float | None) -> Tenso
     else:
         down = fold(t["mid"], t["down"]) if "mid" in t else t["down"]
         update, rank = product(t["up"], down), len(down)
-    if alpha and rank:
-        update = update * (alpha / rank)
-    update = update.reshape(weight.shape)
+    update = (update * (alpha(rank) / (rank or 1))).reshape(weight.shape)
     if "dora_scale" in t or "magnitude" in t:
         update = _dora(t, weight, weight + update) - weight
     return update
@@ -59,7 +57,7 @@ def _loha(t: Mapping[str, Tensor]) -> tuple[Tensor, int]:
 
 def _lokr(t: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """Kronecker product of a small matrix and a larger one, either of them possibly low-rank. Where neither
-    is, there is no rank (0), and alpha does not count."""
+    is, there is no rank (0)."""
     rank = 0
     if "lokr_w1" in t:
         w1 = t["lokr_w1"]
