@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +86,12 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
     assert list(json.loads((tmp_path / "sub" / "tiles.json").read_text())) == ["a chip/geglu/any"]
     assert os.listdir(tmp_path / "sub") == ["tiles.json"]
     tune.stored.cache_clear()
+
+
+@ordinary
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU")
+def test_the_cost_of_whole_networks_is_measured():
+    script = Path(__file__).with_name("gpu_cost.py")
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "| VAE, decode | torch |" in found.stdout and "aten::" in found.stdout

@@ -1,21 +1,18 @@
 """The denoising UNet of Stable Diffusion v1.x (Rombach et al. 2022, arXiv 2112.10752)."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.models.blocks import DownBlock, MidBlock, UpBlock
 from minisd.models.layers import (
     Context,
-    Downsample,
     GroupNorm,
-    ResnetBlock,
     SpatialTransformer,
     TimestepEmbedding,
-    Upsample,
-    maybe_checkpoint,
     timestep_embedding,
 )
 
@@ -58,87 +55,9 @@ SD15 = UNetConfig(
 )
 
 
-def _resnet(config: EncoderConfig, c_in: int, c_out: int) -> ResnetBlock:
-    return ResnetBlock(
-        c_in, c_out, groups=config.norm_num_groups, eps=config.norm_eps, temb_dim=config.temb_dim
-    )
-
-
 def _transformer(config: EncoderConfig, level: int) -> SpatialTransformer:
     channels, num_heads = config.block_out_channels[level], config.num_heads[level]
     return SpatialTransformer(channels, num_heads, config.cross_attention_dim, groups=config.norm_num_groups)
-
-
-class DownBlock(nn.Module):
-    """One level of the encoder. Each of its outputs is a skip connection."""
-
-    def __init__(self, config: EncoderConfig, level: int):
-        super().__init__()
-        channels = config.block_out_channels
-        c_in, c_out, layers = channels[max(level - 1, 0)], channels[level], range(config.layers_per_block)
-        self.resnets = nn.ModuleList(_resnet(config, c_out if i else c_in, c_out) for i in layers)
-        attention = layers if config.attention[level] else ()
-        self.attentions = nn.ModuleList(_transformer(config, level) for _ in attention)
-        last = level == len(channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
-        self.gradient_checkpointing = False
-
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor | Context) -> list[Tensor]:
-        outputs = []
-        for i, resnet in enumerate(self.resnets):
-            x = maybe_checkpoint(self.gradient_checkpointing, resnet, x, temb)
-            if self.attentions:
-                x = maybe_checkpoint(self.gradient_checkpointing, self.attentions[i], x, context)
-            outputs.append(x)
-        for downsample in self.downsamplers:
-            outputs.append(downsample(x))  # (b, c, h / 2, w / 2)
-        return outputs
-
-
-class MidBlock(nn.Module):
-    """ResnetBlock, transformer, ResnetBlock at the lowest resolution."""
-
-    def __init__(self, config: EncoderConfig):
-        super().__init__()
-        c = config.block_out_channels[-1]
-        self.resnets = nn.ModuleList(_resnet(config, c, c) for _ in range(2))
-        self.attentions = nn.ModuleList([_transformer(config, -1)])
-        self.gradient_checkpointing = False
-
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor | Context) -> Tensor:
-        x = maybe_checkpoint(self.gradient_checkpointing, self.resnets[0], x, temb)
-        x = maybe_checkpoint(self.gradient_checkpointing, self.attentions[0], x, context)
-        return maybe_checkpoint(self.gradient_checkpointing, self.resnets[1], x, temb)
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder: takes layers_per_block + 1 skips from the end of `skips`."""
-
-    def __init__(self, config: UNetConfig, level: int):
-        super().__init__()
-        channels = config.block_out_channels
-        c_prev, c_out = channels[min(level + 1, len(channels) - 1)], channels[level]
-        layers = range(config.layers_per_block + 1)
-        # Skips in the order they are popped: this level's, and last the one that entered the level.
-        c_skips = [c_out] * config.layers_per_block + [channels[max(level - 1, 0)]]
-        self.resnets = nn.ModuleList(
-            _resnet(config, (c_out if i else c_prev) + c_skips[i], c_out) for i in layers
-        )
-        attention = layers if config.attention[level] else ()
-        self.attentions = nn.ModuleList(_transformer(config, level) for _ in attention)
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if level else [])
-        self.gradient_checkpointing = False
-
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor | Context) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = torch.cat([x, skips.pop()], dim=1)  # (b, c + c_skip, h, w)
-            x = maybe_checkpoint(self.gradient_checkpointing, resnet, x, temb)
-            if self.attentions:
-                x = maybe_checkpoint(self.gradient_checkpointing, self.attentions[i], x, context)
-        for upsample in self.upsamplers:
-            # The next skip's size, not twice this one's: they differ where a side was odd on the way down.
-            x = upsample(x, skips[-1].shape[-2:])
-        return x
 
 
 class Encoder(nn.Module):
@@ -151,8 +70,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
         self.time_embedding = TimestepEmbedding(c, config.temb_dim)
         levels = range(len(config.block_out_channels))
-        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
-        self.mid_block = MidBlock(config)
+        attention = partial(_transformer, config)
+        self.down_blocks = nn.ModuleList(DownBlock(config, level, attention) for level in levels)
+        self.mid_block = MidBlock(config, attention)
 
     def enable_gradient_checkpointing(self) -> None:
         for block in [*self.down_blocks, self.mid_block]:
@@ -187,7 +107,8 @@ class UNet(Encoder):
     def __init__(self, config: UNetConfig):
         super().__init__(config)
         levels, c = range(len(config.block_out_channels)), config.block_out_channels[0]
-        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        attention = partial(_transformer, config)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level, attention) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
