@@ -92,6 +92,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
         if _use("attention", q, k, v):
             return _kernels["attention"].attention(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, nh, n, hd)
+    # On a CPU the backward pass of torch's own is slow in bf16: a small model trains a third faster so.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256:
+        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).float()
+        if causal:
+            scores = scores + torch.full(scores.shape[2:], float("-inf")).triu(1)
+        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)  # (b, n, nh, hd)
 
 

@@ -23,7 +23,9 @@ METHODS = registry.names("methods")
 NEEDS = {
     "lora": ["--instance_prompt", "a photo of sks cat", "--center_crop"],
     "dreambooth": ["--instance_prompt", "a photo of sks cat", "--train_text_encoder", "--use_ema"],
-    "text_to_image": ["--center_crop", "--random_flip", "--use_ema", "--noise_offset", "0.1"],
+    "text_to_image": ["--center_crop", "--random_flip", "--use_ema", "--noise_offset", "0.1"]
+    + ["--train_text_encoder"],
+    "autoencoder": ["--center_crop", "--random_flip", "--rescale_latents"],
     "custom_diffusion": ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>"]
     + ["--initializer_token", "dog", "--hflip"],
     "controlnet": ["--proportion_empty_prompts", "0.5"],

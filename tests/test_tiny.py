@@ -1,13 +1,16 @@
 """The tiny model's data, its first weights, and what it is measured by."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from minisd.data import sources
-from minisd.tiny import data, pictures
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tiny import data, init, metrics, pictures
+from minisd.weights import configs
 
 NAMES = {
     "1f408": "cat",
@@ -147,3 +150,53 @@ def test_without_npm_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="npm is not installed.*--packages"):
         data.fetch(tmp_path)
+
+
+def test_what_is_drawn_is_found_in_the_bank(built):
+    bank = metrics.Bank.load(built)
+    numbers = [bank.find("cat", "3d"), bank.find("lion", "flat"), bank.find("camel", "noto")]
+    drawn = [pictures.on(bank.pictures[n]) for n in numbers]
+    distances = bank.distances(drawn)
+    assert distances.shape == (3, len(bank.rows))
+    assert [distances[i, n].item() for i, n in enumerate(numbers)] == pytest.approx([0] * 3, abs=1e-3)
+    assert bank.ranks(distances, numbers) == [0, 0, 0]
+    # The rank counts nearer things of the same style alone.
+    far = bank.find("camel", "3d")
+    row = distances[0]
+    nearer = [i for i, r in enumerate(bank.rows) if r["style"] == "3d" and row[i] < row[far]]
+    assert bank.ranks(distances[:1], [far]) == [len(nearer)] and nearer
+    with pytest.raises(ValueError, match="no 3d picture of 'dodo'"):
+        bank.find("dodo", "3d")
+
+
+@pytest.mark.parametrize("ground", [*pictures.GROUNDS, "white"])
+def test_the_ground_of_a_picture_is_named(built, ground):
+    thing = metrics.Bank.load(built).pictures[0]
+    assert (
+        metrics.ground_name(pictures.on(thing, {"white": pictures.WHITE, **pictures.GROUNDS}[ground]))
+        == ground
+    )
+
+
+def test_a_start_that_has_learned_nothing(built, tmp_path, monkeypatch):
+    """The same bytes again, and a tokenizer that takes the words of the data apart and puts them together."""
+    monkeypatch.setattr(init, "VOCABULARY", 540)  # as few words as these allow
+    monkeypatch.setattr(init.configs, "read", lambda folder, part: small(read(folder, part)))
+    for name in ("start", "again"):
+        init.write(tmp_path / name, built)
+    assert files(tmp_path / "start") == files(tmp_path / "again")
+    sd = StableDiffusion.load(tmp_path / "start")
+    ids = sd.tokenizer.encode("3d emoji of a cat")
+    assert (
+        len(ids) < len("3demojiofacat")
+        and sd.tokenizer.bpe.decode(ids).split() == "3 d emoji of a cat".split()
+    )
+    assert sd.text_encoder.text_model.embeddings.token_embedding.weight.std() == pytest.approx(0.02, rel=0.1)
+
+
+read = configs.read
+
+
+def small(config):
+    """With the vocabulary that these few words allow."""
+    return replace(config, vocab_size=540) if hasattr(config, "vocab_size") else config

@@ -1,0 +1,128 @@
+"""Train the autoencoder on pictures alone: reconstruction and KL (arXiv 1312.6114)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minisd.config import Average, Dataset, Model, Optimizer, Precision, Run, flag, require
+from minisd.methods._base import Method
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+# Flags of Optimizer that are of diffusion.
+REFUSED = ("snr_gamma", "noise_offset", "input_perturbation", "prediction_type", "rescale_betas_zero_snr")
+
+
+@dataclass(kw_only=True)
+class Options(Dataset, Average, Optimizer, Precision, Model, Run):
+    """Autoencoder"""
+
+    kl_weight: float = flag(
+        2e-5, "of the mean KL divergence of a latent; 1e-3 kills a small model's channels"
+    )
+    gradient_weight: float = flag(0.5, "of the absolute error of differences between neighbouring pixels")
+    l2_weight: float = flag(0.5, "of the squared error, beside 1 for the absolute one")
+    rescale_latents: bool = flag(
+        False, "in the end scale the latents to a mean square of 1: any UNet must learn anew"
+    )
+    image_column: str = flag("image", "column of the pictures")
+    random_flip: bool = flag(False, "flip pictures with probability 1/2")
+    num_validation_images: int = flag(8, "pictures that are shown beside their reconstructions")
+    validation_steps: int = flag(500, "show them every so many updates")
+    validation_epochs: int | None = flag(None, "show them every so many epochs instead")
+    output_dir: Path = flag(Path("sd-model-autoencoder"))
+
+    def check(self):
+        for name in REFUSED:
+            require(not getattr(self, name), f"--{name} is of diffusion: an autoencoder has none")
+        for name in ("kl_weight", "gradient_weight", "l2_weight"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        self.positive("num_validation_images", "validation_steps", "validation_epochs")
+
+
+class Method(Method):
+    """Trains the part `vae`; the folder that it leaves is the whole model, the other parts as they were."""
+
+    validates = True
+
+    def wanted(self):
+        return []
+
+    def insert(self, sd) -> dict[str, torch.nn.Parameter]:
+        return self.thaw("vae", sd.vae)
+
+    def examples(self, source):
+        from minisd.data import datasets
+
+        o = self.options
+        return datasets.Captioned(
+            source,
+            resolution=o.resolution,
+            center_crop=o.center_crop,
+            random_flip=o.random_flip,
+            image_column=o.image_column,
+            caption_column=None,
+        )
+
+    def loss(self, batch: dict) -> Tensor:
+        """The mean over the batch of |e| + e^2 + |difference of e between neighbours| + KL, as weighted, for
+        the error e of the picture that a draw from the posterior becomes."""
+        from torch.utils.checkpoint import checkpoint
+
+        o, vae = self.options, self.sd.vae
+        pixels = batch["pixels"].to(self.device)
+
+        def run(function, x):
+            return checkpoint(function, x, use_reentrant=False) if o.gradient_checkpointing else function(x)
+
+        with self.autocast():
+            mean, std = (t.float() for t in run(vae.encode, pixels))
+            latents = mean + std * self.draw("posterior", batch, mean.shape[1:])
+            error = run(vae.decode, latents).float() - pixels  # (b, 3, h, w)
+        mean, std = mean / vae.config.scaling_factor, std / vae.config.scaling_factor
+        kl = 0.5 * (mean.square() + std.square() - 1) - std.log()
+        terms = error.abs() + o.l2_weight * error.square()
+        steps = sum(error.diff(dim=d).abs().flatten(1).mean(1) for d in (-2, -1))
+        each = terms.flatten(1).mean(1) + o.gradient_weight * steps + o.kl_weight * kl.flatten(1).mean(1)
+        return each.mean()
+
+    def some(self, count: int) -> Tensor:
+        """Pictures from all over the data (n, 3, h, w)."""
+        import torch
+
+        from minisd.noise import generator
+
+        count = min(count, len(self.data))
+        places = [i * len(self.data) // count for i in range(count)]
+        examples = [self.data.examples(i, generator(self.options.seed, "some", i))[0] for i in places]
+        return torch.stack([self.data.pixels(e.view) for e in examples])
+
+    def validation(self) -> Image.Image:
+        """Pictures, and what they are after encoding and decoding."""
+        import math
+
+        from minisd.data import images
+
+        pixels = self.some(self.options.num_validation_images)
+        decoded = self.sd.decode(self.sd.encode_images(pixels)[0]).cpu().clamp(-1, 1)
+        noise = 10 * math.log10(4 / max((decoded - pixels).square().mean().item(), 1e-12))
+        rows = {"pictures": pixels, f"reconstructed, {noise:.1f} dB": decoded}
+        return images.labelled_rows([(k, [images.to_pil(p) for p in v]) for k, v in rows.items()])
+
+    result = validation
+
+    def save(self, folder: Path) -> None:
+        from dataclasses import replace
+
+        vae = self.sd.vae
+        if self.options.rescale_latents:
+            parts = self.some(1024).split(32)
+            latents = [self.sd.encode_images(p)[0] / vae.config.scaling_factor for p in parts]
+            square = sum(t.square().sum().item() for t in latents) / sum(t.numel() for t in latents)
+            vae.config = replace(vae.config, scaling_factor=square**-0.5)
+        super().save(folder)

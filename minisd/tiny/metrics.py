@@ -1,0 +1,171 @@
+"""How near a picture is to the things of the data, and what a model draws for its prompts.
+
+    python -m minisd.tiny.metrics --data DATA [--model MODEL] [--sheet sheet.png]
+
+A picture's features are its colours in 16x16 cells. That is a plain measure, but what the autoencoder makes
+of a real picture is nearest to that very picture. The rank of a thing is how many others of its style are
+nearer to the picture; by chance half of them.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from minisd import cli
+from minisd.data import images
+from minisd.generate import Settings, pictures
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tiny.data import STYLES, captions
+from minisd.tiny.pictures import GROUNDS, WHITE, on
+
+HERE = Path(__file__).parent
+SETTINGS = Settings(width=64, height=64, steps=20, guidance_scale=3.0)
+
+
+def features(drawn: list[Image.Image]) -> Tensor:
+    """(n, 768): the mean colours, from 0 to 1, of 16x16 cells."""
+    pixels = torch.stack([images.to_tensor(image.convert("RGB")) for image in drawn])  # (n, 3, h, w)
+    return F.adaptive_avg_pool2d((pixels + 1) / 2, 16).flatten(1)
+
+
+@dataclass
+class Bank:
+    """Every thing of the data once in every style: rows of metadata, and pictures with transparency."""
+
+    rows: list[dict]
+    pictures: list[Image.Image]
+
+    @classmethod
+    def load(cls, data: Path) -> "Bank":
+        """The bank of a folder that minisd.tiny.data wrote. ValueError if there is none."""
+        path = data / "bank" / "metadata.jsonl"
+        if not path.is_file():
+            raise ValueError(f"--data: there is no {path}; python -m minisd.tiny.data writes it")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return cls(rows, [Image.open(data / "bank" / row["file_name"]).convert("RGBA") for row in rows])
+
+    def find(self, name: str, style: str) -> int:
+        """The number of a thing's picture. ValueError if there is none."""
+        for number, row in enumerate(self.rows):
+            if (row["name"], row["style"]) == (name, style):
+                return number
+        raise ValueError(f"the bank has no {style} picture of {name!r}")
+
+    def distances(self, drawn: list[Image.Image], ground: tuple[int, int, int] = WHITE) -> Tensor:
+        """(n, size of the bank): from each picture to each thing on a ground."""
+        return torch.cdist(features(drawn), features([on(picture, ground) for picture in self.pictures]))
+
+    def ranks(self, distances: Tensor, numbers: list[int]) -> list[int]:
+        """How many things of the same style are nearer to picture i than the thing numbers[i]."""
+        ranks = []
+        for row, number in zip(distances, numbers, strict=True):
+            style = torch.tensor([r["style"] == self.rows[number]["style"] for r in self.rows])
+            ranks.append(int((row[style] < row[number]).sum()))
+        return ranks
+
+
+def ground_of(image: Image.Image) -> tuple[int, ...]:
+    """The median colour of a picture's upper edge and of both its sides, 3 pixels wide."""
+    pixels = images.to_tensor(image)
+    edge = torch.cat(
+        [part.flatten(1) for part in (pixels[:, :3], pixels[:, :, :3], pixels[:, :, -3:])], dim=1
+    )
+    return tuple(((edge.median(dim=1).values + 1) * 127.5).round().int().tolist())
+
+
+def ground_name(image: Image.Image) -> str:
+    """The named colour, or white, that is nearest to a picture's ground."""
+    here = torch.tensor(ground_of(image))
+    named = {"white": WHITE, **GROUNDS}
+    return min(named, key=lambda name: (here - torch.tensor(named[name])).square().sum().item())
+
+
+def draw(sd: StableDiffusion, prompts: list[str], seed: int) -> list[Image.Image]:
+    """A picture for each prompt, the first with `seed`, the next with seed + 1 and so on."""
+    return list(pictures(sd, prompts, range(seed, seed + len(prompts)), SETTINGS, batch_size=8))
+
+
+def recall(sd: StableDiffusion, bank: Bank, numbers: list[int], seed: int) -> tuple[dict, list[Image.Image]]:
+    """What the model draws for things by their captions, against all things of the same style: the share that
+    is nearest to the right one, or has it among the nearest 5, the share that is nearer to it than to the
+    same thing in the other style, and the mean distance."""
+    drawn = draw(sd, [bank.rows[n]["text"] for n in numbers], seed)
+    distances = bank.distances(drawn)
+    ranks = bank.ranks(distances, numbers)
+    own = [row[n].item() for row, n in zip(distances, numbers, strict=True)]
+    other = [row[bank.find(bank.rows[n]["name"], _other(bank.rows[n]["style"]))].item()
+             for row, n in zip(distances, numbers, strict=True)]  # fmt: skip
+    count = len(numbers)
+    return {
+        "top1": sum(r == 0 for r in ranks) / count,
+        "top5": sum(r < 5 for r in ranks) / count,
+        "style": sum(a < b for a, b in zip(own, other, strict=True)) / count,
+        "distance": sum(own) / count,
+        "ranks": ranks,
+    }, drawn
+
+
+def _other(style: str) -> str:
+    return STYLES[1 - STYLES.index(style)]
+
+
+def evaluate(sd: StableDiffusion, bank: Bank, kinds: list[str], count: int = 32, seed: int = 11):
+    """Figures by name, and rows of pictures to look at: of things that were trained, of combinations of thing
+    and style that were held out, and of grounds."""
+    size = sum(row["style"] == STYLES[0] for row in bank.rows)
+    figures, rows = {"things of a style (chance is 1 in as many)": size}, []
+    wanted = [
+        i for i, r in enumerate(bank.rows) if r["style"] in STYLES and (not kinds or r["kind"] in kinds)
+    ]
+    names = {r["name"] for r in bank.rows if r["seen"]}
+    pools = {
+        "seen": [i for i in wanted if bank.rows[i]["seen"]],
+        "held-out style": [i for i in wanted if not bank.rows[i]["seen"] and bank.rows[i]["name"] in names],
+    }
+    for label, pool in pools.items():
+        numbers = random.Random(3).sample(pool, min(count, len(pool)))
+        if not numbers:
+            continue
+        figures[label], drawn = recall(sd, bank, numbers, seed)
+        for start in range(0, min(16, len(numbers)), 8):
+            part = numbers[start : start + 8]
+            rows.append((f"{label}: the data's", [on(bank.pictures[n]) for n in part]))
+            rows.append(("; ".join(bank.rows[n]["text"] for n in part), drawn[start : start + 8]))
+    chance = random.Random(5)
+    grounds = [list(GROUNDS)[i % len(GROUNDS)] for i in range(16)]
+    things = [bank.rows[chance.choice(pools["seen"])] for _ in grounds]
+    prompts = [captions(t["style"], t["name"], g)[0] for t, g in zip(things, grounds, strict=True)]
+    drawn = draw(sd, prompts, seed)
+    right = sum(ground_name(image) == ground for image, ground in zip(drawn, grounds, strict=True))
+    figures["right ground (chance 1 in 9)"] = right / len(grounds)
+    rows.append(("; ".join(prompts[:8]), drawn[:8]))
+    return figures, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minisd.tiny.metrics", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--data", type=Path, required=True, help="what minisd.tiny.data wrote")
+    parser.add_argument("--model", type=Path, default=HERE, help="folder of the model; that in the box")
+    parser.add_argument("--kinds", nargs="+", default=[], metavar="X", help="only things of these kinds")
+    parser.add_argument("--sheet", type=Path, help="write what was drawn here, beside the data's")
+    o = parser.parse_args()
+    bank = Bank.load(o.data)
+    figures, rows = evaluate(StableDiffusion.load(o.model), bank, o.kinds)
+    for label, value in figures.items():
+        shown = {k: v for k, v in value.items() if k != "ranks"} if isinstance(value, dict) else {"": value}
+        print(f"{label}:", ", ".join(f"{k} {v:.3g}".strip() for k, v in shown.items()))
+    if o.sheet:
+        images.save_png(images.labelled_rows(rows, size=128), o.sheet)
+
+
+if __name__ == "__main__":
+    cli.run("minisd.tiny.metrics", main)
