@@ -20,6 +20,15 @@ from tests.conftest import make_pipeline
 from tests.pairs import psnr, shake
 from tests.test_lora import new
 
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm": ("LCMScheduler", {}),
+}
 PROMPTS, SEEDS = ["a photo of a cat", "an oil painting"], [3, 4]
 SETTINGS = Settings(width=40, height=32, steps=10, negative_prompt="ugly", guidance_scale=5.0)
 
@@ -84,7 +93,7 @@ def theirs(folders, monkeypatch):
     def make(name: str, channels: int = 4, loras: tuple = (), **parts):
         parts = {"safety_checker": None, "requires_safety_checker": False} | parts
         pipe = getattr(diffusers, name).from_pretrained(folders[channels], **parts)
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        config = pipe.scheduler.config
         pipe.set_progress_bar_config(disable=True)
         for i, (folder, _) in enumerate(loras):
             pipe.load_lora_weights(folder, adapter_name=str(i))
@@ -92,6 +101,8 @@ def theirs(folders, monkeypatch):
             pipe.set_adapters([str(i) for i in range(len(loras))], [scale for _, scale in loras])
 
         def draw(settings: Settings, **given) -> list[Image.Image]:
+            scheduler, further = SCHEDULERS[settings.scheduler]
+            pipe.scheduler = getattr(diffusers, scheduler).from_config(config, clip_sample=False, **further)
             negative = [settings.negative_prompt] * 2
             common = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
             generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
@@ -153,6 +164,19 @@ def test_inpainting(folders, theirs, channels, strength):
     expected = theirs("StableDiffusionInpaintPipeline", channels)(
         SETTINGS, image=PHOTOS, mask_image=half(), strength=strength, width=40, height=32
     )
+    assert_same(drawn, expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ddim"])
+def test_pictures_and_masks_with_other_schedulers(folders, theirs, scheduler, masked):
+    settings = replace(SETTINGS, scheduler=scheduler, steps=6)
+    given = {"image": PHOTOS, "strength": 0.7}
+    if masked:
+        given |= {"mask_image": half(), "width": 40, "height": 32}
+    expected = theirs(f"StableDiffusion{'Inpaint' if masked else 'Img2Img'}Pipeline")(settings, **given)
+    drawn = ours(folders[4], replace(settings, strength=0.7), **GIVEN, **(MASKS if masked else {}))
     assert_same(drawn, expected)
 
 
