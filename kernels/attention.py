@@ -259,7 +259,7 @@ def _(q, k, v):
 
 
 @attention_op.register_fake
-def _(q, k, v):
+def fake(q, k, v):
     b, n, nh, hd = q.shape
     return q.new_empty(q.shape), q.new_empty(b, nh, n, dtype=torch.float32)
 
@@ -288,7 +288,7 @@ def _(do, q, k, v, o, lse):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
-def _setup_context(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     # no zeros for outputs without a gradient: each would be a launch
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -299,8 +299,8 @@ def _autograd(ctx, do, dlse):
     return attention_bwd_op(do, *ctx.saved_tensors)
 
 
-attention_op.register_autograd(_autograd, setup_context=_setup_context)
-_eager = L.function(forward, _setup_context, _autograd)
+attention_op.register_autograd(_autograd, setup_context=setup_context)
+_eager = L.function(forward, setup_context, _autograd)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -203,10 +203,7 @@ def _(q, k, v):
     return forward(q, k, v) if L.INTERPRET else attention.attention_op(q, k, v)
 
 
-@cross_attention_op.register_fake
-def _(q, k, v):
-    b, n, nh, hd = q.shape
-    return q.new_empty(q.shape), q.new_empty(b, nh, n, dtype=torch.float32)
+cross_attention_op.register_fake(attention.fake)
 
 
 @torch.library.custom_op("minisd::cross_attention_bwd", mutates_args=(), device_types="cuda")
@@ -229,20 +226,13 @@ def _(do, q, k, v, o, lse):
     return q.new_empty(q.shape), k.new_empty(2, *k.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    # no zeros for outputs without a gradient: each would be a launch
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
-
-
 def _autograd(ctx, do, dlse):
     dq, dkv = cross_attention_bwd_op(do, *ctx.saved_tensors)
     return dq, dkv[0], dkv[1]
 
 
-cross_attention_op.register_autograd(_autograd, setup_context=_setup_context)
-_eager = L.function(forward, _setup_context, _autograd)
+cross_attention_op.register_autograd(_autograd, setup_context=attention.setup_context)
+_eager = L.function(forward, attention.setup_context, _autograd)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

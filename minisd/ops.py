@@ -131,6 +131,9 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of x + residual, and x + residual itself."""
+    if x.dtype != residual.dtype:  # an autocast product beside an fp32 sum, as in a text encoder that trains
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     if _use("layer_norm", x, weight, bias, residual):
         return _kernels["layer_norm"].layer_norm(x, residual, weight, bias, eps)
     x = x + residual

@@ -74,6 +74,19 @@ def test_autocast():
     assert torch.autograd.grad(o.float().sum(), q)[0].dtype == torch.float32
 
 
+@interpreter
+def test_autocast_product_beside_a_full_sum():
+    """The fused add takes both, as torch's own add does."""
+    x, residual = torch.randn(3, 32).half().requires_grad_(), torch.randn(3, 32, requires_grad=True)
+    found = {}
+    for choice in ("triton", "torch"):
+        ops.choose(choice)
+        y, total = ops.add_layer_norm(x, residual, torch.ones(32), torch.zeros(32), 1e-5)
+        grads = torch.autograd.grad((y * residual.detach()).sum() + total.square().sum(), (x, residual))
+        found[choice] = y, total, *grads
+    torch.testing.assert_close(found["triton"], found["torch"])
+
+
 @ordinary
 def test_a_forced_choice_that_cannot_run_says_why():
     pytest.importorskip("triton")

@@ -48,7 +48,7 @@ def test_keys_and_values_of_the_text_are_made_once():
     x = torch.randn(2, 4, 8, 8)
 
     steered = Control(network=control, hint=hint, scale=0.7)
-    denoise = Denoiser(net, text_branches(context, negative, 3.0), steered)
+    denoise = Denoiser(net, text_branches(context, negative, 3.0), [steered])
     preds = [denoise(x, t) for t in (900, 500, 1)]
     assert len(calls) == 2 * (11 + 5) and set(calls.values()) == {1}
 

@@ -108,7 +108,8 @@ def total(residuals: list[dict], rows: int) -> dict:
     samples say nothing to the others."""
 
     def add(tensors: Sequence[Tensor]) -> Tensor:
-        return sum(F.pad(t, (0, 0, 0, 0, 0, 0, rows - len(t), 0)) for t in tensors)  # (rows, c, h, w)
+        whole = [t if len(t) == rows else F.pad(t, (0, 0, 0, 0, 0, 0, rows - len(t), 0)) for t in tensors]
+        return sum(whole[1:], start=whole[0])  # (rows, c, h, w)
 
     return {
         "down_residuals": [add(t) for t in zip(*(r["down_residuals"] for r in residuals), strict=True)],

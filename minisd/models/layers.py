@@ -6,6 +6,7 @@ s text tokens, d width, nh heads, hd head width; h is never heads.
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -96,12 +97,10 @@ def _bare(layer: nn.Linear) -> bool:
 
 
 def _in_one_piece(weights: list[Tensor]) -> bool:
-    storage, end = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
-    for w in weights:
-        if w.untyped_storage().data_ptr() != storage or w.storage_offset() != end or not w.is_contiguous():
-            return False
-        end += w.numel()
-    return True
+    starts = accumulate((w.numel() for w in weights), initial=weights[0].storage_offset())
+    follow = all(w.storage_offset() == start for w, start in zip(weights, starts, strict=False))
+    dense = all(w.is_contiguous() for w in weights)
+    return follow and dense and len({w.untyped_storage().data_ptr() for w in weights}) == 1
 
 
 class Context:
