@@ -139,7 +139,7 @@ def test_like_takes_what_the_command_line_leaves_open(tmp_path, capsys):
     "text, message",
     [
         (A1111, "by --model"),
-        (A1111.replace("Steps: 28", "Steps: many"), "--steps: invalid int value: 'many'"),
+        (A1111.replace("Steps: 28", "Steps: many"), "invalid int value: 'many'"),
         (None, "no `parameters`"),
         (b"no picture", "cannot be read"),
     ],
