@@ -169,6 +169,7 @@ def find_lora(folder: Path | None, name: str) -> Path:
     """The file of that stem, or the folder of that name, in `folder` or below it, the nearest first."""
     if folder is None:
         raise ValueError(f"prompt: <lora:{name}> is looked up in --lora_dir, which is not given")
+    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--lora_dir {folder} is not a folder")
     known: dict[str, Path] = {}
