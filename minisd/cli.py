@@ -226,6 +226,11 @@ def like(path: Path, argv: list[str]) -> dict[str, list[str]]:
         raise ValueError(
             f"--like {path}: the model {about.get('Model', '')!r} drew it: say where that is, by --model"
         )
+    if "scheduler" in said and "scheduler" not in given:
+        try:
+            registry.find("schedulers", said["scheduler"][0])
+        except ValueError as e:
+            raise ValueError(f"--like {path}: {e}; or choose one by --scheduler") from None
     if ignored:
         print(f"--like {path}: no meaning here has {', '.join(ignored)}")
     if about.get("RNG") != "CPU":

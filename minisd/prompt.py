@@ -169,6 +169,7 @@ def find_lora(folder: Path | None, name: str) -> Path:
     """The file of that stem, or the folder of that name, in `folder` or below it, the nearest first."""
     if folder is None:
         raise ValueError(f"prompt: <lora:{name}> is looked up in --lora_dir, which is not given")
+    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--lora_dir {folder} is not a folder")
     known: dict[str, Path] = {}
@@ -182,11 +183,15 @@ def find_lora(folder: Path | None, name: str) -> Path:
     return known[name]
 
 
+def lora_names(prompts: Iterable[str]) -> list[str]:
+    return sorted({name for prompt in prompts for name in take_loras(prompt)[1]})
+
+
 def attach_loras(sd, prompts: Iterable[str], folder: Path | None) -> list[str]:
     """Attach the LoRAs that prompts name, each once, at scale 0; returns what those were that are new, for
     people. ValueError, naming it, if one is not there or is none."""
     said = []
-    for name in sorted({name for prompt in prompts for name in take_loras(prompt)[1]}):
+    for name in lora_names(prompts):
         path = find_lora(folder, name)
         if path.resolve() not in sd.attached:
             said += [f"<lora:{name}>: {line}" for line in sd.attach(path, 0.0)]

@@ -88,7 +88,9 @@ def run(jobs: list[cli.Job]) -> list[Path]:
     for job in jobs:
         try:
             inputs = Inputs(job.options)
-            wanted = [getattr(job.options, name) for name in LOADING]
+            # LoRAs add in the order in which they came: with others, that would change the last bits.
+            named = [] if job.options.plain_prompt else prompt.lora_names(job.options.prompts)
+            wanted = [*(getattr(job.options, name) for name in LOADING), named]
             if wanted != loaded:
                 sd = None  # before there are two of them
                 sd, loaded = load(job.options), wanted
