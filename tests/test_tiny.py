@@ -1,12 +1,14 @@
 """The tiny model's data, its first weights, and what it is measured by."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from minisd import cli, registry
 from minisd.data import sources
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tiny import data, init, metrics, pictures
@@ -200,3 +202,16 @@ read = configs.read
 def small(config):
     """With the vocabulary that these few words allow."""
     return replace(config, vocab_size=540) if hasattr(config, "vocab_size") else config
+
+
+def test_every_default_is_a_flag():
+    """And one that the method takes; of the methods with a model, each has some."""
+    defaults = json.loads((cli.TINY / "defaults.json").read_text())
+    sample = {f.name for f in fields(cli.config.Sample)}
+    assert defaults.pop("sample").keys() <= sample
+    flags = {m: {f.name for f in fields(cli.options_of(m))} for m in registry.names("methods")}
+    assert defaults.keys() == {m for m in flags if "model" in flags[m]}
+    needs = {"data": Path("d"), "instance_prompt": "a sks cat"}
+    for method, values in defaults.items():
+        assert values.keys() <= flags[method], method
+        cli.options_of(method)(**{k: v for k, v in needs.items() if k in flags[method]}, **values)
