@@ -124,9 +124,8 @@ def graph(run, x):
     """run(x) as a CUDA graph: a function that copies its argument in and replays. On a CPU, run itself."""
     if not GPU:
         return run
-    static, stream = x.clone(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(static)  # compiles what is not compiled yet
+    static = x.clone()
+    run(static)  # compiles what is not compiled yet
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
