@@ -3,10 +3,11 @@
     python tests/cost.py                    SD v1.5's shapes with random weights; 10 GB of disk
     python tests/cost.py --model FOLDER     a model of one's own, in the diffusers layout
 
-Loading is measured in a process for each tool, in turns. It is done when every weight has been read once, so
-that mapping a file without reading it gains nothing. The UNet and training are measured in one process, a
-step of each tool in turns. The ratio is the median of the pairs' ratios: a machine whose speed changes from
-minute to minute changes both alike.
+Loading and drawing are measured in a process for each tool, in turns. Loading is done when every weight has
+been read once, so that mapping a file without reading it gains nothing; what is drawn is the second picture
+of its process, and the start is all that comes before the UNet is first called. The UNet and training are
+measured in one process, a step of each tool in turns. The ratio is the median of the pairs' ratios: a machine
+whose speed changes from minute to minute changes both alike.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # What loading imports, so that it is not counted as loading.
@@ -34,6 +37,8 @@ IMPORTS = {
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+TINY = str(ROOT / "minisd" / "tiny")
+PROMPT = "a photo of a cat"
 
 
 def rss() -> float:
@@ -87,6 +92,61 @@ def measure_load(tool: str, model: str, single: bool = False) -> dict:
 
 def measure_load_single(tool: str, model: str) -> dict:
     return {f"single file {k}": v for k, v in measure_load(tool, model, True).items() if k != "import s"}
+
+
+def measure_draw(tool: str, model: str, *, side: int, steps: int) -> dict:
+    """A picture from its prompt by DDIM with guidance, and the memory that its process took in all."""
+    draw = (draw_ours if tool == "minisd" else draw_theirs)(model, side, steps)
+    draw()
+    begun = time.perf_counter()
+    draw()
+    about = f"{steps} steps at {side}x{side}"
+    return {f"{about}, s": time.perf_counter() - begun, f"{about}, peak GB": peak()}
+
+
+def draw_ours(model: str, side: int, steps: int) -> Callable[[], object]:
+    from minisd.generate import Settings, pictures
+    from minisd.stable_diffusion import StableDiffusion
+
+    sd, settings = StableDiffusion.load(model), Settings(width=side, height=side, steps=steps)
+    return lambda: list(pictures(sd, [PROMPT], [0], settings))
+
+
+def draw_theirs(model: str, side: int, steps: int) -> Callable[[], object]:
+    import torch
+    from diffusers import DDIMScheduler
+
+    *_, pipe = load_theirs(model, False)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> object:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(PROMPT, width=side, height=side, num_inference_steps=steps, generator=generator).images
+
+    return draw
+
+
+def measure_start(tool: str, model: str, *, side: int) -> dict:
+    """From the start of the process to the first call of the UNet."""
+
+    def stop(*args, **kwargs) -> None:
+        print(json.dumps({f"start at {side}x{side}, s": time.time() - float(os.environ["COST_BEGUN"])}))
+        sys.stdout.flush()
+        os._exit(0)
+
+    if tool == "minisd":
+        from minisd.guidance import Denoiser
+
+        Denoiser.__call__ = stop
+        flags = f"--width {side} --height {side} --steps 4 --device cpu".split()
+        sys.argv = ["sample.py", "--model", model, "--prompt", PROMPT, *flags]
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    else:
+        *_, pipe = load_theirs(model, False)
+        pipe.unet.forward = stop
+        pipe(PROMPT, width=side, height=side, num_inference_steps=4)
+    raise SystemExit("the UNet was not called")
 
 
 def pairs(ours: Callable[[], None], theirs: Callable[[], None], count: int) -> dict[str, list[float]]:
@@ -195,7 +255,14 @@ def ti_theirs(model: str, data: Path, side: int) -> Callable[[], None]:
     return step
 
 
-ALONE = {"load": measure_load, "single": measure_load_single}
+ALONE = {
+    "load": measure_load,
+    "single": measure_load_single,
+    "draw": partial(measure_draw, side=256, steps=4),
+    "start": partial(measure_start, side=256),
+    "tiny_draw": partial(measure_draw, side=64, steps=20),
+    "tiny_start": partial(measure_start, side=64),
+}
 TOGETHER = {"unet": measure_unet, "ti": measure_ti}
 
 
@@ -224,7 +291,8 @@ def make_model(folder: Path) -> None:
 
 def run(*flags: str) -> dict:
     command = [sys.executable, __file__, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COST_BEGUN": str(time.time())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(flags)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -244,7 +312,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(Path(folder) / "sd15")
-        if not args.model:
+        if not args.model and not all(task.startswith("tiny_") for task in args.tasks):
             code = f"import cost, pathlib; cost.make_model(pathlib.Path({model!r}))"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
         report(model, args.tasks, args.rounds)
@@ -260,15 +328,18 @@ def report(model: str, tasks: list[str], rounds: int) -> None:
     print(f"{versions}, {machine}; the model is {size:.2f} GB\n")
     print(f"| median of {rounds} | minisd | diffusers | ratio |\n|---|---|---|---|")
     for task in tasks:
+        tiny = task.startswith("tiny_")
+        flags = ("--task", task, "--model", TINY if tiny else model)
         seen: dict[str, dict[str, list[float]]] = {}
         if task in TOGETHER:
-            seen = run("--task", task, "--model", model)
+            seen = run(*flags)
         else:
             for _ in range(rounds):
                 for tool in ("minisd", "diffusers"):
-                    for name, value in run("--task", task, "--tool", tool, "--model", model).items():
+                    for name, value in run(*flags, "--tool", tool).items():
                         seen.setdefault(name, {}).setdefault(tool, []).append(value)
         for name, times in seen.items():
+            name = f"the tiny model, {name}" if tiny else name
             ours, theirs = (statistics.median(times[tool]) for tool in ("minisd", "diffusers"))
             ratio = statistics.median(b / a for a, b in zip(times["minisd"], times["diffusers"], strict=True))
             print(f"| {name} | {ours:.3g} | {theirs:.3g} | {ratio:.2f} x |", flush=True)
