@@ -1,6 +1,7 @@
 """Pictures in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,10 +99,10 @@ def label(text: str, width: int, height: int = 0) -> Image.Image:
     """Words on white, in lines that fit into `width`; at least `height` high."""
     font = ImageFont.load_default(12)
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width - 8 else [*lines, word]
-    lines = [line for line in lines if line] or [""]
+    for part in re.split(r"(?<=[ _/,.:-])", " ".join(text.split())):  # where a line may end
+        longer = lines[-1] + part
+        fits = font.getlength(longer.rstrip()) <= width - 8
+        lines = [*lines[:-1], longer] if fits or not lines[-1] else [*lines, part]
     height = max(height, 16 * len(lines) + 6)
     image = Image.new("RGB", (width, height), "white")
     top = (height - 16 * len(lines)) // 2
@@ -126,7 +127,9 @@ def table(
     flat = [image for row in cells for image in row]
     width, height = max(i.width for i in flat), max(i.height for i in flat)
     above = [label(text, width) for text in columns]
-    left = [label(text, min(160, max(64, width)), height) for text in rows]
+    fitting = (w for w in (64, 96, 160, 240) if all(label(text, w).height <= height for text in rows))
+    wide = next(fitting, 320)
+    left = [label(text, wide, height).crop((0, 0, wide, height)) for text in rows]
     body = grid(flat, len(columns), gap)
     sheet = Image.new(
         "RGB", (left[0].width + body.width, max(i.height for i in above) + body.height), "white"
