@@ -27,7 +27,7 @@ KEYS = {
 # Flags that are written in another way, or say where and how to draw and not what.
 NOT_BY_NAME = (
     "prompt prompt_file negative_prompt width height plain_prompt karras num_images batch_size output device "
-    "kernels cache_dir like csv preview"
+    "kernels cache_dir like csv preview export"
 ).split()
 TINY = Path(__file__).parent / "tiny"  # the model in the box: wherever that is, it is there
 NEGATIVE = "Negative prompt: "
