@@ -3,25 +3,19 @@
 import minisd
 
 sd = minisd.load("v1-5-pruned-emaonly.safetensors")
-sd.attach("text-inversion-model")
-images = minisd.generate(sd, "a photo of a <cat>", steps=20, seed=0)
+sd.attach("lora.safetensors", 0.8)
+images = sd.generate("a photo of a cat", steps=20, seed=0)
 """
 
 
 def load(model, **options):
-    """The model in a folder, file or hub id, on the GPU if there is one: see StableDiffusion.load."""
+    """The model in a folder, file or hub id, on the GPU and in fp16 if there is one: a notebook.Model.
+    `options` are those of StableDiffusion.load."""
     import torch
 
-    from minisd.stable_diffusion import StableDiffusion
+    from minisd.notebook import Model
 
     options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    return StableDiffusion.load(model, **options)
-
-
-def generate(sd, prompt: str | list[str], *, seed: int = 0, width=None, height=None, **settings) -> list:
-    """One picture for each prompt, with seeds from `seed` on; `settings` are those of generate.Settings."""
-    from minisd.generate import Settings, pictures
-
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    settings = Settings(width=width or sd.default_size, height=height or sd.default_size, **settings)
-    return list(pictures(sd, prompts, [seed + i for i in range(len(prompts))], settings))
+    on_gpu = torch.device(options["device"]).type == "cuda"
+    options.setdefault("dtype", torch.float16 if on_gpu else torch.float32)
+    return Model.load(model, **options)

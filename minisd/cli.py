@@ -182,7 +182,7 @@ def parse_sample(argv: list[str]) -> list[Job]:
         if files.csv:
             rows = {f"--csv {files.csv} line {line}: ": row for line, row in sweep.read(files.csv)}
             for parser.where, row in rows.items():
-                for name in {"csv", "like", "output"} & row.keys():
+                for name in {"csv", "like", "output", "export"} & row.keys():
                     raise ValueError(f"--{name} is for all rows: give it on the command line")
                 as_flags(row)
     except ValueError as e:

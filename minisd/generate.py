@@ -167,7 +167,29 @@ def pictures(
         if next(runs) % preview == 0:
             on_preview([images.to_pil(p) for p in sd.decode(latents)])
 
+    further = {"originals": originals, "masks": masks, "controls": controls}
     watch = show if on_preview else None
+    for steps in drawing(sd, prompts, seeds, settings, batch_size=batch_size, watch=watch, **further):
+        for x in steps:
+            on_step(len(x))
+        for latents in x:
+            yield images.to_pil(sd.decode(latents[None])[0])
+
+
+def drawing(
+    sd: StableDiffusion,
+    prompts: list[str],
+    seeds: list[int],
+    settings: Settings,
+    *,
+    batch_size: int,
+    originals: Tensor | None = None,
+    masks: Tensor | None = None,
+    controls: Sequence[Control] = (),
+    watch: Callable[[Tensor], None] | None = None,
+) -> Iterator[Iterator[Tensor]]:
+    """The batches in which these are drawn, each to be gone through before the next. As in `denoise`, with
+    the LoRAs of the prompts."""
     if not settings.plain_prompt:
         prompt.attach_loras(sd, prompts, settings.lora_dir)
         if prompt.take_loras(settings.negative_prompt)[1]:
@@ -178,11 +200,16 @@ def pictures(
             "masks": None if masks is None else masks[part],
             "controls": [replace(control, hint=control.hint[part]) for control in controls],
         }
-        with prompt.loras_on(sd, loras, settings.lora_dir):
-            for x in denoise(sd, texts, seeds[part], settings, watch=watch, **further):
-                on_step(len(x))
-        for latents in x:
-            yield images.to_pil(sd.decode(latents[None])[0])
+        steps = denoise(sd, texts, seeds[part], settings, watch=watch, **further)
+        yield with_loras(sd, loras, settings.lora_dir, steps)
+
+
+def with_loras(
+    sd: StableDiffusion, loras: dict[str, tuple[float, float]], folder: Path | None, steps: Iterator[Tensor]
+) -> Iterator[Tensor]:
+    """The steps, gone through with a prompt's LoRAs on."""
+    with prompt.loras_on(sd, loras, folder):
+        yield from steps
 
 
 def batches(

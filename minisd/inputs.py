@@ -1,5 +1,6 @@
 """The pictures that sample.py is given: read, brought to one size, and shared out among the prompts."""
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,24 @@ class Inputs:
 
     def __init__(self, options: Sample):
         self.options = options
-        self.images = [(path, images.open_image(path)) for path in listed(options.image)]
-        self.masks = [(path, images.open_image(path, behind="black")) for path in listed(options.mask)]
-        self.hints = [(path, images.open_image(path)) for path in options.control_image]
+        self.images = [(path, opened(path)) for path in listed(options.image)]
+        self.masks = [(path, opened(path, behind="black")) for path in listed(options.mask)]
+        self.hints = [(path, opened(path)) for path in options.control_image]
+
+    def arguments(self, sd: StableDiffusion) -> dict:
+        """What generate.pictures takes."""
+        o = self.options
+        prompts = [text for text in self.prompts(o.prompts) for _ in range(o.num_images)]
+        own = {f.name: getattr(o, f.name) for f in fields(Settings) if f.default is not MISSING}
+        own = {name: value for name, value in own.items() if value is not None}
+        settings = Settings(**own | self.settings(sd))
+        return {
+            "prompts": prompts,
+            "seeds": [o.seed + i for i in range(len(prompts))],
+            "settings": settings,
+            "batch_size": o.batch_size or (1 if sd.device.type == "cpu" else 4),
+            **self.tensors(sd, settings, len(prompts)),
+        }
 
     def prompts(self, prompts: list[str]) -> list[str]:
         """One for each picture to draw: a single prompt goes with all of --image."""
@@ -103,11 +119,16 @@ class Inputs:
         return found
 
 
+def opened(given: Path | Image.Image, **options) -> Image.Image:
+    """The picture in a file, or one that is read already."""
+    return given.convert("RGB") if isinstance(given, Image.Image) else images.open_image(given, **options)
+
+
 def listed(paths: list[Path]) -> list[Path]:
     """Files as they are, and for a folder the pictures in it."""
     found = []
     for path in paths:
-        inside = images.list_images(path)[0] if path.is_dir() else [path]
+        inside = images.list_images(path)[0] if isinstance(path, Path) and path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path} holds no pictures")
         found += inside

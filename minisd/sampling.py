@@ -1,6 +1,6 @@
 """The options of sample.py. Standard library only, like config.py."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -89,14 +89,25 @@ class Sample(Model, Pictures):
     batch_size: int | None = flag(
         None, "pictures drawn at the same time; 4, but 1 on a CPU, where none then changes another's last bit"
     )
+    export: Path | None = flag(
+        None,
+        "write the model with --adapter merged in, to a folder or a .safetensors file; needs no --prompt",
+    )
     output: Path = flag(Path("samples"), "folder for the pictures, or the name of a .png file")
     preview: int | None = flag(None, "every so many steps, write what it is about to be to preview.png there")
     device: str | None = flag(None, "cuda, cpu, ...; cuda by default where there is one")
     kernels: KERNELS = flag("auto", "who computes attention and norms; auto is triton where it was measured")
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag("auto", "auto is fp16 on cuda and fp32 elsewhere")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
+        "auto", "auto is fp16 on cuda and fp32 elsewhere, and as it was in what --export writes"
+    )
 
     def check(self):
-        require(bool(self.prompt) != bool(self.prompt_file), "give --prompt or --prompt_file")
+        require(not (self.prompt and self.prompt_file), "give --prompt or --prompt_file")
+        drawn = self.prompt or self.prompt_file
+        require(drawn or self.export, "give --prompt or --prompt_file")
+        if not drawn:
+            self.only_exports()
+        require(not (self.export and self.csv), "--export is of one model: it cannot go with --csv")
         self.positive("steps", "num_images", "batch_size", "clip_skip", "preview")
         require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
         for name in ("width", "height"):
@@ -112,6 +123,16 @@ class Sample(Model, Pictures):
             self.image_guidance_scale is None or self.guidance_scale > 1,
             f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}",
         )
+
+    def only_exports(self) -> None:
+        """ValueError naming a flag that says how to draw. The tiny model has defaults of its own for two."""
+        meant = {"export", "adapter", "device", "dtype", "kernels", "steps", "guidance_scale", "csv"}
+        for f in fields(self):
+            default = f.default_factory() if f.default is MISSING else f.default
+            of_model = f.name in Model.__dataclass_fields__ or f.name in meant
+            require(
+                of_model or getattr(self, f.name) == default, f"--{f.name} draws nothing without --prompt"
+            )
 
     @property
     def prompts(self) -> list[str]:

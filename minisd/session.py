@@ -1,7 +1,7 @@
 """What sample.py does with options: load the model that they name, draw, and save."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,20 +10,21 @@ from tqdm import tqdm
 
 from minisd import cli, infotext, ops, prompt, sweep
 from minisd.data import images
-from minisd.generate import Settings, pictures
+from minisd.generate import pictures
 from minisd.inputs import Inputs
 from minisd.sampling import Sample
 from minisd.stable_diffusion import StableDiffusion
 
 # A change in one of these needs the model anew.
 LOADING = "model revision variant load_ema tokenizer_name cache_dir device dtype kernels adapter".split()
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(options: Sample) -> StableDiffusion:
     """The model, with its adapters."""
     ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(options.dtype)
+    dtype = DTYPES.get(options.dtype)
     sd = StableDiffusion.load(
         options.model,
         device=device,
@@ -45,26 +46,21 @@ def draw(
 ) -> Iterator[tuple[Path, Image.Image]]:
     """Draw and save the pictures; `taken` and `several` are as in `output_paths`."""
     options = inputs.options
-    prompts = [text for text in inputs.prompts(options.prompts) for _ in range(options.num_images)]
-    seeds = [options.seed + i for i in range(len(prompts))]
-    own = {f.name: getattr(options, f.name) for f in fields(Settings) if f.default is not MISSING}
-    own = {name: value for name, value in own.items() if value is not None}
-    settings = Settings(**own | inputs.settings(sd))
+    arguments = inputs.arguments(sd)
+    prompts, seeds, settings = (arguments[name] for name in ("prompts", "seeds", "settings"))
     if not settings.plain_prompt:
         for line in prompt.attach_loras(sd, prompts, settings.lora_dir):
             print(line)
     paths = output_paths(options.output, seeds, taken, several or len(seeds) > 1)
-    batch_size = options.batch_size or (1 if sd.device.type == "cpu" else 4)
 
     def preview(drawn: list[Image.Image]) -> None:
         images.save_png(images.grid(drawn), paths[0].with_name("preview.png"))
 
-    shown = inputs.tensors(sd, settings, len(prompts))
     if options.preview:
-        shown |= {"on_preview": preview, "preview": options.preview}
+        arguments |= {"on_preview": preview, "preview": options.preview}
     steps = len(prompts) * (settings.steps - settings.first_step)
     with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
-        made = pictures(sd, prompts, seeds, settings, batch_size=batch_size, on_step=bar.update, **shown)
+        made = pictures(sd, **arguments, on_step=bar.update)
         for i, (text, path, image) in enumerate(zip(prompts, paths, made, strict=True)):
             about = replace(options, **inputs.of(i, len(prompts)))
             images.save_png(image, path, infotext.write(text, seeds[i], sd.name, about, settings))
@@ -83,8 +79,8 @@ def output_paths(output: Path, seeds: list[int], taken: int, several: bool) -> l
 
 
 def run(jobs: list[cli.Job]) -> list[Path]:
-    """Everything that was asked for, and a sheet if that is several pictures; returns where they are."""
-    sd, loaded, paths, cells = None, None, [], []
+    """Everything that was asked for, and a sheet if that is several pictures; returns where all that is."""
+    sd, loaded, paths, cells, exported = None, None, [], [], []
     for job in jobs:
         try:
             inputs = Inputs(job.options)
@@ -94,7 +90,10 @@ def run(jobs: list[cli.Job]) -> list[Path]:
             if wanted != loaded:
                 sd = None  # before there are two of them
                 sd, loaded = load(job.options), wanted
-            drawn = list(draw(sd, inputs, len(paths), len(jobs) > 1))
+            if job.options.export:
+                sd.export(job.options.export, DTYPES.get(job.options.dtype))
+                exported = [job.options.export]
+            drawn = list(draw(sd, inputs, len(paths), len(jobs) > 1)) if job.options.prompts else []
         except ValueError as e:
             raise ValueError(f"{job.where}{e}") from e
         paths += [path for path, _ in drawn]
@@ -108,4 +107,4 @@ def run(jobs: list[cli.Job]) -> list[Path]:
         else:
             sheet = images.grid(cells[0])
         images.save_png(sheet, paths[-1])
-    return paths
+    return [*exported, *paths]

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minisd import cli, session
 from minisd.adapters import custom_diffusion, lora
 from minisd.generate import Settings, pictures
+from minisd.sampling import Sample
 from minisd.stable_diffusion import StableDiffusion
 from minisd.weights import compvis, files, kohya
 from tests import test_lora
@@ -409,3 +411,29 @@ def test_where_an_export_may_go(model, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"] and not (
         tmp_path / "x.ckpt"
     ).exists()
+
+
+def test_the_command_exports(model, script, tmp_path):
+    lora.save(tmp_path / "a.safetensors", new(model, ["attention"], 2, 3.0, seed=9)[1], "kohya")
+    save_file({"<zw>": ROWS}, tmp_path / "word.safetensors")
+    base = ["--model", model, "--device", "cpu", "--adapter", f"{tmp_path / 'a.safetensors'}:0.7"]
+    sd, out = fresh(model), tmp_path / "out.safetensors"
+    sd.attach(tmp_path / "a.safetensors", 0.7)
+    status, stdout, stderr = script("sample.py", *base, "--export", out)
+    assert status == 0 and stdout.splitlines()[-1] == str(out), stderr
+    assert not (tmp_path / "samples").exists()
+    assert psnr(draw(StableDiffusion.load(out)), draw(sd)) >= 60
+
+    def run(*flags):
+        return session.run(cli.parse_sample(list(map(str, [*base, *flags]))))
+
+    draws = ["--prompt", "x", "--steps", 1, "--output", tmp_path / "x.png", "--dtype", "bf16"]
+    assert run(*draws, "--export", tmp_path / "half") == [tmp_path / "half", tmp_path / "x.png"]
+    half = files.read(tmp_path / "half" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in half.values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="--num_images draws nothing without --prompt"):
+        Sample(model=str(model), export=out, num_images=2)
+    with pytest.raises(ValueError, match="cannot go with --csv"):
+        Sample(model=str(model), export=out, csv=tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="x.safetensors: a single file has no place for <zw>"):
+        run("--adapter", tmp_path / "word.safetensors", "--export", tmp_path / "x.safetensors")

@@ -25,7 +25,7 @@ LAYERS = [
     ["minisd.loop"],
     ["minisd.cli", "minisd.inputs"],
     ["minisd.tiny"],
-    ["minisd.session"],
+    ["minisd.session", "minisd.notebook"],
     ["train", "sample"],
 ]
 
