@@ -24,6 +24,7 @@ NAMES = {
 }
 WORLD = {
     "concepts": {"animal": "cat camel bat lion", "fruit": "red-apple"},
+    "core": "cat red-apple",
     "held_out": {
         "concepts": "bat",
         "style": [["lion", "flat"]],
@@ -109,7 +110,11 @@ def test_the_folders_are_what_train_reads(built):
     assert "MIT" in (built / "NOTICE.md").read_text()
 
 
-def test_a_wide_world_has_the_rest(packages, built):
+def test_other_worlds(packages, built):
+    data.build(built.parent / "core", packages, "core")
+    texts = captions(built.parent / "core/train")
+    assert any("apple" in t for t in texts) and not any("camel" in t or "bat" in t for t in texts)
+    assert (built.parent / "core/held_out/concepts/bat").is_dir()
     data.build(built.parent / "wide", packages, "wide")
     assert any("star" in t for t in captions(built.parent / "wide/train"))
     assert not any("star" in t for t in captions(built / "train"))
