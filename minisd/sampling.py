@@ -82,8 +82,12 @@ class Sample(Model, Pictures):
     )
     seed: int = flag(0, "of the first picture; the next have seed + 1, ...")
     num_images: int = flag(1, "pictures of each prompt")
-    width: int | None = flag(None, "in pixels, a multiple of 8; the model's own by default")
-    height: int | None = flag(None, "in pixels, a multiple of 8; the model's own by default")
+    width: int | None = flag(
+        None, "in pixels, a multiple of 8; as --image or --control_image by default, or the model's own"
+    )
+    height: int | None = flag(
+        None, "in pixels, a multiple of 8; as --image or --control_image by default, or the model's own"
+    )
     like: Path | None = flag(None, "draw as this PNG was drawn, but for the other flags given")
     csv: Path | None = flag(None, "a table whose header names flags: draw each row, and a labelled sheet")
     batch_size: int | None = flag(

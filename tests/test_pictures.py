@@ -322,7 +322,7 @@ def files(tmp_path):
 
 
 def options(model, *flags):
-    return cli.parse_sample(["--model", str(model), "--prompt", "x", *map(str, flags)])
+    return cli.parse_sample(["--model", str(model), "--prompt", "x", *map(str, flags)])[0].options
 
 
 @pytest.mark.parity
