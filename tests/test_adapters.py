@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from minisd import cli, session
 from minisd.adapters import custom_diffusion, lora
 from minisd.generate import Settings, pictures
+from minisd.models import layers
 from minisd.sampling import Sample
 from minisd.stable_diffusion import StableDiffusion
 from minisd.weights import compvis, files, kohya
@@ -124,9 +125,9 @@ def relative(name, model, folder):
 def custom(name, model, folder):
     """Custom Diffusion's matrices in diffusers' form and in its authors' two, one of them compressed."""
     generator, deltas, sd = torch.Generator().manual_seed(2), {}, fresh(model)
-    layers = [n for n in lora.layers(sd.unet) if ".attn2." in n]
+    projections = [n for n in lora.layers(sd.unet) if ".attn2." in n]
     ends = (".to_k", ".to_v") if name != "custom.safetensors" else (".to_k", ".to_v", ".to_q", ".to_out.0")
-    for layer in layers:
+    for layer in projections:
         if layer.endswith(ends):
             shape = sd.unet.get_submodule(layer).weight.shape
             u, v = (torch.randn(s, generator=generator) for s in ((shape[0], 3), (3, shape[1])))
@@ -251,6 +252,25 @@ def test_dora_by_kohya_s_names(model, pipe, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     sd.attach(tmp_path / "x.safetensors")
     assert psnr(draw(sd), draw_with(pipe)) >= 50 and psnr(draw(sd), draw_plain(model)) < 45
+
+
+def test_nothing_is_left_where_the_weights_are_laid_out_as_on_a_gpu(model, tmp_path):
+    """There, three products are one, and a product of another shape may round otherwise."""
+    lora.save(tmp_path / "x.safetensors", new(model, ["to_q", "to_v"])[1])
+    sd = fresh(model)
+    layers.lay_out(sd.unet)
+    attention = sd.unet.get_submodule(f"{ATTENTION}attn1")
+    weights = attention.to_q, attention.to_k, attention.to_v
+    x = torch.randn(1, 5, 64)
+    with torch.no_grad():
+        whole = layers.products(x, *weights)
+        sd.attach(tmp_path / "x.safetensors", 0.0)
+        weights = attention.to_q, attention.to_k, attention.to_v
+        for scale, pieces in ((0.0, 1), (0.5, 3), (0.0, 1)):
+            sd.rescale("x", scale)
+            found = layers.products(x, *weights)
+            assert len({t.untyped_storage().data_ptr() for t in found}) == pieces
+            assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True)) == (scale == 0)
 
 
 # --- Words -----------------------------------------------------------------------------------------------

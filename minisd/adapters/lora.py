@@ -110,6 +110,11 @@ class LoRALinear(nn.Linear):
         self = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         return _take(self, layer)
 
+    @property
+    def idle(self) -> bool:
+        """Whether it is the layer as it was: no update counts."""
+        return not any(update.factor for update in self.updates)
+
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 

@@ -91,9 +91,10 @@ def products(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
 
 
 def _bare(layer: nn.Linear) -> bool:
-    """No bias, no gradient, no adapter and nobody who listens."""
+    """No bias, no gradient, no adapter that does anything, and nobody who listens."""
     listened = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and layer.bias is None and not (layer.weight.requires_grad or listened)
+    plain = type(layer) is nn.Linear or getattr(layer, "idle", False)
+    return plain and layer.bias is None and not (layer.weight.requires_grad or listened)
 
 
 def _in_one_piece(weights: list[Tensor]) -> bool:
