@@ -1,0 +1,66 @@
+"""The optimizer beside torch's own."""
+
+import subprocess
+import sys
+
+import torch
+
+from minisd import optim
+from tests.conftest import ROOT
+
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def parameters():
+    torch.manual_seed(0)
+    plain = [torch.randn(4, 4, 3, 3), torch.randn(5), torch.randn(5, 3).t(), torch.randn(2)]
+    plain[0] = plain[0].to(memory_format=torch.channels_last)
+    return [torch.nn.Parameter(p) for p in plain]
+
+
+def moved(kind, count, state=None):
+    """Parameters and state after `count` more updates. The last parameter never has a gradient, the second
+    one every other time."""
+    ps = parameters()
+    optimizer = kind(ps, **SETTINGS)
+    first = 0
+    if state:
+        first = int(state[1]["state"][0]["step"])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state[1]["state"], "param_groups": groups})
+        with torch.no_grad():
+            for p, value in zip(ps, state[0], strict=True):
+                p.copy_(value)
+    for i in range(first, first + count):
+        torch.manual_seed(i)
+        for j, p in enumerate(ps[:-1]):
+            p.grad = torch.randn(p.shape) if j != 1 or i % 2 else None
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + i)
+        optimizer.step()
+    return [p.detach().clone() for p in ps], optimizer.state_dict()
+
+
+def test_it_is_torch_s():
+    """Its values to rounding, its state by its names; either goes on from the other's."""
+    ours, theirs = moved(optim.AdamW, 6), moved(torch.optim.AdamW, 6)
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert ours[1]["state"].keys() == theirs[1]["state"].keys() == {0, 1, 2}
+    for i, slot in theirs[1]["state"].items():
+        assert all(torch.allclose(ours[1]["state"][i][k], v, rtol=1e-5, atol=1e-8) for k, v in slot.items())
+    for first, second in ((optim.AdamW, torch.optim.AdamW), (torch.optim.AdamW, optim.AdamW)):
+        for a, b in zip(moved(second, 2, moved(first, 4))[0], theirs[0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_compiler_is_not_imported():
+    code = """
+import sys, torch
+from minisd import optim
+p = torch.nn.Parameter(torch.ones(3))
+o = optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+p.sum().backward(); optim.clip([p], 1.0); o.step(); o.zero_grad()
+print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["None", "True", "False"], done.stdout + done.stderr
