@@ -1,0 +1,189 @@
+"""What the training methods cost beside the diffusers scripts, in one run on this machine.
+
+    git clone https://github.com/huggingface/diffusers
+    python tests/cost_methods.py --scripts diffusers/examples
+
+Both get the same flags, model, data and batch, each in a process of its own, in turns. Steps are timed where
+the tool's own bar passes them, so that neither starting nor saving counts; start is the time until the first.
+The peak is the process's resident memory, all of it: what was imported too. The ratio of the CPU's time is
+what a machine that others use does not change.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST = 3  # the step from which on time counts
+
+# The script's path in diffusers/examples; the flags.
+MODEL = "--pretrained_model_name_or_path=model --max_train_steps={steps}"
+METHODS = {
+    "unconditional": (
+        "unconditional_image_generation/train_unconditional.py",
+        "--train_data_dir=plain --model_config_name_or_path=ddpm --num_epochs=1 --eval_batch_size=1 "
+        "--ddpm_num_inference_steps=2 --center_crop",
+    ),
+    "text_to_image": (
+        "text_to_image/train_text_to_image.py",
+        f"{MODEL} --train_data_dir=captioned --center_crop --random_flip --seed=0",
+    ),
+    "textual_inversion": (
+        "textual_inversion/textual_inversion.py",
+        f"{MODEL} --train_data_dir=plain --placeholder_token=<cat> --initializer_token=cat --seed=0",
+    ),
+    "dreambooth": (
+        "dreambooth/train_dreambooth.py",
+        f"{MODEL} --instance_data_dir=plain --instance_prompt=a --center_crop --seed=0",
+    ),
+    "lora": (
+        "text_to_image/train_text_to_image_lora.py",
+        f"{MODEL} --train_data_dir=captioned --center_crop --random_flip --seed=0",
+    ),
+    "custom_diffusion": (
+        "custom_diffusion/train_custom_diffusion.py",
+        f"{MODEL} --instance_data_dir=plain --instance_prompt=<new1> --modifier_token=<new1> "
+        "--initializer_token=cat --seed=0",
+    ),
+    "controlnet": (
+        "controlnet/train_controlnet.py",
+        f"{MODEL} --train_data_dir=conditioned --seed=0",
+    ),
+    "instruct_pix2pix": (
+        "instruct_pix2pix/train_instruct_pix2pix.py",
+        f"{MODEL} --train_data_dir=edits --random_flip --conditioning_dropout_prob=0.05 --seed=0",
+    ),
+}
+
+
+def make(folder: Path, pictures: int, side: int) -> None:
+    """A small Stable Diffusion with random weights, a pixel UNet's config, and `pictures` in four layouts."""
+    import json
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from minisd.models import text, unet, unet2d, vae
+    from minisd.weights import configs, diffusers
+    from minisd.weights.checkpoint import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
+
+    small = {
+        "unet": replace(unet.SD15, block_out_channels=(32, 64, 128, 128), cross_attention_dim=64),
+        "vae": replace(vae.SD15, block_out_channels=(32, 64, 64, 64)),
+        "text_encoder": replace(text.SD15, hidden_size=64, intermediate_size=256, num_layers=4, num_heads=4),
+    }
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(
+        **small,
+        tensors={part: MODULES[part](config).state_dict() for part, config in small.items()},
+        scheduler=SD1_SCHEDULER,
+        tokenizer=TOKENIZER,
+        pipeline="StableDiffusionPipeline",
+    )
+    diffusers.save(folder / "model", checkpoint)
+    config = replace(unet2d.DDPM, sample_size=side, block_out_channels=(32, 32, 64, 64, 64, 64))
+    configs.write(folder / "ddpm", "unet2d", config)
+    kinds = {
+        "plain": None,
+        "captioned": lambda i: {"file_name": f"{i}.png", "text": f"picture {i}"},
+        "conditioned": lambda i: {
+            "file_name": f"{i}.png",
+            "conditioning_image_file_name": f"{(i + 1) % pictures}.png",
+            "text": f"picture {i}",
+        },
+        "edits": lambda i: {
+            "input_image_file_name": f"{i}.png",
+            "edited_image_file_name": f"{(i + 1) % pictures}.png",
+            "edit_prompt": f"make it {i}",
+        },
+    }
+    for name, row in kinds.items():
+        (folder / name).mkdir()
+        for i in range(pictures):
+            pixels = np.random.default_rng(i).integers(0, 255, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+        if row:
+            lines = "".join(json.dumps(row(i)) + "\n" for i in range(pictures))
+            (folder / name / "metadata.jsonl").write_text(lines)
+
+
+def cpu(pid: int) -> float:
+    """Seconds that a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(command: list[str], folder: Path, steps: int) -> dict[str, float]:
+    """Steps a second, by the clock and by the CPU's time, seconds until the first one, and peak in MB."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "0", "PYTHONUNBUFFERED": "1"}
+    begun, said, marks = time.perf_counter(), b"", {}
+    child = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while part := os.read(child.stderr.fileno(), 65536):
+        said += part
+        for done in re.findall(rb"\b(\d+)/%d \[" % steps, said[-len(part) - 40 :]):
+            marks.setdefault(int(done), (time.perf_counter(), cpu(child.pid)))
+    status, usage = os.wait4(child.pid, 0)[1:]
+    child.returncode = status
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode(errors='replace')[-3000:]}")
+    first = min(n for n in marks if n >= FIRST)
+    count = steps - first
+    wall, used = (b - a for a, b in zip(marks[first], marks[steps], strict=True))
+    start = marks[min(n for n in marks if n)][0] - begun
+    return {"wall": count / wall, "cpu": count / used, "start": start, "peak": usage.ru_maxrss / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--scripts", type=Path, required=True, help="the folder examples of diffusers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=43)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--side", type=int, default=64)
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        code = f"import pathlib; from tests.cost_methods import make; make(pathlib.Path({name!r}), "
+        code += f"{args.steps * args.batch}, {args.side})"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        report(args, folder)
+
+
+def report(args, folder: Path) -> None:
+    threads = os.environ["OMP_NUM_THREADS"]
+    print(f"{args.side}x{args.side}, batch {args.batch}, {threads} threads, {time.strftime('%Y-%m-%d')}\n")
+    print("| method | steps/s | diffusers | ratio | of CPU time | peak MB | diffusers | ratio | start s |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for method in args.methods:
+        script, flags = METHODS[method]
+        common = flags.format(steps=args.steps).split()
+        common += [f"--resolution={args.side}", f"--train_batch_size={args.batch}"]
+        tools = {"minisd": [str(ROOT / "train.py"), "--method", method], "diffusers": [args.scripts / script]}
+        seen: dict[str, list[dict]] = {tool: [] for tool in tools}
+        for turn in range(args.turns):
+            for tool in tools if turn % 2 else reversed(tools):
+                own = [f"--output_dir={folder / f'{method}-{tool}-{turn}'}"]
+                command = [sys.executable, *map(str, tools[tool]), *common, *own]
+                seen[tool].append(measure(command, folder, args.steps))
+        ours, theirs = ({k: statistics.median(s[k] for s in seen[t]) for k in seen[t][0]} for t in tools)
+        print(
+            f"| {method} | {ours['wall']:.2f} | {theirs['wall']:.2f} | {ours['wall'] / theirs['wall']:.2f} "
+            f"| {ours['cpu'] / theirs['cpu']:.2f} | {ours['peak']:.0f} | {theirs['peak']:.0f} "
+            f"| {ours['peak'] / theirs['peak']:.2f} | {ours['start']:.0f}, {theirs['start']:.0f} |",
+            flush=True,
+        )
+    print("\nratio: minisd to diffusers; of steps above 1 is faster, of the peak below 1 is smaller")
+
+
+if __name__ == "__main__":
+    main()
