@@ -1,6 +1,5 @@
 """Training LoRA: what it computes, what it begins with, what it leaves."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -224,29 +223,3 @@ def test_wrong_flags(cat, capsys, flags, message):
     with pytest.raises(SystemExit):
         cli.parse_train(["--method", "lora", "--model", "m", "--data", str(cat), *flags])
     assert re.search(message, capsys.readouterr().err)
-
-
-CAPTIONED = """--mixed_precision=bf16 --dataloader_num_workers=2 --resolution=32 --center_crop --random_flip
---train_batch_size=1 --gradient_accumulation_steps=4 --max_train_steps=2 --learning_rate=1e-04
---max_grad_norm=1 --lr_scheduler=cosine --lr_warmup_steps=0 --push_to_hub --hub_model_id=x --report_to=wandb
---checkpointing_steps=500 --seed=1337"""
-
-
-def test_by_the_guide_s_command(model, cat, script, tmp_path):
-    """The captioned kind, published but for model, data, size, steps and a precision that the CPU has."""
-    for picture in cat.glob("*.png"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / picture.name).write_bytes(picture.read_bytes())
-        (tmp_path / "data" / picture.with_suffix(".txt").name).write_text(f"number {picture.stem}")
-    flags = [f"--pretrained_model_name_or_path={model}", f"--dataset_name={tmp_path / 'data'}"]
-    flags += [
-        *CAPTIONED.split(),
-        "--validation_prompt=A pokemon with blue eyes.",
-        "--num_validation_images=1",
-    ]
-    out = tmp_path / "out"
-    status, stdout, stderr = script("train.py", "--method", "lora", *flags, f"--output_dir={out}")
-    assert status == 0, stderr
-    assert "LoRA of rank 4 on 56 modules of the UNet" in stdout and "5 with a caption" in stdout
-    assert [json.loads(line)["step"] for line in (out / "log.jsonl").open()] == [1, 2]
-    assert len(load_file(out / "pytorch_lora_weights.safetensors")) == 2 * 56

@@ -184,6 +184,12 @@ class Tokenizer:
             units += [known] if known else [[i] for i in self._plain(piece)]
         return units
 
+    def one(self, word: str) -> int | None:
+        """The id of a word that is one token, or else the vocabulary's entry of that very name: "ktn", Custom
+        Diffusion's, is one that no text becomes. None if there is neither."""
+        ids = self.encode(word)
+        return ids[0] if len(ids) == 1 else self.bpe.get_vocab().get(word)
+
     def _plain(self, text: str) -> list[int]:
         return self.bpe(text, add_special_tokens=False)["input_ids"] if text.strip() else []
 
