@@ -184,6 +184,8 @@ class Data(Group):
     center_crop: bool = flag(False, "crop to the centred square first")
     skip_bad_images: bool = flag(False, "go on without pictures that cannot be decoded")
 
+    validation_split = 0.0  # where a method has no such flag
+
     def check(self):
         require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
 
@@ -196,8 +198,17 @@ class Dataset(Data):
     dataset_name: str | None = flag(None, "a dataset on the hub, or a folder or parquet file, by `datasets`")
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     max_train_samples: int | None = flag(None, "take only so many examples, drawn by --seed")
+    validation_split: float = flag(
+        0.0,
+        "hold out this share of them, or from 1 on so many, and log their loss when pictures would be drawn, "
+        "each with one noise and timestep for good",
+    )
 
     def check(self):
+        split = self.validation_split
+        require(
+            0 <= split < 1 or split == int(split) > 0, "--validation_split is a share below 1, or a number"
+        )
         require(bool(self.data) != bool(self.dataset_name), "give one of --data and --dataset_name")
         self.positive("max_train_samples")
 
@@ -288,9 +299,17 @@ class Validation(Group):
     validation_guidance_scale: float = flag(7.5, "how far these pictures follow the prompt")
     validation_scheduler: str = flag("ddim", "how their noise is removed, as --scheduler of sample.py")
     num_validation_images: int = flag(4, "pictures each time")
-    validation_steps: int = flag(100, "draw every so many updates")
-    validation_epochs: int | None = flag(None, "draw every so many epochs instead")
+    validation_steps: int | None = flag(
+        None, "draw every so many updates; 100, unless --validation_epochs is given"
+    )
+    validation_epochs: int | None = flag(None, "draw every so many epochs")
+
+    drawn_every = "validation_steps", 100  # if neither is given
 
     def check(self):
         self.positive("num_validation_images", "validation_steps", "validation_epochs")
         self.validation_scheduler = registry.find("schedulers", self.validation_scheduler)
+        given = [f"--{n}" for n in ("validation_steps", "validation_epochs") if getattr(self, n)]
+        require(len(given) < 2, f"{' and '.join(given)} exclude each other")
+        if not given:
+            setattr(self, *self.drawn_every)

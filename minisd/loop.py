@@ -179,6 +179,10 @@ def train(method, run: Run) -> int:
                 if device.type == "cpu" or step % 10 == 0 or due or step == total:
                     log.flush()
                 method.after_update(step)
+                if method.held_out and (step % every == 0 or step == total):
+                    log.flush()
+                    with method.averaged():
+                        run.log(step, validation_loss=method.held_out_loss())
                 if method.validates and step % every == 0 and step < total:
                     with method.averaged():
                         image = method.validation()

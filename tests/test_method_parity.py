@@ -119,6 +119,44 @@ def test_text_to_image(model, options, prediction_type, gamma):
     assert_gradients(trained, pipe.unet)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_dream(model, options, p):
+    """Also by the formula of arXiv 2312.00210 written out."""
+    from diffusers.training_utils import compute_dream_and_update_latents
+
+    flags = ["--dream_training", "--dream_detail_preservation", p, "--no-cache_latents"]
+    m, trained, batch = built("text_to_image", options("text_to_image", *flags))
+    loss = m.loss(batch)
+    loss.backward()
+    pipe = pipeline(model)
+    captured = {}
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda x, t, c: captured.update(x=x, t=t, c=c) or forward(x, t, c)
+    pred, target, timesteps, scheduler = predict(pipe, m, batch)
+    pipe.unet.forward = forward
+    noisy, context = captured["x"], captured["c"]
+    new, aim = compute_dream_and_update_latents(
+        pipe.unet, scheduler, timesteps, target.clone(), noisy, target, context, p
+    )
+    sigma = (1 - scheduler.alphas_cumprod[timesteps]).sqrt().view(-1, 1, 1, 1)
+    error = sigma**p * (target - pred.detach())
+    assert torch.allclose(new, noisy + sigma * error, atol=1e-5) and torch.allclose(
+        aim, target + error, atol=1e-5
+    )
+    expected = F.mse_loss(pipe.unet(new, timesteps, context).sample, aim)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_gradients(trained, pipe.unet)
+    plain = built("text_to_image", options("text_to_image", "--no-cache_latents"))[0].loss(batch)
+    assert abs(plain.item() - loss.item()) > 1e-3 * loss.item()
+
+
+def test_dream_is_for_noise(options):
+    flags = ["--dream_training", "--prediction_type", "v_prediction"]
+    with pytest.raises(ValueError, match="--dream_training: this model predicts v_prediction"):
+        built("text_to_image", options("text_to_image", *flags))
+
+
 @pytest.mark.parametrize("weight", [None, 0.3])
 def test_dreambooth(model, options, classes, weight):
     flags = ["--instance_prompt", "a sks cat", "--train_text_encoder"]

@@ -189,6 +189,39 @@ def test_checkpoints_rotate_and_a_full_disk_loses_nothing(method, options, monke
     assert run(method, replace(o, resume_from_checkpoint="latest")) == 0
 
 
+SPLITS = [m for m in METHODS if "validation_split" in {f.name for f in fields(cli.options_of(m))}]
+
+
+@pytest.mark.parametrize("method", SPLITS)
+def test_held_out_loss(method, options):
+    """Of examples that are not trained on: the same number twice, in the log when due, and after a resume."""
+    pictures = {"validation_steps": 2, "validation_epochs": None, "save_images_epochs": 1}
+    o = options(method, validation_split=2.0, checkpointing_steps=3, train_batch_size=1, **pictures)
+    m, trained, _ = built(method, o, 1)
+    held, shown = ({r.name for r in getattr(part, "parts", [part])[0].source.records}
+                   for part in (m.held_out, m.data))  # fmt: skip
+    assert len(held) == 2 and not held & shown
+    first = m.held_out_loss()
+    assert m.held_out_loss() == first
+    with torch.no_grad():
+        torch._foreach_add_(list(trained.values()), 0.1)
+    assert m.held_out_loss() != first
+    assert run(method, o) == 0
+    log = (o.output_dir / "log.jsonl").read_text()
+    values = [json.loads(line) for line in log.splitlines()]
+    assert [v["step"] for v in values if "validation_loss" in v] in ([2, 4], [3, 4])  # 3: an epoch's end
+    assert run(method, replace(o, resume_from_checkpoint=str(o.output_dir / "checkpoint-3"))) == 0
+    assert (o.output_dir / "log.jsonl").read_text() == log
+
+
+def test_steps_count_where_epochs_are_the_default(cat):
+    argv = ["--method", "lora", "--model", "m", "--data", str(cat)]
+    o = cli.parse_train([*argv, "--validation_steps", "7"])[1]
+    assert (o.validation_steps, o.validation_epochs) == (7, None)
+    with pytest.raises(SystemExit):
+        cli.parse_train([*argv, "--validation_steps", "7", "--validation_epochs", "1"])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loss_that_is_not_a_number_stops(method, options):
     o = options(method, checkpointing_steps=1)

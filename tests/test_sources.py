@@ -178,8 +178,9 @@ def test_a_sample_is_drawn_by_the_seed(tmp_path):
     train, held = read(tmp_path).split(0.25, seed=0)
     assert len(train) == 9 and len(held) == 3
     assert {r.name for r in train.records} & {r.name for r in held.records} == set()
-    with pytest.raises(ValueError, match="--validation_split"):
-        read(tmp_path).split(1.0, seed=0)
+    assert [len(part) for part in read(tmp_path).split(5, seed=0)] == [7, 5]
+    with pytest.raises(ValueError, match="--validation_split 12 leaves none of 12"):
+        read(tmp_path).split(12.0, seed=0)
 
 
 # What is wrong

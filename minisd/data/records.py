@@ -117,12 +117,12 @@ class Source:
         records = (replace(r, texts={column: prompt} | r.texts) for r in self.records)
         return replace(self, records=tuple(records))
 
-    def split(self, fraction: float, seed: int) -> tuple["Source", "Source"]:
-        """What to train on, and a held-out part of `fraction` of the records, at least one, drawn by the
-        seed. ValueError if nothing is left to train on."""
-        count = max(1, round(len(self) * fraction))
+    def split(self, share: float, seed: int) -> tuple["Source", "Source"]:
+        """What to train on, and a held-out part drawn by the seed: a `share` of the records below 1, at least
+        one, or so many of them. ValueError if nothing is left to train on."""
+        count = max(1, round(len(self) * share)) if share < 1 else int(share)
         if count >= len(self):
-            raise ValueError(f"--validation_split {fraction} leaves none of {len(self)} examples to train on")
+            raise ValueError(f"--validation_split {share:g} leaves none of {len(self)} examples to train on")
         held = set(drawn(len(self), count, seed, "held out"))
         parts = (
             [r for i, r in enumerate(self.records) if i not in held],

@@ -49,6 +49,7 @@ class Method:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.thawed: set[str] = set()  # the parts of the model that train as a whole
         self.lr_scale = 1.0  # what --scale_lr multiplies by besides the pictures of an update
+        self.held_out = None  # examples that are not trained on, if --validation_split asks for them
         self.updates_per_epoch = 0  # the loop says
         self.averaged = nullcontext  # inside, what trains has its average, if the loop keeps one
         self.contexts: dict[str, Tensor] = {}  # of prompts, where the text encoder is frozen
@@ -63,7 +64,11 @@ class Method:
         """What is trained on: see minisd/data/datasets.py."""
         from minisd.data import sources
 
-        self.data = self.examples(sources.from_options(self.options))
+        o, source = self.options, sources.from_options(self.options)
+        if o.validation_split:
+            source, held = source.split(o.validation_split, o.seed)
+            self.held_out = self.examples(held)
+        self.data = self.examples(source)
         return self.data
 
     # The seams
@@ -86,6 +91,10 @@ class Method:
         """The prediction (b, c, h, w) for noisy latents; runs under autocast."""
         return self.sd.unet(noisy, timesteps, **self.condition(batch))
 
+    def rectify(self, noisy: Tensor, target: Tensor, timesteps: Tensor, batch: dict):
+        """The noisy latents and the target (b, c, h, w), before the prediction."""
+        return noisy, target
+
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
         """How far off each sample's prediction is, (b,)."""
         from minisd import losses
@@ -106,7 +115,8 @@ class Method:
 
     def describe(self) -> str:
         """What is about to be trained on."""
-        return self.data.summary()
+        held = f"\n  held out: {len(self.held_out)}" if self.held_out else ""
+        return self.data.summary() + held
 
     # What the seams are called by
 
@@ -166,13 +176,13 @@ class Method:
         from minisd.adapters import token_embedding
 
         sd = self.sd
-        ids = sd.tokenizer.encode(word)
-        if len(ids) != 1:
-            raise ValueError(
-                f"--initializer_token {word!r} is {len(ids)} tokens of this model; give a word of one"
-            )
+        start = sd.tokenizer.one(word)
+        if start is None:
+            several = f"{len(sd.tokenizer.encode(word))} tokens of this model"
+            raise ValueError(f"--initializer_token {word!r} is {several}; give a word of one")
         sd.text_encoder.float()  # the vectors' gradient passes through it, and it is a seventh of the UNet
-        rows = sd.text_encoder.text_model.embeddings.token_embedding.weight[ids].repeat(count, 1)  # (n, d)
+        table = sd.text_encoder.text_model.embeddings.token_embedding.weight
+        rows = table[start].repeat(count, 1)  # (n, d)
         try:
             return token_embedding.add_token(sd.tokenizer, sd.text_encoder, token, rows)
         except ValueError as e:
@@ -212,6 +222,8 @@ class Method:
 
         from minisd.noise import generator
 
+        if "timestep" in batch:  # a held-out example has its own
+            return torch.tensor(batch["timestep"])
         total = self.sd.schedule.num_train_timesteps
         streams = [generator(self.options.seed, "timesteps", n) for n in batch["number"]]
         return torch.stack([torch.randint(total, (), generator=g) for g in streams])
@@ -246,13 +258,29 @@ class Method:
             perturbed = noise + self.options.input_perturbation * perturbation
         timesteps = self.timesteps(batch)
         noisy = schedule.add_noise(latents, perturbed, timesteps)
+        noisy, target = self.rectify(noisy, schedule.target(latents, noise, timesteps), timesteps, batch)
         with self.autocast():
             pred = self.predict(noisy.to(self.dtype), timesteps.to(self.device), batch)
-        errors = self.errors(pred, schedule.target(latents, noise, timesteps), batch)  # (b,)
+        errors = self.errors(pred, target, batch)  # (b,)
         weights = batch["weight"]
         if self.options.snr_gamma is not None:
             weights = weights * losses.min_snr_weights(schedule, timesteps, self.options.snr_gamma)
         return (errors * weights.to(self.device)).mean()
+
+    def held_out_loss(self) -> float:
+        """The mean loss of the held-out examples. Number k of n is at the timestep (k + 1/2) / n of the
+        schedule; its noise, crop and caption are those of its number."""
+        import torch
+
+        from minisd.data.batches import Stream, collate
+
+        stream, count, losses = Stream(self.held_out, self.options.seed), len(self.held_out), []
+        total = self.sd.schedule.num_train_timesteps
+        for k in range(count):  # one by one: they may be of different shapes
+            own = {"number": f"held out {k}", "timestep": total * (2 * k + 1) // (2 * count)}
+            with torch.no_grad():
+                losses.append(self.loss(collate([[sample | own for sample in stream[k]]])))
+        return torch.stack(losses).mean().item()
 
     # Pictures
 

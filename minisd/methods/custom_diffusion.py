@@ -41,9 +41,13 @@ class Options(Prior, Training):
     dataloader_num_workers: int = flag(2)
     num_train_epochs: int = flag(1)
     checkpointing_steps: int = flag(250)
-    validation_steps: int = flag(50)
+    validation_steps: int | None = flag(
+        None, "draw every so many updates; 50, unless --validation_epochs is given"
+    )
     num_validation_images: int = flag(2)
     output_dir: Path = flag(Path("custom-diffusion-model"))
+
+    drawn_every = "validation_steps", 50
 
     def check(self):
         one = self.data is not None and self.instance_prompt is not None

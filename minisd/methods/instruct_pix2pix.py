@@ -27,11 +27,15 @@ class Options(Dataset, Average, Training):
     val_image_url: str | None = flag(None, "picture to edit by --validation_prompt: an address or a path")
     revision: str | None = flag(None, "branch, tag or commit of a hub id", also=("non_ema_revision",))
     validation_guidance_scale: float = flag(7.0)
-    validation_epochs: int | None = flag(1)
+    validation_epochs: int | None = flag(
+        None, "draw every so many epochs; 1, unless --validation_steps is given"
+    )
     resolution: int = flag(256)
     train_batch_size: int = flag(16)
     learning_rate: float = flag(1e-4)
     output_dir: Path = flag(Path("instruct-pix2pix-model"))
+
+    drawn_every = "validation_epochs", 1
 
     def check(self):
         p = self.conditioning_dropout_prob

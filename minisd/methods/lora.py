@@ -15,7 +15,6 @@ BY_KIND = {
     "learning_rate": (1e-4, 5e-4),
     "train_batch_size": (16, 4),
     "num_train_epochs": (100, 1),
-    "validation_epochs": (1, 50),
     "output_dir": (Path("sd-model-finetuned-lora"), Path("lora-dreambooth-model")),
 }
 
@@ -40,7 +39,9 @@ class Options(Captions, Prior, DeepFloyd, Training):
     num_train_epochs: int | None = flag(
         None, "passes over the data, if --max_train_steps is not given; 100 or 1"
     )
-    validation_epochs: int | None = flag(None, "draw every so many epochs; 1, as DreamBooth 50")
+    validation_epochs: int | None = flag(
+        None, "draw every so many epochs; 1, as DreamBooth 50, unless --validation_steps is given"
+    )
     output_dir: Path | None = flag(None, "sd-model-finetuned-lora, as DreamBooth lora-dreambooth-model")
 
     def check(self):
@@ -48,6 +49,7 @@ class Options(Captions, Prior, DeepFloyd, Training):
         for name, defaults in BY_KIND.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[dreambooth])
+        self.drawn_every = "validation_epochs", 50 if dreambooth else 1
         require(dreambooth or not self.with_prior_preservation,
                 "--with_prior_preservation needs --instance_prompt")  # fmt: skip
         require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of pictures")
