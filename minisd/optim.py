@@ -30,7 +30,9 @@ class AdamW:
             slots = [self.state[p] for p in moved]
             steps, means, squares = ([s[k] for s in slots] for k in ("step", "exp_avg", "exp_avg_sq"))
             torch._foreach_add_(steps, 1)
-            gradients = [p.grad for p in moved]
+            # The kernel goes through memory: values of one place have to be of one element.
+            gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+                         for p, g in ((p, p.grad) for p in moved)]  # fmt: skip
             further = self.settings | {"lr": group["lr"], "amsgrad": False, "maximize": False}
             torch._fused_adamw_(moved, gradients, means, squares, [], steps, **further)
 

@@ -41,10 +41,9 @@ class Method(Method):
     def insert(self, sd):
         if revision := self.options.non_ema_revision:
             sd.unet.load_state_dict(self.load(revision=revision).unet.state_dict())
-        if self.options.dream_training and sd.schedule.prediction_type != "epsilon":
-            raise ValueError(
-                f"--dream_training: this model predicts {sd.schedule.prediction_type}, not noise"
-            )
+        kind = sd.schedule.prediction_type
+        if self.options.dream_training and kind != "epsilon":
+            raise ValueError(f"--dream_training: this model predicts {kind}, not noise")
         trained = super().insert(sd)
         if self.options.train_text_encoder:
             trained |= self.thaw("text_encoder", sd.text_encoder)
