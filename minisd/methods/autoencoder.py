@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
     from torch import Tensor
-
-# Flags of Optimizer that are of diffusion.
-REFUSED = ("snr_gamma", "noise_offset", "input_perturbation", "prediction_type", "rescale_betas_zero_snr")
 
 
 @dataclass(kw_only=True)
@@ -38,7 +37,8 @@ class Options(Dataset, Average, Optimizer, Precision, Model, Run):
     output_dir: Path = flag(Path("sd-model-autoencoder"))
 
     def check(self):
-        for name in REFUSED:
+        diffusion = "snr_gamma noise_offset input_perturbation prediction_type rescale_betas_zero_snr"
+        for name in diffusion.split():
             require(not getattr(self, name), f"--{name} is of diffusion: an autoencoder has none")
         for name in ("kl_weight", "gradient_weight", "l2_weight"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
@@ -77,19 +77,16 @@ class Method(Method):
         o, vae = self.options, self.sd.vae
         pixels = batch["pixels"].to(self.device)
 
-        def run(function, x):
-            return checkpoint(function, x, use_reentrant=False) if o.gradient_checkpointing else function(x)
-
+        run = partial(checkpoint, use_reentrant=False) if o.gradient_checkpointing else lambda f, x: f(x)
         with self.autocast():
             mean, std = (t.float() for t in run(vae.encode, pixels))
             latents = mean + std * self.draw("posterior", batch, mean.shape[1:])
             error = run(vae.decode, latents).float() - pixels  # (b, 3, h, w)
-        mean, std = mean / vae.config.scaling_factor, std / vae.config.scaling_factor
+        mean, std = (t / vae.config.scaling_factor for t in (mean, std))
         kl = 0.5 * (mean.square() + std.square() - 1) - std.log()
-        terms = error.abs() + o.l2_weight * error.square()
-        steps = sum(error.diff(dim=d).abs().flatten(1).mean(1) for d in (-2, -1))
-        each = terms.flatten(1).mean(1) + o.gradient_weight * steps + o.kl_weight * kl.flatten(1).mean(1)
-        return each.mean()
+        steps = sum(error.diff(dim=d).abs().mean() for d in (-2, -1))
+        off = error.abs().mean() + o.l2_weight * error.square().mean()
+        return off + o.gradient_weight * steps + o.kl_weight * kl.mean()
 
     def some(self, count: int) -> Tensor:
         """Pictures from all over the data (n, 3, h, w)."""
@@ -97,28 +94,23 @@ class Method(Method):
 
         from minisd.noise import generator
 
-        count = min(count, len(self.data))
-        places = [i * len(self.data) // count for i in range(count)]
+        places = range(0, len(self.data), max(1, len(self.data) // count))[:count]
         examples = [self.data.examples(i, generator(self.options.seed, "some", i))[0] for i in places]
         return torch.stack([self.data.pixels(e.view) for e in examples])
 
     def validation(self) -> Image.Image:
         """Pictures, and what they are after encoding and decoding."""
-        import math
-
         from minisd.data import images
 
         pixels = self.some(self.options.num_validation_images)
         decoded = self.sd.decode(self.sd.encode_images(pixels)[0]).cpu().clamp(-1, 1)
         noise = 10 * math.log10(4 / max((decoded - pixels).square().mean().item(), 1e-12))
-        rows = {"pictures": pixels, f"reconstructed, {noise:.1f} dB": decoded}
-        return images.labelled_rows([(k, [images.to_pil(p) for p in v]) for k, v in rows.items()])
+        rows = ("pictures", pixels), (f"reconstructed, {noise:.1f} dB", decoded)
+        return images.labelled_rows([(label, [images.to_pil(p) for p in row]) for label, row in rows])
 
     result = validation
 
     def save(self, folder: Path) -> None:
-        from dataclasses import replace
-
         vae = self.sd.vae
         if self.options.rescale_latents:
             parts = self.some(1024).split(32)
