@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from minisd import cli, registry
 from minisd.data import sources
 from minisd.stable_diffusion import StableDiffusion
-from minisd.tiny import data, init, metrics, pictures
+from minisd.tiny import bank, data, init, metrics, pictures
 from minisd.weights import configs
 
 NAMES = {
@@ -108,6 +108,21 @@ def test_the_folders_are_what_train_reads(built):
         assert source.columns == expected and not source.skipped
         assert {size for r in source.records for size in r.sizes.values()} == {(64, 64)}
     assert "MIT" in (built / "NOTICE.md").read_text()
+
+
+def test_the_bank_in_one_file_is_the_bank(built):
+    tiles = bank.read(built / "bank.webp", WORLD)
+    rows = [json.loads(line) for line in (built / "bank/metadata.jsonl").read_text().splitlines()]
+    assert len(tiles) == len(rows) == 15
+    for row in rows:
+        exact = pictures.on(Image.open(built / "bank" / row["file_name"]).convert("RGBA"))
+        tile = pictures.on(tiles[row["name"].replace(" ", "-"), row["style"]])
+        assert np.abs(np.asarray(exact, float) - np.asarray(tile, float)).mean() < 3
+
+
+def test_the_bank_in_the_box_is_whole():
+    assert set(bank.read()) == {(name, style) for name in bank.names() for style in bank.STYLES}
+    assert all(image.getchannel("A").getextrema()[1] > 200 for image in bank.read().values())
 
 
 def test_other_worlds(packages, built):

@@ -11,7 +11,8 @@
     OUT/held_out    what no training may see: concepts/NAME, each five pictures of one thing with {} for its
                     name; styles and hues, the pictures of held-out combinations; control and edits of the
                     held-out things
-    OUT/bank        every thing once in every style, with transparency: what metrics are measured against
+    OUT/bank        every thing once in every style, with transparency: what metrics are measured against;
+                    bank.webp has the same in one file, with lossy colours, for the judge
 
 Building it twice gives equal bytes: every choice is a function of the names alone. The things, and what is
 held out of them, stand in world.json. OUT/NOTICE.md says under which licences the pictures are.
@@ -30,6 +31,8 @@ from pathlib import Path
 from PIL import Image
 
 from minisd import cli
+from minisd.tiny import bank
+from minisd.tiny.bank import WORLD
 from minisd.tiny.pictures import (
     GROUNDS,
     HUES,
@@ -43,7 +46,6 @@ from minisd.tiny.pictures import (
     silhouette,
 )
 
-WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
 PACKAGES = {  # folder -> name and version for npm
     "fluent-emoji-3d": "@lobehub/fluent-emoji-3d@1.1.0",
     "fluent-emoji-flat": "@lobehub/fluent-emoji-flat@1.1.0",
@@ -256,6 +258,7 @@ def build(out: Path, packages: Path, world: str) -> str:
 
     parts = "train noto control edits bank held_out/styles held_out/hues held_out/control held_out/edits"
     folders = {part: Folder(out / part) for part in parts.split()}
+    tiles = {}
     for kind, names in kinds.items():
         for name in names:
             known, chance = name not in unseen, random.Random(f"{name} pairs")
@@ -263,6 +266,7 @@ def build(out: Path, packages: Path, world: str) -> str:
             said = kind if kind in WORLD["concepts"] else ""
             in_style = {s: emoji.draw(s, name) for s in (*STYLES, "noto") if name in emoji.files[s]}
             for style, image in in_style.items():
+                tiles[name, style] = image
                 seen = known and style != "noto" and (name, style) not in combinations
                 about = {"name": plain(name), "kind": kind, "style": style, "seen": seen}
                 folders["bank"].add({"": image}, text=captions(style, plain(name))[0], **about)
@@ -297,6 +301,7 @@ def build(out: Path, packages: Path, world: str) -> str:
                 concept.close()
     for folder in folders.values():
         folder.close()
+    bank.write(out / "bank.webp", tiles, WORLD)
     (out / "NOTICE.md").write_text(NOTICE + "".join(f"- {name}\n" for name in PACKAGES.values()))
     (out / "names.txt").write_text("\n".join(sorted(set(map(plain, emoji.names.values())))) + "\n")
     return ", ".join(f"{part}: {len(folder.rows)}" for part, folder in folders.items())

@@ -1,0 +1,282 @@
+"""Does a method learn what it should? Each is trained on what the tiny model has not seen, and measured.
+
+    python -m minisd.tiny.judge                          all methods, 20 minutes on two CPU cores
+    python -m minisd.tiny.judge lora controlnet          these
+    python -m minisd.tiny.judge lora -- --rank 2         with other flags for train.py
+
+Each measure is taken before training and after, from the same noise, and stands beside what chance reaches
+and what is needed. OUT/METHOD.png shows what was measured. The exit status is 1 if anything fell short.
+
+The training is train.py's, with the tiny model's defaults and the flags that stand here. --shuffle is a fault
+put in on purpose: every picture gets the caption or the condition of another.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minisd import cli, registry
+from minisd.data import images
+from minisd.guidance import Control
+from minisd.models.unet2d import UNet2DConfig
+from minisd.pixel_diffusion import PixelDiffusion
+from minisd.tiny import bank, measures
+from minisd.tiny.data import loose, plain
+from minisd.tiny.pictures import GROUNDS, HUES, SIDE, WHITE, on, recoloured, silhouette
+from minisd.tiny.trial import Measure, Thing, Trial, called
+from minisd.weights import configs
+
+# A pixel UNet for 32x32 pictures that learns in minutes.
+PIXELS = UNet2DConfig(
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=(16, 32, 64),
+    attention=(False, False, True),
+    head_dim=None,
+    layers_per_block=1,
+    norm_num_groups=8,
+    norm_eps=1e-5,
+    sample_size=32,
+)
+
+
+# ------------------------------ The methods
+
+
+def textual_inversion(t: Trial) -> None:
+    thing, base = Thing("cat", "green"), t.load()
+    out = t.train_model(data=t.concept(thing, "<cat>"), placeholder_token="<cat>", initializer_token="cat")
+    new = t.load()
+    new.attach(out)
+    t.learned(thing, base, "cat", new, "<cat>", need=5)
+
+
+def dreambooth(t: Trial) -> None:
+    thing, base, word = Thing("bat"), t.load(), "sks mouse"
+    prompt = called("3d", "mouse", "")
+    drawn = t.draw(base, [prompt] * 16, 100)
+    out = t.train_model(
+        data=t.concept(thing, word),
+        instance_prompt=called("3d", word, ""),
+        with_prior_preservation=True,
+        class_data_dir=t.write("class", [{"": image} for image in drawn]),
+        class_prompt=prompt,
+        num_class_images=len(drawn),
+    )
+    new = t.load(out)
+    t.learned(thing, base, "mouse", new, word, need=5)
+    t.prior(thing, "mouse", base, new)
+
+
+def custom_diffusion(t: Trial) -> None:
+    things = {"<camel>": Thing("camel", "green"), "<dog>": Thing("dog", "purple")}
+    base, concepts = t.load(), []
+    for word, thing in things.items():
+        prompt = called("3d", thing.name, "")
+        drawn = t.draw(base, [prompt] * 8, 100)
+        concepts.append({
+            "instance_prompt": called("3d", word, ""),
+            "instance_data_dir": str(t.concept(thing, word)),
+            "class_prompt": prompt,
+            "class_data_dir": str(t.write(f"class-{thing.name}", [{"": image} for image in drawn])),
+        })  # fmt: skip
+    listed = t.folder / "concepts.json"
+    listed.write_text(json.dumps(concepts))
+    out = t.train_model(
+        concepts_list=listed,
+        modifier_token="+".join(things),
+        initializer_token="+".join(thing.name for thing in things.values()),
+        with_prior_preservation=True,
+        num_class_images=8,
+        noaug=True,
+    )
+    new = t.load()
+    new.attach(out)
+    for word, thing in things.items():
+        t.learned(thing, base, thing.name, new, word, need=5, count=4)
+        t.prior(thing, thing.name, base, new)
+
+
+def lora(t: Trial) -> None:
+    names, base = t.known("lora"), t.load()
+    taught, asked = names[12:76], names[:12]
+    out = t.train_model(data=t.in_style(taught, "noto"))
+    prompts, styles = [called("noto", plain(n), "") for n in asked], t.styles(base)
+    base.attach(out)
+    drawn = {}
+    for scale in (0, 0.5, 1):
+        base.rescale(out, scale)
+        drawn[scale] = t.draw(base, prompts)
+        t.rows.append((f"scale {scale}: " + ", ".join(map(plain, asked[:8])), drawn[scale][:8]))
+    scores = [styles.score(d, "noto").mean().item() for d in drawn.values()]
+    shares = [styles.share(d, "noto") for d in drawn.values()]
+    t.measure("share that is noto", shares[0], 1 / 3, shares[2], 0.7, more=True)
+    rises = min(scores[1] - scores[0], scores[2] - scores[1])
+    t.measure("rise from scale 0 to 0.5 to 1, the smaller", 0, 0, rises, 0.1, more=True)
+    ranks = [t.rank_of(asked, d, "noto") for d in (drawn[0], drawn[1])]
+    t.measure("things that it was not taught: rank", ranks[0], len(bank.names()) / 2, ranks[1], 25)
+
+
+def text_to_image(t: Trial) -> None:
+    names, base = t.known("text to image"), t.load()
+    out = t.train_model(data=t.in_style(names[16:], "noto"))
+    new, styles = t.load(out), t.styles(base)
+    for label, asked in (("taught", names[16:32]), ("not taught", names[:16])):
+        prompts = [called("noto", plain(n), "") for n in asked]
+        before, after = (t.draw(sd, prompts) for sd in (base, new))
+        t.rows += [(f"{label}: the data's", [on(t.bank[n, "noto"]) for n in asked[:8]])]
+        t.rows += [("before", before[:8]), ("after", after[:8])]
+        shares = [styles.share(d, "noto") for d in (before, after)]
+        t.measure(f"{label}: share that is noto", shares[0], 1 / 3, shares[1], 0.7, more=True)
+        ranks = [t.rank_of(asked, d, "noto") for d in (before, after)]
+        t.measure(f"{label}: rank", ranks[0], len(bank.names()) / 2, ranks[1], 25)
+
+
+def controlnet(t: Trial) -> None:
+    names, chance, base = t.known("control"), random.Random("control"), t.load()
+
+    def pair(name: str) -> dict:
+        shape = loose(t.bank[name, "3d"], chance)
+        return {"": on(shape), "conditioning_image": silhouette(shape), "text": called("3d", plain(name), "")}
+
+    out = t.train_model(data=t.write("control", [pair(n) for n in names for _ in range(3)]))
+    # Things that stand out from white.
+    clear = [n for n in names if measures.overlap(*outlines(on(t.bank[n, "3d"]), t.bank[n, "3d"])) > 0.95]
+    asked = [pair(n) for n in clear[:16]]
+    prompts, hints = [p["text"] for p in asked], [p["conditioning_image"] for p in asked]
+    shapes = [images.to_tensor(h)[0] > 0 for h in hints]
+    control = registry.load("adapters", "control").load(out, device="cpu", dtype=torch.float32)
+    hint = torch.stack([images.to_tensor(h) for h in hints]) / 2 + 0.5
+    before = t.draw(base, prompts)
+    after = t.draw(base, prompts, controls=[Control(network=control, hint=hint)])
+    same, another = (
+        sum(measures.overlap(measures.outline(d), shapes[i - k]) for i, d in enumerate(after)) / len(after)
+        for k in (0, 1)
+    )
+    free = sum(measures.overlap(measures.outline(d), s) for d, s in zip(before, shapes, strict=True))
+    t.measure("overlap with the silhouette", free / len(before), another, same, 0.8, more=True)
+    t.rows += [("asked", hints[:8]), ("without control", before[:8]), ("drawn", after[:8])]
+
+
+def outlines(image: Image.Image, transparent: Image.Image):
+    return measures.outline(image), images.to_tensor(silhouette(transparent))[0] > 0
+
+
+def instruct_pix2pix(t: Trial) -> None:
+    names, chance = t.known("edits"), random.Random("edits")
+    asked, taught = names[:16], names[16:]
+    hues = ("green", "blue", "pink")
+
+    def pairs(name: str) -> list[dict]:
+        image, ground = t.bank[name, "3d"], chance.choice([WHITE, *GROUNDS.values()])
+        edits = {"make it flat": t.bank[name, "flat"]}
+        edits |= {f"make it {hue}": recoloured(image, HUES[hue]) for hue in hues}
+        return [
+            {"input_image": on(image, ground), "edited_image": on(after, ground), "edit_prompt": text}
+            for text, after in edits.items()
+        ]
+
+    out = t.train_model(data=t.write("edits", [p for n in taught for p in pairs(n)]))
+    new, rows = t.load(out), [p for n in asked for p in pairs(n)]
+    originals = torch.stack([images.to_tensor(row["input_image"]) for row in rows])
+    drawn = t.draw(new, [row["edit_prompt"] for row in rows], originals=originals)
+    inputs, wanted = ([row[k] for row in rows] for k in ("input_image", "edited_image"))
+    kinds = {"make it flat": slice(0, None, 4), "make it a hue": None}
+    for label, part in kinds.items():
+        chosen = [i for i in range(len(rows)) if (i % 4 == 0) == (part is not None)]
+        d, w, x = ([column[i] for i in chosen] for column in (drawn, wanted, inputs))
+        before, after = measures.distance(x, w).mean(), measures.distance(d, w).mean()
+        other = measures.distance(d, w[1:] + w[:1]).mean()
+        t.measure(f"{label}: distance from the true edit", before, other, after, 0.75 * before)
+    t.rows += [
+        ("input", inputs[:12]),
+        ("true edit: flat, " + ", ".join(hues), wanted[:12]),
+        ("drawn", drawn[:12]),
+    ]
+
+
+def unconditional(t: Trial) -> None:
+    side, count = PIXELS.sample_size, 64
+    things = [
+        on(t.bank[n, "3d"]).resize((side, side), Image.Resampling.BOX) for n in t.known("unconditional")
+    ]
+    configs.write(t.folder, "unet2d", PIXELS)
+    out = t.train(
+        data=t.write("pictures", [{"": image} for image in things]),
+        model_config_name_or_path=t.folder / "config.json",
+        resolution=side,
+        use_ema=True,
+        max_train_steps=400,
+        learning_rate=2e-3,
+        lr_warmup_steps=20,
+        train_batch_size=16,
+        eval_batch_size=1,
+        ddpm_num_inference_steps=1,
+        save_images_epochs=10000,
+        save_model_epochs=10000,
+    )
+    new = PixelDiffusion.load(out)
+    drawn = [
+        images.to_pil(p) for p in new.sample([torch.Generator().manual_seed(i) for i in range(count)], 50)
+    ]
+    noise = [images.to_pil(torch.randn(3, side, side, generator=torch.Generator().manual_seed(i)))
+             for i in range(count)]  # fmt: skip
+    mean = images.to_pil(torch.stack([images.to_tensor(image) for image in things]).mean(dim=0))
+    before, chance, after = (measures.frechet(d, things) for d in (noise, [mean] * count, drawn))
+    t.measure("Frechet distance (before: noise; chance: the mean)", before, chance, after, 0.5 * chance)
+    t.rows += [("data", things[:12]), ("drawn", drawn[:12]), ("drawn", drawn[12:24])]
+
+
+# ------------------------------ The table
+
+
+TRIALS = {f.__name__: f for f in (textual_inversion, dreambooth, custom_diffusion, lora, text_to_image,
+                                  controlnet, instruct_pix2pix, unconditional)}  # fmt: skip
+
+
+def judge(method: str, model: Path, out: Path, flags: list[str], shuffled: bool = False) -> list[Measure]:
+    """Train, measure, print the table's lines and leave OUT/METHOD.png."""
+    started = time.monotonic()
+    trial = Trial(method, model, out / method, flags, shuffled)
+    TRIALS[method](trial)
+    total = time.monotonic() - started
+    print(f"{method}: {total:.0f} s, of which {trial.training:.0f} s training")
+    for m in trial.measures:
+        need = f"{'>=' if m.more else '<='} {m.need:.3g}"
+        verdict = "pass" if m.passed else "FAIL"
+        print(
+            f"  {m.name:48} {m.before:8.3g} {m.chance:8.3g} {m.after:8.3g} {need:>9}  {verdict}", flush=True
+        )
+    images.save_png(images.labelled_rows(trial.rows, size=2 * SIDE), out / f"{method}.png")
+    return trial.measures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m minisd.tiny.judge", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(TRIALS))
+    parser.add_argument("--model", type=Path, default=cli.TINY, help="folder of the model; that in the box")
+    parser.add_argument(
+        "--out", type=Path, default=Path("judged"), help="folder for what is trained and drawn"
+    )
+    parser.add_argument("--shuffle", action="store_true", help="give every picture another's caption")
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    o = parser.parse_args(own)
+    if wrong := set(o.methods) - TRIALS.keys():
+        raise ValueError(f"no method {', '.join(wrong)}; there are {', '.join(TRIALS)}")
+    print(f"{'':50} {'before':>8} {'chance':>8} {'after':>8} {'needed':>9}")
+    results = [judge(m, o.model, o.out, flags, o.shuffle) for m in o.methods or TRIALS]
+    return int(not all(m.passed for measured in results for m in measured))
+
+
+if __name__ == "__main__":
+    cli.run("minisd.tiny.judge", main)

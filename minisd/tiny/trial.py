@@ -1,0 +1,190 @@
+"""One method's training by the judge, and what is measured of it."""
+
+import contextlib
+import json
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minisd import cli, loop, registry
+from minisd.data import images
+from minisd.generate import Settings, pictures
+from minisd.run import Run
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tiny import bank, measures
+from minisd.tiny.data import Folder, captions, plain
+from minisd.tiny.pictures import GROUNDS, HUES, SIDE, WHITE, on, recoloured
+
+GROUNDS_SHOWN = ("", "red", "yellow", "purple", "gray")
+# Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
+PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the table: up to `need` is right, or from `need` on where more is better."""
+
+    name: str
+    before: float
+    chance: float
+    after: float
+    need: float
+    more: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.after >= self.need if self.more else self.after <= self.need
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing of the bank, in a hue of its own if one is given."""
+
+    name: str
+    hue: str = ""
+
+    def recolour(self, image: Image.Image) -> Image.Image:
+        return recoloured(image, HUES[self.hue]) if self.hue else image
+
+
+class Trial:
+    """One method's training and what is measured of it; the functions below say what."""
+
+    def __init__(self, method: str, model: Path, folder: Path, flags: list[str], shuffled: bool):
+        self.method, self.path, self.folder, self.flags = method, model, folder, flags
+        self.shuffled = shuffled
+        self.bank = bank.read()
+        self.measures: list[Measure] = []
+        self.rows: list[tuple[str, list[Image.Image]]] = []
+        self.training = 0.0  # seconds
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    # What is done
+
+    def write(self, name: str, rows: list[dict]) -> Path:
+        """A folder for train.py: each row has pictures by column and texts."""
+        folder = Folder(self.folder / name)
+        for i, row in enumerate(rows):
+            drawn = {k: v for k, v in row.items() if isinstance(v, Image.Image)}
+            texts = {k: v for k, v in row.items() if k not in drawn}
+            if self.shuffled:  # what is to be drawn is another row's
+                target = "edited_image" if "edited_image" in drawn else ""
+                drawn[target] = rows[(i + len(rows) // 3) % len(rows)][target]
+            folder.add(drawn, **texts)
+        folder.close()
+        return folder.path
+
+    def train(self, **flags) -> Path:
+        """Run train.py's code; returns the folder of the result. What it prints goes to train.log."""
+        defaults = json.loads((cli.TINY / "defaults.json").read_text()).get(self.method, {})
+        out = self.folder / "result"
+        flags = defaults | {"output_dir": out, "report_to": "none", "checkpointing_steps": 0} | flags
+        argv = ["--method", self.method]
+        for name, value in flags.items():
+            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        _, options = cli.parse_train(argv + self.flags)
+        started = time.monotonic()
+        with (self.folder / "train.log").open("w") as log:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                training = registry.load("methods", self.method).Method(options)
+                status = loop.train(training, Run(self.method, options))
+        self.training += time.monotonic() - started
+        if status:
+            sys.exit(status)
+        return out
+
+    def train_model(self, **flags) -> Path:
+        """The same for a method that starts from the model."""
+        return self.train(model=self.path, num_validation_images=1, **flags)
+
+    def load(self, path: Path | None = None) -> StableDiffusion:
+        return StableDiffusion.load(path or self.path)
+
+    def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, **further) -> list[Image.Image]:
+        """A picture for each prompt, with the seeds from `seed` on."""
+        sample = json.loads((cli.TINY / "defaults.json").read_text())["sample"]
+        settings = Settings(width=SIDE, height=SIDE, **sample)
+        seeds = range(seed, seed + len(prompts))
+        return list(pictures(sd, prompts, seeds, settings, batch_size=8, **further))
+
+    def measure(self, name: str, before, chance, after, need, more: bool = False) -> None:
+        self.measures.append(Measure(name, *map(float, (before, chance, after, need)), more))
+
+    # Concepts
+
+    def shown(self, thing: Thing, style: str = "3d", ground: str = "") -> Image.Image:
+        return on(thing.recolour(self.bank[thing.name, style]), GROUNDS.get(ground, WHITE))
+
+    def concept(self, thing: Thing, word: str) -> Path:
+        """Five pictures of it on several grounds, with captions that call it `word`."""
+        rows = [{"": self.shown(thing, ground=g), "text": called("3d", word, g)} for g in GROUNDS_SHOWN]
+        self.rows.append((f"{word} is", [row[""] for row in rows]))
+        return self.write(thing.name, rows)
+
+    def learned(self, thing: Thing, old: StableDiffusion, old_word: str, new: StableDiffusion, word: str,
+                need: float, count: int = 4) -> None:  # fmt: skip
+        """Measure how near `word` is to the thing and `old_word` was, among all other things of its style and
+        the same in its hue."""
+        for place, (style, ground) in PLACES.items():
+            target = self.shown(thing, style, ground)
+            names = [n for n in bank.names() if n != thing.name]
+            others = [self.shown(Thing(n, h), style, ground) for n in names for h in {"", thing.hue}]
+            others += [self.shown(Thing(thing.name), style, ground)] if thing.hue else []
+            before, after = (
+                self.draw(sd, [called(style, w, ground)] * count) for sd, w in ((old, old_word), (new, word))
+            )
+            ranks = [measures.rank(drawn, target, others) for drawn in (before, after)]
+            self.measure(f"{word}, {place}: rank", ranks[0], len(others) / 2, ranks[1], need)
+            self.rows += [
+                (f"before: {called(style, old_word, ground)}", before),
+                (f"after: {called(style, word, ground)}", after),
+            ]
+
+    def prior(self, thing: Thing, word: str, old: StableDiffusion, new: StableDiffusion) -> None:
+        """Measure whether `word` still means what it meant, rather than the thing that was learned."""
+        prompts = [called("3d", word, "")] * 8
+        before, after = self.draw(old, prompts, 50), self.draw(new, prompts, 50)
+        kept = measures.distance(after, before) < measures.distance(after, [self.shown(thing)] * len(after))
+        self.measure(f"{word}: share kept", 1, 0.5, kept.float().mean(), 0.75, more=True)
+        self.rows += [(f"before: {prompts[0]}", before), (f"after: {prompts[0]}", after)]
+
+    # Styles
+
+    def known(self, seed: str) -> list[str]:
+        """The things that the model was trained on, shuffled."""
+        names = bank.WORLD["core"].split()
+        random.Random(seed).shuffle(names)
+        return names
+
+    def styles(self, sd: StableDiffusion) -> measures.Styles:
+        """A classifier, fitted on what the autoencoder makes of the bank."""
+        names, examples = self.known("styles")[:60], {}
+        for style in bank.STYLES:
+            pixels = torch.stack([images.to_tensor(on(self.bank[name, style])) for name in names])
+            mean, _ = sd.encode_images(pixels)
+            examples[style] = [images.to_pil(p) for p in sd.decode(mean)]
+        return measures.Styles(examples)
+
+    def in_style(self, names: list[str], style: str) -> Path:
+        rows = [{"": on(self.bank[n, style]), "text": called(style, plain(n), "")} for n in names]
+        self.rows.append((f"{style}, of {len(names)}", [row[""] for row in rows[:8]]))
+        return self.write(style, rows)
+
+    def rank_of(self, names: list[str], drawn: list[Image.Image], style: str) -> float:
+        """The median rank of the thing of each picture among all things of a style."""
+        ranks = []
+        for name, image in zip(names, drawn, strict=True):
+            others = [on(self.bank[n, style]) for n in bank.names() if n != name]
+            ranks.append(measures.rank([image], on(self.bank[name, style]), others))
+        return torch.tensor(ranks).quantile(0.5).item()
+
+
+def called(style: str, word: str, ground: str) -> str:
+    return captions(style, word, ground)[0]

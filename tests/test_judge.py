@@ -1,0 +1,110 @@
+"""The judge: what it measures by, that textual inversion passes, and that what learns nothing does not."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from minisd import cli
+from minisd.data import images
+from minisd.tiny import bank, judge, measures, trial
+from minisd.tiny.pictures import GROUNDS, on, silhouette
+
+BANK = bank.read()
+NAMES = bank.names()
+
+
+def drawn(style: str, names=NAMES) -> list[Image.Image]:
+    return [on(BANK[name, style]) for name in names]
+
+
+def noise(count: int) -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(0)
+    return [images.to_pil(torch.randn(3, 64, 64, generator=generator)) for _ in range(count)]
+
+
+def test_rank_counts_what_is_nearer():
+    cat, others = on(BANK["cat", "3d"]), drawn("3d", [name for name in NAMES if name != "cat"])
+    assert measures.rank([cat], cat, others) == 0
+    assert measures.rank([on(BANK["cat", "flat"])], cat, others) <= 2
+    assert measures.rank(noise(5), cat, others) > 20
+    assert measures.rank(others[:3], others[1], [others[0], others[2]]) == 1  # of ranks 1 or 2, 0, 1 or 2
+
+
+def test_outlines_are_silhouettes_on_any_ground():
+    for ground in (*GROUNDS.values(), (255, 255, 255)):
+        for name in ("camel", "police-car"):
+            own, other = (images.to_tensor(silhouette(BANK[n, "3d"]))[0] > 0 for n in (name, "t-shirt"))
+            seen = measures.outline(on(BANK[name, "3d"], ground))
+            assert measures.overlap(seen, own) > 0.85 > 0.7 > measures.overlap(seen, other)
+
+
+def test_frechet_distance_is_of_sets():
+    threes, flats = drawn("3d"), drawn("flat")
+    assert measures.frechet(threes, threes) == pytest.approx(0, abs=1e-6)
+    assert measures.frechet(threes[::2], threes[1::2]) < 2 < 10 < measures.frechet(threes, noise(100))
+    assert measures.frechet(threes, flats) == pytest.approx(measures.frechet(flats, threes), rel=1e-6)
+    # Of Gaussians around different means with one covariance, it is the means' squared distance.
+    dark = [Image.eval(image, lambda v: v // 2) for image in threes]
+    darker = [Image.eval(image, lambda v: v // 2 + 51) for image in threes]
+    assert measures.frechet(dark, darker) == pytest.approx(192 * 0.2**2, rel=1e-3)
+
+
+def test_styles_are_told_apart():
+    styles = measures.Styles({style: drawn(style, NAMES[::2]) for style in bank.STYLES})
+    for style in bank.STYLES:
+        assert styles.share(drawn(style, NAMES[1::2]), style) > 0.85
+        other = drawn("3d" if style != "3d" else "flat", NAMES[1::2])
+        assert styles.score(drawn(style), style).mean() > 0.6 > 0.3 > styles.score(other, style).mean()
+
+
+def test_shuffled_rows_have_another_s_picture(tmp_path):
+    rows = [{"": Image.new("RGB", (8, 8), (i, 0, 0)), "text": str(i)} for i in range(6)]
+    for shuffled in (False, True):
+        t = trial.Trial("lora", cli.TINY, tmp_path / str(shuffled), [], shuffled)
+        folder = t.write("rows", rows)
+        shown = [images.open_image(folder / f"{i:05}.png").getpixel((0, 0))[0] for i in range(6)]
+        assert shown == ([2, 3, 4, 5, 0, 1] if shuffled else list(range(6)))
+
+
+def test_textual_inversion_learns_its_concept(tmp_path):
+    measured = judge.judge("textual_inversion", cli.TINY, tmp_path, [])
+    assert len(measured) == 3 and all(m.passed for m in measured), measured
+    assert Image.open(tmp_path / "textual_inversion.png").height > 7 * 128
+
+
+def test_what_does_not_learn_does_not_pass(tmp_path, monkeypatch, capsys):
+    """By the command, whose status says so."""
+    monkeypatch.setattr(trial, "PLACES", {"own ground": trial.PLACES["own ground"]})
+    flags = ["--learning_rate", "1e-12", "--max_train_steps", "5", "--lr_warmup_steps", "0"]
+    monkeypatch.setattr(sys, "argv", ["judge", "textual_inversion", "--out", str(tmp_path), "--", *flags])
+    assert judge.main() == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_an_unknown_method_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["judge", "lore"])
+    with pytest.raises(ValueError, match="no method lore; there are textual_inversion, "):
+        judge.main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in judge.TRIALS if m != "textual_inversion"])
+class TestEveryMethod:
+    def test_passes(self, method, tmp_path):
+        measured = judge.judge(method, cli.TINY, tmp_path, [])
+        assert measured and all(m.passed for m in measured), measured
+
+    def test_fails_without_a_learning_rate(self, method, tmp_path):
+        measured = judge.judge(
+            method, cli.TINY, tmp_path, ["--learning_rate", "1e-12", "--max_train_steps", "5"]
+        )
+        assert not all(m.passed for m in measured), measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["text_to_image", "controlnet", "instruct_pix2pix"])
+def test_fails_on_another_s_captions(method, tmp_path):
+    measured = judge.judge(method, cli.TINY, tmp_path, [], shuffled=True)
+    assert not all(m.passed for m in measured), measured
