@@ -212,6 +212,8 @@ class StableDiffusion:
             raise ValueError(f"cannot write {path}: a model is a {files.SAFETENSORS} file, or a folder")
         if self.source and path.resolve() == self.source.resolve():
             raise ValueError(f"cannot write {path}: it is the model itself")
+        if any(path.resolve() in attached.files for attached in self.attached.values()):
+            raise ValueError(f"cannot write {path}: it is one of the adapters")
         if single and self.tokenizer.placeholders:
             tokens = ", ".join(self.tokenizer.placeholders)
             raise ValueError(f"cannot write {path}: a single file has no place for {tokens}; a folder has")

@@ -407,6 +407,8 @@ def test_export_has_the_tokens(model, tmp_path):
     sd.export(tmp_path / "out")
     prompt = "a photo of <zw> <zw>_1 here"
     assert draw(StableDiffusion.load(tmp_path / "out"), prompt) == draw(sd, "a photo of <zw> here")
+    with pytest.raises(ValueError, match="word.safetensors: it is one of the adapters"):
+        sd.export(tmp_path / "word.safetensors")
     with pytest.raises(
         ValueError, match="out.safetensors: a single file has no place for <zw>; a folder has"
     ):
