@@ -57,6 +57,8 @@ def test_the_compiler_is_not_imported():
     code = """
 import sys, torch
 from minisd import optim
+from minisd.adapters.token_embedding import TokenEmbedding
+TokenEmbedding.of(torch.nn.Embedding(5, 3), torch.zeros(1, 3))
 p = torch.nn.Parameter(torch.ones(3))
 o = optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
 p.sum().backward(); optim.clip([p], 1.0); o.step(); o.zero_grad()

@@ -28,7 +28,7 @@ class TokenEmbedding(nn.Embedding):
 
     @classmethod
     def of(cls, table: nn.Embedding, extra: Tensor) -> "TokenEmbedding":
-        self = cls(*table.weight.shape, device="meta")
+        self = cls(*table.weight.shape, _weight=table.weight)  # drawing one would be for nothing
         self.weight = table.weight
         self.extra = nn.Parameter(extra)
         return self
