@@ -235,3 +235,32 @@ def test_every_default_is_a_flag():
     for method, values in defaults.items():
         assert values.keys() <= flags[method], method
         cli.options_of(method)(**{k: v for k, v in needs.items() if k in flags[method]}, **values)
+
+
+def test_a_model_that_draws_the_truth_is_told_from_one_that_does_not_listen(built, monkeypatch):
+    bank = metrics.Bank.load(built)
+    monkeypatch.setattr(metrics, "WORLD", WORLD)
+
+    def truth(sd, prompts, seed):
+        drawn = []
+        for prompt in prompts:
+            style = prompt.split()[0]
+            row = next(r for r in bank.rows if r["style"] == style and data.uncoloured(r["name"]) in prompt)
+            picture = bank.pictures[bank.find(row["name"], style)]
+            words = prompt.split(" on ")[0].split()
+            hue = next((w for w in words if w in pictures.HUES and w not in row["name"]), None)
+            picture = pictures.recoloured(picture, pictures.HUES[hue]) if hue else picture
+            ground = next((g for g in pictures.GROUNDS if f"{g} background" in prompt), None)
+            drawn.append(pictures.on(picture, pictures.GROUNDS.get(ground, pictures.WHITE)))
+        return drawn
+
+    monkeypatch.setattr(metrics, "draw", truth)
+    figures, rows = metrics.evaluate(None, bank, [])
+    assert all(figures["seen"][k] == 1 for k in ("top1", "top5", "style"))
+    assert figures["right hue, held out"] == figures["right ground (chance is 1 in 9)"] == 1
+    assert all(0 < len(row) <= 8 for _, row in rows)
+    same = truth(None, ["3d emoji of a camel"], 0)
+    monkeypatch.setattr(metrics, "draw", lambda sd, prompts, seed: same * len(prompts))
+    figures, _ = metrics.evaluate(None, bank, [])
+    assert figures["seen"]["top1"] < 0.3 and figures["right hue, held out"] < 1
+    assert figures["right ground (chance is 1 in 9)"] == 0

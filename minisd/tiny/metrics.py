@@ -22,8 +22,8 @@ from minisd import cli
 from minisd.data import images
 from minisd.generate import Settings, pictures
 from minisd.stable_diffusion import StableDiffusion
-from minisd.tiny.data import STYLES, captions
-from minisd.tiny.pictures import GROUNDS, WHITE, on
+from minisd.tiny.data import STYLES, WORLD, captions, plain, uncoloured
+from minisd.tiny.pictures import GROUNDS, HUES, WHITE, on, recoloured
 
 HERE = Path(__file__).parent
 SETTINGS = Settings(width=64, height=64, steps=20, guidance_scale=3.0)
@@ -116,13 +116,27 @@ def _other(style: str) -> str:
     return STYLES[1 - STYLES.index(style)]
 
 
+def hues(sd: StableDiffusion, bank: Bank, seed: int) -> tuple[float, list[Image.Image]]:
+    """Things in hues that were held out for them, in 3d: the share of pictures that are nearer to the thing
+    in that hue than to the thing as it is. A model that does not hear the hue has 0."""
+    known = {row["name"] for row in bank.rows if row["seen"]}
+    pairs = [(name, hue) for name, hue in WORLD["held_out"]["hue"] if plain(name) in known]
+    drawn = draw(sd, [captions("3d", f"{hue} {uncoloured(name)}")[0] for name, hue in pairs], seed)
+    own = [bank.pictures[bank.find(plain(name), "3d")] for name, _ in pairs]
+    other = [recoloured(picture, HUES[hue]) for picture, (_, hue) in zip(own, pairs, strict=True)]
+    to_own, to_other = (
+        (features(drawn) - features([on(picture) for picture in truth])).norm(dim=1) for truth in (own, other)
+    )
+    return (to_other < to_own).float().mean().item(), drawn
+
+
 def evaluate(sd: StableDiffusion, bank: Bank, kinds: list[str], count: int = 32, seed: int = 11):
     """Figures by name, and rows of pictures to look at: of things that were trained, of combinations of thing
-    and style that were held out, and of grounds."""
+    and style and of thing and hue that were held out, and of grounds."""
     size = sum(row["style"] == STYLES[0] for row in bank.rows)
     figures, rows = {"things of a style (chance is 1 in as many)": size}, []
     wanted = [
-        i for i, r in enumerate(bank.rows) if r["style"] in STYLES and (not kinds or r["kind"] in kinds)
+        i for i, r in enumerate(bank.rows) if r["style"] in STYLES and r["kind"] in (kinds or r["kind"])
     ]
     names = {r["name"] for r in bank.rows if r["seen"]}
     pools = {
@@ -136,16 +150,20 @@ def evaluate(sd: StableDiffusion, bank: Bank, kinds: list[str], count: int = 32,
         figures[label], drawn = recall(sd, bank, numbers, seed)
         for start in range(0, min(16, len(numbers)), 8):
             part = numbers[start : start + 8]
-            rows.append((f"{label}: the data's", [on(bank.pictures[n]) for n in part]))
-            rows.append(("; ".join(bank.rows[n]["text"] for n in part), drawn[start : start + 8]))
+            said = ", ".join(f"{bank.rows[n]['style']} {bank.rows[n]['name']}" for n in part)
+            rows.append((f"the data's, {label}", [on(bank.pictures[n]) for n in part]))
+            rows.append((said, drawn[start : start + 8]))
+    figures["right hue, held out"], drawn = hues(sd, bank, seed)
+    rows.append(("3d, in hues that were held out for them", drawn[:8]))
     chance = random.Random(5)
     grounds = [list(GROUNDS)[i % len(GROUNDS)] for i in range(16)]
     things = [bank.rows[chance.choice(pools["seen"])] for _ in grounds]
     prompts = [captions(t["style"], t["name"], g)[0] for t, g in zip(things, grounds, strict=True)]
     drawn = draw(sd, prompts, seed)
     right = sum(ground_name(image) == ground for image, ground in zip(drawn, grounds, strict=True))
-    figures["right ground (chance 1 in 9)"] = right / len(grounds)
-    rows.append(("; ".join(prompts[:8]), drawn[:8]))
+    figures["right ground (chance is 1 in 9)"] = right / len(grounds)
+    said = ", ".join(f"{t['style']} {t['name']} on {g}" for t, g in zip(things[:8], grounds[:8], strict=True))
+    rows.append((said, drawn[:8]))
     return figures, rows
 
 
