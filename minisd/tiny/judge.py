@@ -185,8 +185,8 @@ def instruct_pix2pix(t: Trial) -> None:
     rows = [p for n in names[:12] for p in pairs(n)]
     inputs, wanted = ([row[k] for row in rows] for k in ("input_image", "edited_image"))
     originals = torch.stack([images.to_tensor(image) for image in inputs])
-    # Without guidance: the field's is for edits that are seen less clearly.
-    drawn = t.draw(t.load(out), [r["edit_prompt"] for r in rows], originals=originals, guidance_scale=1.0)
+    asked, plainly = [row["edit_prompt"] for row in rows], {"guidance_scale": 1.0}
+    drawn = t.draw(t.load(out), asked, sampling=plainly, originals=originals)
     before, after = (measures.distance(d, wanted).mean() for d in (inputs, drawn))
     other = measures.distance(drawn, wanted[count:] + wanted[:count]).mean()  # the same edit of another thing
     t.measure("distance from the true edit", before, other, after, 0.75 * before)
@@ -194,8 +194,8 @@ def instruct_pix2pix(t: Trial) -> None:
                         for k in range(count)])  # fmt: skip
     right = (near.argmin(dim=0) == torch.arange(len(rows)) % count).float().mean()
     t.measure("share nearest to the edit that was asked for", 1 / count, 1 / count, right, 0.6, more=True)
-    asked = "true edit: flat, " + ", ".join(hues)
-    t.rows += [("input", inputs[:12]), (asked, wanted[:12]), ("drawn", drawn[:12])]
+    edits = "true edit: flat, " + ", ".join(hues)
+    t.rows += [("input", inputs[:12]), (edits, wanted[:12]), ("drawn", drawn[:12])]
 
 
 def unconditional(t: Trial) -> None:

@@ -111,13 +111,10 @@ class Trial:
     def load(self, path: Path | None = None) -> StableDiffusion:
         return StableDiffusion.load(path or self.path)
 
-    def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, guidance_scale: float | None = None,
+    def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, sampling: dict | None = None,
              **further) -> list[Image.Image]:  # fmt: skip
-        """A picture for each prompt, with the seeds from `seed` on."""
-        sample = dict(DEFAULTS["sample"])
-        if guidance_scale is not None:
-            sample["guidance_scale"] = guidance_scale
-        settings = Settings(width=SIDE, height=SIDE, **sample)
+        """A picture for each prompt, with the seeds from `seed` on; `sampling` changes the defaults."""
+        settings = Settings(width=SIDE, height=SIDE, **DEFAULTS["sample"] | (sampling or {}))
         seeds = range(seed, seed + len(prompts))
         return list(pictures(sd, prompts, seeds, settings, batch_size=8, **further))
 
