@@ -22,6 +22,7 @@ from minisd.tiny.data import Folder, captions, plain
 from minisd.tiny.pictures import GROUNDS, HUES, SIDE, WHITE, on, recoloured
 
 GROUNDS_SHOWN = ("", "red", "yellow", "purple", "gray")
+DEFAULTS = json.loads((cli.TINY / "defaults.json").read_text())
 # Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
 
@@ -83,9 +84,12 @@ class Trial:
 
     def train(self, **flags) -> Path:
         """Run train.py's code; returns the folder of the result. What it prints goes to train.log."""
-        defaults = json.loads((cli.TINY / "defaults.json").read_text()).get(self.method, {})
         out = self.folder / "result"
-        flags = defaults | {"output_dir": out, "report_to": "none", "checkpointing_steps": 0} | flags
+        flags = (
+            DEFAULTS.get(self.method, {})
+            | {"output_dir": out, "report_to": "none", "checkpointing_steps": 0}
+            | flags
+        )
         argv = ["--method", self.method]
         for name, value in flags.items():
             argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -107,10 +111,10 @@ class Trial:
     def load(self, path: Path | None = None) -> StableDiffusion:
         return StableDiffusion.load(path or self.path)
 
-    def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, **further) -> list[Image.Image]:
-        """A picture for each prompt, with the seeds from `seed` on."""
-        sample = json.loads((cli.TINY / "defaults.json").read_text())["sample"]
-        settings = Settings(width=SIDE, height=SIDE, **sample)
+    def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, sampling: dict | None = None,
+             **further) -> list[Image.Image]:  # fmt: skip
+        """A picture for each prompt, with the seeds from `seed` on; `sampling` changes the defaults."""
+        settings = Settings(width=SIDE, height=SIDE, **DEFAULTS["sample"] | (sampling or {}))
         seeds = range(seed, seed + len(prompts))
         return list(pictures(sd, prompts, seeds, settings, batch_size=8, **further))
 
