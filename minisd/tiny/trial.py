@@ -168,10 +168,10 @@ class Trial:
         random.Random(seed).shuffle(names)
         return names
 
-    def styles(self, sd: StableDiffusion) -> measures.Styles:
+    def styles(self, sd: StableDiffusion, styles: tuple[str, ...]) -> measures.Styles:
         """A classifier, fitted on what the autoencoder makes of the bank."""
         names, examples = self.known("styles")[:60], {}
-        for style in bank.STYLES:
+        for style in styles:
             pixels = torch.stack([images.to_tensor(on(self.bank[name, style])) for name in names])
             mean, _ = sd.encode_images(pixels)
             examples[style] = [images.to_pil(p) for p in sd.decode(mean)]
