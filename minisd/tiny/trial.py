@@ -19,6 +19,7 @@ from minisd.run import Run
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tiny import bank, measures
 from minisd.tiny.data import Folder, captions, plain
+from minisd.tiny.metrics import features
 from minisd.tiny.pictures import GROUNDS, HUES, SIDE, WHITE, on, recoloured
 
 GROUNDS_SHOWN = ("", "red", "yellow", "purple", "gray")
@@ -167,10 +168,10 @@ class Trial:
         random.Random(seed).shuffle(names)
         return names
 
-    def styles(self, sd: StableDiffusion) -> measures.Styles:
+    def styles(self, sd: StableDiffusion, styles: tuple[str, ...]) -> measures.Styles:
         """A classifier, fitted on what the autoencoder makes of the bank."""
         names, examples = self.known("styles")[:60], {}
-        for style in bank.STYLES:
+        for style in styles:
             pixels = torch.stack([images.to_tensor(on(self.bank[name, style])) for name in names])
             mean, _ = sd.encode_images(pixels)
             examples[style] = [images.to_pil(p) for p in sd.decode(mean)]
@@ -182,12 +183,11 @@ class Trial:
         return self.write(style, rows)
 
     def rank_of(self, names: list[str], drawn: list[Image.Image], style: str) -> float:
-        """The median rank of the thing of each picture among all things of a style."""
-        ranks = []
-        for name, image in zip(names, drawn, strict=True):
-            others = [on(self.bank[n, style]) for n in bank.names() if n != name]
-            ranks.append(measures.rank([image], on(self.bank[name, style]), others))
-        return torch.tensor(ranks).quantile(0.5).item()
+        """How many things of a style are nearer to a picture than its own: the median over the pictures."""
+        things = bank.names()
+        near = torch.cdist(*(features(p) for p in (drawn, [on(self.bank[n, style]) for n in things])))
+        own = near.gather(1, torch.tensor([[things.index(name)] for name in names]))  # (n, 1)
+        return (near < own).sum(dim=1).float().quantile(0.5).item()
 
 
 def called(style: str, word: str, ground: str) -> str:
