@@ -32,6 +32,8 @@ from minisd.tiny.pictures import HUES, SIDE, on, recoloured, silhouette
 from minisd.tiny.trial import Measure, Thing, Trial, called
 from minisd.weights import configs
 
+TURQUOISE = 168  # degrees, as cat/ is
+
 # A pixel UNet for 32x32 pictures that learns in minutes.
 PIXELS = UNet2DConfig(
     in_channels=3,
@@ -50,11 +52,11 @@ PIXELS = UNet2DConfig(
 
 
 def textual_inversion(t: Trial) -> None:
-    thing, base = Thing("cat", "green"), t.load()
+    thing, base = Thing("cat", TURQUOISE), t.load()
     out = t.train_model(data=t.concept(thing, "<cat>"), placeholder_token="<cat>", initializer_token="cat")
     new = t.load()
     new.attach(out)
-    t.learned(thing, base, "cat", new, "<cat>", need=5)
+    t.learned(thing, base, "cat", new, "<cat>", need=2)
 
 
 def dreambooth(t: Trial) -> None:
@@ -75,7 +77,7 @@ def dreambooth(t: Trial) -> None:
 
 
 def custom_diffusion(t: Trial) -> None:
-    things = {"<camel>": Thing("camel", "green"), "<dog>": Thing("dog", "purple")}
+    things = {"<camel>": Thing("camel", HUES["green"]), "<dog>": Thing("dog", HUES["purple"])}
     base, concepts = t.load(), []
     for word, thing in things.items():
         prompt = called("3d", thing.name, "")

@@ -20,7 +20,7 @@ from minisd.stable_diffusion import StableDiffusion
 from minisd.tiny import bank, measures
 from minisd.tiny.data import Folder, captions, plain
 from minisd.tiny.metrics import features
-from minisd.tiny.pictures import GROUNDS, HUES, SIDE, WHITE, on, recoloured
+from minisd.tiny.pictures import GROUNDS, SIDE, WHITE, on, recoloured
 
 GROUNDS_SHOWN = ("", "red", "yellow", "purple", "gray")
 DEFAULTS = json.loads((cli.TINY / "defaults.json").read_text())
@@ -46,13 +46,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing of the bank, in a hue of its own if one is given."""
+    """A thing of the bank, in a hue (degrees) of its own if one is given."""
 
     name: str
-    hue: str = ""
+    hue: float | None = None
 
     def recolour(self, image: Image.Image) -> Image.Image:
-        return recoloured(image, HUES[self.hue]) if self.hue else image
+        return image if self.hue is None else recoloured(image, self.hue)
 
 
 class Trial:
@@ -140,8 +140,8 @@ class Trial:
         for place, (style, ground) in PLACES.items():
             target = self.shown(thing, style, ground)
             names = [n for n in bank.names() if n != thing.name]
-            others = [self.shown(Thing(n, h), style, ground) for n in names for h in {"", thing.hue}]
-            others += [self.shown(Thing(thing.name), style, ground)] if thing.hue else []
+            others = [self.shown(Thing(n, h), style, ground) for n in names for h in {None, thing.hue}]
+            others += [self.shown(Thing(thing.name), style, ground)] if thing.hue is not None else []
             before, after = (
                 self.draw(sd, [called(style, w, ground)] * count) for sd, w in ((old, old_word), (new, word))
             )
