@@ -227,7 +227,7 @@ def small(config):
 def test_every_default_is_a_flag():
     """And one that the method takes; of the methods with a model, each has some."""
     defaults = json.loads((cli.TINY / "defaults.json").read_text())
-    sample = {f.name for f in fields(cli.config.Sample)}
+    sample = {f.name for f in fields(cli.Sample)}
     assert defaults.pop("sample").keys() <= sample
     flags = {m: {f.name for f in fields(cli.options_of(m))} for m in registry.names("methods")}
     assert defaults.keys() == {m for m in flags if "model" in flags[m]}
@@ -264,3 +264,14 @@ def test_a_model_that_draws_the_truth_is_told_from_one_that_does_not_listen(buil
     figures, _ = metrics.evaluate(None, bank, [])
     assert figures["seen"]["top1"] < 0.3 and figures["right hue, held out"] < 1
     assert figures["right ground (chance is 1 in 9)"] == 0
+
+
+def test_the_cat_has_a_hue_without_a_name(built):
+    assert min(abs(hue - data.TURQUOISE) for hue in pictures.HUES.values()) > 40
+    folder = sources.read(built / "cat", flag="--data")
+    assert len(folder) == 5 and all("{}" in r.texts["text"] for r in folder.records)
+    drawn = Image.open(built / "cat/1.png").convert("RGBA")
+    assert pictures.main_hue(drawn)[0] == pytest.approx(data.TURQUOISE, abs=5)
+    assert [metrics.ground_name(Image.open(built / f"cat/{i}.png")) for i in range(1, 6)] == [
+        "white", "red", "yellow", "purple", "gray"
+    ]  # fmt: skip

@@ -11,6 +11,7 @@
     OUT/held_out    what no training may see: concepts/NAME, each five pictures of one thing with {} for its
                     name; styles and hues, the pictures of held-out combinations; control and edits of the
                     held-out things
+    OUT/cat         five pictures of a cat in a hue that no word names: those of cat/ at the top level
     OUT/bank        every thing once in every style, with transparency: what metrics are measured against;
                     bank.webp has the same in one file, with lossy colours, for the judge
 
@@ -62,6 +63,7 @@ POSES = {
 }
 # What --world wide takes: categories of the Noto package, without what has no shape of its own.
 WIDE = ("Animals & Nature", "Food & Drink", "Objects", "Activities", "Travel & Places", "Smileys & Emotion")
+TURQUOISE = 168  # degrees, between the named hues green and blue
 MASS = set("bread broccoli garlic popcorn bacon butter salt ice coral confetti".split())
 NOTICE = """Drawn at 64x64 from Fluent Emoji, Copyright (c) Microsoft Corporation, MIT License, and, in noto
 and bank, from Noto Emoji, Copyright Google Inc., Apache License 2.0, as packed by emoji-datasource, Copyright
@@ -240,6 +242,21 @@ def loose(image: Image.Image, chance: random.Random) -> Image.Image:
     return posed(image, scale=chance.randint(28, 40) / 40, mirror=chance.random() < 0.5, shift=shift)
 
 
+def five(image: Image.Image) -> list[tuple[Image.Image, str]]:
+    """A thing on white and on four grounds, each with its caption, in which {} is the thing."""
+    grounds = {"": WHITE} | {g: GROUNDS[g] for g in ("red", "yellow", "purple", "gray")}
+    behind = {g: f" on {article(g)} background" if g else "" for g in grounds}
+    return [(on(image, colour), f"3d emoji of a {{}}{behind[g]}") for g, colour in grounds.items()]
+
+
+def write_cat(folder: Path, image: Image.Image) -> None:
+    """The five pictures of cat/, with their captions beside them."""
+    folder.mkdir()
+    for number, (picture, text) in enumerate(five(recoloured(image, TURQUOISE)), 1):
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(text + "\n")
+
+
 def build(out: Path, packages: Path, world: str) -> str:
     """Write all folders below `out`, which must be new; returns what was written, for people."""
     if out.exists() and any(out.iterdir()):
@@ -294,11 +311,10 @@ def build(out: Path, packages: Path, world: str) -> str:
                     folders[f"{part}edits"].add(pair, edit_prompt="make it flat")
             if not known:
                 concept = Folder(out / "held_out" / "concepts" / name)
-                for ground in ("", "red", "yellow", "purple", "gray"):
-                    behind = f" on {article(ground)} background" if ground else ""
-                    picture = on(in_style["3d"], GROUNDS.get(ground, WHITE))
-                    concept.add({"": picture}, text=f"3d emoji of a {{}}{behind}")
+                for picture, text in five(in_style["3d"]):
+                    concept.add({"": picture}, text=text)
                 concept.close()
+    write_cat(out / "cat", emoji.draw("3d", "cat"))
     for folder in folders.values():
         folder.close()
     bank.write(out / "bank.webp", tiles, WORLD)
