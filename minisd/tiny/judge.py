@@ -56,7 +56,7 @@ def textual_inversion(t: Trial) -> None:
     out = t.train_model(data=t.concept(thing, "<cat>"), placeholder_token="<cat>", initializer_token="cat")
     new = t.load()
     new.attach(out)
-    t.learned(thing, base, "cat", new, "<cat>", need=2)
+    t.learned(thing, base, "cat", new, "<cat>", need=(2, 2, 2))
 
 
 def dreambooth(t: Trial) -> None:
@@ -72,7 +72,7 @@ def dreambooth(t: Trial) -> None:
         num_class_images=len(drawn),
     )
     new = t.load(out)
-    t.learned(thing, base, "mouse", new, word, need=5)
+    t.learned(thing, base, "mouse", new, word, need=(5, 5, 60))
     t.prior(thing, "mouse", base, new)
 
 
@@ -101,7 +101,7 @@ def custom_diffusion(t: Trial) -> None:
     new = t.load()
     new.attach(out)
     for word, thing in things.items():
-        t.learned(thing, base, thing.name, new, word, need=5, count=4)
+        t.learned(thing, base, thing.name, new, word, need=(5, 5, 5))
         t.prior(thing, thing.name, base, new)
 
 
@@ -224,7 +224,10 @@ def unconditional(t: Trial) -> None:
         model_config_name_or_path=t.folder / "config.json",
         resolution=side,
         use_ema=True,
-        max_train_steps=300,
+        # Clean pictures are sooner right than noise is, of which little errors add up.
+        prediction_type="sample",
+        snr_gamma=5.0,
+        max_train_steps=500,
         learning_rate=2e-3,
         lr_warmup_steps=20,
         train_batch_size=16,

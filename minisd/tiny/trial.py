@@ -134,19 +134,19 @@ class Trial:
         return self.write(thing.name, rows)
 
     def learned(self, thing: Thing, old: StableDiffusion, old_word: str, new: StableDiffusion, word: str,
-                need: float, count: int = 4) -> None:  # fmt: skip
+                need: tuple[float, ...]) -> None:  # fmt: skip
         """Measure how near `word` is to the thing and `old_word` was, among all other things of its style and
-        the same in its hue."""
-        for place, (style, ground) in PLACES.items():
+        the same in its hue; `need` is for each of PLACES."""
+        for (place, (style, ground)), limit in zip(PLACES.items(), need, strict=True):
             target = self.shown(thing, style, ground)
             names = [n for n in bank.names() if n != thing.name]
             others = [self.shown(Thing(n, h), style, ground) for n in names for h in {None, thing.hue}]
             others += [self.shown(Thing(thing.name), style, ground)] if thing.hue is not None else []
             before, after = (
-                self.draw(sd, [called(style, w, ground)] * count) for sd, w in ((old, old_word), (new, word))
+                self.draw(sd, [called(style, w, ground)] * 4) for sd, w in ((old, old_word), (new, word))
             )
             ranks = [measures.rank(drawn, target, others) for drawn in (before, after)]
-            self.measure(f"{word}, {place}: rank", ranks[0], len(others) / 2, ranks[1], need)
+            self.measure(f"{word}, {place}: rank", ranks[0], len(others) / 2, ranks[1], limit)
             self.rows += [
                 (f"before: {called(style, old_word, ground)}", before),
                 (f"after: {called(style, word, ground)}", after),
