@@ -147,6 +147,9 @@ class Trial:
             )
             ranks = [measures.rank(drawn, target, others) for drawn in (before, after)]
             self.measure(f"{word}, {place}: rank", ranks[0], len(others) / 2, ranks[1], limit)
+            near = [measures.distance(drawn, [target] * 4).mean() for drawn in (before, after)]
+            chance = measures.distance(others, [target] * len(others)).mean()
+            self.measure(f"{word}, {place}: distance", near[0], chance, near[1], 0.85 * near[0])
             self.rows += [
                 (f"before: {called(style, old_word, ground)}", before),
                 (f"after: {called(style, word, ground)}", after),
