@@ -150,7 +150,7 @@ def text_to_image(t: Trial) -> None:
             for drawn in (before, after):
                 near = torch.stack([measures.distance(drawn, pictures) for pictures in shown])  # (styles, n)
                 shares.append((near.argmin(dim=0) == len(shown) - 1).float().mean())
-            t.measure("taught: share nearest in the style", shares[0], 1 / 3, shares[1], 0.7, more=True)
+            t.measure("taught: share nearest in the style", shares[0], 1 / 3, shares[1], 0.5, more=True)
 
 
 def controlnet(t: Trial) -> None:
