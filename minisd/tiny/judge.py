@@ -27,12 +27,10 @@ from minisd.guidance import Control
 from minisd.models.unet2d import UNet2DConfig
 from minisd.pixel_diffusion import PixelDiffusion
 from minisd.tiny import bank, measures
-from minisd.tiny.data import loose, plain
+from minisd.tiny.data import TURQUOISE, loose, plain
 from minisd.tiny.pictures import HUES, SIDE, on, recoloured, silhouette
 from minisd.tiny.trial import Measure, Thing, Trial, called
 from minisd.weights import configs
-
-TURQUOISE = 168  # degrees, as cat/ is
 
 # A pixel UNet for 32x32 pictures that learns in minutes.
 PIXELS = UNet2DConfig(

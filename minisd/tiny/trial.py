@@ -18,11 +18,10 @@ from minisd.generate import Settings, pictures
 from minisd.run import Run
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tiny import bank, measures
-from minisd.tiny.data import Folder, captions, plain
+from minisd.tiny.data import Folder, captions, five, plain
 from minisd.tiny.metrics import features
 from minisd.tiny.pictures import GROUNDS, SIDE, WHITE, on, recoloured
 
-GROUNDS_SHOWN = ("", "red", "yellow", "purple", "gray")
 DEFAULTS = json.loads((cli.TINY / "defaults.json").read_text())
 # Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
@@ -129,7 +128,8 @@ class Trial:
 
     def concept(self, thing: Thing, word: str) -> Path:
         """Five pictures of it on several grounds, with captions that call it `word`."""
-        rows = [{"": self.shown(thing, ground=g), "text": called("3d", word, g)} for g in GROUNDS_SHOWN]
+        shown = five(thing.recolour(self.bank[thing.name, "3d"]))
+        rows = [{"": picture, "text": text.replace("{}", word)} for picture, text in shown]
         self.rows.append((f"{word} is", [row[""] for row in rows]))
         return self.write(thing.name, rows)
 
