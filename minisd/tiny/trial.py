@@ -18,11 +18,10 @@ from minisd.generate import Settings, pictures
 from minisd.run import Run
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tiny import bank, measures
-from minisd.tiny.data import Folder, captions, plain
+from minisd.tiny.data import Folder, captions, five, plain
 from minisd.tiny.metrics import features
 from minisd.tiny.pictures import GROUNDS, SIDE, WHITE, on, recoloured
 
-GROUNDS_SHOWN = ("", "red", "yellow", "purple", "gray")
 DEFAULTS = json.loads((cli.TINY / "defaults.json").read_text())
 # Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
@@ -129,24 +128,28 @@ class Trial:
 
     def concept(self, thing: Thing, word: str) -> Path:
         """Five pictures of it on several grounds, with captions that call it `word`."""
-        rows = [{"": self.shown(thing, ground=g), "text": called("3d", word, g)} for g in GROUNDS_SHOWN]
+        shown = five(thing.recolour(self.bank[thing.name, "3d"]))
+        rows = [{"": picture, "text": text.replace("{}", word)} for picture, text in shown]
         self.rows.append((f"{word} is", [row[""] for row in rows]))
         return self.write(thing.name, rows)
 
     def learned(self, thing: Thing, old: StableDiffusion, old_word: str, new: StableDiffusion, word: str,
-                need: float, count: int = 4) -> None:  # fmt: skip
+                need: tuple[float, ...]) -> None:  # fmt: skip
         """Measure how near `word` is to the thing and `old_word` was, among all other things of its style and
-        the same in its hue."""
-        for place, (style, ground) in PLACES.items():
+        the same in its hue; `need` is for each of PLACES."""
+        for (place, (style, ground)), limit in zip(PLACES.items(), need, strict=True):
             target = self.shown(thing, style, ground)
             names = [n for n in bank.names() if n != thing.name]
             others = [self.shown(Thing(n, h), style, ground) for n in names for h in {None, thing.hue}]
             others += [self.shown(Thing(thing.name), style, ground)] if thing.hue is not None else []
             before, after = (
-                self.draw(sd, [called(style, w, ground)] * count) for sd, w in ((old, old_word), (new, word))
+                self.draw(sd, [called(style, w, ground)] * 4) for sd, w in ((old, old_word), (new, word))
             )
             ranks = [measures.rank(drawn, target, others) for drawn in (before, after)]
-            self.measure(f"{word}, {place}: rank", ranks[0], len(others) / 2, ranks[1], need)
+            self.measure(f"{word}, {place}: rank", ranks[0], len(others) / 2, ranks[1], limit)
+            near = [measures.distance(drawn, [target] * 4).mean() for drawn in (before, after)]
+            chance = measures.distance(others, [target] * len(others)).mean()
+            self.measure(f"{word}, {place}: distance", near[0], chance, near[1], 0.85 * near[0])
             self.rows += [
                 (f"before: {called(style, old_word, ground)}", before),
                 (f"after: {called(style, word, ground)}", after),
