@@ -95,7 +95,7 @@ class Method(Method):
         """What it was shown, what the model draws for the word it began with, and what for the token."""
         from minisd.data import images
 
-        shown = [images.open_image(p) for p in self.folder.pictures[: self.options.num_validation_images]]
+        shown = [images.open_image(p) for p in self.folder.pictures[:8]]
         before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
         before = before.replace(self.token, self.word)
         rows = [("trained on", shown), (f"before: {before}", self.samples(before))]
