@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from minisd import cli
-from minisd.adapters import control
 from minisd.data import images
 from minisd.data.canny import canny
 from minisd.generate import Settings
@@ -98,15 +97,14 @@ class Inputs:
         return {name: [files[number * len(files) // count][0]] for name, files in given.items() if files}
 
     def _controls(self, sd: StableDiffusion, settings: Settings, count: int) -> list[Control]:
-        o, dtype = self.options, sd.unet.conv_in.weight.dtype
+        o = self.options
         ranges = (o.for_each(name) for name in ("control_preprocess", "control_start", "control_end"))
         found = []
         for name, (path, image), preprocess, start, end in zip(
             o.controlnet, self.hints, *ranges, strict=True
         ):
             source, scale = cli.split_scale(name)
-            network = control.load(source, device=sd.device, dtype=dtype, cache_dir=o.cache_dir)
-            control.check(network, sd.unet.config, source)
+            network = sd.controlnet(source, o.cache_dir)
             image = PREPROCESS[preprocess](fit(path, image, (settings.width, settings.height)))
             hint = share([images.to_tensor(image) / 2 + 0.5], count)
             one = Control(network=network, hint=hint, scale=scale, start=start, end=end, guess=o.guess_mode)

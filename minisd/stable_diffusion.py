@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from minisd import registry
-from minisd.adapters import lora, token_embedding
+from minisd.adapters import control, lora, token_embedding
 from minisd.adapters._adapter import Adapter, Updates, set_scale
+from minisd.models.controlnet import ControlNet
 from minisd.models.layers import place
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
@@ -50,6 +51,7 @@ class StableDiffusion:
         self.original: dict[str, dict[str, Tensor]] = {}  # the tensors of the files, still on the disk
         self.source: Path | None = None  # their folder, or the file
         self.attached: dict[Path, Attached] = {}
+        self.controlnets: dict[str, ControlNet] = {}  # read so far, by what names them
 
     @classmethod
     def load(
@@ -173,6 +175,16 @@ class StableDiffusion:
             is_what = "the name of several adapters" if found else "no adapter that is attached"
             raise ValueError(f"{name} is {is_what}: {known}")
         set_scale(self.attached[found[0]].updates, scale, text_scale, str(name))
+
+    def controlnet(self, source: str, cache_dir: str | None = None) -> ControlNet:
+        """The ControlNet of a folder, a single file or a hub id, read once. ValueError, naming it, if there
+        is none, or if it does not belong to this UNet."""
+        if source not in self.controlnets:
+            dtype = self.unet.conv_in.weight.dtype
+            network = control.load(source, device=self.device, dtype=dtype, cache_dir=cache_dir)
+            control.check(network, self.unet.config, source)
+            self.controlnets[source] = network
+        return self.controlnets[source]
 
     def _read_adapter(self, file: Path) -> Adapter:
         tensors = files.read(file)

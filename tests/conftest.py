@@ -88,6 +88,17 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def pipe(model):
+    """diffusers' pipeline of the same model, with DDIM."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture(scope="session")
 def cat(tmp_path_factory) -> Path:
     """A folder named cat with five small pictures of different sizes."""

@@ -3,13 +3,14 @@
     git clone https://github.com/huggingface/diffusers
     python tests/cost_methods.py --scripts diffusers/examples
 
-Both get the same flags, model, data and batch, each in a process of its own, in turns. Steps are timed where
-the tool's own bar passes them, so that neither starting nor saving counts; start is the time until the first.
-The peak is the process's resident memory, all of it: what was imported too. The ratio of the CPU's time is
-what a machine that others use does not change.
+Both get the same flags, the model in the box, the same data and batch, each in a process of its own, in turns.
+Steps are timed where the tool's own bar passes them, so that neither starting nor saving counts; start is the
+time until the first. The peak is the process's resident memory, all of it: what was imported too. The ratio
+of the CPU's time is what a machine that others use does not change.
 """
 
 import argparse
+import json
 import os
 import re
 import statistics
@@ -20,14 +21,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "minisd" / "tiny"
 FIRST = 3  # the step from which on time counts
 
 # The script's path in diffusers/examples; the flags.
-MODEL = "--pretrained_model_name_or_path=model --max_train_steps={steps}"
+MODEL = "--pretrained_model_name_or_path={model} --max_train_steps={steps}"
 METHODS = {
     "unconditional": (
         "unconditional_image_generation/train_unconditional.py",
-        "--train_data_dir=plain --model_config_name_or_path=ddpm --num_epochs=1 --eval_batch_size=1 "
+        "--train_data_dir=plain --model_config_name_or_path={tiny}/unconditional --num_epochs=1 --eval_batch_size=1 "
         "--ddpm_num_inference_steps=2 --center_crop",
     ),
     "text_to_image": (
@@ -63,34 +65,10 @@ METHODS = {
 
 
 def make(folder: Path, pictures: int, side: int) -> None:
-    """A small Stable Diffusion with random weights, a pixel UNet's config, and `pictures` in four layouts."""
-    import json
-    from dataclasses import replace
-
+    """`pictures` of noise in four layouts."""
     import numpy as np
-    import torch
     from PIL import Image
 
-    from minisd.models import text, unet, unet2d, vae
-    from minisd.weights import configs, diffusers
-    from minisd.weights.checkpoint import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
-
-    small = {
-        "unet": replace(unet.SD15, block_out_channels=(32, 64, 128, 128), cross_attention_dim=64),
-        "vae": replace(vae.SD15, block_out_channels=(32, 64, 64, 64)),
-        "text_encoder": replace(text.SD15, hidden_size=64, intermediate_size=256, num_layers=4, num_heads=4),
-    }
-    torch.manual_seed(0)
-    checkpoint = Checkpoint(
-        **small,
-        tensors={part: MODULES[part](config).state_dict() for part, config in small.items()},
-        scheduler=SD1_SCHEDULER,
-        tokenizer=TOKENIZER,
-        pipeline="StableDiffusionPipeline",
-    )
-    diffusers.save(folder / "model", checkpoint)
-    config = replace(unet2d.DDPM, sample_size=side, block_out_channels=(32, 32, 64, 64, 64, 64))
-    configs.write(folder / "ddpm", "unet2d", config)
     kinds = {
         "plain": None,
         "captioned": lambda i: {"file_name": f"{i}.png", "text": f"picture {i}"},
@@ -146,18 +124,17 @@ def measure(command: list[str], folder: Path, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scripts", type=Path, required=True, help="the folder examples of diffusers")
+    parser.add_argument("--model", type=Path, default=TINY, help="a diffusers folder; that in the box")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=43)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--side", type=int, default=64)
     args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        code = f"import pathlib; from tests.cost_methods import make; make(pathlib.Path({name!r}), "
-        code += f"{args.steps * args.batch}, {args.side})"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        make(folder, args.steps * args.batch, args.side)
         report(args, folder)
 
 
@@ -168,7 +145,7 @@ def report(args, folder: Path) -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for method in args.methods:
         script, flags = METHODS[method]
-        common = flags.format(steps=args.steps).split()
+        common = flags.format(model=args.model.resolve(), tiny=TINY, steps=args.steps).split()
         common += [f"--resolution={args.side}", f"--train_batch_size={args.batch}"]
         tools = {"minisd": [str(ROOT / "train.py"), "--method", method], "diffusers": [args.scripts / script]}
         seen: dict[str, list[dict]] = {tool: [] for tool in tools}

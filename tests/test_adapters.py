@@ -22,16 +22,6 @@ pytestmark = pytest.mark.parity
 PROMPT = "a photo of a cat"
 
 
-@pytest.fixture
-def pipe(model):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(autouse=True)
 def shared_tokenizer(model):
     """It keeps no words of the test before."""

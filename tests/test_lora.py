@@ -38,16 +38,6 @@ def sd(model):
     return fresh(model)
 
 
-@pytest.fixture
-def pipe(model):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def randomised(updates, seed=0, size=0.2):
     """Updates as if trained: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -181,7 +171,7 @@ def test_scales_and_sums(model, tmp_path):
         assert same_weights(weights(sd), expected)
         plain = fresh(model)
         lora.networks(plain).load_state_dict(expected)
-        assert close(outputs(sd), outputs(plain))
+        assert close(outputs(sd), outputs(plain), 5e-5)
 
 
 def same_outputs(a, b):

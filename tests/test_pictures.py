@@ -453,6 +453,12 @@ def test_mistakes_in_files(model, files, nets):
             "--control_image", picture)  # fmt: skip
 
 
+def test_a_control_net_is_read_once(model, nets):
+    sd = StableDiffusion.load(model)
+    assert sd.controlnet(str(nets[0])) is sd.controlnet(str(nets[0]))
+    assert sd.controlnet(str(nets[0])) is not sd.controlnet(str(nets[1]))
+
+
 # Edges
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minisd.adapters import token_embedding
 from minisd.adapters._adapter import Adapter
+from minisd.models.layers import conv1x1
 from minisd.weights import files, kohya, lycoris
 
 # Ends of module names, by the groups that have a name of their own.
@@ -72,7 +73,7 @@ class LowRank(nn.Module):
         if self.factor != 1:
             h = h * self.factor
         b = self.lora_B.to(x.dtype)
-        return F.linear(h, b) if b.ndim == 2 else F.conv2d(h, b)
+        return F.linear(h, b) if b.ndim == 2 else conv1x1(h, b)
 
     def delta(self) -> Tensor:
         """What it adds to the weight, in fp32."""
@@ -132,10 +133,12 @@ class LoRAConv2d(nn.Conv2d):
         return _take(cls(*shape, **where, bias=layer.bias is not None, device="meta"), layer)
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.kernel_size == (1, 1):
+            return conv1x1(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _add_updates(self, x, super().forward(x))
+        return _add_updates(self, x, self.apply_weight(x, self.weight, self.bias))
 
 
 def _take(new, layer):

@@ -160,6 +160,20 @@ class Method:
             **self.shown(),
         )
 
+    def uncaptioned(self, source):
+        """The source's pictures alone."""
+        from minisd.data import datasets
+
+        o = self.options
+        return datasets.Captioned(
+            source,
+            resolution=o.resolution,
+            center_crop=o.center_crop,
+            random_flip=o.random_flip,
+            image_column=o.image_column,
+            caption_column=None,
+        )
+
     def shown(self) -> dict:
         """How the options want pictures to be cut."""
         o = self.options

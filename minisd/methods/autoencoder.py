@@ -57,17 +57,7 @@ class Method(Method):
         return self.thaw("vae", sd.vae)
 
     def examples(self, source):
-        from minisd.data import datasets
-
-        o = self.options
-        return datasets.Captioned(
-            source,
-            resolution=o.resolution,
-            center_crop=o.center_crop,
-            random_flip=o.random_flip,
-            image_column=o.image_column,
-            caption_column=None,
-        )
+        return self.uncaptioned(source)
 
     def loss(self, batch: dict) -> Tensor:
         """The mean over the batch of |e| + e^2 + |difference of e between neighbours| + KL, as weighted, for

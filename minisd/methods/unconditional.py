@@ -82,17 +82,7 @@ class Method(Method):
         return self.thaw("unet", place(self.sd.unet, self.device))
 
     def examples(self, source):
-        from minisd.data import datasets
-
-        o = self.options
-        return datasets.Captioned(
-            source,
-            resolution=o.resolution,
-            center_crop=o.center_crop,
-            random_flip=o.random_flip,
-            image_column=o.image_column,
-            caption_column=None,
-        )
+        return self.uncaptioned(source)
 
     def latents(self, batch: dict) -> Tensor:
         return batch["pixels"].to(self.device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models import unet
-from minisd.models.layers import Context, place
+from minisd.models.layers import Context, Conv1x1, place
 from minisd.models.unet import Encoder, EncoderConfig, UNet
 
 HINT_CHANNELS = (16, 32, 96, 256)
@@ -57,8 +57,8 @@ class ControlNet(Encoder):
         skips = [channels[0]]
         for level, c in enumerate(channels):
             skips += [c] * (config.layers_per_block + (level < last))
-        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skips)
-        self.controlnet_mid_block = nn.Conv2d(channels[-1], channels[-1], 1)
+        self.controlnet_down_blocks = nn.ModuleList(Conv1x1(c, c) for c in skips)
+        self.controlnet_mid_block = Conv1x1(channels[-1], channels[-1])
 
     @classmethod
     def from_unet(cls, source: UNet, downscale: int = 8) -> "ControlNet":

@@ -37,6 +37,25 @@ class LayerNorm(nn.LayerNorm):
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution of x (b, c_in, h, w) with weight (c_out, c_in, 1, 1) as the matrix product that it is,
+    in the layout that x has: a convolution would copy x into one of its own. Returns (b, c_out, h, w)."""
+    weight = weight.flatten(1)  # (c_out, c_in)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    weights, tokens = weight.expand(len(x), -1, -1), x.flatten(2)  # (b, c_out, c_in), (b, c_in, n)
+    y = weights @ tokens if bias is None else torch.baddbmm(bias[:, None], weights, tokens)  # (b, c_out, n)
+    return y.unflatten(2, x.shape[2:])
+
+
+class Conv1x1(nn.Conv2d):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv1x1(x, self.weight, self.bias)
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
     """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), in fp32 (Vaswani et al. 2017, section
     3.5, cosines first as in SD; the DDPM of 2020 has shift 1 and its sines first). timesteps (b,) integer or
@@ -70,7 +89,7 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None
         self.norm2 = GroupNorm(groups, c_out, eps=eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv_shortcut = Conv1x1(c_in, c_out) if c_in != c_out else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(self.norm1(x, silu=True))  # (b, c_out, h, w)
@@ -187,9 +206,9 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, num_heads: int, context_dim: int, *, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)  # not the 1e-5 of the ResnetBlocks
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Conv1x1(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = Conv1x1(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
         height, width = x.shape[-2:]

@@ -25,7 +25,6 @@ from minisd.stable_diffusion import StableDiffusion
 from minisd.tiny.data import STYLES, WORLD, captions, plain, uncoloured
 from minisd.tiny.pictures import GROUNDS, HUES, WHITE, on, recoloured
 
-HERE = Path(__file__).parent
 SETTINGS = Settings(width=64, height=64, steps=20, guidance_scale=3.0)
 
 
@@ -172,7 +171,7 @@ def main() -> None:
         prog="python -m minisd.tiny.metrics", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--data", type=Path, required=True, help="what minisd.tiny.data wrote")
-    parser.add_argument("--model", type=Path, default=HERE, help="folder of the model; that in the box")
+    parser.add_argument("--model", type=Path, default=cli.TINY, help="folder of the model; that in the box")
     parser.add_argument("--kinds", nargs="+", default=[], metavar="X", help="only things of these kinds")
     parser.add_argument("--sheet", type=Path, help="write what was drawn here, beside the data's")
     o = parser.parse_args()
