@@ -49,6 +49,14 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
         return shared.item()
 
+    def gather(self, value) -> list:
+        """What each process gives, in their order."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier(group=self.control)

@@ -52,11 +52,16 @@ def restore(state: State, names, parameters, optimizer, scaler, ema) -> None:
         scaler.load_state_dict(state.scaler)
 
 
-def cache_latents(stream: Stream, encode: Callable, batch_size: int) -> None:
-    """Encode every view of every picture once: mean and deviation are kept, so that each use draws anew."""
-    for part in tqdm(stream.views(batch_size), desc="encoding pictures", leave=False):
+def cache_latents(stream: Stream, encode: Callable, batch_size: int, processes: Processes) -> None:
+    """Encode every view of every picture once, each process its share: mean and deviation are kept, so that
+    each use draws anew."""
+    own = {}
+    parts = stream.views(batch_size)[processes.rank :: processes.world]
+    for part in tqdm(parts, desc="encoding pictures", leave=False, disable=not processes.first):
         mean, std = encode(torch.stack([stream.dataset.pixels(view) for view in part]))
-        stream.moments.update(zip(part, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
+        own.update(zip(part, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
+    for shared in processes.gather(own):
+        stream.moments.update(shared)
 
 
 class Log:
@@ -129,7 +134,7 @@ def train(method, run: Run) -> int:
         print(method.describe())
         print(f"{count:,} parameters train, {total} updates of {per_update} pictures, {device}")
     if options.cache_latents:
-        cache_latents(stream, method.sd.encode_images, options.train_batch_size)
+        cache_latents(stream, method.sd.encode_images, options.train_batch_size, processes)
 
     def save() -> None:
         if processes.first:

@@ -199,13 +199,14 @@ def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
 
     from minisd import cli, loop, optim, registry
     from minisd.data.batches import Stream, batches
+    from minisd.distributed import Processes
 
     argv = ["--method", "textual_inversion", "--model", model, "--data", str(data), "--resolution", str(side)]
     name, options = cli.parse_train([*argv, "--train_batch_size", "1", "--learning_rate", "5e-4"])
     method = registry.load("methods", name).Method(options)
     parameters = list(method.build().values())
     stream = Stream(method.dataset(), 0)
-    loop.cache_latents(stream, method.sd.encode_images, 1)
+    loop.cache_latents(stream, method.sd.encode_images, 1, Processes())
     source = batches(stream, first=0, count=1000, batch_size=1)
     optimizer = optim.adamw(parameters, options)
 

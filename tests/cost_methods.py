@@ -3,14 +3,13 @@
     git clone https://github.com/huggingface/diffusers
     python tests/cost_methods.py --scripts diffusers/examples
 
-Both get the same flags, the model in the box, the same data and batch, each in a process of its own, in turns.
-Steps are timed where the tool's own bar passes them, so that neither starting nor saving counts; start is the
-time until the first. The peak is the process's resident memory, all of it: what was imported too. The ratio
-of the CPU's time is what a machine that others use does not change.
+Both get the same flags, model, data and batch, each in a process of its own, in turns. Steps are timed where
+the tool's own bar passes them, so that neither starting nor saving counts; start is the time until the first.
+The peak is the process's resident memory, all of it: what was imported too. The ratio of the CPU's time is
+what a machine that others use does not change.
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -21,17 +20,21 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "minisd" / "tiny"
 FIRST = 3  # the step from which on time counts
 
-# The script's path in diffusers/examples; the flags.
-MODEL = "--pretrained_model_name_or_path={model} --max_train_steps={steps}"
+# By method, with what is special about it: the script's path in diffusers/examples; the flags.
+MODEL = "--pretrained_model_name_or_path=model --max_train_steps={steps}"
+UNCONDITIONAL = "unconditional_image_generation/train_unconditional.py"
+PIXELS = (
+    "--train_data_dir=plain --num_epochs=1 --eval_batch_size=1 --ddpm_num_inference_steps=2 --center_crop "
+    "--model_config_name_or_path"
+)
 METHODS = {
     "unconditional": (
-        "unconditional_image_generation/train_unconditional.py",
-        "--train_data_dir=plain --model_config_name_or_path={tiny}/unconditional --num_epochs=1 --eval_batch_size=1 "
-        "--ddpm_num_inference_steps=2 --center_crop",
+        UNCONDITIONAL,
+        f"{PIXELS} --model_config_name_or_path={ROOT}/minisd/tiny/unconditional",
     ),
+    "unconditional, of DDPM's shape": (UNCONDITIONAL, f"{PIXELS} --model_config_name_or_path=ddpm"),
     "text_to_image": (
         "text_to_image/train_text_to_image.py",
         f"{MODEL} --train_data_dir=captioned --center_crop --random_flip --seed=0",
@@ -65,10 +68,34 @@ METHODS = {
 
 
 def make(folder: Path, pictures: int, side: int) -> None:
-    """`pictures` of noise in four layouts."""
+    """A small Stable Diffusion with random weights, a pixel UNet's config, and `pictures` in four layouts."""
+    import json
+    from dataclasses import replace
+
     import numpy as np
+    import torch
     from PIL import Image
 
+    from minisd.models import text, unet, unet2d, vae
+    from minisd.weights import configs, diffusers
+    from minisd.weights.checkpoint import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
+
+    small = {
+        "unet": replace(unet.SD15, block_out_channels=(32, 64, 128, 128), cross_attention_dim=64),
+        "vae": replace(vae.SD15, block_out_channels=(32, 64, 64, 64)),
+        "text_encoder": replace(text.SD15, hidden_size=64, intermediate_size=256, num_layers=4, num_heads=4),
+    }
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(
+        **small,
+        tensors={part: MODULES[part](config).state_dict() for part, config in small.items()},
+        scheduler=SD1_SCHEDULER,
+        tokenizer=TOKENIZER,
+        pipeline="StableDiffusionPipeline",
+    )
+    diffusers.save(folder / "model", checkpoint)
+    config = replace(unet2d.DDPM, sample_size=side, block_out_channels=(32, 32, 64, 64, 64, 64))
+    configs.write(folder / "ddpm", "unet2d", config)
     kinds = {
         "plain": None,
         "captioned": lambda i: {"file_name": f"{i}.png", "text": f"picture {i}"},
@@ -124,7 +151,6 @@ def measure(command: list[str], folder: Path, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scripts", type=Path, required=True, help="the folder examples of diffusers")
-    parser.add_argument("--model", type=Path, default=TINY, help="a diffusers folder; that in the box")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=43)
@@ -134,7 +160,9 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(folder, args.steps * args.batch, args.side)
+        code = f"import pathlib; from tests.cost_methods import make; make(pathlib.Path({name!r}), "
+        code += f"{args.steps * args.batch}, {args.side})"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         report(args, folder)
 
 
@@ -143,20 +171,21 @@ def report(args, folder: Path) -> None:
     print(f"{args.side}x{args.side}, batch {args.batch}, {threads} threads, {time.strftime('%Y-%m-%d')}\n")
     print("| method | steps/s | diffusers | ratio | of CPU time | peak MB | diffusers | ratio | start s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for method in args.methods:
-        script, flags = METHODS[method]
-        common = flags.format(model=args.model.resolve(), tiny=TINY, steps=args.steps).split()
+    for row in args.methods:
+        script, flags = METHODS[row]
+        method = row.partition(",")[0]
+        common = flags.format(steps=args.steps).split()
         common += [f"--resolution={args.side}", f"--train_batch_size={args.batch}"]
         tools = {"minisd": [str(ROOT / "train.py"), "--method", method], "diffusers": [args.scripts / script]}
         seen: dict[str, list[dict]] = {tool: [] for tool in tools}
         for turn in range(args.turns):
             for tool in tools if turn % 2 else reversed(tools):
-                own = [f"--output_dir={folder / f'{method}-{tool}-{turn}'}"]
+                own = [f"--output_dir={folder / f'{row}-{tool}-{turn}'}"]
                 command = [sys.executable, *map(str, tools[tool]), *common, *own]
                 seen[tool].append(measure(command, folder, args.steps))
         ours, theirs = ({k: statistics.median(s[k] for s in seen[t]) for k in seen[t][0]} for t in tools)
         print(
-            f"| {method} | {ours['wall']:.2f} | {theirs['wall']:.2f} | {ours['wall'] / theirs['wall']:.2f} "
+            f"| {row} | {ours['wall']:.2f} | {theirs['wall']:.2f} | {ours['wall'] / theirs['wall']:.2f} "
             f"| {ours['cpu'] / theirs['cpu']:.2f} | {ours['peak']:.0f} | {theirs['peak']:.0f} "
             f"| {ours['peak'] / theirs['peak']:.2f} | {ours['start']:.0f}, {theirs['start']:.0f} |",
             flush=True,

@@ -16,6 +16,7 @@ from minisd.data.batches import Bucketed, Shuffled, Stream, batches
 from minisd.data.custom import ClassPictures, CustomConcepts, read_classes, read_concepts, read_instances
 from minisd.data.datasets import Captioned, Example, InstancePictures, PartView, Prior, View, center, cover
 from minisd.data.pairs import Conditioned, EditPairs
+from minisd.distributed import Processes
 from minisd.loop import cache_latents
 
 SIZES = [(40, 31), (31, 40), (32, 32), (57, 20), (20, 57), (33, 32)]
@@ -551,7 +552,7 @@ def test_views_of_one_shape_are_encoded_together(bucketed):
     owners = Counter(bucketed.buckets).values()  # each picture has two views
     assert len(parts) == sum(math.ceil(2 * n / 4) for n in owners)
     assert sum(map(len, parts)) == 12 and max(map(len, parts)) <= 4
-    cache_latents(stream, lambda pixels: (pixels.mean((2, 3)), pixels.std((2, 3))), batch_size=4)
+    cache_latents(stream, lambda pixels: (pixels.mean((2, 3)), pixels.std((2, 3))), 4, Processes())
     assert set(stream.moments) == set(bucketed.views())
     for k in range(20):
         (sample,) = stream[k]

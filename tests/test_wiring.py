@@ -29,6 +29,26 @@ def shaken(network: torch.nn.Module) -> torch.nn.Module:
     return network.eval().requires_grad_(False)
 
 
+# 1x1 convolutions
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_1x1_convolution_is_a_product_in_the_layout_of_its_input(memory, biased):
+    torch.manual_seed(0)
+    x, g = (torch.randn(3, c, 4, 6).to(memory_format=memory) for c in (8, 12))
+    bias = torch.randn(12) if biased else None
+    weight = torch.randn(12, 8, 1, 1)
+    results = []
+    for f, dtype in ((layers.conv1x1, torch.float32), (torch.nn.functional.conv2d, torch.float64)):
+        leaves = [t if t is None else t.to(dtype).detach().requires_grad_() for t in (x, weight, bias)]
+        y = f(*leaves)
+        y.backward(g.to(dtype))
+        results.append([y, *(t.grad for t in leaves if t is not None)])
+    assert results[0][0].is_contiguous(memory_format=memory)
+    assert all(torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
 # The text, once a picture
 
 

@@ -1,0 +1,133 @@
+"""What the judge says of diffusers' scripts, beside what it says of train.py.
+
+    git clone https://github.com/huggingface/diffusers
+    python tests/judge_scripts.py --scripts diffusers/examples [METHOD ...]
+
+Each script trains the tiny model on the same pictures with the same flags, so far as it has them, and what it
+leaves is read and drawn from here. train.py trains with several seeds, which shows how much chance there is
+in a figure. What the scripts have no flag for stands in `scripted`.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from minisd import cli  # noqa: E402
+from minisd.tiny import judge, trial  # noqa: E402
+from tests.cost_methods import METHODS  # noqa: E402
+
+PLAIN = "textual_inversion", "dreambooth", "custom_diffusion"  # they open every file of a folder as a picture
+DATA = {"dreambooth": "instance_data_dir"}
+OURS = "report_to", "num_validation_images", "validation_prompt", "checkpointing_steps", "save_model_epochs"
+
+
+def pictures_alone(folder: Path) -> Path:
+    """A copy without the captions."""
+    copy = folder.with_name(f"{folder.name}-pictures")
+    return Path(shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.jsonl"), dirs_exist_ok=True))
+
+
+def control_net(t: trial.Trial) -> Path:
+    """A new ControlNet for the tiny model: the script can make none for a VAE that divides by 4."""
+    from minisd.adapters import control
+    from minisd.models.controlnet import ControlNet
+
+    sd = t.load()
+    torch.manual_seed(0)
+    control.save(t.folder / "new", ControlNet.from_unet(sd.unet, sd.vae.config.downscale))
+    return t.folder / "new"
+
+
+class Scripted(trial.Trial):
+    """A trial in which a script trains."""
+
+    scripts: Path
+
+    def train(self, **flags) -> Path:
+        out, method = self.folder / "result", self.method
+        script = self.scripts / METHODS[method][0]
+        known = set(re.findall(r'"--(\w+)"', script.read_text()))
+        flags = {k: v for k, v in trial.DEFAULTS.get(method, {}).items() | flags.items() if k not in OURS}
+        flags |= {"output_dir": out, "checkpointing_steps": 10**6, "seed": 0}
+        flags |= self.scripted(flags)
+        command = [sys.executable, str(script.resolve())]
+        for name, value in flags.items():
+            if name in known and value is not False:
+                command += [f"--{name}"] if value is True else [f"--{name}={value}"]
+        started = time.monotonic()
+        with (self.folder / "train.log").open("w") as log:
+            env = os.environ | {"HF_HUB_OFFLINE": "1"}
+            status = subprocess.run(command, stdout=log, stderr=log, cwd=self.folder, env=env).returncode
+        if status:
+            raise SystemExit(f"{method}: see {log.name}")
+        self.training += time.monotonic() - started
+        return out
+
+    def scripted(self, flags: dict) -> dict:
+        """The flags that the script names otherwise, or needs besides."""
+        method, data = self.method, flags.get("data")
+        if method in PLAIN and data:
+            data = pictures_alone(data)
+        changed = {
+            "pretrained_model_name_or_path": flags.get("model"),
+            DATA.get(method, "train_data_dir"): data,
+        }
+        if "class_data_dir" in flags:
+            changed["class_data_dir"] = pictures_alone(flags["class_data_dir"])
+        if method == "custom_diffusion":
+            concepts = json.loads(Path(flags["concepts_list"]).read_text())
+            for concept in concepts:
+                for key in ("instance_data_dir", "class_data_dir"):
+                    concept[key] = str(pictures_alone(Path(concept[key])))
+            Path(flags["concepts_list"]).write_text(json.dumps(concepts))
+        if method == "controlnet":
+            changed["controlnet_model_name_or_path"] = control_net(self)
+        if method == "unconditional":  # it counts in epochs, and knows no --snr_gamma
+            count, batch = len(list(data.glob("*.png"))), flags["train_batch_size"]
+            changed["num_epochs"] = math.ceil(flags["max_train_steps"] / math.ceil(count / batch))
+            changed["save_model_epochs"] = changed["num_epochs"]
+        return {k: v.resolve() if isinstance(v, Path) else v for k, v in changed.items() if v is not None}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(judge.TRIALS))
+    parser.add_argument("--scripts", type=Path, required=True, help="the folder examples of diffusers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of train.py's runs")
+    parser.add_argument("--out", type=Path, default=Path("judged-scripts"))
+    o = parser.parse_args()
+    Scripted.scripts = o.scripts
+    print(f"| method | measure | before | needed | script | {' | '.join(f'seed {s}' for s in o.seeds)} |")
+    print("|---" * (5 + len(o.seeds)) + "|", flush=True)
+    for method in o.methods or judge.TRIALS:
+        with contextlib.redirect_stdout(sys.stderr):
+            runs = []
+            for seed in o.seeds:
+                judge.Trial = trial.Trial
+                run = partial(judge.judge, method, cli.TINY, o.out / f"seed-{seed}")
+                runs.append(run(["--seed", str(seed)]))
+            judge.Trial = Scripted
+            theirs = judge.judge(method, cli.TINY, (o.out / "script").resolve(), [])
+        for m, *seeds in zip(theirs, *runs, strict=True):
+            after = " | ".join(f"{s.after:.3g}" for s in seeds)
+            need = f"{'>=' if m.more else '<='} {m.need:.3g}"
+            print(f"| {method} | {m.name} | {m.before:.3g} | {need} | {m.after:.3g} | {after} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("judge_scripts", main)
