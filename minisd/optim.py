@@ -54,14 +54,32 @@ class AdamW:
         }
 
 
+def eight_bit():
+    """The class of bitsandbytes' AdamW, whose state is then tensors by name and nothing else, as AdamW's is.
+    ValueError if it is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("--use_8bit_adam: not installed (pip install 'minisd[8bit]')") from None
+
+    class Flat(AdamW8bit):
+        def state_dict(self) -> dict:
+            state = super().state_dict()
+            for slot in state["state"].values():
+                for key in [k for k, v in slot.items() if isinstance(v, dict)]:
+                    slot.update(slot.pop(key))
+            return state
+
+        def load_state_dict(self, state: dict) -> None:
+            slots = {i: slot | {"step": int(slot["step"])} for i, slot in state["state"].items()}
+            super().load_state_dict(state | {"state": slots})
+
+    return Flat
+
+
 def adamw(parameters: list[torch.nn.Parameter], options) -> AdamW:
     """The optimizer with the flags' settings, or bitsandbytes' if they ask for that."""
-    kind = AdamW
-    if options.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit as kind
-        except ImportError:
-            raise ValueError("--use_8bit_adam: not installed (pip install 'minisd[8bit]')") from None
+    kind = eight_bit() if options.use_8bit_adam else AdamW
     return kind(
         parameters,
         lr=options.learning_rate,

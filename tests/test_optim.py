@@ -1,11 +1,14 @@
 """The optimizer beside torch's own."""
 
+import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from minisd import optim
+from minisd import cli, optim
+from minisd.weights import files
 from tests.conftest import ROOT
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -56,7 +59,8 @@ def test_it_is_torch_s():
 def test_the_compiler_is_not_imported():
     code = """
 import sys, torch
-from minisd import optim
+from minisd import cli, optim
+from minisd.weights import files
 from minisd.adapters.token_embedding import TokenEmbedding
 TokenEmbedding.of(torch.nn.Embedding(5, 3), torch.zeros(1, 3))
 p = torch.nn.Parameter(torch.ones(3))
@@ -66,3 +70,22 @@ print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["None", "True", "False"], done.stdout + done.stderr
+
+
+def test_eight_bits_resume(script, cat, tmp_path):
+    """By bitsandbytes; its state holds a nested table, and a step that is no tensor."""
+    pytest.importorskip("bitsandbytes")
+    flags = ["--method", "dreambooth", "--model", cli.TINY, "--instance_data_dir", cat, "--resolution", 64]
+    flags += ["--train_batch_size", 1, "--checkpointing_steps", 2, "--report_to", "none", "--use_8bit_adam"]
+    flags += ["--num_validation_images", 1, "--learning_rate", 1e-3, "--instance_prompt", "3d emoji of a cat"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert script("train.py", *flags, "--output_dir", whole, "--max_train_steps", 4)[0] == 0
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoint-4")
+    resumed = [*flags, "--output_dir", parts, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    status, _, said = script("train.py", *resumed)
+    assert status == 0, said
+    for name in ("trained", "optimizer"):
+        ends = [files.read(folder / "checkpoint-4" / f"{name}.safetensors") for folder in (whole, parts)]
+        assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0] | ends[1])
+    assert any(v.dtype == torch.uint8 for v in ends[0].values())
