@@ -41,6 +41,12 @@ def pictures_alone(folder: Path) -> Path:
     return Path(shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.jsonl"), dirs_exist_ok=True))
 
 
+def in_fp32(t: trial.Trial) -> Path:
+    """The model with fp32 weights: transformers trains a text encoder in the precision that its file has."""
+    t.load().save(t.folder / "model")
+    return t.folder / "model"
+
+
 def control_net(t: trial.Trial) -> Path:
     """A new ControlNet for the tiny model: the script can make none for a VAE that divides by 4."""
     from minisd.adapters import control
@@ -50,6 +56,13 @@ def control_net(t: trial.Trial) -> Path:
     torch.manual_seed(0)
     control.save(t.folder / "new", ControlNet.from_unet(sd.unet, sd.vae.config.downscale))
     return t.folder / "new"
+
+
+class Uncaptioned(trial.Trial):
+    """A trial in which train.py, too, gets a concept's pictures alone."""
+
+    def concept(self, thing: trial.Thing, word: str) -> Path:
+        return pictures_alone(super().concept(thing, word))
 
 
 class Scripted(trial.Trial):
@@ -83,7 +96,7 @@ class Scripted(trial.Trial):
         if method in PLAIN and data:
             data = pictures_alone(data)
         changed = {
-            "pretrained_model_name_or_path": flags.get("model"),
+            "pretrained_model_name_or_path": in_fp32(self) if "model" in flags else None,
             DATA.get(method, "train_data_dir"): data,
         }
         if "class_data_dir" in flags:
@@ -107,7 +120,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(judge.TRIALS))
     parser.add_argument("--scripts", type=Path, required=True, help="the folder examples of diffusers")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of train.py's runs")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="of train.py's runs")
+    parser.add_argument(
+        "--no_captions", action="store_true", help="of concepts, which three of the scripts cannot read"
+    )
     parser.add_argument("--out", type=Path, default=Path("judged-scripts"))
     o = parser.parse_args()
     Scripted.scripts = o.scripts
@@ -117,7 +133,7 @@ def main() -> int:
         with contextlib.redirect_stdout(sys.stderr):
             runs = []
             for seed in o.seeds:
-                judge.Trial = trial.Trial
+                judge.Trial = Uncaptioned if o.no_captions else trial.Trial
                 run = partial(judge.judge, method, cli.TINY, o.out / f"seed-{seed}")
                 runs.append(run(["--seed", str(seed)]))
             judge.Trial = Scripted
