@@ -32,9 +32,9 @@ PIXELS = (
 METHODS = {
     "unconditional": (
         UNCONDITIONAL,
-        f"{PIXELS} --model_config_name_or_path={ROOT}/minisd/tiny/unconditional",
+        f"{PIXELS}={ROOT}/minisd/tiny/unconditional",
     ),
-    "unconditional, of DDPM's shape": (UNCONDITIONAL, f"{PIXELS} --model_config_name_or_path=ddpm"),
+    "unconditional, of DDPM's shape": (UNCONDITIONAL, f"{PIXELS}=ddpm"),
     "text_to_image": (
         "text_to_image/train_text_to_image.py",
         f"{MODEL} --train_data_dir=captioned --center_crop --random_flip --seed=0",
