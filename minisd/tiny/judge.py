@@ -1,6 +1,6 @@
 """Does a method learn what it should? Each is trained on what the tiny model has not seen, and measured.
 
-    python -m minisd.tiny.judge                          all methods, 20 minutes on two CPU cores
+    python -m minisd.tiny.judge                          all methods, 12 minutes on two CPU cores
     python -m minisd.tiny.judge lora controlnet          these
     python -m minisd.tiny.judge lora -- --rank 2         with other flags for train.py
 
