@@ -49,6 +49,8 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution of x (b, c_in, h, w), by `conv1x1`."""
+
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 1)
 
