@@ -30,10 +30,7 @@ PIXELS = (
     "--model_config_name_or_path"
 )
 METHODS = {
-    "unconditional": (
-        UNCONDITIONAL,
-        f"{PIXELS}={ROOT}/minisd/tiny/unconditional",
-    ),
+    "unconditional": (UNCONDITIONAL, f"{PIXELS}={ROOT}/minisd/tiny/unconditional"),
     "unconditional, of DDPM's shape": (UNCONDITIONAL, f"{PIXELS}=ddpm"),
     "text_to_image": (
         "text_to_image/train_text_to_image.py",

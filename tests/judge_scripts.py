@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,11 +130,11 @@ def main() -> int:
     print("|---" * (5 + len(o.seeds)) + "|", flush=True)
     for method in o.methods or judge.TRIALS:
         with contextlib.redirect_stdout(sys.stderr):
-            runs = []
-            for seed in o.seeds:
-                judge.Trial = Uncaptioned if o.no_captions else trial.Trial
-                run = partial(judge.judge, method, cli.TINY, o.out / f"seed-{seed}")
-                runs.append(run(["--seed", str(seed)]))
+            judge.Trial = Uncaptioned if o.no_captions else trial.Trial
+            runs = [
+                judge.judge(method, cli.TINY, o.out / f"seed-{seed}", ["--seed", str(seed)])
+                for seed in o.seeds
+            ]
             judge.Trial = Scripted
             theirs = judge.judge(method, cli.TINY, (o.out / "script").resolve(), [])
         for m, *seeds in zip(theirs, *runs, strict=True):

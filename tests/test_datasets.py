@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -544,6 +545,19 @@ def test_two_processes_share_a_round_of_one_bucket(bucketed):
     assert [a + b for a, b in zip(*(t.prompts for t in two), strict=True)] == one.prompts
     for a, b in zip(*(t.shapes for t in two), strict=True):
         assert a == b
+
+
+def test_each_process_encodes_its_share(bucketed):
+    whole, shares = Stream(bucketed, 0), []
+    for rank in range(2):
+        stream = Stream(bucketed, 0)
+        process = SimpleNamespace(rank=rank, world=2, first=False, gather=lambda own: [own])
+        cache_latents(stream, lambda pixels: (pixels.mean((2, 3)), pixels.std((2, 3))), 4, process)
+        shares.append(set(stream.moments))
+    assert all(shares) and not shares[0] & shares[1] and shares[0] | shares[1] == set(bucketed.views())
+    both = SimpleNamespace(rank=0, world=2, first=False, gather=lambda own: [own, {"theirs": own}])
+    cache_latents(whole, lambda pixels: (pixels.mean((2, 3)), pixels.std((2, 3))), 4, both)
+    assert set(whole.moments) == shares[0] | {"theirs"}
 
 
 def test_views_of_one_shape_are_encoded_together(bucketed):

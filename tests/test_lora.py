@@ -59,7 +59,7 @@ def outputs(sd):
     """Context and prediction: everything a LoRA can change."""
     generator = torch.Generator().manual_seed(5)
     context = sd.encode_text([PROMPT, "x"])
-    x = torch.randn(2, 4, 8, 8, generator=generator)
+    x = torch.randn(2, 4, 8, 8, generator=generator).to(context.dtype)
     return context, sd.unet(x, torch.tensor([3, 700]), context)
 
 
@@ -171,7 +171,9 @@ def test_scales_and_sums(model, tmp_path):
         assert same_weights(weights(sd), expected)
         plain = fresh(model)
         lora.networks(plain).load_state_dict(expected)
-        assert close(outputs(sd), outputs(plain), 5e-5)
+        for each in (sd, plain):  # some machines' fp32 rounding is over the bound by the last layer
+            lora.networks(each).double()
+        assert close(outputs(sd), outputs(plain))
 
 
 def same_outputs(a, b):

@@ -59,8 +59,7 @@ def test_it_is_torch_s():
 def test_the_compiler_is_not_imported():
     code = """
 import sys, torch
-from minisd import cli, optim
-from minisd.weights import files
+from minisd import optim
 from minisd.adapters.token_embedding import TokenEmbedding
 TokenEmbedding.of(torch.nn.Embedding(5, 3), torch.zeros(1, 3))
 p = torch.nn.Parameter(torch.ones(3))
