@@ -49,6 +49,14 @@ def test_a_1x1_convolution_is_a_product_in_the_layout_of_its_input(memory, biase
     assert all(torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(*results, strict=True))
 
 
+def test_a_1x1_convolution_that_may_carry_a_lora_is_the_same_product(monkeypatch):
+    """To the bit: at scale 0 nothing changes."""
+    layer, x = layers.Conv1x1(64, 96), torch.randn(2, 64, 16, 16)
+    carrier = lora.LoRAConv2d.of(layer)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", None)
+    assert torch.equal(carrier(x), layer(x))
+
+
 # The text, once a picture
 
 
