@@ -82,8 +82,15 @@ def test_one_file_one_subject(path):
 
 
 def test_transformers_is_imported_in_one_place():
+    """And not to draw a picture: it takes longer than that."""
     users = [module_of(p) for p in SOURCES if any(n.startswith("transformers") for n in imported(p))]
     assert users == ["minisd.models.text"]
+    code = (
+        "import sys; from minisd import cli, stable_diffusion as s; "
+        "print(s.StableDiffusion.load(cli.TINY).tokenizer.encode('cat'), 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("] False\n"), done.stdout + done.stderr
 
 
 HEAVY = "torch numpy transformers PIL triton safetensors tqdm huggingface_hub"

@@ -1,6 +1,7 @@
 """Checkpoints: what is written is read back, and what others write is read."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisd import registry
+from minisd import cli, registry
 from minisd.models import text, unet, vae
 from minisd.weights import checkpoint as ck
 from minisd.weights import compvis, configs, diffusers, files
@@ -456,3 +457,41 @@ def test_vocabulary():
 def test_golden_ids(prompt, ids):
     tokens = text.Tokenizer(ck.TOKENIZER, 77)([prompt])[0].tolist()
     assert tokens[: len(ids) + 2] == [49406, *ids, 49407] and set(tokens[len(ids) + 2 :]) == {49407}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("folder", [ck.TOKENIZER, cli.TINY / "tokenizer"])
+def test_ids_equal_transformers(folder):
+    """Of random texts: pieces of words, letters of many scripts, emoji, marks, blanks."""
+    from transformers import CLIPTokenizer
+
+    draw = random.Random(0)
+    theirs, ours = CLIPTokenizer.from_pretrained(str(folder)), text.Tokenizer(folder, 77)
+    assert theirs.get_vocab() == ours.vocabulary
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.start, ours.end)
+    pieces = [word.replace("</w>", " ") for word in ours.vocabulary]
+    scripts = [*range(1, 0x600), *range(0x1F300, 0x1F700), *range(0x4E00, 0x4E80), 0xAC00, 0x1100, 0x200D]
+    marks = ["'s", "'LL", "n't", " ", "  \n", text.START, text.END, text.END.upper(), "é", "İ", "ΑΣ", "<cat>"]
+    for _ in range(2000):
+        words = [
+            draw.choice(pieces),
+            chr(draw.choice(scripts)),
+            chr(draw.choice(scripts)),
+            draw.choice(marks),
+        ]
+        prompt = "".join(draw.choices(words, k=draw.randrange(9)))
+        assert ours.encode(prompt) == theirs.encode(prompt, add_special_tokens=False), repr(prompt)
+
+
+def test_a_changed_tokenizer_is_read_as_transformers_reads_it(tmp_path):
+    """As the scripts leave it: a token more, whose id follows the vocabulary's."""
+    tokens = text.Tokenizer(ck.TOKENIZER, 77)
+    ids = tokens.add_placeholder("<cat>", 2)
+    again = text.Tokenizer(tokens.save(tmp_path), 77)
+    assert again.vocab_size == 49410 and again.encode("a <cat> <cat>_1 cat") == [320, *ids, 2368]
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match=f"{folder} has no tokenizer"):
+            text.Tokenizer(folder, 77)

@@ -4,9 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from minisd import ops
@@ -119,6 +121,41 @@ class TextEncoder(nn.Module):
         return self.text_model(ids, skip)
 
 
+START, END = "<|startoftext|>", "<|endoftext|>"
+# Words as CLIP cuts them: the two marks, an English ending, letters, one digit, or neither of them.
+WORDS = rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
+
+
+def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
+    """The byte pair encoding of a folder with vocab.json and merges.txt. ValueError if it has none.
+
+    It is put together here, for importing transformers to do the same takes longer than to draw a small
+    picture. Only a folder in which a tokenizer has been changed is read by transformers.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if {"tokenizer.json", "added_tokens.json"} & names:
+        return clip_tokenizer(folder).backend_tokenizer
+    if not {"vocab.json", "merges.txt"} <= names:
+        raise ValueError(f"{folder} has no tokenizer: no vocab.json and merges.txt")
+    model = models.BPE.from_file(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=END, end_of_word_suffix="</w>"
+    )
+    bpe = tokenizers.Tokenizer(model)
+    blanks = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    bpe.add_special_tokens([START, END])
+    return bpe
+
+
+def clip_tokenizer(folder: Path):
+    from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
+
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
 class Tokenizer:
     """Prompts to ids (b, max_length): start, at most max_length - 2 tokens, end, and padding with end.
 
@@ -127,19 +164,21 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, max_length: int):
-        from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
-
         self.folder = folder
         self.max_length = max_length
-        self.bpe = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        self.vocab_size = len(self.bpe)
-        self.start, self.end = self.bpe.bos_token_id, self.bpe.eos_token_id
+        self.bpe = byte_pairs(folder)
+        self.vocabulary: dict[str, int] = self.bpe.get_vocab()
+        self.start, self.end = self.vocabulary[START], self.vocabulary[END]
         self.placeholders: dict[str, list[int]] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary)
 
     def add_placeholder(self, token: str, num_vectors: int = 1) -> list[int]:
         """Give `token` the next `num_vectors` ids. ValueError if it means something already."""
         token = self.check_placeholder(token)
-        first = self.vocab_size + sum(len(ids) for ids in self.placeholders.values())
+        first = len(self.vocabulary) + sum(len(ids) for ids in self.placeholders.values())
         self.placeholders[token] = list(range(first, first + num_vectors))
         return self.placeholders[token]
 
@@ -148,11 +187,7 @@ class Tokenizer:
         if not token or token != token.strip():
             raise ValueError(f"placeholder {token!r} is empty or begins or ends with a blank")
         token = token.lower()
-        if (
-            token in self.placeholders
-            or token in self.bpe.get_vocab()
-            or f"{token}</w>" in self.bpe.get_vocab()
-        ):
+        if token in self.placeholders or token in self.vocabulary or f"{token}</w>" in self.vocabulary:
             raise ValueError(
                 f"placeholder {token!r} is a token already; choose another, for example '<{token}>'"
             )
@@ -163,9 +198,10 @@ class Tokenizer:
         `folder`, where it is written with n vectors as token, token_1, ..., token_(n-1)."""
         if not self.placeholders:
             return self.folder
+        written = clip_tokenizer(self.folder)
         for token, ids in self.placeholders.items():
-            self.bpe.add_tokens([token, *(f"{token}_{i}" for i in range(1, len(ids)))])
-        self.bpe.save_pretrained(str(folder))
+            written.add_tokens([token, *(f"{token}_{i}" for i in range(1, len(ids)))])
+        written.save_pretrained(str(folder))
         return folder
 
     def encode(self, text: str) -> list[int]:
@@ -174,13 +210,12 @@ class Tokenizer:
 
     def units(self, text: str) -> list[list[int]]:
         """The same, in what may not be cut apart: each id by itself, and all those of a placeholder."""
-        text = text.lower()
         longest_first = sorted(self.placeholders, key=len, reverse=True)
         pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
-        pieces = re.split(pattern, text) if longest_first else [text]
+        pieces = re.split(pattern, text, flags=re.IGNORECASE) if longest_first else [text]
         units = []
         for piece in pieces:
-            known = self.placeholders.get(piece)
+            known = self.placeholders.get(piece.lower())
             units += [known] if known else [[i] for i in self._plain(piece)]
         return units
 
@@ -188,10 +223,10 @@ class Tokenizer:
         """The id of a word that is one token, or else the vocabulary's entry of that very name: "ktn", Custom
         Diffusion's, is one that no text becomes. None if there is neither."""
         ids = self.encode(word)
-        return ids[0] if len(ids) == 1 else self.bpe.get_vocab().get(word)
+        return ids[0] if len(ids) == 1 else self.vocabulary.get(word)
 
     def _plain(self, text: str) -> list[int]:
-        return self.bpe(text, add_special_tokens=False)["input_ids"] if text.strip() else []
+        return self.bpe.encode(text, add_special_tokens=False).ids
 
     def __call__(self, prompts: list[str]) -> Tensor:
         return torch.tensor([self._padded(p) for p in prompts])  # (b, max_length)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from minisd import cli
-from minisd.models.text import TextConfig, TextEncoder
+from minisd.models.text import END, START, TextConfig, TextEncoder
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.tokenizer.build import byte_names
@@ -21,7 +21,6 @@ from minisd.weights.checkpoint import PIPELINES, Checkpoint
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
-START, END = "<|startoftext|>", "<|endoftext|>"
 # Words of prompts that no picture of the data has, and how often the data would have to have them.
 FURTHER = """the photo rendering cropped close up bright dark large nice cool good clean dirty weird my one
 art depiction illustration painting drawing in with and of it make turn into noto black white brown teal style
