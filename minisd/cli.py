@@ -1,6 +1,7 @@
 """Command lines from option dataclasses. Standard library only, so that `--help` answers at once."""
 
 import argparse
+import ctypes
 import difflib
 import functools
 import json
@@ -240,9 +241,21 @@ def like(path: Path, argv: list[str]) -> dict[str, list[str]]:
     return said
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed, up to 1 GB, for what is asked for next. It would give every large block
+    back at once, and the next activation of that size would fault in each of its pages anew: on a CPU up to
+    a fourth of the time. The peak stays."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        libc.mallopt(trim_threshold, 2**30)
+        libc.mallopt(mmap_max, 0)
+
+
 def run(prog: str, main: Callable[[], int | None]) -> None:
     """Exit as `main()` says; what is wrong with the input gets one line and status 2, and no traceback unless
     MINISD_DEBUG is set."""
+    keep_memory()
     try:
         sys.exit(main())
     except (ValueError, OSError) as e:

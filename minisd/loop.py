@@ -170,8 +170,8 @@ def train(method, run: Run) -> int:
                 loss_sum += loss.detach()
             processes.average([loss_sum, *(p.grad for p in parameters if p.grad is not None)])
             scaler.unscale_(optimizer)
-            norm = optim.clip(parameters, options.max_grad_norm)
-            scaler.step(optimizer)
+            norm = optim.norm(parameters)
+            scaler.step(optimizer, optim.shrink(norm, options.max_grad_norm))
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 

@@ -17,23 +17,28 @@ class AdamW:
         self.param_groups = [{"params": parameters, "lr": lr}]
         self.settings = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
         self.state: dict[torch.nn.Parameter, dict[str, Tensor]] = {}
+        # How often each parameter has moved, in one tensor: where all move that is one addition.
+        self.steps = torch.zeros(len(parameters), device=parameters[0].device)
+        self.each = self.steps.unbind()
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, shrink: Tensor | None = None) -> None:
+        """Move along the gradients, which are divided by `shrink` first."""
         group = self.param_groups[0]
-        moved = [p for p in group["params"] if p.grad is not None]
+        numbers = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        moved = [group["params"][i] for i in numbers]
         for p in moved:
             if p not in self.state:
-                slot = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.state[p] = {"step": torch.zeros((), device=p.device)} | slot
+                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         if moved:
-            slots = [self.state[p] for p in moved]
-            steps, means, squares = ([s[k] for s in slots] for k in ("step", "exp_avg", "exp_avg_sq"))
-            torch._foreach_add_(steps, 1)
+            steps = [self.each[i] for i in numbers]
+            means, squares = ([self.state[p][k] for p in moved] for k in ("exp_avg", "exp_avg_sq"))
+            self.steps[slice(None) if len(moved) == len(self.steps) else numbers] += 1
             # The kernel goes through memory: values of one place have to be of one element.
             gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
                          for p, g in ((p, p.grad) for p in moved)]  # fmt: skip
             further = self.settings | {"lr": group["lr"], "amsgrad": False, "maximize": False}
+            further["grad_scale"] = shrink
             torch._fused_adamw_(moved, gradients, means, squares, [], steps, **further)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -43,15 +48,17 @@ class AdamW:
     def state_dict(self) -> dict:
         """As torch's: the state by the parameters' numbers."""
         group = self.param_groups[0]
-        slots = {i: self.state[p] for i, p in enumerate(group["params"]) if p in self.state}
+        numbered = [(i, p) for i, p in enumerate(group["params"]) if p in self.state]
+        slots = {i: self.state[p] | {"step": self.each[i].clone()} for i, p in numbered}
         return {"state": slots, "param_groups": [{"lr": group["lr"]}]}
 
     def load_state_dict(self, state: dict) -> None:
         parameters = self.param_groups[0]["params"]
-        self.state = {
-            parameters[i]: {k: v.to(parameters[i].device) for k, v in slot.items()}
-            for i, slot in state["state"].items()
-        }
+        self.state = {}
+        for i, slot in state["state"].items():
+            self.steps[i] = slot["step"]
+            moments = {k: slot[k].to(parameters[i].device) for k in ("exp_avg", "exp_avg_sq")}
+            self.state[parameters[i]] = moments
 
 
 def eight_bit():
@@ -63,6 +70,12 @@ def eight_bit():
         raise ValueError("--use_8bit_adam: not installed (pip install 'minisd[8bit]')") from None
 
     class Flat(AdamW8bit):
+        def step(self, shrink: Tensor | None = None) -> None:
+            gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
+            if shrink is not None:
+                torch._foreach_div_(gradients, shrink)
+            super().step()
+
         def state_dict(self) -> dict:
             state = super().state_dict()
             for slot in state["state"].values():
@@ -112,13 +125,14 @@ def lr_factor(
     raise ValueError(f"--lr_scheduler {name} is unknown")
 
 
-def clip(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """The global norm of the gradients, before they were scaled down to `max_norm`; 0 only measures."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+def norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """The global norm of the gradients."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def shrink(norm: Tensor, max_norm: float) -> Tensor | None:
+    """What gradients of that norm are divided by to have `max_norm` at most; 0 lets them be."""
+    return ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm > 0 else None
 
 
 class EMA:

@@ -105,9 +105,11 @@ def measure_draw(tool: str, model: str, *, side: int, steps: int) -> dict:
 
 
 def draw_ours(model: str, side: int, steps: int) -> Callable[[], object]:
+    from minisd import cli
     from minisd.generate import Settings, pictures
     from minisd.stable_diffusion import StableDiffusion
 
+    cli.keep_memory()  # as sample.py does
     sd, settings = StableDiffusion.load(model), Settings(width=side, height=side, steps=steps)
     return lambda: list(pictures(sd, [PROMPT], [0], settings))
 
@@ -212,8 +214,7 @@ def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
 
     def step() -> None:
         method.loss(next(source)).backward()
-        optim.clip(parameters, options.max_grad_norm)
-        optimizer.step()
+        optimizer.step(optim.shrink(optim.norm(parameters), options.max_grad_norm))
         optimizer.zero_grad()
 
     return step

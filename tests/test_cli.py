@@ -1,6 +1,9 @@
 """The command line: every flag of the field's script, and one clear line for every mistake."""
 
+import ctypes
 import json
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 
 from minisd import cli, registry
 from minisd.optim import lr_factor
+from tests.conftest import ROOT
 
 # Flags of the field's script for each method: those of old with their defaults, and those that came later.
 # Its script for an autoencoder trains a discriminator along: ours has other flags.
@@ -122,3 +126,24 @@ def test_learning_rates_equal_diffusers(name, warmup, total):
 def test_cosine_is_half_a_wave():
     factors = [lr_factor("cosine", s, warmup=0, total=10, lr=1, cycles=1, power=1) for s in (0, 5, 10)]
     assert factors == pytest.approx([1, 0.5, 0])
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_memory_is_kept():
+    """A large block that was freed is handed out again with its pages; a thread gets one too."""
+    code = """
+import resource, threading, torch
+from minisd import cli
+def faults(size, times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.empty(size, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+cli.keep_memory()
+pages = 2**26 // resource.getpagesize()
+faults(2**26, 1)
+print(faults(2**26, 20) < 5 * pages)
+threading.Thread(target=lambda: print(faults(2**26, 3) >= 0)).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr

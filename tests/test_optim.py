@@ -56,6 +56,30 @@ def test_it_is_torch_s():
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("max_norm", [1.0, 100.0, 0.0])
+def test_clipping_is_torch_s(max_norm):
+    """Which is a step before the optimizer's, and here a part of it."""
+    pairs = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        ps = parameters()
+        optimizer = kind(ps, **SETTINGS | {"eps": 1.0})  # so that the size of a gradient counts
+        for i in range(3):
+            torch.manual_seed(i)
+            for p in ps:
+                p.grad = torch.randn(p.shape)
+            norm = optim.norm(ps)
+            assert torch.allclose(norm, torch.cat([p.grad.flatten() for p in ps]).norm(), rtol=1e-6)
+            if kind is optim.AdamW:
+                optimizer.step(optim.shrink(norm, max_norm))
+            else:
+                if max_norm:
+                    torch.nn.utils.clip_grad_norm_(ps, max_norm)
+                optimizer.step()
+        pairs.append(ps)
+    for a, b in zip(*pairs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_the_compiler_is_not_imported():
     code = """
 import sys, torch
@@ -64,7 +88,7 @@ from minisd.adapters.token_embedding import TokenEmbedding
 TokenEmbedding.of(torch.nn.Embedding(5, 3), torch.zeros(1, 3))
 p = torch.nn.Parameter(torch.ones(3))
 o = optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
-p.sum().backward(); optim.clip([p], 1.0); o.step(); o.zero_grad()
+p.sum().backward(); o.step(optim.shrink(optim.norm([p]), 1.0)); o.zero_grad()
 print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
