@@ -28,7 +28,7 @@ from pathlib import Path
 
 # What loading imports, so that it is not counted as loading.
 IMPORTS = {
-    "minisd": ("minisd.stable_diffusion.StableDiffusion", "transformers.CLIPTokenizer"),
+    "minisd": ("minisd.stable_diffusion.StableDiffusion",),
     "diffusers": (
         "diffusers.StableDiffusionPipeline", "diffusers.AutoencoderKL", "diffusers.UNet2DConditionModel",
         "diffusers.PNDMScheduler", "transformers.CLIPTextModel", "transformers.CLIPTokenizer",

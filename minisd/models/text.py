@@ -167,18 +167,14 @@ class Tokenizer:
         self.folder = folder
         self.max_length = max_length
         self.bpe = byte_pairs(folder)
-        self.vocabulary: dict[str, int] = self.bpe.get_vocab()
-        self.start, self.end = self.vocabulary[START], self.vocabulary[END]
+        self.vocab_size: int = self.bpe.get_vocab_size()
+        self.start, self.end = self.bpe.token_to_id(START), self.bpe.token_to_id(END)
         self.placeholders: dict[str, list[int]] = {}
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.vocabulary)
 
     def add_placeholder(self, token: str, num_vectors: int = 1) -> list[int]:
         """Give `token` the next `num_vectors` ids. ValueError if it means something already."""
         token = self.check_placeholder(token)
-        first = len(self.vocabulary) + sum(len(ids) for ids in self.placeholders.values())
+        first = self.vocab_size + sum(len(ids) for ids in self.placeholders.values())
         self.placeholders[token] = list(range(first, first + num_vectors))
         return self.placeholders[token]
 
@@ -187,7 +183,8 @@ class Tokenizer:
         if not token or token != token.strip():
             raise ValueError(f"placeholder {token!r} is empty or begins or ends with a blank")
         token = token.lower()
-        if token in self.placeholders or token in self.vocabulary or f"{token}</w>" in self.vocabulary:
+        known = (self.bpe.token_to_id(t) for t in (token, f"{token}</w>"))
+        if token in self.placeholders or any(i is not None for i in known):
             raise ValueError(
                 f"placeholder {token!r} is a token already; choose another, for example '<{token}>'"
             )
@@ -223,7 +220,7 @@ class Tokenizer:
         """The id of a word that is one token, or else the vocabulary's entry of that very name: "ktn", Custom
         Diffusion's, is one that no text becomes. None if there is neither."""
         ids = self.encode(word)
-        return ids[0] if len(ids) == 1 else self.vocabulary.get(word)
+        return ids[0] if len(ids) == 1 else self.bpe.token_to_id(word)
 
     def _plain(self, text: str) -> list[int]:
         return self.bpe.encode(text, add_special_tokens=False).ids
