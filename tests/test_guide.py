@@ -131,13 +131,7 @@ def test_the_guide_s_command(name, place, monkeypatch, capsys, tmp_path):
     assert ("--report_to wandb: not installed" in said) == ("wandb" in command)
     out = next(p for p in (tmp_path / "out", tmp_path / "sd-pokemon-model", tmp_path / "ddpm-ema-flowers-64")
                if p.exists())  # fmt: skip
-    about = {
-        "log.jsonl",
-        "logs",
-        "options.json",
-        "result.png",
-        "validation",
-    }  # logs are tensorboard's
+    about = {"log.jsonl", "options.json", "result.png", "validation", "logs"}  # the last is tensorboard's
     found = {p.name for p in out.iterdir()} - about
     assert found == left
     for path in out.rglob("*.safetensors"):

@@ -491,6 +491,14 @@ def test_a_changed_tokenizer_is_read_as_transformers_reads_it(tmp_path):
     assert again.vocab_size == 49410 and again.encode("a <cat> <cat>_1 cat") == [320, *ids, 2368]
 
 
+@pytest.mark.parametrize("name, content", [("vocab.json", '{"a": '), ("merges.txt", "a b\nno")])
+def test_a_broken_tokenizer_is_named(tmp_path, name, content):
+    folder = shutil.copytree(ck.TOKENIZER, tmp_path / "tokenizer")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{folder} has no readable tokenizer"):
+        text.Tokenizer(folder, 77)
+
+
 def test_a_folder_without_a_tokenizer(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(ValueError, match=f"{folder} has no tokenizer"):

@@ -137,9 +137,11 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
         return clip_tokenizer(folder).backend_tokenizer
     if not {"vocab.json", "merges.txt"} <= names:
         raise ValueError(f"{folder} has no tokenizer: no vocab.json and merges.txt")
-    model = models.BPE.from_file(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=END, end_of_word_suffix="</w>"
-    )
+    vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    try:
+        model = models.BPE.from_file(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>")
+    except Exception as e:  # it has no narrower class
+        raise ValueError(f"{folder} has no readable tokenizer: {e}") from None
     bpe = tokenizers.Tokenizer(model)
     blanks = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
