@@ -37,9 +37,8 @@ class AdamW:
             # The kernel goes through memory: values of one place have to be of one element.
             gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
                          for p, g in ((p, p.grad) for p in moved)]  # fmt: skip
-            further = self.settings | {"lr": group["lr"], "amsgrad": False, "maximize": False}
-            further["grad_scale"] = shrink
-            torch._fused_adamw_(moved, gradients, means, squares, [], steps, **further)
+            further = {"lr": group["lr"], "grad_scale": shrink, "amsgrad": False, "maximize": False}
+            torch._fused_adamw_(moved, gradients, means, squares, [], steps, **self.settings, **further)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.param_groups[0]["params"]:
@@ -55,10 +54,11 @@ class AdamW:
     def load_state_dict(self, state: dict) -> None:
         parameters = self.param_groups[0]["params"]
         self.state = {}
+        self.steps.zero_()
         for i, slot in state["state"].items():
+            p = parameters[i]
             self.steps[i] = slot["step"]
-            moments = {k: slot[k].to(parameters[i].device) for k in ("exp_avg", "exp_avg_sq")}
-            self.state[parameters[i]] = moments
+            self.state[p] = {k: slot[k].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
 
 
 def eight_bit():
@@ -71,8 +71,8 @@ def eight_bit():
 
     class Flat(AdamW8bit):
         def step(self, shrink: Tensor | None = None) -> None:
-            gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
             if shrink is not None:
+                gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
                 torch._foreach_div_(gradients, shrink)
             super().step()
 

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import CLIPTokenizer  # noqa: F401
 
 from minisd import cli, loop, registry
 from minisd.methods import textual_inversion  # noqa: F401  imported before the forks, like the next

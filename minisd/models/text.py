@@ -153,6 +153,7 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
 
 
 def clip_tokenizer(folder: Path):
+    """The same as transformers' class, which writes it too."""
     from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
 
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -215,7 +216,7 @@ class Tokenizer:
         units = []
         for piece in pieces:
             known = self.placeholders.get(piece.lower())
-            units += [known] if known else [[i] for i in self._plain(piece)]
+            units += [known] if known else [[i] for i in self.bpe.encode(piece, add_special_tokens=False).ids]
         return units
 
     def one(self, word: str) -> int | None:
@@ -223,9 +224,6 @@ class Tokenizer:
         Diffusion's, is one that no text becomes. None if there is neither."""
         ids = self.encode(word)
         return ids[0] if len(ids) == 1 else self.bpe.token_to_id(word)
-
-    def _plain(self, text: str) -> list[int]:
-        return self.bpe.encode(text, add_special_tokens=False).ids
 
     def __call__(self, prompts: list[str]) -> Tensor:
         return torch.tensor([self._padded(p) for p in prompts])  # (b, max_length)
