@@ -17,9 +17,9 @@ from minisd import cli
 def main() -> int:
     jobs = cli.parse_sample(sys.argv[1:])
 
-    from minisd import session
+    from minisd.sampling import run
 
-    print("\n".join(map(str, session.run(jobs))))
+    print("\n".join(map(str, run.run(jobs))))
     return 0
 
 

@@ -15,8 +15,9 @@ from minisd import cli
 def main() -> int:
     name, options = cli.parse_train(sys.argv[1:])
 
-    from minisd import loop, registry
-    from minisd.run import Run
+    from minisd import registry
+    from minisd.training import loop
+    from minisd.training.run_folder import Run
 
     method = registry.load("methods", name).Method(options)
     return loop.train(method, Run(name, options))

@@ -13,7 +13,7 @@ def load(model, **options):
     `options` are those of StableDiffusion.load."""
     import torch
 
-    from minisd.notebook import Model
+    from minisd.sampling.api import Model
 
     options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(options["device"]).type == "cuda"

@@ -12,11 +12,11 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import NamedTuple
 
-from minisd import infotext, registry, sweep
-from minisd.infotext import TINY
-from minisd.sampling import Sample
+from minisd import registry
+from minisd.options import TINY
+from minisd.sampling import infotext, sweep
+from minisd.sampling.options import Job, Sample
 
 
 def spellings(cls: type, f: Field) -> list[str]:
@@ -159,14 +159,6 @@ def parse_train(argv: list[str]):
     return chosen.method, parse(parser, cls, {"": rest}, chosen.method, owners)
 
 
-class Job(NamedTuple):
-    """What sample.py draws at once: all, or a row of --csv."""
-
-    options: Sample
-    row: sweep.Row
-    where: str  # what its errors begin with
-
-
 def parse_sample(argv: list[str]) -> list[Job]:
     """What to draw: as argv says; where it says nothing, as the picture of --like; and once for each row of
     --csv, which counts more than both."""
@@ -263,12 +255,3 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
             raise
         print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-def split_scale(adapter: str) -> tuple[Path, float]:
-    """PATH or PATH:SCALE."""
-    path, colon, scale = adapter.rpartition(":")
-    try:
-        return (Path(path), float(scale)) if colon else (Path(adapter), 1.0)
-    except ValueError:
-        return Path(adapter), 1.0  # the colon belongs to the path

@@ -28,7 +28,7 @@ from pathlib import Path
 
 # What loading imports, so that it is not counted as loading.
 IMPORTS = {
-    "minisd": ("minisd.stable_diffusion.StableDiffusion",),
+    "minisd": ("minisd.sampling.stable_diffusion.StableDiffusion",),
     "diffusers": (
         "diffusers.StableDiffusionPipeline", "diffusers.AutoencoderKL", "diffusers.UNet2DConditionModel",
         "diffusers.PNDMScheduler", "transformers.CLIPTextModel", "transformers.CLIPTokenizer",
@@ -58,7 +58,7 @@ def touch(*modules) -> None:
 
 
 def load_ours(model: str, single: bool):
-    from minisd.stable_diffusion import StableDiffusion
+    from minisd.sampling.stable_diffusion import StableDiffusion
 
     sd = StableDiffusion.load(f"{model}.safetensors" if single else model)
     return sd.unet, sd.vae, sd.text_encoder, sd
@@ -106,8 +106,8 @@ def measure_draw(tool: str, model: str, *, side: int, steps: int) -> dict:
 
 def draw_ours(model: str, side: int, steps: int) -> Callable[[], object]:
     from minisd import cli
-    from minisd.generate import Settings, pictures
-    from minisd.stable_diffusion import StableDiffusion
+    from minisd.sampling.generate import Settings, pictures
+    from minisd.sampling.stable_diffusion import StableDiffusion
 
     cli.keep_memory()  # as sample.py does
     sd, settings = StableDiffusion.load(model), Settings(width=side, height=side, steps=steps)
@@ -138,7 +138,7 @@ def measure_start(tool: str, model: str, *, side: int) -> dict:
         os._exit(0)
 
     if tool == "minisd":
-        from minisd.guidance import Denoiser
+        from minisd.sampling.guidance import Denoiser
 
         Denoiser.__call__ = stop
         flags = f"--width {side} --height {side} --steps 4 --device cpu".split()
@@ -199,9 +199,10 @@ def measure_ti(model: str, side: int = 256, count: int = 5) -> dict:
 
 def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
 
-    from minisd import cli, loop, optim, registry
+    from minisd import cli, registry
     from minisd.data.batches import Stream, batches
-    from minisd.distributed import Processes
+    from minisd.training import loop, optim
+    from minisd.training.distributed import Processes
 
     argv = ["--method", "textual_inversion", "--model", model, "--data", str(data), "--resolution", str(side)]
     name, options = cli.parse_train([*argv, "--train_batch_size", "1", "--learning_rate", "5e-4"])
@@ -272,9 +273,9 @@ def make_model(folder: Path) -> None:
     """SD v1.5's shapes with random fp32 weights, as a folder and as a single file."""
     import torch
 
+    from minisd.formats import diffusers, single_file
+    from minisd.formats.parts import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
     from minisd.models import text, unet, vae
-    from minisd.weights import compvis, diffusers
-    from minisd.weights.checkpoint import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
 
     configs = {"unet": unet.SD15, "vae": vae.SD15, "text_encoder": text.SD15}
     torch.manual_seed(0)
@@ -286,7 +287,7 @@ def make_model(folder: Path) -> None:
         pipeline="StableDiffusionPipeline",
     )
     diffusers.save(folder, checkpoint)
-    compvis.save(folder.with_name(folder.name + ".safetensors"), checkpoint)
+    single_file.save(folder.with_name(folder.name + ".safetensors"), checkpoint)
     del checkpoint
     gc.collect()
 

@@ -73,9 +73,9 @@ def make(folder: Path, pictures: int, side: int) -> None:
     import torch
     from PIL import Image
 
+    from minisd.formats import config_json, diffusers
+    from minisd.formats.parts import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
     from minisd.models import text, unet, unet2d, vae
-    from minisd.weights import configs, diffusers
-    from minisd.weights.checkpoint import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
 
     small = {
         "unet": replace(unet.SD15, block_out_channels=(32, 64, 128, 128), cross_attention_dim=64),
@@ -92,7 +92,7 @@ def make(folder: Path, pictures: int, side: int) -> None:
     )
     diffusers.save(folder / "model", checkpoint)
     config = replace(unet2d.DDPM, sample_size=side, block_out_channels=(32, 32, 64, 64, 64, 64))
-    configs.write(folder / "ddpm", "unet2d", config)
+    config_json.write(folder / "ddpm", "unet2d", config)
     kinds = {
         "plain": None,
         "captioned": lambda i: {"file_name": f"{i}.png", "text": f"picture {i}"},

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from minisd import cli  # noqa: E402
+from minisd.options import TINY  # noqa: E402
 from minisd.tiny import judge, trial  # noqa: E402
 from tests.cost_methods import METHODS  # noqa: E402
 
@@ -48,12 +49,12 @@ def in_fp32(t: trial.Trial) -> Path:
 
 def control_net(t: trial.Trial) -> Path:
     """A new ControlNet for the tiny model: the script can make none for a VAE that divides by 4."""
-    from minisd.adapters import control
+    from minisd.adapters import controlnet
     from minisd.models.controlnet import ControlNet
 
     sd = t.load()
     torch.manual_seed(0)
-    control.save(t.folder / "new", ControlNet.from_unet(sd.unet, sd.vae.config.downscale))
+    controlnet.save(t.folder / "new", ControlNet.from_unet(sd.unet, sd.vae.config.downscale))
     return t.folder / "new"
 
 
@@ -132,11 +133,10 @@ def main() -> int:
         with contextlib.redirect_stdout(sys.stderr):
             judge.Trial = Uncaptioned if o.no_captions else trial.Trial
             runs = [
-                judge.judge(method, cli.TINY, o.out / f"seed-{seed}", ["--seed", str(seed)])
-                for seed in o.seeds
+                judge.judge(method, TINY, o.out / f"seed-{seed}", ["--seed", str(seed)]) for seed in o.seeds
             ]
             judge.Trial = Scripted
-            theirs = judge.judge(method, cli.TINY, (o.out / "script").resolve(), [])
+            theirs = judge.judge(method, TINY, (o.out / "script").resolve(), [])
         for m, *seeds in zip(theirs, *runs, strict=True):
             after = " | ".join(f"{s.after:.3g}" for s in seeds)
             need = f"{'>=' if m.more else '<='} {m.need:.3g}"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from minisd import cli, loop, registry
+from minisd import cli, registry
 from minisd.methods import textual_inversion  # noqa: F401  imported before the forks, like the next
-from minisd.run import Run
-from minisd.stable_diffusion import StableDiffusion  # noqa: F401
+from minisd.training import loop
+from minisd.training.run_folder import Run
 
 STEPS = 8
 

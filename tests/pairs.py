@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from minisd import cli, loop, registry
+from minisd import cli, registry
 from minisd.data.batches import Stream, collate
-from minisd.run import Run
+from minisd.training import loop
+from minisd.training.run_folder import Run
 
 
 def make_pairs(folder: Path, count: int = 4) -> Path:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minisd import cli, session
+from minisd import cli, files
 from minisd.adapters import custom_diffusion, lora
-from minisd.generate import Settings, pictures
+from minisd.formats import lora_names, single_file
 from minisd.models import layers
-from minisd.sampling import Sample
-from minisd.stable_diffusion import StableDiffusion
-from minisd.weights import compvis, files, kohya
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.options import Sample
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests import test_lora
 from tests.test_lora import PROJECTIONS, fresh, new, weights
 from tests.test_sample import draw_theirs, psnr
@@ -76,7 +76,7 @@ def by_diffusers(name, model, folder):
             for key, tensor in files.read(file).items()
         }  # fmt: skip
         tensors = {k: v.contiguous() for k, v in convert_state_dict_to_kohya(state).items()}
-        stems = {kohya.split(k)[0] for k in tensors}
+        stems = {lora_names.split(k)[0] for k in tensors}
         # It writes alpha = rank, having read none.
         tensors |= {f"{stem}.alpha": torch.tensor(6.0) for stem in stems}
         file.unlink()
@@ -144,7 +144,7 @@ def custom(name, model, folder):
             factors[k] = {"u": (u * s)[:, :3], "v": v[:3]}
         torch.save({"unet": factors, "modifier_token": {"<new1>": word}}, folder / name)
     else:
-        table = compvis.table("unet", sd.unet.config, "x")
+        table = single_file.table("unet", sd.unet.config, "x")
         theirs = {table[k]: v for k, v in changed.items()}
         torch.save({"state_dict": theirs | {"embed": word[None]}}, folder / "delta.bin")
     return {f"unet.{k}": delta for k, delta in deltas.items()}
@@ -231,12 +231,12 @@ def test_dora_by_kohya_s_names(model, pipe, tmp_path):
     test_lora.peft_adapters(pipe, use_dora=True)
     test_lora.save_peft(pipe, tmp_path / "peft", metadata=True)
     sd = fresh(model)
-    table = kohya.table(lora.layers(lora.networks(sd)), sd.unet.config)
+    table = lora_names.table(lora.layers(lora.networks(sd)), sd.unet.config)
     names = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
     tensors = {}
     for key, tensor in files.read(tmp_path / "peft" / "pytorch_lora_weights.safetensors").items():
-        stem, kind = kohya.split(key)
-        stem = kohya.kohya_stem(table[stem])
+        stem, kind = lora_names.split(key)
+        stem = lora_names.kohya_stem(table[stem])
         tensors[f"{stem}.{names[kind]}"] = tensor[:, None] if kind == "magnitude" else tensor
         tensors[f"{stem}.alpha"] = torch.tensor(6.0)
     save_file(tensors, tmp_path / "x.safetensors")
@@ -437,7 +437,7 @@ def test_the_command_exports(model, script, tmp_path):
     assert psnr(draw(StableDiffusion.load(out)), draw(sd)) >= 60
 
     def run(*flags):
-        return session.run(cli.parse_sample(list(map(str, [*base, *flags]))))
+        return run.run(cli.parse_sample(list(map(str, [*base, *flags]))))
 
     draws = ["--prompt", "x", "--steps", 1, "--output", tmp_path / "x.png", "--dtype", "bf16"]
     assert run(*draws, "--export", tmp_path / "half") == [tmp_path / "half", tmp_path / "x.png"]

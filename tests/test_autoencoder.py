@@ -4,10 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd import cli, loop, registry
+from minisd import cli, registry
 from minisd.data.batches import Stream, collate
-from minisd.run import Run
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.training import loop
+from minisd.training.run_folder import Run
 
 
 @pytest.fixture

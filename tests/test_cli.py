@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from minisd import cli, registry
-from minisd.optim import lr_factor
+from minisd.sampling.options import split_scale
+from minisd.training.optim import lr_factor
 from tests.conftest import ROOT
 
 # Flags of the field's script for each method: those of old with their defaults, and those that came later.
@@ -96,7 +97,7 @@ def test_mistakes(argv, message, capsys):
     [("a/b.safetensors", "a/b.safetensors", 1), ("x:0.5", "x", 0.5), ("C:/x", "C:/x", 1), ("x:-1", "x", -1)],
 )
 def test_adapter_scale(text, path, scale):
-    assert tuple(map(str, cli.split_scale(text))) == (path, str(float(scale)))
+    assert tuple(map(str, split_scale(text))) == (path, str(float(scale)))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from minisd.adapters import control
-from minisd.generate import Settings, pictures
-from minisd.guidance import Control
+from minisd.adapters import controlnet as adapter
+from minisd.formats import config_json, hub, single_file
+from minisd.formats import parts as ck
 from minisd.models import controlnet, unet
-from minisd.stable_diffusion import StableDiffusion
-from minisd.weights import checkpoint as ck
-from minisd.weights import compvis, configs, hub
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.guidance import Control
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.pairs import (
     assert_exactly_these_train,
     assert_gradients,
@@ -144,31 +144,31 @@ def assert_same(a, b):
 def test_folders_go_both_ways(network, tmp_path):
     from diffusers import ControlNetModel
 
-    control.save(tmp_path / "ours", network)
-    assert_same(control.load(tmp_path / "ours"), network)
+    adapter.save(tmp_path / "ours", network)
+    assert_same(adapter.load(tmp_path / "ours"), network)
     theirs = ControlNetModel.from_pretrained(tmp_path / "ours")
     x = inputs()
     mid = theirs(*x, return_dict=False)[1]
     assert_close(network(*x)["mid_residual"], mid, 2e-5)
     theirs.save_pretrained(tmp_path / "theirs")
-    assert_same(control.load(tmp_path / "theirs"), network)
+    assert_same(adapter.load(tmp_path / "theirs"), network)
 
 
 @pytest.mark.parametrize("prefix", ["", "control_model."])
 def test_single_files_are_read(network, tmp_path, prefix):
     """Written, then as if the base model were in the same file."""
     file = tmp_path / "control.safetensors"
-    compvis.save_controlnet(file, network.config, network.state_dict())
+    single_file.save_controlnet(file, network.config, network.state_dict())
     tensors = {prefix + n: t for n, t in load_file(file).items()}
     if prefix:
         tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(1)
-    written = json.dumps(configs.WRITERS["controlnet"](network.config))
-    save_file(tensors, file, metadata={compvis.CONFIG: written})
-    assert_same(control.load(file), network)
+    written = json.dumps(config_json.WRITERS["controlnet"](network.config))
+    save_file(tensors, file, metadata={single_file.CONFIG: written})
+    assert_same(adapter.load(file), network)
 
 
 def test_the_single_file_s_names_are_the_published_ones():
-    names = compvis.table("controlnet", controlnet.SD15, "sd15")
+    names = single_file.table("controlnet", controlnet.SD15, "sd15")
     assert len(names) == len(set(names.values())) == 340
     for ours, theirs in {
         "conv_in.weight": "input_blocks.0.0.weight",
@@ -194,7 +194,7 @@ def test_diffusers_reads_the_single_file_alike(tmp_path):
     config = replace(controlnet.SD15, block_out_channels=(32, 64, 128, 128), hint_channels=(16, 32, 96, 256))
     torch.manual_seed(0)
     network = controlnet.ControlNet(config)
-    compvis.save_controlnet(tmp_path / "c.safetensors", config, network.state_dict())
+    single_file.save_controlnet(tmp_path / "c.safetensors", config, network.state_dict())
     found = convert(load_file(tmp_path / "c.safetensors"), diffusers_controlnet(config).config)
     own = network.state_dict()
     assert found.keys() == own.keys() and all(torch.equal(found[n], own[n]) for n in own)
@@ -216,11 +216,11 @@ def test_a_repository_that_is_one_part():
 )
 def test_other_files_are_refused(network, tmp_path, change, message):
     file = tmp_path / "control.safetensors"
-    compvis.save_controlnet(file, network.config, network.state_dict())
-    written = json.dumps(configs.WRITERS["controlnet"](network.config))
-    save_file(change(load_file(file)), file, metadata={compvis.CONFIG: written})
+    single_file.save_controlnet(file, network.config, network.state_dict())
+    written = json.dumps(config_json.WRITERS["controlnet"](network.config))
+    save_file(change(load_file(file)), file, metadata={single_file.CONFIG: written})
     with pytest.raises(ValueError, match=f"control.safetensors.*{message}"):
-        control.load(file)
+        adapter.load(file)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ def test_other_files_are_refused(network, tmp_path, change, message):
     ],
 )
 def test_other_configs_are_refused(network, tmp_path, change, message):
-    control.save(tmp_path, network)
+    adapter.save(tmp_path, network)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
-        control.load(tmp_path)
+        adapter.load(tmp_path)
 
 
 # Training
@@ -294,7 +294,7 @@ def test_the_loss_is_the_field_s(model, opts, tmp_path, kind):
 def test_it_goes_on_from_a_controlnet(opts, network, tmp_path):
     config = replace(network.config, cross_attention_dim=32, num_heads=(4, 4, 4), layers_per_block=1)
     before = controlnet.ControlNet(replace(config, hint_channels=(4, 8, 12)))
-    control.save(tmp_path / "before", before)
+    adapter.save(tmp_path / "before", before)
     m, trained, batch = built("controlnet", opts("--controlnet_model_name_or_path", tmp_path / "before"))
     assert_same(m.controlnet, before)
     m.loss(batch).backward()
@@ -333,9 +333,9 @@ def test_what_it_leaves_draws_the_same_in_diffusers(model, opts, tmp_path):
     assert (o.output_dir / "validation" / "step-000001.png").exists()
     assert {p.name for p in o.output_dir.iterdir()} >= {"config.json", "diffusion_pytorch_model.safetensors"}
     ControlNetModel.from_pretrained(o.output_dir)
-    network = control.load(o.output_dir)
+    network = adapter.load(o.output_dir)
     shake(network, 0.1)  # two updates are not enough to tell one picture from another
-    control.save(tmp_path / "shaken", network)
+    adapter.save(tmp_path / "shaken", network)
     theirs = StableDiffusionControlNetPipeline.from_pretrained(
         model, controlnet=ControlNetModel.from_pretrained(tmp_path / "shaken"), safety_checker=None
     )

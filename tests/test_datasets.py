@@ -17,8 +17,8 @@ from minisd.data.batches import Bucketed, Shuffled, Stream, batches
 from minisd.data.custom import ClassPictures, CustomConcepts, read_classes, read_concepts, read_instances
 from minisd.data.datasets import Captioned, Example, InstancePictures, PartView, Prior, View, center, cover
 from minisd.data.pairs import Conditioned, EditPairs
-from minisd.distributed import Processes
-from minisd.loop import cache_latents
+from minisd.training.distributed import Processes
+from minisd.training.loop import cache_latents
 
 SIZES = [(40, 31), (31, 40), (32, 32), (57, 20), (20, 57), (33, 32)]
 FILTERS = {

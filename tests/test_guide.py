@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from minisd.weights import configs
+from minisd.formats import config_json
 from tests.pairs import make_pairs
 from tests.test_unet2d import TINY as TINY_PIXELS
 
@@ -101,7 +101,7 @@ def place(model, cat, captioned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for tracker in ("wandb", "torch.utils.tensorboard"):  # as if it were not installed
         monkeypatch.setitem(sys.modules, tracker, None)
-    configs.write(tmp_path, "unet2d", TINY_PIXELS)
+    config_json.write(tmp_path, "unet2d", TINY_PIXELS)
     names = {"MODEL": model, "DATA": cat, "CAPTIONED": captioned, "OUT": "out", "NAME": "pokemon-lora"}
     names["PAIRS"] = make_pairs(tmp_path / "pairs")
     retrieved = tmp_path / "real_reg" / "samples_cat"

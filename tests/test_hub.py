@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from minisd.weights import hub as resolver
+from minisd.formats import hub as resolver
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
@@ -134,7 +134,7 @@ def hub():
 
 CHILD = """
 import json, sys
-from minisd.weights import hub
+from minisd.formats import hub
 assert "huggingface_hub" not in sys.modules
 for model, kwargs in json.loads(sys.argv[1]):
     try:

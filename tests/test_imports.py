@@ -14,18 +14,16 @@ SOURCES = sorted(
 
 # Lowest first: a file imports from its own line or from the lines above it, never from those below.
 LAYERS = [
-    ["minisd", "minisd.kernels", "minisd.config", "minisd.registry", "minisd.noise", "minisd.optim"],
-    ["minisd.ops", "minisd.losses", "minisd.infotext", "minisd.sampling"],
+    ["minisd", "minisd.kernels", "minisd.registry", "minisd.options", "minisd.noise", "minisd.files"],
+    ["minisd.ops", "minisd.losses", "minisd.training.distributed"],
     ["minisd.models"],
-    ["minisd.weights", "minisd.guidance"],
-    ["minisd.adapters", "minisd.schedulers", "minisd.data", "minisd.prompt"],
-    ["minisd.stable_diffusion", "minisd.pixel_diffusion"],
-    ["minisd.generate", "minisd.run", "minisd.sweep"],
+    ["minisd.formats", "minisd.schedulers", "minisd.data"],
+    ["minisd.adapters"],
+    ["minisd.sampling"],
     ["minisd.methods"],
-    ["minisd.loop"],
-    ["minisd.cli", "minisd.inputs"],
+    ["minisd.training"],
+    ["minisd.cli"],
     ["minisd.tiny"],
-    ["minisd.session", "minisd.notebook"],
     ["train", "sample"],
 ]
 
@@ -86,8 +84,8 @@ def test_transformers_is_imported_in_one_place():
     users = [module_of(p) for p in SOURCES if any(n.startswith("transformers") for n in imported(p))]
     assert users == ["minisd.models.text"]
     code = (
-        "import sys; from minisd import cli, stable_diffusion as s; "
-        "print(s.StableDiffusion.load(cli.TINY).tokenizer.encode('cat'), 'transformers' in sys.modules)"
+        "import sys; from minisd import options; from minisd.sampling import stable_diffusion as s; "
+        "print(s.StableDiffusion.load(options.TINY).tokenizer.encode('cat'), 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("] False\n"), done.stdout + done.stderr

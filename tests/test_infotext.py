@@ -5,10 +5,11 @@ from dataclasses import fields
 import pytest
 from PIL import Image, PngImagePlugin
 
-from minisd import cli, infotext
+from minisd import cli
 from minisd.data import images
-from minisd.generate import Settings
-from minisd.sampling import Sample
+from minisd.sampling import infotext
+from minisd.sampling.generate import Settings
+from minisd.sampling.options import Sample
 
 PROMPTS = [
     ("a cat", ""),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd import cli
 from minisd.data import images
+from minisd.options import TINY
 from minisd.tiny import bank, judge, measures, trial
 from minisd.tiny.pictures import GROUNDS, on, silhouette
 
@@ -62,14 +62,14 @@ def test_styles_are_told_apart():
 def test_shuffled_rows_have_another_s_picture(tmp_path):
     rows = [{"": Image.new("RGB", (8, 8), (i, 0, 0)), "text": str(i)} for i in range(6)]
     for shuffled in (False, True):
-        t = trial.Trial("lora", cli.TINY, tmp_path / str(shuffled), [], shuffled)
+        t = trial.Trial("lora", TINY, tmp_path / str(shuffled), [], shuffled)
         folder = t.write("rows", rows)
         shown = [images.open_image(folder / f"{i:05}.png").getpixel((0, 0))[0] for i in range(6)]
         assert shown == ([2, 3, 4, 5, 0, 1] if shuffled else list(range(6)))
 
 
 def test_textual_inversion_learns_its_concept(tmp_path):
-    measured = judge.judge("textual_inversion", cli.TINY, tmp_path, [])
+    measured = judge.judge("textual_inversion", TINY, tmp_path, [])
     assert len(measured) == 6 and all(m.passed for m in measured), measured
     assert Image.open(tmp_path / "textual_inversion.png").height > 7 * 128
 
@@ -92,18 +92,16 @@ def test_an_unknown_method_is_one_line(monkeypatch):
 @pytest.mark.parametrize("method", [m for m in judge.TRIALS if m != "textual_inversion"])
 class TestEveryMethod:
     def test_passes(self, method, tmp_path):
-        measured = judge.judge(method, cli.TINY, tmp_path, [])
+        measured = judge.judge(method, TINY, tmp_path, [])
         assert measured and all(m.passed for m in measured), measured
 
     def test_fails_without_a_learning_rate(self, method, tmp_path):
-        measured = judge.judge(
-            method, cli.TINY, tmp_path, ["--learning_rate", "1e-12", "--max_train_steps", "5"]
-        )
+        measured = judge.judge(method, TINY, tmp_path, ["--learning_rate", "1e-12", "--max_train_steps", "5"])
         assert not all(m.passed for m in measured), measured
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["text_to_image", "controlnet", "instruct_pix2pix"])
 def test_fails_on_another_s_captions(method, tmp_path):
-    measured = judge.judge(method, cli.TINY, tmp_path, [], shuffled=True)
+    measured = judge.judge(method, TINY, tmp_path, [], shuffled=True)
     assert not all(m.passed for m in measured), measured

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minisd import files
 from minisd.adapters import lora, token_embedding
-from minisd.generate import Settings, pictures
+from minisd.formats import lora_names
 from minisd.models import text, unet
-from minisd.stable_diffusion import StableDiffusion
-from minisd.weights import files, kohya
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.test_sample import draw_theirs, psnr
 
 ALL = ["attention", "feed_forward", "projections", "resnet"]
@@ -427,8 +428,8 @@ def test_alpha_of_kohya(model, sd, tmp_path, alpha):
     sd.attach(tmp_path / "x.safetensors")
     expected = weights(fresh(model))
     for name in lora.layers(lora.networks(sd)):
-        if (down := tensors.get(f"{kohya.kohya_stem(name)}.lora_down.weight")) is not None:
-            up, weight = tensors[f"{kohya.kohya_stem(name)}.lora_up.weight"], expected[f"{name}.weight"]
+        if (down := tensors.get(f"{lora_names.kohya_stem(name)}.lora_down.weight")) is not None:
+            up, weight = tensors[f"{lora_names.kohya_stem(name)}.lora_up.weight"], expected[f"{name}.weight"]
             expected[f"{name}.weight"] = weight + (alpha or 4) / 4 * (
                 up.flatten(1) @ down.flatten(1)
             ).view_as(weight)
@@ -438,12 +439,12 @@ def test_alpha_of_kohya(model, sd, tmp_path, alpha):
 def test_alpha_patterns(model, sd, tmp_path):
     """PEFT's exceptions, by the end of a path; and its scale by the root of the rank."""
     _, updates = new(model, ["to_q", "q_proj"], 4, 4.0)
-    tensors, _ = kohya.to_diffusers({n: (u.lora_A, u.lora_B, 4.0) for n, u in updates.items()})
+    tensors, _ = lora_names.to_diffusers({n: (u.lora_A, u.lora_B, 4.0) for n, u in updates.items()})
     about = {
         "unet.lora_alpha": 2, "unet.alpha_pattern": {"attn1.to_q": 8},
         "text_encoder.lora_alpha": 3, "text_encoder.use_rslora": True,
     }  # fmt: skip
-    files.write(tmp_path / "x.safetensors", tensors, {kohya.METADATA: json.dumps(about)})
+    files.write(tmp_path / "x.safetensors", tensors, {lora_names.METADATA: json.dumps(about)})
     read = lora.read(sd, files.read(tmp_path / "x.safetensors"), tmp_path / "x.safetensors").updates
     expected = lambda n: 3 * 4**0.5 if "q_proj" in n else 8.0 if "attn1" in n else 2.0  # noqa: E731
     assert {n: u.alpha for n, u in read.items()} == {n: expected(n) for n in updates}
@@ -522,7 +523,7 @@ def test_sizes_of_the_field_s_scripts(sd15):
 
 
 def test_names_of_the_single_file(sd15):
-    stems = kohya.table(lora.layers(sd15), unet.SD15)
+    stems = lora_names.table(lora.layers(sd15), unet.SD15)
     assert None in stems.values()
     for theirs, ours in {
         "input_blocks_1_1_transformer_blocks_0_attn1_to_q": "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
@@ -542,10 +543,10 @@ def test_names_of_the_single_file(sd15):
 
 def test_no_name_means_two_modules(sd15):
     names = list(lora.layers(sd15))
-    assert set(kohya.table(names, unet.SD15).values()) == {*names, None}  # which asserts it
-    assert len({kohya.kohya_stem(n) for n in names}) == len(names)
+    assert set(lora_names.table(names, unet.SD15).values()) == {*names, None}  # which asserts it
+    assert len({lora_names.kohya_stem(n) for n in names}) == len(names)
     with pytest.raises(AssertionError, match="means unet.a.b and unet.a_b"):
-        kohya.table(["unet.a.b", "unet.a_b"], unet.SD15)
+        lora_names.table(["unet.a.b", "unet.a_b"], unet.SD15)
 
 
 # --- Relatives -------------------------------------------------------------------------------------------
@@ -635,7 +636,7 @@ def test_relatives_of_peft(sd, pipe, tmp_path, kind, effective):
     wrapped = peft.get_peft_model(pipe.unet, config)
     state = peft.get_peft_model_state_dict(wrapped)
     tensors = {k.replace("base_model.model.", "unet."): v.detach().contiguous() for k, v in state.items()}
-    stems = {kohya.split(k)[0] for k in tensors}
+    stems = {lora_names.split(k)[0] for k in tensors}
     tensors |= {f"{stem}.alpha": torch.tensor(3.0) for stem in stems}
     assert any("_t2" in k for k in tensors) == effective
     save_file(tensors, tmp_path / "x.safetensors")
@@ -686,7 +687,7 @@ def test_mistakes_in_files(sd, tmp_path, shapes, message):
 
 def test_damaged_metadata(sd, tmp_path):
     tensors = {k: torch.ones(s) for k, s in GOOD.items()}
-    files.write(tmp_path / "x.safetensors", tensors, {kohya.METADATA: "{"})
+    files.write(tmp_path / "x.safetensors", tensors, {lora_names.METADATA: "{"})
     with pytest.raises(ValueError, match="x.safetensors.*lora_adapter_metadata"):
         sd.attach(tmp_path / "x.safetensors")
 

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from minisd import cli
-from minisd.stable_diffusion import StableDiffusion
-from minisd.weights import files
+from minisd import cli, files
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.test_methods import built, run
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from minisd import cli, loop, registry
+from minisd import cli, registry
 from minisd.data.batches import Stream, collate
-from minisd.generate import Settings, pictures
-from minisd.run import Run
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.training import loop
+from minisd.training.run_folder import Run
 from tests.test_sample import draw_theirs, psnr
 
 pytestmark = pytest.mark.parity

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from minisd import cli, loop, registry
+from minisd import cli, registry
 from minisd.data.batches import Stream, collate
-from minisd.run import Run
-from minisd.weights import configs
+from minisd.formats import config_json
+from minisd.training import loop
+from minisd.training.run_folder import Run
 from tests.pairs import make_pairs
 from tests.test_unet2d import TINY as TINY_PIXELS
 
@@ -53,7 +54,7 @@ def options(model, cat, captioned, tmp_path):
         argv += ["--train_batch_size", "2", "--learning_rate", "1e-2"]
         argv += ["--report_to", "none", "--output_dir", str(tmp_path / "out"), *NEEDS.get(method, [])]
         if method == "unconditional":
-            configs.write(tmp_path, "unet2d", TINY_PIXELS)
+            config_json.write(tmp_path, "unet2d", TINY_PIXELS)
             argv += ["--model_config_name_or_path", str(tmp_path / "config.json")]
         else:
             argv += ["--model", str(model), "--num_validation_images", "1"]

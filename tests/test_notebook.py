@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd import cli, session
+from minisd import cli
 from minisd.adapters import lora
-from minisd.generate import Settings, pictures
-from minisd.sampling import Sample
-from minisd.session import LOADING
+from minisd.sampling import run
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.options import Sample
+from minisd.sampling.run import LOADING
 from tests.conftest import ROOT
 from tests.test_lora import new
 
@@ -44,7 +45,7 @@ def test_the_command_draws_the_same(model, sd, tmp_path):
     flags = ["--seed", 3, "--negative_prompt", "ugly", "--scheduler", "euler", "--guidance_scale", 4]
     flags += [part for name, value in SIZE.items() for part in (f"--{name}", value)]
     flags += ["--model", model, "--device", "cpu", "--prompt", "a (cat:1.3)", "--output", tmp_path / "x.png"]
-    session.run(cli.parse_sample(list(map(str, flags))))
+    run.run(cli.parse_sample(list(map(str, flags))))
     options = {"seed": 3, "negative_prompt": "ugly", "scheduler": "euler", "guidance_scale": 4.0}
     with Image.open(tmp_path / "x.png") as image:
         assert image.tobytes() == sd.generate("a (cat:1.3)", **options, **SIZE)[0].tobytes()
@@ -87,9 +88,9 @@ def test_mistakes(sd):
 
 def test_loading_is_as_said(model):
     """Every flag is for loading, for drawing, or about files; and importing minisd imports nothing heavy."""
-    loading = {*inspect.signature(minisd.notebook.Model.load).parameters}
+    loading = {*inspect.signature(minisd.sampling.api.Model.load).parameters}
     assert {"model", "device", "dtype", "revision", "variant", "cache_dir"} <= loading
-    assert {f.name for f in fields(Sample)} >= {*LOADING} | minisd.notebook.ELSEWHERE
+    assert {f.name for f in fields(Sample)} >= {*LOADING} | minisd.sampling.api.ELSEWHERE
     assert minisd.load(model, device="cpu", dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
     code = "import sys, minisd; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

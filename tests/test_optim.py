@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from minisd import cli, optim
-from minisd.weights import files
+from minisd import files
+from minisd.options import TINY
+from minisd.training import optim
 from tests.conftest import ROOT
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -98,7 +99,7 @@ print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
 def test_eight_bits_resume(script, cat, tmp_path):
     """By bitsandbytes; its state holds a nested table, and a step that is no tensor."""
     pytest.importorskip("bitsandbytes")
-    flags = ["--method", "dreambooth", "--model", cli.TINY, "--instance_data_dir", cat, "--resolution", 64]
+    flags = ["--method", "dreambooth", "--model", TINY, "--instance_data_dir", cat, "--resolution", 64]
     flags += ["--train_batch_size", 1, "--checkpointing_steps", 2, "--report_to", "none", "--use_8bit_adam"]
     flags += ["--num_validation_images", 1, "--learning_rate", 1e-3, "--instance_prompt", "3d emoji of a cat"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -8,14 +8,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from minisd import cli, registry
-from minisd.adapters import control, lora
+from minisd.adapters import controlnet, lora
 from minisd.data import images
 from minisd.data.canny import canny, gradient
-from minisd.generate import Settings, denoise, pictures
-from minisd.guidance import Control
-from minisd.inputs import Inputs
 from minisd.models.controlnet import ControlNet
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling.generate import Settings, denoise, pictures
+from minisd.sampling.guidance import Control
+from minisd.sampling.input_images import Inputs
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import make_pipeline
 from tests.pairs import psnr, shake
 from tests.test_lora import new
@@ -77,7 +77,7 @@ def nets(model, tmp_path_factory):
         network = ControlNet.from_unet(StableDiffusion.load(model).unet, downscale=4)
         shake(network, size)
         found.append(tmp_path_factory.mktemp("control"))
-        control.save(found[-1], network)
+        controlnet.save(found[-1], network)
     return found
 
 
@@ -140,7 +140,7 @@ def controls(nets, scales=(0.9, 0.6), **further) -> list[Control]:
     found = []
     for i, (folder, scale) in enumerate(zip(nets, scales, strict=False)):
         hint = torch.stack([images.to_tensor(h) for h in hints(i)]) / 2 + 0.5
-        found.append(Control(network=control.load(folder), hint=hint, scale=scale, **further))
+        found.append(Control(network=controlnet.load(folder), hint=hint, scale=scale, **further))
     return found
 
 
@@ -447,8 +447,8 @@ def test_mistakes_in_files(model, files, nets):
     refused("has no effect: model.* no instruct-pix2pix", "--image", picture, "--image_guidance_scale", 2)
     refused("--control_start 0.505 to --control_end 0.515 has none of the 50 steps", *steered, picture,
             "--control_start", 0.505, "--control_end", 0.515)  # fmt: skip
-    other = ControlNet(replace(control.load(nets[0]).config, layers_per_block=2))
-    control.save(files / "other", other)
+    other = ControlNet(replace(controlnet.load(nets[0]).config, layers_per_block=2))
+    controlnet.save(files / "other", other)
     refused("other: a ControlNet with layers_per_block 2", "--controlnet", files / "other",
             "--control_image", picture)  # fmt: skip
 

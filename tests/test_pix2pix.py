@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from minisd.data import images
-from minisd.generate import Settings, pictures
-from minisd.guidance import Denoiser, image_branches
 from minisd.models import unet
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.guidance import Denoiser, image_branches
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.pairs import (
     assert_exactly_these_train,
     assert_gradients,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from minisd import prompt
 from minisd.adapters import token_embedding
-from minisd.generate import Settings, pictures
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling import prompt
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.test_sample import psnr
 
 

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from minisd import cli, infotext, session
+from minisd import cli
 from minisd.adapters import lora, token_embedding
 from minisd.data import images
-from minisd.generate import Settings, denoise, pictures
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling import infotext, run
+from minisd.sampling.generate import Settings, denoise, pictures
+from minisd.sampling.stable_diffusion import StableDiffusion
 
 pytestmark = pytest.mark.parity
 
@@ -203,7 +204,7 @@ def test_bad_input(model, script, tmp_path, flags, message):
 
 def sample(*argv) -> list:
     """What sample.py does, in this process: paths of the pictures, and of the sheet if there are several."""
-    return session.run(cli.parse_sample([str(a) for a in argv]))
+    return run.run(cli.parse_sample([str(a) for a in argv]))
 
 
 def pixels(path) -> np.ndarray:

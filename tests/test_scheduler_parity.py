@@ -211,7 +211,7 @@ def test_timesteps_for_every_number_of_steps(kind, monkeypatch):
 
 @pytest.fixture(scope="module")
 def both(model):
-    from minisd.stable_diffusion import StableDiffusion
+    from minisd.sampling.stable_diffusion import StableDiffusion
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
@@ -231,7 +231,7 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
     """With the model's own scheduler_config.json, as from_config makes another scheduler of it."""
     import numpy as np
 
-    from minisd.generate import Settings, pictures
+    from minisd.sampling.generate import Settings, pictures
 
     sd, pipe, config = both
     name, _, alone, _ = KINDS[kind]
@@ -256,7 +256,7 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
     ],
 )
 def test_flags_that_a_scheduler_does_not_have(both, scheduler, flags, message):
-    from minisd.generate import Settings, denoise
+    from minisd.sampling.generate import Settings, denoise
 
     settings = Settings(width=32, height=32, steps=2, scheduler=scheduler, **flags)
     with pytest.raises(ValueError, match=message):

@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw
 
 from minisd import cli, registry
 from minisd.data import sources
-from minisd.stable_diffusion import StableDiffusion
+from minisd.formats import config_json
+from minisd.options import TINY
+from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.tiny import bank, data, init, metrics, pictures
-from minisd.weights import configs
 
 NAMES = {
     "1f408": "cat",
@@ -217,7 +218,7 @@ def test_a_start_that_has_learned_nothing(built, tmp_path, monkeypatch):
     assert sd.text_encoder.text_model.embeddings.token_embedding.weight.std() == pytest.approx(0.02, rel=0.1)
 
 
-read = configs.read
+read = config_json.read
 
 
 def small(config):
@@ -227,7 +228,7 @@ def small(config):
 
 def test_every_default_is_a_flag():
     """And one that the method takes; of the methods with a model, each has some."""
-    defaults = json.loads((cli.TINY / "defaults.json").read_text())
+    defaults = json.loads((TINY / "defaults.json").read_text())
     sample = {f.name for f in fields(cli.Sample)}
     assert defaults.pop("sample").keys() <= sample
     flags = {m: {f.name for f in fields(cli.options_of(m))} for m in registry.names("methods")}

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from minisd.formats import config_json, diffusers
+from minisd.formats import parts as ck
 from minisd.models import unet2d
 from minisd.models.layers import timestep_embedding
-from minisd.pixel_diffusion import PixelDiffusion, scheduler_config
-from minisd.stable_diffusion import StableDiffusion
-from minisd.weights import checkpoint as ck
-from minisd.weights import configs, diffusers
+from minisd.sampling.pixel_diffusion import PixelDiffusion, scheduler_config
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import ROOT
 from tests.pairs import assert_exactly_these_train, assert_gradients, built, options, psnr, shake, train
 from tests.test_models import assert_close, assert_same_gradients, same_weights
@@ -36,7 +36,7 @@ OLD = replace(TINY, head_dim=None, pad_end_only=True, frequency_shift=1, sines_f
 
 def diffusers_unet2d(config: unet2d.UNet2DConfig):
     theirs = pytest.importorskip("diffusers")
-    return theirs.UNet2DModel.from_config(configs.WRITERS["unet2d"](config))
+    return theirs.UNet2DModel.from_config(config_json.WRITERS["unet2d"](config))
 
 
 # The network
@@ -54,7 +54,7 @@ def test_counts_and_names_of_the_script_s():
         )  # fmt: skip
     assert sum(t.numel() for t in ours.values()) == 113_673_219 and len(ours) == 450
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.state_dict().items()}
-    written = configs.WRITERS["unet2d"](unet2d.DDPM)
+    written = config_json.WRITERS["unet2d"](unet2d.DDPM)
     assert {n: v for n, v in written.items() if n[0] != "_"}.items() <= {
         n: list(v) if isinstance(v, tuple) else v for n, v in theirs.config.items()
     }.items()
@@ -139,8 +139,8 @@ def test_folders_go_both_ways(saved, tmp_path):
 
 @pytest.mark.parametrize("config", [TINY, OLD], ids=["new", "old"])
 def test_configs_go_both_ways(config, tmp_path):
-    configs.write(tmp_path, "unet2d", config)
-    assert configs.read(tmp_path, "unet2d") == config
+    config_json.write(tmp_path, "unet2d", config)
+    assert config_json.read(tmp_path, "unet2d") == config
 
 
 def test_old_names_are_read(saved):
@@ -168,11 +168,11 @@ def test_old_names_are_read(saved):
     ],
 )
 def test_other_configs_are_refused(tmp_path, change, message):
-    configs.write(tmp_path, "unet2d", TINY)
+    config_json.write(tmp_path, "unet2d", TINY)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | change))
     with pytest.raises(ValueError, match=message):
-        configs.read(tmp_path, "unet2d")
+        config_json.read(tmp_path, "unet2d")
 
 
 @pytest.mark.parity
@@ -212,7 +212,7 @@ def test_it_draws_the_same_as_diffusers(saved, tmp_path, kind, law):
 @pytest.fixture
 def opts(cat, tmp_path):
     def make(*flags):
-        configs.write(tmp_path, "unet2d", TINY)
+        config_json.write(tmp_path, "unet2d", TINY)
         common = ("--data", cat, "--resolution", 16, "--model_config_name_or_path", tmp_path / "config.json")
         common += ("--output_dir", tmp_path / "out", "--eval_batch_size", 2, "--ddpm_num_inference_steps", 3)
         return options("unconditional", *common, *flags)
@@ -290,8 +290,9 @@ def test_a_run_counts_epochs_and_leaves_the_average(opts, monkeypatch):
         opts("--use_ema", "--num_epochs", "2", "--save_images_epochs", "1", "--save_model_epochs", "2"),
         max_train_steps=None, learning_rate=1e-2, lr_warmup_steps=0,
     )  # fmt: skip
-    from minisd import loop, registry
-    from minisd.run import Run
+    from minisd import registry
+    from minisd.training import loop
+    from minisd.training.run_folder import Run
 
     m = registry.load("methods", "unconditional").Method(o)
     live, saved = {}, []

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisd import cli, registry
+from minisd import files, registry
+from minisd.formats import config_json, diffusers, single_file
+from minisd.formats import parts as ck
+from minisd.formats.parts import PARTS, Checkpoint
 from minisd.models import text, unet, vae
-from minisd.weights import checkpoint as ck
-from minisd.weights import compvis, configs, diffusers, files
-from minisd.weights.checkpoint import PARTS, Checkpoint
+from minisd.options import TINY
 from tests.weights_tiny import TEXT, UNET, VAE, assert_equal, listing, rewrite, tiny
 
 
@@ -33,7 +34,7 @@ def folder(checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def single(checkpoint, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    compvis.save(path, checkpoint)
+    single_file.save(path, checkpoint)
     return path
 
 
@@ -41,18 +42,18 @@ def single(checkpoint, tmp_path_factory) -> Path:
 
 
 def test_a_path_finds_its_format(folder, single):
-    assert registry.match("weights", folder) is diffusers
-    assert registry.match("weights", single) is compvis
-    assert {"compvis", "diffusers"} <= set(registry.names("weights"))
-    assert registry.summary("weights", "compvis").startswith("A single .safetensors")
+    assert registry.match("formats", folder) is diffusers
+    assert registry.match("formats", single) is single_file
+    assert {"single_file", "diffusers"} <= set(registry.names("formats"))
+    assert registry.summary("formats", "single_file").startswith("A single .safetensors")
 
 
 def test_no_format_names_the_path_and_the_formats(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty is none .*compvis: .*diffusers: "):
-        registry.match("weights", tmp_path / "empty")
-    with pytest.raises(ValueError, match="no weight 'nonesuch'; one of: .*compvis"):
-        registry.load("weights", "nonesuch")
+    with pytest.raises(ValueError, match=r"empty is none .*diffusers: .*single_file: "):
+        registry.match("formats", tmp_path / "empty")
+    with pytest.raises(ValueError, match="no format 'nonesuch'; one of: .*single_file"):
+        registry.load("formats", "nonesuch")
 
 
 def test_matching_runs_only_on_modules_with_matches(tmp_path, monkeypatch):
@@ -83,13 +84,13 @@ def test_matching_runs_only_on_modules_with_matches(tmp_path, monkeypatch):
 def test_counts_and_table_of_sd15(part, config, numbers, tensors):
     shapes = ck.native_shapes(part, config, "SD15")
     assert (sum(shape.numel() for shape in shapes.values()), len(shapes)) == (numbers, tensors)
-    table = compvis.table(part, config, "SD15")
+    table = single_file.table(part, config, "SD15")
     assert table.keys() == shapes.keys()
     assert len(set(table.values())) == tensors
 
 
 def test_names_that_are_known_by_heart():
-    table = compvis.table("unet", unet.SD15, "") | compvis.table("vae", vae.SD15, "")
+    table = single_file.table("unet", unet.SD15, "") | single_file.table("vae", vae.SD15, "")
     u, v = "model.diffusion_model.", "first_stage_model."
     to_k = "transformer_blocks.0.attn2.to_k.weight"
     for ours, theirs in {
@@ -111,12 +112,12 @@ def test_names_that_are_known_by_heart():
 def test_table_equals_the_oracles_converter(part, config):
     from diffusers.loaders import single_file_utils as oracle
 
-    table = compvis.table(part, config, "SD15")
+    table = single_file.table(part, config, "SD15")
     numbers = {name: i for i, name in enumerate(table)}
     # The converter moves whatever tensor has the name, so each tensor carries its native name's number.
     content = {theirs: torch.full((1, 1, 1, 1), float(numbers[ours])) for ours, theirs in table.items()}
     convert = {"unet": oracle.convert_ldm_unet_checkpoint, "vae": oracle.convert_ldm_vae_checkpoint}[part]
-    kwargs = dict(configs.WRITERS[part](config))
+    kwargs = dict(config_json.WRITERS[part](config))
     converted = convert(content, config=kwargs)
     assert {name: int(tensor.flatten()[0]) for name, tensor in converted.items()} == numbers
 
@@ -131,8 +132,8 @@ def test_folder_to_single_file_to_folder(tmp_path, dtype, channels):
     start.scheduler["prediction_type"] = "v_prediction"
     diffusers.save(tmp_path / "a", start)
     first = diffusers.load(tmp_path / "a")
-    compvis.save(tmp_path / "b.safetensors", first)
-    second = compvis.load(tmp_path / "b.safetensors")
+    single_file.save(tmp_path / "b.safetensors", first)
+    second = single_file.load(tmp_path / "b.safetensors")
     diffusers.save(tmp_path / "c", second)
     assert_equal(start, first)
     assert_equal(start, second)
@@ -151,7 +152,7 @@ def test_single_file_has_the_fields_shapes_and_metadata(single):
 
 
 def test_same_tensors_same_bytes(checkpoint, single, tmp_path):
-    compvis.save(tmp_path / "again.safetensors", checkpoint)
+    single_file.save(tmp_path / "again.safetensors", checkpoint)
     assert (tmp_path / "again.safetensors").read_bytes() == single.read_bytes()
     assert load_file(single).keys() == files.read(single).keys()  # the library reads it too
 
@@ -159,8 +160,8 @@ def test_same_tensors_same_bytes(checkpoint, single, tmp_path):
 def test_mixed_precision_stays(checkpoint, tmp_path):
     mixed = replace(checkpoint, tensors={p: dict(t) for p, t in checkpoint.tensors.items()})
     mixed.tensors["unet"]["conv_in.weight"] = mixed.tensors["unet"]["conv_in.weight"].half()
-    compvis.save(tmp_path / "m.safetensors", mixed)
-    assert_equal(mixed, compvis.load(tmp_path / "m.safetensors"))
+    single_file.save(tmp_path / "m.safetensors", mixed)
+    assert_equal(mixed, single_file.load(tmp_path / "m.safetensors"))
 
 
 def test_saving_over_the_files_that_are_mapped(checkpoint, tmp_path):
@@ -171,11 +172,11 @@ def test_saving_over_the_files_that_are_mapped(checkpoint, tmp_path):
     diffusers.save(tmp_path / "model", loaded)
     assert_equal(loaded, diffusers.load(tmp_path / "model"))
     assert (tmp_path / "model" / "log.jsonl").read_text() == "mine"
-    compvis.save(tmp_path / "model.safetensors", loaded)
-    mapped = compvis.load(tmp_path / "model.safetensors")
-    compvis.save(tmp_path / "model.safetensors", mapped)
+    single_file.save(tmp_path / "model.safetensors", loaded)
+    mapped = single_file.load(tmp_path / "model.safetensors")
+    single_file.save(tmp_path / "model.safetensors", mapped)
     assert_equal(loaded, mapped)
-    assert_equal(loaded, compvis.load(tmp_path / "model.safetensors"))
+    assert_equal(loaded, single_file.load(tmp_path / "model.safetensors"))
     assert listing(tmp_path)[:2] == ["model", "model.safetensors"]
 
 
@@ -191,7 +192,7 @@ def test_one_part_alone(checkpoint, tmp_path):
 
 def test_only_the_parts_asked_for(folder, single):
     assert diffusers.load(folder, parts=["vae"]).tensors.keys() == {"vae"}
-    assert compvis.load(single, parts=["unet"]).tensors.keys() == {"unet"}
+    assert single_file.load(single, parts=["unet"]).tensors.keys() == {"unet"}
 
 
 def test_fill_gives_a_module_the_mapped_tensors(folder):
@@ -241,7 +242,7 @@ def test_old_and_new_names_in_a_folder(checkpoint, tmp_path):
         {**bare, "embeddings.position_ids": torch.arange(77)[None]},
         tmp_path / "m/text_encoder/model.safetensors",
     )
-    nested = {"model_type": "clip", "text_config": configs.WRITERS["text_encoder"](TEXT)}
+    nested = {"model_type": "clip", "text_config": config_json.WRITERS["text_encoder"](TEXT)}
     (tmp_path / "m/text_encoder/config.json").write_text(json.dumps(nested))
     assert_equal(checkpoint, diffusers.load(tmp_path / "m"))
 
@@ -255,16 +256,16 @@ def test_the_litter_of_training_is_ignored(checkpoint, single, tmp_path):
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None].half(),
     }  # fmt: skip
     path = rewrite(single, tmp_path / "a.safetensors", lambda t: t | litter)
-    assert_equal(checkpoint, compvis.load(path))
+    assert_equal(checkpoint, single_file.load(path))
     flat = rewrite(
         single, tmp_path / "b.safetensors",
         lambda t: {k: v[:, :, 0, 0] if "attn_1" in k and v.ndim == 4 else v for k, v in t.items()},
     )  # fmt: skip
-    assert_equal(checkpoint, compvis.load(flat))
+    assert_equal(checkpoint, single_file.load(flat))
     bare = rewrite(
         single, tmp_path / "c.safetensors", lambda t: {k.replace("text_model.", ""): v for k, v in t.items()}
     )
-    assert_equal(checkpoint, compvis.load(bare))
+    assert_equal(checkpoint, single_file.load(bare))
 
 
 def test_ema_weights_on_request(checkpoint, single, tmp_path):
@@ -275,23 +276,25 @@ def test_ema_weights_on_request(checkpoint, single, tmp_path):
 
     path = rewrite(single, tmp_path / "ema.safetensors", add)
     assert "model_ema.diffusion_modeltime_embed0weight" in files.shapes(path)
-    assert_equal(checkpoint, compvis.load(path))
-    averaged = compvis.load(path, ema=True).tensors["unet"]
+    assert_equal(checkpoint, single_file.load(path))
+    averaged = single_file.load(path, ema=True).tensors["unet"]
     assert all(torch.equal(averaged[k], v + 1) for k, v in checkpoint.tensors["unet"].items())
     only = rewrite(
         path,
         tmp_path / "only.safetensors",
         lambda t: {k: v for k, v in t.items() if k[:16] != "model.diffusion_"},
     )
-    assert torch.equal(compvis.load(only, ema=True).tensors["unet"]["conv_in.bias"], averaged["conv_in.bias"])
+    assert torch.equal(
+        single_file.load(only, ema=True).tensors["unet"]["conv_in.bias"], averaged["conv_in.bias"]
+    )
     with pytest.raises(ValueError, match="model.safetensors holds no EMA"):
-        compvis.load(single, ema=True)
+        single_file.load(single, ema=True)
     with pytest.raises(ValueError, match="only.safetensors holds no unet"):
-        compvis.load(only)
+        single_file.load(only)
 
 
 def test_marks_of_v_prediction(single):
-    described = compvis._described
+    described = single_file._described
     zero = torch.zeros(())
     assert described({}, {}, single)[1] == ck.SD1_SCHEDULER
     assert described({}, {"v_pred": zero}, single)[1]["prediction_type"] == "v_prediction"
@@ -303,10 +306,10 @@ def test_channels_of_a_standard_file_are_counted():
     first = "model.diffusion_model.input_blocks.0.0.weight"
     for channels, name in ck.PIPELINES.items():
         found = {first: torch.zeros(320, channels, 3, 3)}
-        config, _, pipeline = compvis._described({}, found, Path("x.ckpt"))
+        config, _, pipeline = single_file._described({}, found, Path("x.ckpt"))
         assert config["unet"] == replace(unet.SD15, in_channels=channels) and pipeline == name
     with pytest.raises(ValueError, match="x.ckpt: its UNet takes 5 channels"):
-        compvis._described({}, {first: torch.zeros(320, 5, 3, 3)}, Path("x.ckpt"))
+        single_file._described({}, {first: torch.zeros(320, 5, 3, 3)}, Path("x.ckpt"))
 
 
 def test_shards(checkpoint, folder, tmp_path):
@@ -354,7 +357,7 @@ def oracle_pipeline():
 
     torch.manual_seed(0)
     written = {
-        part: configs.WRITERS[part](config) for part, config in zip(PARTS, (UNET, VAE, TEXT), strict=True)
+        part: config_json.WRITERS[part](config) for part, config in zip(PARTS, (UNET, VAE, TEXT), strict=True)
     }
     own = {part: {k: v for k, v in c.items() if k[0] != "_"} for part, c in written.items()}
     return StableDiffusionPipeline(
@@ -390,8 +393,8 @@ def test_a_folder_that_the_oracle_wrote(oracle_pipeline, tmp_path, kind):
     assert (loaded.unet, loaded.vae, loaded.text_encoder) == (UNET, VAE, TEXT)
     assert_same_as_oracle(loaded, oracle_pipeline)
     assert loaded.scheduler.items() >= ck.SD1_SCHEDULER.items()
-    compvis.save(tmp_path / "m.safetensors", loaded)  # so its tokenizer is recognised as CLIP's
-    assert_same_as_oracle(compvis.load(tmp_path / "m.safetensors"), oracle_pipeline)
+    single_file.save(tmp_path / "m.safetensors", loaded)  # so its tokenizer is recognised as CLIP's
+    assert_same_as_oracle(single_file.load(tmp_path / "m.safetensors"), oracle_pipeline)
     if kind == "fp16":
         oracle_pipeline.to(dtype=torch.float32)
 
@@ -426,11 +429,11 @@ def test_a_full_size_single_file_opens_in_the_oracle(tmp_path):
     full = Checkpoint(
         **config, tensors=tensors, scheduler=dict(ck.SD1_SCHEDULER), tokenizer=ck.TOKENIZER, pipeline="X"
     )
-    compvis.save(tmp_path / "full.safetensors", full)
+    single_file.save(tmp_path / "full.safetensors", full)
     content = load_file(tmp_path / "full.safetensors")
-    converted = oracle.convert_ldm_vae_checkpoint(content, config=configs.WRITERS["vae"](vae.SD15))
+    converted = oracle.convert_ldm_vae_checkpoint(content, config=config_json.WRITERS["vae"](vae.SD15))
     assert all(torch.equal(converted[k], v) for k, v in tensors["vae"].items())
-    converted = oracle.convert_ldm_unet_checkpoint(content, config=configs.WRITERS["unet"](unet.SD15))
+    converted = oracle.convert_ldm_unet_checkpoint(content, config=config_json.WRITERS["unet"](unet.SD15))
     assert all(torch.equal(converted[k], v) for k, v in tensors["unet"].items())
     assert oracle.infer_diffusers_model_type(load_file(tmp_path / "full.safetensors")) == "v1"
 
@@ -460,7 +463,7 @@ def test_golden_ids(prompt, ids):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("folder", [ck.TOKENIZER, cli.TINY / "tokenizer"])
+@pytest.mark.parametrize("folder", [ck.TOKENIZER, TINY / "tokenizer"])
 def test_ids_equal_transformers(folder):
     """Of random texts: pieces of words, letters of many scripts, emoji, marks, blanks."""
     from transformers import CLIPTokenizer

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisd.weights import checkpoint as ck
-from minisd.weights import compvis, configs, diffusers, files
-from minisd.weights.checkpoint import Checkpoint
+from minisd import files
+from minisd.formats import config_json, diffusers, single_file
+from minisd.formats import parts as ck
+from minisd.formats.parts import Checkpoint
 from tests.weights_tiny import listing, rewrite, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def folder(checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def single(checkpoint, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    compvis.save(path, checkpoint)
+    single_file.save(path, checkpoint)
     return path
 
 
@@ -48,7 +49,7 @@ def single(checkpoint, tmp_path_factory) -> Path:
 LAZY = """
 import sys
 from pathlib import Path
-from minisd.weights import files
+from minisd.formats import files
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -138,7 +139,7 @@ BAD_SAFETENSORS = {
 def test_bad_safetensors_is_named(tmp_path, kind):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(BAD_SAFETENSORS[kind])
-    for ask in (files.read, files.shapes, files.metadata, compvis.load):
+    for ask in (files.read, files.shapes, files.metadata, single_file.load):
         with pytest.raises(ValueError, match="broken.safetensors") as caught:
             ask(path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -217,7 +218,7 @@ def test_an_old_training_checkpoint_is_read(checkpoint, single, tmp_path, monkey
     assert found.keys() == load_file(single).keys()
     # A pickle has no metadata, hence no configs: it is taken for the standard size, which it is not.
     with pytest.raises(ValueError, match=r"old.ckpt: \d+ missing"):
-        compvis.load(tmp_path / "old.ckpt")
+        single_file.load(tmp_path / "old.ckpt")
 
 
 @pytest.mark.parametrize("kind", ["truncated", "no tensors", "text", "list"])
@@ -239,7 +240,7 @@ def test_bad_pickle_is_named(tmp_path, kind):
 def refused(single: Path, tmp_path: Path, change, match: str) -> None:
     path = rewrite(single, tmp_path / "other.safetensors", change)
     with pytest.raises(ValueError, match=f"other.safetensors.*{match}"):
-        compvis.load(path)
+        single_file.load(path)
 
 
 def test_other_kinds_of_files_are_told_apart(single, tmp_path):
@@ -261,7 +262,7 @@ def test_other_kinds_of_files_are_told_apart(single, tmp_path):
     refused(single, tmp_path, lambda t: {"first_stage_model.encoder.conv_in.bias": zero}, "a VAE alone")
     refused(single, tmp_path, lambda t: {"down_blocks.0.x": zero}, "one part of a folder")
     refused(single, tmp_path, lambda t: {"something": zero}, "holds no unet")
-    for part, prefix in compvis.PREFIXES.items():
+    for part, prefix in single_file.PREFIXES.items():
         refused(
             single, tmp_path, lambda t, p=prefix: {k: v for k, v in t.items() if not k.startswith(p)},
             "ControlNet|VAE|LoRA" if part == "none" else f"holds no {part}",
@@ -286,7 +287,7 @@ def test_strict_about_every_name(single, tmp_path):
 
 
 def test_damaged_metadata(single, tmp_path):
-    tensors, own = load_file(single), json.loads(files.metadata(single)[compvis.CONFIG])
+    tensors, own = load_file(single), json.loads(files.metadata(single)[single_file.CONFIG])
     own_unet = own["unet"]
     for change in (
         "{", "[]", "null", "[" * 100_000,
@@ -299,9 +300,9 @@ def test_damaged_metadata(single, tmp_path):
         own | {"scheduler": 3},
     ):  # fmt: skip
         change = change if isinstance(change, str) else json.dumps(change)
-        save_file(tensors, tmp_path / "m.safetensors", metadata={compvis.CONFIG: change})
+        save_file(tensors, tmp_path / "m.safetensors", metadata={single_file.CONFIG: change})
         with pytest.raises(ValueError, match="m.safetensors"):
-            compvis.load(tmp_path / "m.safetensors")
+            single_file.load(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,7 @@ def test_fields_that_may_deviate(checkpoint, folder):
         ("text_encoder", {"torch_dtype": "float32", "projection_dim": 7, "bad_words_ids": [3]}),
     ):  # fmt: skip
         content = files.read_json(folder / part / "config.json") | extra
-        assert configs.READERS[part](content, Path("x")) == getattr(checkpoint, part)
+        assert config_json.READERS[part](content, Path("x")) == getattr(checkpoint, part)
 
 
 @pytest.mark.parametrize(
@@ -391,18 +392,18 @@ def test_flags_without_an_effect_are_errors(folder, single):
     with pytest.raises(ValueError, match="EMA by its variant"):
         diffusers.load(folder, ema=True)
     with pytest.raises(ValueError, match="has no variant 'fp16'"):
-        compvis.load(single, variant="fp16")
+        single_file.load(single, variant="fp16")
 
 
 def test_a_vocabulary_of_ones_own_does_not_go_into_a_single_file(checkpoint, tmp_path):
     own = shutil.copytree(ck.TOKENIZER, tmp_path / "tokenizer")
     assert ck.is_standard_tokenizer(own)
-    compvis.save(tmp_path / "good.safetensors", replace(checkpoint, tokenizer=own))
+    single_file.save(tmp_path / "good.safetensors", replace(checkpoint, tokenizer=own))
     (own / "added_tokens.json").write_text('{"<cat>": 49408}')
     with pytest.raises(ValueError, match="cannot write .*bad.safetensors.* is not CLIP's own"):
-        compvis.save(tmp_path / "bad.safetensors", replace(checkpoint, tokenizer=own))
+        single_file.save(tmp_path / "bad.safetensors", replace(checkpoint, tokenizer=own))
     with pytest.raises(ValueError, match="model.ckpt: a single file is written as .safetensors"):
-        compvis.save(tmp_path / "model.ckpt", checkpoint)
+        single_file.save(tmp_path / "model.ckpt", checkpoint)
     assert listing(tmp_path)[0] == "good.safetensors" and "bad.safetensors" not in listing(tmp_path)
     diffusers.save(tmp_path / "m", replace(checkpoint, tokenizer=own))
     assert (tmp_path / "m/tokenizer/added_tokens.json").exists()
@@ -433,7 +434,7 @@ def test_full_disk(checkpoint, tmp_path, full_disk):
     with pytest.raises(ValueError, match=f"cannot write {tmp_path}/model/.*: File too large"):
         diffusers.save(tmp_path / "model", checkpoint)
     with pytest.raises(ValueError, match=f"cannot write {tmp_path}/m.safetensors"):
-        compvis.save(tmp_path / "m.safetensors", checkpoint)
+        single_file.save(tmp_path / "m.safetensors", checkpoint)
     assert listing(tmp_path) == ["small.safetensors"]
     assert (tmp_path / "small.safetensors").read_bytes() == before
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisd import loop
+from minisd import files
 from minisd.adapters import lora
-from minisd.guidance import Control, Denoiser, text_branches
 from minisd.models import controlnet, layers, unet, unet2d, vae
 from minisd.models.layers import TransformerBlock, lay_out
-from minisd.stable_diffusion import StableDiffusion
-from minisd.weights import files
+from minisd.sampling.guidance import Control, Denoiser, text_branches
+from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.training import loop
 from tests.test_models import TINY_UNET, TINY_VAE
 
 TINY_CONTROL = controlnet.ControlNetConfig(**controlnet._of_encoder(TINY_UNET), hint_channels=(4, 8, 12, 16))

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from minisd import files
+from minisd.formats import parts as ck
+from minisd.formats.parts import PARTS, Checkpoint
 from minisd.models import text, unet, vae
-from minisd.weights import checkpoint as ck
-from minisd.weights import files
-from minisd.weights.checkpoint import PARTS, Checkpoint
 
 UNET = unet.UNetConfig(
     in_channels=4, out_channels=4, block_out_channels=(32, 64), attention=(True, False), num_heads=(2, 4),

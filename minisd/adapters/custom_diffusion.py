@@ -16,10 +16,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd import files
 from minisd.adapters import lora, token_embedding
 from minisd.adapters._adapter import Adapter
+from minisd.formats import single_file
 from minisd.models.unet import UNet
-from minisd.weights import compvis, files
 
 KEYS_AND_VALUES = ("to_k", "to_v")
 ALL = (*KEYS_AND_VALUES, "to_q", "to_out.0")
@@ -109,11 +110,11 @@ def matches(tensors: dict[str, Tensor]) -> bool:
 def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     """What moves the model's projections to those in the file, at a scale of 1 all the way; and its words."""
     table = {}
-    single_file = compvis.unet_modules(sd.unet.config)
+    modules = single_file.unet_modules(sd.unet.config)
     for name in lora.layers(sd.unet):
         if ".attn2." in name:
-            theirs = compvis.rename(f"{name}.weight", single_file).removesuffix(".weight")
-            stems = (stem(name), f"unet.{name}", compvis.PREFIXES["unet"] + theirs)
+            theirs = single_file.rename(f"{name}.weight", modules).removesuffix(".weight")
+            stems = (stem(name), f"unet.{name}", single_file.PREFIXES["unet"] + theirs)
             table |= dict.fromkeys(stems, f"unet.{name}")
     groups: dict[
         str, dict[str, Tensor]

@@ -1,7 +1,7 @@
 """LoRA: low-rank updates beside frozen layers (Hu et al. 2021, arXiv 2106.09685).
 
 y = W x + scale * alpha / rank * B (A x). A layer may carry several updates, each with a scale of its own:
-they add. The names of files are in weights/kohya.py; a module's name here is its path in `networks(sd)`.
+they add. The names of files are in formats/lora_names.py; a module's name here is its path in `networks(sd)`.
 """
 
 from collections import Counter
@@ -14,10 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd.adapters import token_embedding
+from minisd import files
+from minisd.adapters import lycoris, token_embedding
 from minisd.adapters._adapter import Adapter
+from minisd.formats import lora_names
 from minisd.models.layers import conv1x1
-from minisd.weights import files, kohya, lycoris
 
 # Ends of module names, by the groups that have a name of their own.
 TARGETS = {
@@ -238,7 +239,7 @@ def state_dict(updates: Mapping[str, LowRank], form: str = "diffusers") -> tuple
     factors = {
         name: (u.lora_A.detach().float(), u.lora_B.detach().float(), u.alpha) for name, u in updates.items()
     }
-    return kohya.WRITERS[form](factors)
+    return lora_names.WRITERS[form](factors)
 
 
 def save(
@@ -252,7 +253,7 @@ def save(
 
 
 def matches(tensors: dict[str, Tensor]) -> bool:
-    return kohya.is_lora(tensors)
+    return lora_names.is_lora(tensors)
 
 
 def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
@@ -270,13 +271,13 @@ def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
 def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
     """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
     and the keys, if one of them is unknown, incomplete, or of another model."""
-    kohya.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
+    lora_names.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
     bundled = {key: t for key, t in tensors.items() if key.startswith(token_embedding.BUNDLE)}
     tensors = {key: t for key, t in tensors.items() if key not in bundled}
     words = token_embedding.read(sd, bundled, source)
     found = layers(networks(sd))
-    groups = kohya.group(tensors, kohya.table(found, sd.unet.config), source)
-    alpha_of = kohya.alphas(source)
+    groups = lora_names.group(tensors, lora_names.table(found, sd.unet.config), source)
+    alpha_of = lora_names.alphas(source)
     updates = {}
     for name, t in groups.items():
         weight = found[name].weight

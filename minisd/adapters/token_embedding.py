@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd import files
 from minisd.adapters._adapter import Adapter
 from minisd.models.text import TextConfig, TextEncoder, Tokenizer
-from minisd.weights import files
 
 PARAM, BUNDLE = "string_to_param.", "bundle_emb."
 NAMELESS = ("emb_params", "*")  # keys that stand for the file's name

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.config import Data, Latents, Model, Optimizer, Precision, Run, Validation
+from minisd.options import Data, Latents, Model, Optimizer, Precision, Run, Validation
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +35,12 @@ class Method:
     def __init__(self, options):
         import torch
 
-        from minisd import distributed, ops
+        from minisd import ops
+        from minisd.training.distributed import device
 
         ops.choose(options.kernels)
         self.options = options
-        self.device = distributed.device()
+        self.device = device()
         precision = options.mixed_precision
         if precision == "fp16" and self.device.type == "cpu":
             print("--mixed_precision fp16 needs a GPU: on this CPU the run is in fp32")
@@ -122,7 +123,7 @@ class Method:
 
     def load(self, dtype: torch.dtype | None = None, revision: str | None = None):
         """The model that the options name, in `dtype`, or else in the precision of what is frozen."""
-        from minisd.stable_diffusion import StableDiffusion
+        from minisd.sampling.stable_diffusion import StableDiffusion
 
         o = self.options
         sd = StableDiffusion.load(
@@ -343,7 +344,7 @@ class Method:
 
     def samples(self, prompt: str, picture: Tensor | None = None) -> list[Image.Image]:
         """The pictures of a prompt, drawn with the live modules. The same noise every time."""
-        from minisd.generate import Settings, pictures
+        from minisd.sampling.generate import Settings, pictures
 
         o, count = self.options, self.options.num_validation_images
         about = {"guidance_scale": o.validation_guidance_scale, "scheduler": o.validation_scheduler}

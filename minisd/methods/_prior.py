@@ -43,9 +43,9 @@ class Method(Method):
         import torch.distributed as dist
         from tqdm import tqdm
 
-        from minisd import infotext
         from minisd.data import images
-        from minisd.generate import Settings, pictures
+        from minisd.sampling import infotext
+        from minisd.sampling.generate import Settings, pictures
 
         o, first = self.options, _count(folder)
         if o.real_prior:

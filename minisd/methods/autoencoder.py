@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.config import Average, Dataset, Model, Optimizer, Precision, Run, flag, require
 from minisd.methods._base import Method
+from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, flag, require
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.config import Dataset, flag, require
 from minisd.methods._base import Method, Training
+from minisd.options import Dataset, flag, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Method(Method):
     def insert(self, sd):
         import torch
 
-        from minisd.adapters import control
+        from minisd.adapters import controlnet
         from minisd.models.controlnet import ControlNet
 
         o = self.options
@@ -57,7 +57,7 @@ class Method(Method):
                 f"--model {o.model} takes {sd.unet.config.in_channels} channels, not latents alone"
             )
         if o.controlnet_model_name_or_path:
-            self.controlnet = control.load(
+            self.controlnet = controlnet.load(
                 o.controlnet_model_name_or_path,
                 device=self.device,
                 dtype=torch.float32,
@@ -92,9 +92,9 @@ class Method(Method):
         return self.sd.unet(noisy, timesteps, context, **residuals)
 
     def save(self, folder: Path) -> None:
-        from minisd.adapters import control
+        from minisd.adapters import controlnet
 
-        control.save(folder, self.controlnet)
+        controlnet.save(folder, self.controlnet)
 
     # Pictures
 
@@ -111,6 +111,6 @@ class Method(Method):
         return 2 * self.data.extras(view)["conditioning"] - 1
 
     def steer(self, pictures: Tensor) -> dict:
-        from minisd.guidance import Control
+        from minisd.sampling.guidance import Control
 
         return {"controls": [Control(network=self.controlnet, hint=pictures / 2 + 0.5)]}

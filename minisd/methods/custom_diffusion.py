@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minisd.config import Prior, flag, require
 from minisd.methods._base import Training
 from minisd.methods._prior import Method
+from minisd.options import Prior, flag, require
 
 if TYPE_CHECKING:
     from torch import Tensor

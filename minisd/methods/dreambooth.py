@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisd.config import Average, Captions, DeepFloyd, Prior, flag
 from minisd.methods._base import Training
 from minisd.methods._prior import Method
+from minisd.options import Average, Captions, DeepFloyd, Prior, flag
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minisd.config import Captions, DeepFloyd, Prior, flag, require
 from minisd.methods._base import Training
 from minisd.methods._prior import Method
+from minisd.options import Captions, DeepFloyd, Prior, flag, require
 
 # Defaults that follow the kind of data: captioned, DreamBooth.
 BY_KIND = {
@@ -90,8 +90,8 @@ class Method(Method):
 
     def save(self, folder: Path) -> None:
         from minisd.adapters import lora
-        from minisd.weights import kohya
+        from minisd.formats import lora_names
 
-        about = kohya.about(self.options, folder.resolve().name, self.sd)
+        about = lora_names.about(self.options, folder.resolve().name, self.sd)
         path = folder / "pytorch_lora_weights.safetensors"
         lora.save(path, self.updates, self.options.save_format, about)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.config import Average, Captions, flag, require
 from minisd.methods._base import Method, Training
+from minisd.options import Average, Captions, flag, require
 
 if TYPE_CHECKING:
     from torch import Tensor

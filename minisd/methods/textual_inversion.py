@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minisd.config import flag, require
 from minisd.methods._base import Method, Training
+from minisd.options import flag, require
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minisd.config import LR_SCHEDULERS, Average, Dataset, Optimizer, Precision, Run, flag, require
 from minisd.methods._base import Method
+from minisd.options import LR_SCHEDULERS, Average, Dataset, Optimizer, Precision, Run, flag, require
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class Method(Method):
         import torch
 
         from minisd.models.layers import place
-        from minisd.pixel_diffusion import PixelDiffusion
+        from minisd.sampling.pixel_diffusion import PixelDiffusion
 
         o = self.options
         torch.manual_seed(o.seed)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from minisd import cli
+from minisd import cli, files
+from minisd.formats import config_json, diffusers
+from minisd.formats.parts import PIPELINES, Checkpoint
 from minisd.models.text import END, START, TextConfig, TextEncoder
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.tokenizer.build import byte_names
-from minisd.weights import configs, diffusers, files
-from minisd.weights.checkpoint import PIPELINES, Checkpoint
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
@@ -85,7 +85,7 @@ def networks(seed: int = 0) -> dict[str, torch.nn.Module]:
     """Random networks of the architecture in the box, by part."""
     torch.manual_seed(seed)
     kinds = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
-    parts = {part: kind(configs.read(HERE / part, part)) for part, kind in kinds.items()}
+    parts = {part: kind(config_json.read(HERE / part, part)) for part, kind in kinds.items()}
     for table in parts["text_encoder"].text_model.embeddings.children():
         torch.nn.init.normal_(table.weight, std=0.02)  # as CLIP's
     return parts

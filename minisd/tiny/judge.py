@@ -23,14 +23,15 @@ from PIL import Image, ImageOps
 
 from minisd import cli, registry
 from minisd.data import images
-from minisd.guidance import Control
+from minisd.formats import config_json
 from minisd.models.unet2d import UNet2DConfig
-from minisd.pixel_diffusion import PixelDiffusion
+from minisd.options import TINY
+from minisd.sampling.guidance import Control
+from minisd.sampling.pixel_diffusion import PixelDiffusion
 from minisd.tiny import bank, measures
 from minisd.tiny.data import TURQUOISE, loose, plain
 from minisd.tiny.pictures import HUES, SIDE, on, recoloured, silhouette
 from minisd.tiny.trial import Measure, Thing, Trial, called
-from minisd.weights import configs
 
 # A pixel UNet for 32x32 pictures that learns in minutes.
 PIXELS = UNet2DConfig(
@@ -216,7 +217,7 @@ def unconditional(t: Trial) -> None:
     things = [
         on(t.bank[n, "3d"]).resize((side, side), Image.Resampling.BOX) for n in t.known("unconditional")
     ]
-    configs.write(t.folder, "unet2d", PIXELS)
+    config_json.write(t.folder, "unet2d", PIXELS)
     out = t.train(
         data=t.write("pictures", [{"": image} for image in things]),
         model_config_name_or_path=t.folder / "config.json",
@@ -275,7 +276,7 @@ def main() -> int:
         prog="python -m minisd.tiny.judge", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(TRIALS))
-    parser.add_argument("--model", type=Path, default=cli.TINY, help="folder of the model; that in the box")
+    parser.add_argument("--model", type=Path, default=TINY, help="folder of the model; that in the box")
     parser.add_argument(
         "--out", type=Path, default=Path("judged"), help="folder for what is trained and drawn"
     )

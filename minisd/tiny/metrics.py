@@ -20,8 +20,9 @@ from torch import Tensor
 
 from minisd import cli
 from minisd.data import images
-from minisd.generate import Settings, pictures
-from minisd.stable_diffusion import StableDiffusion
+from minisd.options import TINY
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.tiny.data import STYLES, WORLD, captions, plain, uncoloured
 from minisd.tiny.pictures import GROUNDS, HUES, WHITE, on, recoloured
 
@@ -171,7 +172,7 @@ def main() -> None:
         prog="python -m minisd.tiny.metrics", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--data", type=Path, required=True, help="what minisd.tiny.data wrote")
-    parser.add_argument("--model", type=Path, default=cli.TINY, help="folder of the model; that in the box")
+    parser.add_argument("--model", type=Path, default=TINY, help="folder of the model; that in the box")
     parser.add_argument("--kinds", nargs="+", default=[], metavar="X", help="only things of these kinds")
     parser.add_argument("--sheet", type=Path, help="write what was drawn here, beside the data's")
     o = parser.parse_args()

@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from minisd import cli, loop, registry
+from minisd import cli, registry
 from minisd.data import images
-from minisd.generate import Settings, pictures
-from minisd.run import Run
-from minisd.stable_diffusion import StableDiffusion
+from minisd.options import TINY
+from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.tiny import bank, measures
 from minisd.tiny.data import Folder, captions, five, plain
 from minisd.tiny.metrics import features
 from minisd.tiny.pictures import GROUNDS, SIDE, WHITE, on, recoloured
+from minisd.training import loop
+from minisd.training.run_folder import Run
 
-DEFAULTS = json.loads((cli.TINY / "defaults.json").read_text())
+DEFAULTS = json.loads((TINY / "defaults.json").read_text())
 # Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisd import files
+from minisd.formats import single_file
 from minisd.models.unet import UNetConfig
-from minisd.weights import compvis, files
 
 PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the first is written
 
@@ -64,13 +65,13 @@ def kohya_stem(name: str) -> str:
 def table(names: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
     """Stem -> native name, for all stems by which a file may mean one of the modules `names`; None for those
     that never had an effect."""
-    single_file = compvis.unet_modules(unet)
+    modules = single_file.unet_modules(unet)
     found: dict[str, str | None] = {}
     for name in names:
         part, _, path = name.partition(".")
         if part == "unet":
             stems = _unet_stems(path)
-            paths = (path, compvis.rename(f"{path}.weight", single_file).removesuffix(".weight"))
+            paths = (path, single_file.rename(f"{path}.weight", modules).removesuffix(".weight"))
         else:
             stems = _text_stems(path)
             paths = (path, path.removeprefix("text_model."))  # as diffusers converts a LoRA to kohya's names

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import noise, optim
+from minisd import noise
 from minisd.data.batches import Stream, batches
-from minisd.distributed import Processes
-from minisd.run import Hub, Interrupt, Run, State, memory
+from minisd.training import optim
+from minisd.training.distributed import Processes
+from minisd.training.run_folder import Hub, Interrupt, Run, State, memory
 
 
 def snapshot(step, samples, names, parameters, optimizer, scaler, ema) -> State:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from minisd import files
+from minisd.formats import config_json
+from minisd.formats import parts as ck
+from minisd.formats.parts import PARTS, Checkpoint, Config
 from minisd.models.unet2d import UNet2DConfig
-from minisd.weights import checkpoint as ck
-from minisd.weights import configs, files
-from minisd.weights.checkpoint import PARTS, Checkpoint, Config
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -48,7 +49,7 @@ def load(
         raise ValueError(f"{path} is a model of pixels without text (DDPMPipeline), not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
-    config = {part: configs.read(path / part, part) for part in PARTS}
+    config = {part: config_json.read(path / part, part) for part in PARTS}
     if config["unet"].cross_attention_dim != config["text_encoder"].hidden_size:
         raise ValueError(
             f"{path}: the UNet takes text states of width {config['unet'].cross_attention_dim}, "
@@ -84,7 +85,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
                 shutil.copyfile(source / name, temporary / "tokenizer" / name)
         index = {
             "_class_name": checkpoint.pipeline,
-            "_diffusers_version": configs.LAYOUT,
+            "_diffusers_version": config_json.LAYOUT,
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
@@ -112,7 +113,7 @@ def save_ddpm(folder: Path, config: UNet2DConfig, tensors: dict[str, Tensor], sc
         files.write_json(temporary / SCHEDULER, scheduler)
         index = {
             "_class_name": "DDPMPipeline",
-            "_diffusers_version": configs.LAYOUT,
+            "_diffusers_version": config_json.LAYOUT,
             "scheduler": ["diffusers", scheduler["_class_name"]],
             "unet": ["diffusers", "UNet2DModel"],
         }
@@ -125,7 +126,7 @@ def save_ddpm(folder: Path, config: UNet2DConfig, tensors: dict[str, Tensor], sc
 def load_part(folder: Path, part: str, variant: str | None = None) -> tuple[Config, dict[str, Tensor]]:
     """Config and tensors, by native names, of a part's folder (`unet/` and its like, or a VAE by itself)."""
     folder = Path(folder)
-    config = configs.read(folder, part)
+    config = config_json.read(folder, part)
     chosen, shards = choose(_names(folder), part, variant, folder)
     if chosen.endswith(".json"):
         index = files.read_json(folder / chosen).get("weight_map")
@@ -146,7 +147,7 @@ def save_part(folder: Path, part: str, config: Config, tensors: dict[str, Tensor
     ck.check(tensors, ck.native_shapes(part, config, folder), folder)
     with files.new_folder(folder, keep=True) as temporary:
         files.write(temporary / f"{_stem(part, 'safetensors')}.safetensors", tensors)
-        configs.write(temporary, part, config)
+        config_json.write(temporary, part, config)
 
 
 def native(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minisd import files
+from minisd.formats.parts import Config
 from minisd.models.controlnet import HINT_CHANNELS, ControlNetConfig
 from minisd.models.text import ACTIVATIONS, TextConfig
 from minisd.models.unet import EncoderConfig, UNetConfig
 from minisd.models.unet2d import UNet2DConfig
 from minisd.models.vae import VAEConfig
-from minisd.weights import files
-from minisd.weights.checkpoint import Config
 
 LAYOUT = "0.16.0"  # the release of the layout whose fields are written
 

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import cli, infotext, ops, prompt, sweep
+from minisd import ops
 from minisd.data import images
-from minisd.generate import pictures
-from minisd.inputs import Inputs
-from minisd.sampling import Sample
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling import infotext, prompt, sweep
+from minisd.sampling.generate import pictures
+from minisd.sampling.input_images import Inputs
+from minisd.sampling.options import Job, Sample, split_scale
+from minisd.sampling.stable_diffusion import StableDiffusion
 
 # A change in one of these needs the model anew.
 LOADING = "model revision variant load_ema tokenizer_name cache_dir device dtype kernels adapter".split()
@@ -36,7 +37,7 @@ def load(options: Sample) -> StableDiffusion:
         cache_dir=options.cache_dir,
     )
     for adapter in options.adapter:
-        for line in sd.attach(*cli.split_scale(adapter)):
+        for line in sd.attach(*split_scale(adapter)):
             print(f"{adapter}: {line}")
     return sd
 
@@ -78,7 +79,7 @@ def output_paths(output: Path, seeds: list[int], taken: int, several: bool) -> l
     return [output / f"{first + i:05}-seed-{seed}.png" for i, seed in enumerate(seeds)]
 
 
-def run(jobs: list[cli.Job]) -> list[Path]:
+def run(jobs: list[Job]) -> list[Path]:
     """Everything that was asked for, and a sheet if that is several pictures; returns where all that is."""
     sd, loaded, paths, cells, exported = None, None, [], [], []
     for job in jobs:

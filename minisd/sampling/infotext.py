@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minisd import registry
+from minisd.options import TINY
 
 # Flags and A1111's keys.
 KEYS = {
@@ -29,7 +30,6 @@ NOT_BY_NAME = (
     "prompt prompt_file negative_prompt width height plain_prompt karras num_images batch_size output device "
     "kernels cache_dir like csv preview export"
 ).split()
-TINY = Path(__file__).parent / "tiny"  # the model in the box: wherever that is, it is there
 NEGATIVE = "Negative prompt: "
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minisd import files
 from minisd.data import images
-from minisd.weights import files
 
 # Options that may differ between a run and its continuation.
 FREE = {

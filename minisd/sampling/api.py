@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.data import images
-from minisd.generate import drawing, pictures
-from minisd.inputs import Inputs
-from minisd.sampling import Sample
-from minisd.session import LOADING
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling.generate import drawing, pictures
+from minisd.sampling.input_images import Inputs
+from minisd.sampling.options import Sample
+from minisd.sampling.run import LOADING
+from minisd.sampling.stable_diffusion import StableDiffusion
 
 # Flags that say what to load, and where pictures go.
 ELSEWHERE = {*LOADING, "prompt_file", "like", "csv", "output", "preview", "export"}

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisd import files
+from minisd.formats import config_json
+from minisd.formats import parts as ck
+from minisd.formats.parts import PARTS, Checkpoint, Config
 from minisd.models import controlnet, text, unet, vae
-from minisd.weights import checkpoint as ck
-from minisd.weights import configs, files
-from minisd.weights.checkpoint import PARTS, Checkpoint, Config
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -98,7 +99,7 @@ def save(file: Path, checkpoint: Checkpoint) -> None:
             tensor = checkpoint.tensors[part][name]
             tensors[file_name] = tensor[:, :, None, None] if _is_convolution(part, name) else tensor
     kind = checkpoint.scheduler.get("prediction_type", "epsilon")
-    described = {part: configs.WRITERS[part](getattr(checkpoint, part)) for part in PARTS}
+    described = {part: config_json.WRITERS[part](getattr(checkpoint, part)) for part in PARTS}
     described |= {"scheduler": checkpoint.scheduler, "pipeline": checkpoint.pipeline}
     about = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -129,7 +130,7 @@ def load_controlnet(path: Path) -> tuple[controlnet.ControlNetConfig, dict[str, 
     config = controlnet.SD15
     if CONFIG in about:
         try:
-            config = configs.READERS["controlnet"](json.loads(about[CONFIG]), path)
+            config = config_json.READERS["controlnet"](json.loads(about[CONFIG]), path)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
     names = table("controlnet", config, path)
@@ -141,7 +142,7 @@ def save_controlnet(file: Path, config: controlnet.ControlNetConfig, tensors: Ma
     """Write a ControlNet as a single .safetensors file, for programs that do not read folders."""
     ck.check(tensors, ck.native_shapes("controlnet", config, file), file)
     named = {new: tensors[name] for name, new in table("controlnet", config, file).items()}
-    files.write(file, named, {CONFIG: json.dumps(configs.WRITERS["controlnet"](config), sort_keys=True)})
+    files.write(file, named, {CONFIG: json.dumps(config_json.WRITERS["controlnet"](config), sort_keys=True)})
 
 
 # --- The table -------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def _described(
     if CONFIG in about:
         try:
             own = json.loads(about[CONFIG])
-            config = {part: configs.READERS[part](own[part], path) for part in PARTS}
+            config = {part: config_json.READERS[part](own[part], path) for part in PARTS}
             return config, dict(own["scheduler"]), str(own["pipeline"])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error

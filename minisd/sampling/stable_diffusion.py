@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisd import registry
-from minisd.adapters import control, lora, token_embedding
+from minisd import files, registry
+from minisd.adapters import controlnet, lora, token_embedding
 from minisd.adapters._adapter import Adapter, Updates, set_scale
+from minisd.formats import diffusers, hub, single_file
+from minisd.formats.parts import PARTS, PIPELINES, Checkpoint, build, fill
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import place
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.noise import NoiseSchedule, settings_for
-from minisd.weights import compvis, diffusers, files, hub
-from minisd.weights.checkpoint import PARTS, PIPELINES, Checkpoint, build, fill
 
 
 class Attached(NamedTuple):
@@ -71,7 +71,7 @@ class StableDiffusion:
         ValueError, naming the file, if it is none of these or not a Stable Diffusion v1.x.
         """
         path = hub.resolve(str(model), revision=revision, variant=variant, cache_dir=cache_dir)
-        checkpoint: Checkpoint = registry.match("weights", path).load(path, variant=variant, ema=ema)
+        checkpoint: Checkpoint = registry.match("formats", path).load(path, variant=variant, ema=ema)
         parts = {}
         for part in PARTS:
             module = fill(build(part, getattr(checkpoint, part), path), checkpoint.tensors[part], path)
@@ -181,8 +181,8 @@ class StableDiffusion:
         is none, or if it does not belong to this UNet."""
         if source not in self.controlnets:
             dtype = self.unet.conv_in.weight.dtype
-            network = control.load(source, device=self.device, dtype=dtype, cache_dir=cache_dir)
-            control.check(network, self.unet.config, source)
+            network = controlnet.load(source, device=self.device, dtype=dtype, cache_dir=cache_dir)
+            controlnet.check(network, self.unet.config, source)
             self.controlnets[source] = network
         return self.controlnets[source]
 
@@ -238,7 +238,7 @@ class StableDiffusion:
             merged = lora.merged(module, own, dtype)
             tensors[part] = {n: t.to(dtype or original.get(n, t).dtype) for n, t in merged.items()}
         with self._checkpoint(tensors) as checkpoint:
-            (compvis if single else diffusers).save(path, checkpoint)
+            (single_file if single else diffusers).save(path, checkpoint)
 
     @contextmanager
     def _checkpoint(self, tensors: dict[str, dict[str, Tensor]]) -> Iterator[Checkpoint]:

@@ -1,7 +1,7 @@
 """What LoRA's relatives add to a weight: LoHa, LoKr, DoRA, and convolutions factored after Tucker.
 
 Formulas as in LyCORIS (Yeh et al. 2023, arXiv 2309.14859) and DoRA (Liu et al. 2024, arXiv 2402.09353).
-All in fp32; `t` is kind -> tensor as weights/kohya.py groups them.
+All in fp32; `t` is kind -> tensor as formats/lora_names.py groups them.
 """
 
 from collections.abc import Callable, Mapping

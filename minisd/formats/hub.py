@@ -4,8 +4,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from minisd.weights import diffusers, files
-from minisd.weights.checkpoint import PARTS
+from minisd import files
+from minisd.formats import diffusers
+from minisd.formats.parts import PARTS
 
 PART = "config.json"  # at the top of a repository that holds one part
 TIMEOUT = 10  # seconds, until the cache is used instead

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
+from minisd.formats import diffusers, hub, single_file
+from minisd.formats.parts import build, fill
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import place
 from minisd.models.unet import UNetConfig
-from minisd.weights import compvis, diffusers, hub
-from minisd.weights.checkpoint import build, fill
 
 
 def load(
@@ -28,7 +28,7 @@ def load(
     if path.is_dir():
         config, tensors = diffusers.load_part(path, "controlnet", variant)
     else:
-        config, tensors = compvis.load_controlnet(path)
+        config, tensors = single_file.load_controlnet(path)
     network = fill(build("controlnet", config, path), tensors, path)
     return place(network, device, dtype).eval().requires_grad_(False)
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd import prompt, registry
+from minisd import registry
 from minisd.data import images
-from minisd.guidance import Branch, Control, Denoiser, image_branches, text_branches
 from minisd.noise import NoiseSchedule, Original, randn, settings_for
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling import prompt
+from minisd.sampling.guidance import Branch, Control, Denoiser, image_branches, text_branches
+from minisd.sampling.stable_diffusion import StableDiffusion
 
 
 @dataclass(kw_only=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisd.formats import config_json, diffusers
+from minisd.formats.parts import build, fill
 from minisd.models.layers import place
 from minisd.models.unet2d import DDPM, UNet2D
 from minisd.noise import NoiseSchedule, randn, settings_for
 from minisd.schedulers import ddpm
-from minisd.weights import configs, diffusers
-from minisd.weights.checkpoint import build, fill
 
 
 class PixelDiffusion:
@@ -37,7 +37,7 @@ class PixelDiffusion:
         cannot halve."""
         network = replace(DDPM, sample_size=side)
         if config:
-            network = configs.read(config.parent if config.name == "config.json" else config, "unet2d")
+            network = config_json.read(config.parent if config.name == "config.json" else config, "unet2d")
         smallest = 2 ** (len(network.block_out_channels) - 1)
         if side % smallest:
             raise ValueError(f"--resolution {side}: this network needs a multiple of {smallest}")
@@ -79,7 +79,7 @@ def scheduler_config(**changes) -> dict:
     """scheduler_config.json as the field's script leaves it, but for `changes`."""
     return {
         "_class_name": "DDPMScheduler",
-        "_diffusers_version": configs.LAYOUT,
+        "_diffusers_version": config_json.LAYOUT,
         "beta_end": 0.02,
         "beta_schedule": "linear",
         "beta_start": 0.0001,

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd import cli
 from minisd.data import images
 from minisd.data.canny import canny
-from minisd.generate import Settings
-from minisd.guidance import Control
-from minisd.sampling import Sample
-from minisd.stable_diffusion import StableDiffusion
+from minisd.sampling.generate import Settings
+from minisd.sampling.guidance import Control
+from minisd.sampling.options import Sample, split_scale
+from minisd.sampling.stable_diffusion import StableDiffusion
 
 PREPROCESS = {"canny": canny, "none": lambda image: image}
 MULTIPLE = 8  # of which the sides of a picture are, in pixels
@@ -103,7 +102,7 @@ class Inputs:
         for name, (path, image), preprocess, start, end in zip(
             o.controlnet, self.hints, *ranges, strict=True
         ):
-            source, scale = cli.split_scale(name)
+            source, scale = split_scale(name)
             network = sd.controlnet(source, o.cache_dir)
             image = PREPROCESS[preprocess](fit(path, image, (settings.width, settings.height)))
             hint = share([images.to_tensor(image) / 2 + 0.5], count)

@@ -15,6 +15,8 @@ from typing import Literal
 
 from minisd import registry
 
+TINY = registry.HERE / "tiny"  # the model in the box: wherever that is, it is there
+
 
 def flag(default=MISSING, help: str | None = None, also: tuple[str, ...] = ()):
     """A dataclass field that is a command-line flag too, `also` under other names. No default: required."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisd import files
 from minisd.models.text import Tokenizer
-from minisd.weights import files
 
 Chunk = list[tuple[int, float]]  # ids and weights, as many as the encoder has positions
 

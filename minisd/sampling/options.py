@@ -2,10 +2,11 @@
 
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from minisd import registry
-from minisd.config import KERNELS, Group, Model, flag, require
+from minisd.options import KERNELS, Group, Model, flag, require
+from minisd.sampling import sweep
 
 
 @dataclass(kw_only=True)
@@ -148,3 +149,20 @@ class Sample(Model, Pictures):
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"--prompt_file {self.prompt_file}: {e}") from None
         return [line.strip() for line in lines if line.strip()]
+
+
+class Job(NamedTuple):
+    """What sample.py draws at once: all, or a row of --csv."""
+
+    options: Sample
+    row: sweep.Row
+    where: str  # what its errors begin with
+
+
+def split_scale(adapter: str) -> tuple[Path, float]:
+    """PATH or PATH:SCALE."""
+    path, colon, scale = adapter.rpartition(":")
+    try:
+        return (Path(path), float(scale)) if colon else (Path(adapter), 1.0)
+    except ValueError:
+        return Path(adapter), 1.0  # the colon belongs to the path

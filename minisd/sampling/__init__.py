@@ -1,0 +1,1 @@
+"""Prompts to pictures: the assembled model, guidance, what sample.py does."""
