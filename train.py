@@ -16,11 +16,11 @@ def main() -> int:
     name, options = cli.parse_train(sys.argv[1:])
 
     from minisd import registry
-    from minisd.training import loop
-    from minisd.training.run_folder import Run
+    from minisd.training import distributed, loop
+    from minisd.training.run_folder import RunFolder
 
-    method = registry.load("methods", name).Method(options)
-    return loop.train(method, Run(name, options))
+    method = registry.load_class("methods", name)(options, distributed.device())
+    return loop.train(method, RunFolder(name, options))
 
 
 if __name__ == "__main__":

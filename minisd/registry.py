@@ -39,6 +39,13 @@ def load(package: str, name: str) -> ModuleType:
     return importlib.import_module(f"minisd.{package}.{find(package, name)}")
 
 
+def load_class(package: str, name: str) -> type:
+    """The class of a module that is named like its file, without underscores and in any case: that of
+    `text_to_image` is `TextToImage`."""
+    module = load(package, name)
+    return next(value for key, value in vars(module).items() if key.lower() == name.replace("_", ""))
+
+
 def _parsed(package: str, name: str) -> ast.Module:
     return ast.parse((HERE / package / f"{name}.py").read_text(encoding="utf-8"))
 

@@ -1,80 +1,71 @@
-"""Training on pictures of the class beside those of the instance, so that it is kept (arXiv 2208.12242)."""
+"""Training on images of the class beside those of the instance, to preserve the class (arXiv 2208.12242)."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 from minisd.methods._base import Method
 
 
-class Method(Method):
-    """One that trains on pictures of a class as well, if --with_prior_preservation asks for them."""
+class PriorPreservation(Method):
+    """Trains on images of a class as well, if --with_prior_preservation asks for them."""
 
     def classes(self) -> list[tuple[Path, str]]:
         """The folder and the prompt of each class."""
         return [(self.options.class_data_dir, self.options.class_prompt)]
 
-    def build(self):
+    def prepare(self) -> None:
         if self.options.with_prior_preservation:
             for folder, prompt in self.classes():
-                self.draw_missing(folder, prompt)
-        return super().build()
+                self.complete_class(folder, prompt)
 
-    def examples(self, source):
-        return self.captioned(source, self.options.instance_prompt)
+    def dataset(self, source):
+        from minisd.methods import _data
 
-    def dataset(self):
+        return _data.captioned(source, self.options, self.sd, self.options.instance_prompt)
+
+    def datasets(self) -> tuple:
         from minisd.data import datasets, sources
+        from minisd.methods import _data
 
-        o, instances = self.options, super().dataset()
+        o, (instances, held_out) = self.options, super().datasets()
         if o.with_prior_preservation:
-            pictures = sources.read(o.class_data_dir, flag="--class_data_dir")
-            classes = datasets.InstancePictures(pictures, o.class_prompt, **self.shown())
+            images = sources.read(o.class_data_dir, flag="--class_data_dir")
+            classes = datasets.InstancePictures(images, o.class_prompt, **_data.transforms(o))
             self.data = datasets.Prior(instances, classes, o.prior_loss_weight)
-        return self.data
+        return self.data, held_out
 
-    def draw_missing(self, folder: Path, prompt: str) -> None:
-        """Fill a class's folder up to --num_class_images with what the untrained model draws for its prompt.
-        Picture i has the seed --seed + i, so that a run that was stopped goes on where it was. ValueError if
-        pictures are missing and have to be real."""
+    def complete_class(self, folder: Path, prompt: str) -> None:
+        """Fill a class's folder up to --num_class_images with what the untrained model generates for its
+        prompt. Image i has the seed --seed + i, so that a run that was stopped continues where it was."""
         import torch
-        import torch.distributed as dist
         from tqdm import tqdm
 
         from minisd.data import images
+        from minisd.methods import _model
         from minisd.sampling import infotext
         from minisd.sampling.generate import Settings, pictures
 
-        o, first = self.options, _count(folder)
-        if o.real_prior:
-            if first < o.num_class_images:
-                wanted = f"--real_prior wants --num_class_images {o.num_class_images}"
-                raise ValueError(f"--class_data_dir: {folder} has {first} pictures, {wanted}")
-        elif int(os.environ.get("RANK", 0)) == 0 and first < o.num_class_images:
-            half = {"fp16": torch.float16, "bf16": torch.bfloat16}
-            default = "fp16" if self.device.type == "cuda" else "fp32"
-            sd = self.load(half.get(o.prior_generation_precision or default, torch.float32))
-            settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True)
-            free = (i for i in itertools.count() if not (folder / _name(i, o.seed + i)).exists())
-            numbers = list(itertools.islice(free, o.num_class_images - first))
-            prompts, seeds = [prompt] * len(numbers), [o.seed + i for i in numbers]
-            made = pictures(sd, prompts, seeds, settings, batch_size=o.sample_batch_size)
-            made = tqdm(made, desc=f"drawing {prompt!r}", total=len(numbers), leave=False)
-            for i, seed, image in zip(numbers, seeds, made, strict=True):
-                about = infotext.write(prompt, seed, sd.name, settings)
-                images.save_png(image, folder / _name(i, seed), about)
-        if dist.is_initialized():
-            dist.barrier()
+        o, missing = self.options, self.options.num_class_images - count_images(folder)
+        if missing <= 0:
+            return
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        default = "fp16" if self.device.type == "cuda" else "fp32"
+        dtype = half.get(o.prior_generation_precision or default, torch.float32)
+        sd = _model.load(o, self.device, dtype)
+        settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True)
+        path = lambda i: folder / f"{i:05}-seed-{o.seed + i}.png"  # noqa: E731
+        numbers = list(itertools.islice((i for i in itertools.count() if not path(i).exists()), missing))
+        seeds = [o.seed + i for i in numbers]
+        made = pictures(sd, [prompt] * missing, seeds, settings, batch_size=o.sample_batch_size)
+        made = tqdm(made, desc=f"drawing {prompt!r}", total=missing, leave=False)
+        for i, seed, image in zip(numbers, seeds, made, strict=True):
+            images.save_png(image, path(i), infotext.write(prompt, seed, sd.name, settings))
 
 
-def _name(number: int, seed: int) -> str:
-    return f"{number:05}-seed-{seed}.png"
-
-
-def _count(folder: Path) -> int:
+def count_images(folder: Path) -> int:
+    """How many images a class's folder holds, directly or in its folder images/."""
     from minisd.data import images
 
-    found = [f for f in (folder, folder / "images") if f.is_dir()]
-    return sum(len(images.list_images(f)[0]) for f in found)
+    return sum(len(images.list_images(f)[0]) for f in (folder, folder / "images") if f.is_dir())

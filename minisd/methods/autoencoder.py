@@ -1,4 +1,4 @@
-"""Train the autoencoder on pictures alone: reconstruction and KL (arXiv 1312.6114)."""
+"""Train the autoencoder on images alone: reconstruction and KL divergence (arXiv 1312.6114)."""
 
 from __future__ import annotations
 
@@ -9,59 +9,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisd.methods._base import Method
-from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, flag, require
+from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-    from torch import Tensor
+    from minisd.methods._types import Image, Parameters, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
-class Options(Dataset, Average, Optimizer, Precision, Model, Run):
+class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, Run):
     """Autoencoder"""
 
-    kl_weight: float = flag(
-        2e-5, "of the mean KL divergence of a latent; 1e-3 kills a small model's channels"
-    )
-    gradient_weight: float = flag(0.5, "of the absolute error of differences between neighbouring pixels")
-    l2_weight: float = flag(0.5, "of the squared error, beside 1 for the absolute one")
+    kl_weight: float = flag(2e-5, "weight of the mean KL divergence; 1e-3 kills channels of a small model")
+    gradient_weight: float = flag(0.5, "weight of the absolute error of differences between adjacent pixels")
+    l2_weight: float = flag(0.5, "weight of the squared error; that of the absolute error is 1")
     rescale_latents: bool = flag(
-        False, "in the end scale the latents to a mean square of 1: any UNet must learn anew"
+        False, "finally scale latents to a mean square of 1, after which a UNet has to be trained anew"
     )
-    image_column: str = flag("image", "column of the pictures")
-    random_flip: bool = flag(False, "flip pictures with probability 1/2")
-    num_validation_images: int = flag(8, "pictures that are shown beside their reconstructions")
-    validation_steps: int = flag(500, "show them every so many updates")
-    validation_epochs: int | None = flag(None, "show them every so many epochs instead")
+    image_column: str = flag("image", "column of the images")
+    random_flip: bool = flag(False, "flip images with probability 1/2")
+    num_validation_images: int = flag(8, "number of images shown beside their reconstructions")
+    validation_steps: int | None = flag(
+        None, "validate every this many updates; 500, unless --validation_epochs is given"
+    )
     output_dir: Path = flag(Path("sd-model-autoencoder"))
 
     def check(self):
-        diffusion = "snr_gamma noise_offset input_perturbation prediction_type rescale_betas_zero_snr"
-        for name in diffusion.split():
-            require(not getattr(self, name), f"--{name} is of diffusion: an autoencoder has none")
-        for name in ("kl_weight", "gradient_weight", "l2_weight"):
-            require(getattr(self, name) >= 0, f"--{name} must not be negative")
-        self.positive("num_validation_images", "validation_steps", "validation_epochs")
+        self.not_negative("kl_weight", "gradient_weight", "l2_weight")
+        self.validate_every(steps=500)
 
 
-class Method(Method):
-    """Trains the part `vae`; the folder that it leaves is the whole model, the other parts as they were."""
+class Autoencoder(Method):
+    """Trains the part `vae`. The result is the whole model, with the other parts as they were."""
 
-    validates = True
+    def build(self, sd: StableDiffusion) -> Parameters:
+        return self.unfreeze("vae", sd.vae)
 
-    def wanted(self):
-        return []
+    def dataset(self, source):
+        from minisd.methods import _data
 
-    def insert(self, sd) -> dict[str, torch.nn.Parameter]:
-        return self.thaw("vae", sd.vae)
-
-    def examples(self, source):
-        return self.uncaptioned(source)
+        return _data.uncaptioned(source, self.options)
 
     def loss(self, batch: dict) -> Tensor:
         """The mean over the batch of |e| + e^2 + |difference of e between neighbours| + KL, as weighted, for
-        the error e of the picture that a draw from the posterior becomes."""
+        the error e of the image that is decoded from a sample of the posterior."""
         from torch.utils.checkpoint import checkpoint
 
         o, vae = self.options, self.sd.vae
@@ -74,36 +64,34 @@ class Method(Method):
             error = run(vae.decode, latents).float() - pixels  # (b, 3, h, w)
         mean, std = (t / vae.config.scaling_factor for t in (mean, std))
         kl = 0.5 * (mean.square() + std.square() - 1) - std.log()
-        steps = sum(error.diff(dim=d).abs().mean() for d in (-2, -1))
-        off = error.abs().mean() + o.l2_weight * error.square().mean()
-        return off + o.gradient_weight * steps + o.kl_weight * kl.mean()
+        gradients = sum(error.diff(dim=d).abs().mean() for d in (-2, -1))
+        reconstruction = error.abs().mean() + o.l2_weight * error.square().mean()
+        return reconstruction + o.gradient_weight * gradients + o.kl_weight * kl.mean()
 
-    def some(self, count: int) -> Tensor:
-        """Pictures from all over the data (n, 3, h, w)."""
+    def sample_pixels(self, count: int) -> Tensor:
+        """At most `count` images from all over the data, (n, 3, h, w)."""
         import torch
 
         from minisd.noise import generator
 
-        places = range(0, len(self.data), max(1, len(self.data) // count))[:count]
-        examples = [self.data.examples(i, generator(self.options.seed, "some", i))[0] for i in places]
+        indices = range(0, len(self.data), max(1, len(self.data) // count))[:count]
+        examples = [self.data.examples(i, generator(self.options.seed, "some", i))[0] for i in indices]
         return torch.stack([self.data.pixels(e.view) for e in examples])
 
-    def validation(self) -> Image.Image:
-        """Pictures, and what they are after encoding and decoding."""
+    def preview(self, final: bool) -> Image:
+        """Images and their reconstructions."""
         from minisd.data import images
 
-        pixels = self.some(self.options.num_validation_images)
+        pixels = self.sample_pixels(self.options.num_validation_images)
         decoded = self.sd.decode(self.sd.encode_images(pixels)[0]).cpu().clamp(-1, 1)
-        noise = 10 * math.log10(4 / max((decoded - pixels).square().mean().item(), 1e-12))
-        rows = ("pictures", pixels), (f"reconstructed, {noise:.1f} dB", decoded)
+        psnr = 10 * math.log10(4 / max((decoded - pixels).square().mean().item(), 1e-12))
+        rows = ("pictures", pixels), (f"reconstructed, {psnr:.1f} dB", decoded)
         return images.labelled_rows([(label, [images.to_pil(p) for p in row]) for label, row in rows])
-
-    result = validation
 
     def save(self, folder: Path) -> None:
         vae = self.sd.vae
         if self.options.rescale_latents:
-            parts = self.some(1024).split(32)
+            parts = self.sample_pixels(1024).split(32)
             latents = [self.sd.encode_images(p)[0] / vae.config.scaling_factor for p in parts]
             square = sum(t.square().sum().item() for t in latents) / sum(t.numel() for t in latents)
             vae.config = replace(vae.config, scaling_factor=square**-0.5)

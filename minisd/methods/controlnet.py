@@ -1,4 +1,4 @@
-"""Train a ControlNet, which steers a frozen model by pictures such as edges or poses (arXiv 2302.05543)."""
+"""Train a ControlNet, which conditions a frozen model on images such as edges or poses (arXiv 2302.05543)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method, Training
-from minisd.options import Dataset, flag, require
+from minisd.methods._base import Method
+from minisd.options import Dataset, Training, flag, require
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from minisd.methods._types import Parameters, Prompts, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
@@ -18,44 +18,41 @@ class Options(Dataset, Training):
     """ControlNet"""
 
     controlnet_model_name_or_path: str | None = flag(
-        None, "go on from this ControlNet: a folder, a file or a hub id; from the model's UNet by default"
+        None, "initial ControlNet: a folder, a file or a hub id; by default a copy of the model's UNet"
     )
-    image_column: str = flag("image", "column of the pictures")
-    conditioning_image_column: str = flag("conditioning_image", "column of what steers them")
-    caption_column: str = flag("text", "column of the captions; of several in a row one is drawn each time")
-    proportion_empty_prompts: float = flag(0.0, "chance that a caption is left out; 0.5 in the paper")
-    validation_image: list[str] = flag([], "control pictures to draw by while training")
-    validation_prompt: list[str] = flag([], "their prompts; one picture or one prompt goes with all others")
+    image_column: str = flag("image", "column of the images")
+    conditioning_image_column: str = flag("conditioning_image", "column of the conditioning images")
+    caption_column: str = flag("text", "column of the captions; of several, one is drawn each time")
+    proportion_empty_prompts: float = flag(0.0, "probability of an empty caption; 0.5 in the paper")
+    validation_image: list[str] = flag([], "conditioning images to validate with", free=True)
+    validation_prompt: list[str] = flag([], "their prompts; a single image or prompt goes with all others")
     tracker_project_name: str = flag("train_controlnet", "wandb's project")
-    set_grads_to_none: bool = flag(False, "accepted: they always are")
     learning_rate: float = flag(5e-6)
     num_train_epochs: int = flag(1)
     output_dir: Path = flag(Path("controlnet-model"))
 
     def check(self):
-        self.chances("proportion_empty_prompts")
-        pictures, prompts = len(self.validation_image), len(self.validation_prompt)
+        self.probabilities("proportion_empty_prompts")
+        images, prompts = len(self.validation_image), len(self.validation_prompt)
         require(
-            pictures == prompts or (pictures and prompts and 1 in (pictures, prompts)),
-            f"--validation_image has {pictures} and --validation_prompt {prompts}: "
-            "as many of each, or one of either",
+            images == prompts or (images and prompts and 1 in (images, prompts)),
+            f"--validation_image has {images} and --validation_prompt {prompts}: "
+            "give as many of each, or one of either",
         )
 
 
-class Method(Method):
+class ControlNet(Method):
     """Trains the ControlNet alone, in fp32; its gradient passes through the UNet's frozen decoder."""
 
-    def insert(self, sd):
+    def build(self, sd: StableDiffusion) -> Parameters:
         import torch
 
         from minisd.adapters import controlnet
-        from minisd.models.controlnet import ControlNet
+        from minisd.models import controlnet as networks
 
-        o = self.options
-        if sd.unet.config.in_channels != sd.vae.config.latent_channels:
-            raise ValueError(
-                f"--model {o.model} takes {sd.unet.config.in_channels} channels, not latents alone"
-            )
+        o, channels = self.options, sd.unet.config.in_channels
+        if channels != sd.vae.config.latent_channels:
+            raise ValueError(f"--model {o.model} takes {channels} channels, not latents alone")
         if o.controlnet_model_name_or_path:
             self.controlnet = controlnet.load(
                 o.controlnet_model_name_or_path,
@@ -65,14 +62,10 @@ class Method(Method):
             )
         else:
             torch.manual_seed(o.seed)
-            self.controlnet = ControlNet.from_unet(sd.unet, sd.vae.config.downscale)
-        return self.thaw("controlnet", self.controlnet)
+            self.controlnet = networks.ControlNet.from_unet(sd.unet, sd.vae.config.downscale)
+        return self.unfreeze("controlnet", self.controlnet)
 
-    @property
-    def parts(self):
-        return self.sd.parts | {"controlnet": self.controlnet}
-
-    def examples(self, source):
+    def dataset(self, source):
         from minisd.data import pairs
 
         o = self.options
@@ -96,21 +89,19 @@ class Method(Method):
 
         controlnet.save(folder, self.controlnet)
 
-    # Pictures
-
-    def wanted(self) -> list[tuple[str, Tensor]]:
+    def read_validation_prompts(self) -> Prompts:
         from minisd.data import images
 
         o, flag = self.options, "--validation_image"
         count = max(len(o.validation_image), len(o.validation_prompt))
-        names, prompts = (v * count if len(v) == 1 else v for v in (o.validation_image, o.validation_prompt))
-        pictures = [images.read_square(name, o.resolution, flag=flag) for name in names]
-        return list(zip(prompts, pictures, strict=True))
+        paths, prompts = (v * count if len(v) == 1 else v for v in (o.validation_image, o.validation_prompt))
+        hints = [images.read_square(path, o.resolution, flag=flag) for path in paths]
+        return list(zip(prompts, hints, strict=True))
 
-    def beside(self, view) -> Tensor:
+    def conditioning_image(self, view) -> Tensor:
         return 2 * self.data.extras(view)["conditioning"] - 1
 
-    def steer(self, pictures: Tensor) -> dict:
+    def sampling_kwargs(self, images: Tensor) -> dict:
         from minisd.sampling.guidance import Control
 
-        return {"controls": [Control(network=self.controlnet, hint=pictures / 2 + 0.5)]}
+        return {"controls": [Control(network=self.controlnet, hint=images / 2 + 0.5)]}

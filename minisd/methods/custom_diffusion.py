@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minisd.methods._base import Training
-from minisd.methods._prior import Method
-from minisd.options import Prior, flag, require
+from minisd.methods._prior import PriorPreservation, count_images
+from minisd.options import Prior, Training, flag, require
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+
+    from minisd.methods._types import Parameters, Prompts, StableDiffusion, Tensor
 
 CHANNELS = 4  # of the latents
 
@@ -21,19 +22,19 @@ class Options(Prior, Training):
     """Custom Diffusion"""
 
     data: Path | None = flag(None)
-    instance_prompt: str | None = flag(None, "what the pictures show, with the new word in it")
-    concepts_list: Path | None = flag(None, "a JSON list of concepts, instead of one by flags")
-    real_prior: bool = flag(False, "the class's pictures are real ones, all of which must be there")
+    instance_prompt: str | None = flag(None, "prompt of the images, with the new word in it")
+    concepts_list: Path | None = flag(None, "a JSON list of concepts, instead of one concept by flags")
+    real_prior: bool = flag(False, "the class images are real ones; none are generated")
     modifier_token: str | None = flag(None, "the new words, joined by +")
     initializer_token: str = flag("ktn+pll+ucd", "the words they start from, joined by +")
     freeze_model: Literal["crossattn_kv", "crossattn"] = flag(
-        "crossattn_kv", "what trains of cross-attention"
+        "crossattn_kv", "what trains: cross-attention's keys and values, or all of its projections"
     )
     cd_loss: Literal["mean", "reference"] = flag(
-        "mean", "reference counts instances four times, once for each channel, as the field's script does"
+        "mean", "reference weights instances by 4, the number of channels, as diffusers' example script does"
     )
-    hflip: bool = flag(False, "flip pictures with probability 1/2")
-    noaug: bool = flag(False, "show the pictures at one size")
+    hflip: bool = flag(False, "flip images with probability 1/2")
+    noaug: bool = flag(False, "show the images at one size only")
     no_safe_serialization: bool = flag(False, "write .bin instead of .safetensors")
     num_class_images: int = flag(200)
     seed: int = flag(42)
@@ -42,39 +43,50 @@ class Options(Prior, Training):
     num_train_epochs: int = flag(1)
     checkpointing_steps: int = flag(250)
     validation_steps: int | None = flag(
-        None, "draw every so many updates; 50, unless --validation_epochs is given"
+        None, "validate every this many updates; 50, unless --validation_epochs is given"
     )
     num_validation_images: int = flag(2)
     output_dir: Path = flag(Path("custom-diffusion-model"))
 
-    drawn_every = "validation_steps", 50
-
     def check(self):
+        self.validate_every(steps=50)
         one = self.data is not None and self.instance_prompt is not None
-        require(one or self.concepts_list, "give --data and --instance_prompt, or --concepts_list")
+        require(one or bool(self.concepts_list), "give --data and --instance_prompt, or --concepts_list")
         require(not (self.data and self.concepts_list), "--data and --concepts_list exclude each other")
+        if not self.concepts_list:
+            self.check_class()
         if self.modifier_token:
             new, old = self.modifier_token.split("+"), self.initializer_token.split("+")
             require(len(new) <= len(old), f"--initializer_token: {len(old)} words for {len(new)} new ones")
 
 
-class Method(Method):
+class CustomDiffusion(PriorPreservation):
     """Trains whole matrices beside the base's, and a row for each new word."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, device: torch.device):
         from minisd.data import custom
 
-        super().__init__(options)
+        super().__init__(options, device)
         self.concepts = custom.concepts_of(options)
         self.words = options.modifier_token.split("+") if options.modifier_token else []
         if options.with_prior_preservation:
-            self.lr_scale = 2.0  # twice the pictures, as the field's script counts them
+            self.lr_scale = 2.0  # twice the images, as diffusers' example script counts them
 
     def classes(self) -> list[tuple[Path, str]]:
         return [(c.class_data_dir, c.class_prompt) for c in self.concepts]
 
-    def insert(self, sd):
+    def complete_class(self, folder: Path, prompt: str) -> None:
+        """ValueError if images are missing and have to be real ones."""
+        o, count = self.options, count_images(folder)
+        if not o.real_prior:
+            super().complete_class(folder, prompt)
+        elif count < o.num_class_images:
+            needs = f"--real_prior needs --num_class_images {o.num_class_images}"
+            raise ValueError(f"--class_data_dir: {folder} has {count} images, {needs}")
+
+    def build(self, sd: StableDiffusion) -> Parameters:
         from minisd.adapters import custom_diffusion
+        from minisd.methods import _model
 
         o = self.options
         everything = o.freeze_model == "crossattn"
@@ -82,11 +94,11 @@ class Method(Method):
         self.layers = custom_diffusion.insert(sd.unet, projections)
         trained = dict(custom_diffusion.parameters(self.layers))
         for word, start in zip(self.words, o.initializer_token.split("+"), strict=False):
-            self.rows = self.teach(word, start, flag="--modifier_token")
+            self.rows = _model.add_token(sd, word, start, 1, flag="--modifier_token")
             trained["modifier_tokens"] = self.rows  # one parameter for all words so far
         return trained
 
-    def dataset(self):
+    def datasets(self) -> tuple:
         from minisd.data import custom, datasets
 
         o = self.options
@@ -100,16 +112,16 @@ class Method(Method):
             classes = custom.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
             share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
             self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)
-        return self.data
+        return self.data, None
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
-        """The mean over what the mask shows, (b,)."""
+        """The mean squared error within the mask, (b,)."""
         mask = batch["mask"].to(pred.device)  # (b, 1, h, w)
         squares = ((pred.float() - target.float()).square() * mask).flatten(1).sum(dim=1)
         mean = squares / (CHANNELS * mask.flatten(1).sum(dim=1))
         return CHANNELS * mean if self.options.cd_loss == "reference" else mean
 
-    def example(self):
+    def training_prompts(self) -> Prompts:
         return [(concept.instance_prompt, None) for concept in self.concepts]
 
     def save(self, folder: Path) -> None:

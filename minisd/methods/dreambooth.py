@@ -1,24 +1,20 @@
-"""Bind a rare word to the subject of a few pictures by training the UNet (arXiv 2208.12242)."""
+"""Bind a rare word to the subject of a few images by training the UNet (DreamBooth, arXiv 2208.12242)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisd.methods._base import Training
-from minisd.methods._prior import Method
-from minisd.options import Average, Captions, DeepFloyd, Prior, flag
+from minisd.methods._prior import PriorPreservation
+from minisd.options import Average, Subject, Training, flag
 
 
 @dataclass(kw_only=True)
-class Options(Captions, Prior, DeepFloyd, Average, Training):
+class Options(Subject, Average, Training):
     """DreamBooth"""
 
-    instance_prompt: str = flag(help="the prompt of pictures without a caption, with a rare word in it")
-    train_text_encoder: bool = flag(False, "train the text encoder as well")
-    skip_save_text_encoder: bool = flag(
-        False, "accepted: a text encoder that did not train is left as it was"
-    )
+    instance_prompt: str = flag()
+    skip_save_text_encoder: bool = flag(False, "accepted: an untrained text encoder is saved as it was read")
     offset_noise: bool = flag(False, "the same as --noise_offset 0.1")
     learning_rate: float = flag(5e-6)
     train_batch_size: int = flag(4)
@@ -30,9 +26,5 @@ class Options(Captions, Prior, DeepFloyd, Average, Training):
             self.noise_offset = 0.1
 
 
-class Method(Method):
-    def insert(self, sd):
-        trained = super().insert(sd)
-        if self.options.train_text_encoder:
-            trained |= self.thaw("text_encoder", sd.text_encoder)
-        return trained
+class DreamBooth(PriorPreservation):
+    """Trains the whole UNet, and the text encoder if --train_text_encoder asks for it."""

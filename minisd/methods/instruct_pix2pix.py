@@ -1,4 +1,4 @@
-"""Train the whole UNet to edit a picture as a sentence says (InstructPix2Pix, arXiv 2211.09800)."""
+"""Train the whole UNet to edit an image as an instruction says (InstructPix2Pix, arXiv 2211.09800)."""
 
 from __future__ import annotations
 
@@ -6,57 +6,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method, Training
-from minisd.options import Average, Dataset, flag, require
+from minisd.methods._base import Method
+from minisd.options import Average, Dataset, Training, flag, require
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from minisd.methods._types import Parameters, Prompts, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
 class Options(Dataset, Average, Training):
     """InstructPix2Pix"""
 
-    original_image_column: str = flag("input_image", "column of the pictures before the edit")
-    edited_image_column: str = flag("edited_image", "column of the pictures after it")
-    edit_prompt_column: str = flag("edit_prompt", "column of what was asked for")
-    random_flip: bool = flag(False, "flip both pictures of a pair with probability 1/2")
+    original_image_column: str = flag("input_image", "column of the images before the edit")
+    edited_image_column: str = flag("edited_image", "column of the images after the edit")
+    edit_prompt_column: str = flag("edit_prompt", "column of the edit instructions")
+    random_flip: bool = flag(False, "flip both images of a pair with probability 1/2")
     conditioning_dropout_prob: float | None = flag(
-        None, "chance p that the prompt alone is left out, that both are, and that the picture alone is; 0.05"
+        None,
+        "probability p of dropping the prompt only, of dropping both, and of dropping the image only; 0.05",
     )
-    val_image_url: str | None = flag(None, "picture to edit by --validation_prompt: an address or a path")
+    val_image_url: str | None = flag(
+        None, "image to edit as --validation_prompt says: an address or a path", free=True
+    )
     revision: str | None = flag(None, "branch, tag or commit of a hub id", also=("non_ema_revision",))
     validation_guidance_scale: float = flag(7.0)
     validation_epochs: int | None = flag(
-        None, "draw every so many epochs; 1, unless --validation_steps is given"
+        None, "validate every this many epochs; 1, unless --validation_steps is given"
     )
     resolution: int = flag(256)
     train_batch_size: int = flag(16)
     learning_rate: float = flag(1e-4)
     output_dir: Path = flag(Path("instruct-pix2pix-model"))
 
-    drawn_every = "validation_epochs", 1
-
     def check(self):
         p = self.conditioning_dropout_prob
         require(p is None or 0 <= p <= 1 / 3, "--conditioning_dropout_prob must be from 0 to 1/3")
         both = bool(self.val_image_url) == bool(self.validation_prompt)
         require(both, "--val_image_url and --validation_prompt go together: give both or neither")
+        self.validate_every(epochs=1)
 
 
-class Method(Method):
-    """The UNet gets the latents of the original beside the noisy ones of the edited picture."""
+class InstructPix2Pix(Method):
+    """The UNet gets the latents of the original image beside the noisy ones of the edited image."""
 
-    def insert(self, sd):
-        latents = sd.vae.config.latent_channels
-        if sd.unet.config.in_channels == latents:
+    def build(self, sd: StableDiffusion) -> Parameters:
+        channels, latents = sd.unet.config.in_channels, sd.vae.config.latent_channels
+        if channels == latents:
             sd.unet.widen(2 * latents)
-        elif sd.unet.config.in_channels != 2 * latents:
-            channels = f"takes {sd.unet.config.in_channels} channels"
-            raise ValueError(f"--model {self.options.model} {channels}: it is for another use")
-        return super().insert(sd)
+        elif channels != 2 * latents:
+            raise ValueError(f"--model {self.options.model} takes {channels} channels: it is for another use")
+        return super().build(sd)
 
-    def examples(self, source):
+    def dataset(self, source):
         from minisd.data import pairs
 
         o = self.options
@@ -71,7 +72,7 @@ class Method(Method):
         )
 
     def dropped(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Whose prompt and whose original is left out, (b,) each. With r uniform in [0, 1): the prompt where
+        """Whose prompt and whose original is dropped, (b,) each. With r uniform in [0, 1): the prompt where
         r < 2p, the original where p <= r < 3p."""
         import torch
 
@@ -95,9 +96,7 @@ class Method(Method):
         inputs = torch.cat([noisy, (original * kept[:, None, None, None]).to(noisy.dtype)], dim=1)
         return self.sd.unet(inputs, timesteps, **self.condition(batch))
 
-    # Pictures
-
-    def wanted(self) -> list[tuple[str, Tensor]]:
+    def read_validation_prompts(self) -> Prompts:
         from minisd.data import images
 
         o, flag = self.options, "--val_image_url"
@@ -105,8 +104,8 @@ class Method(Method):
             return []
         return [(o.validation_prompt, images.read_square(o.val_image_url, o.resolution, flag=flag))]
 
-    def beside(self, view) -> Tensor:
+    def conditioning_image(self, view) -> Tensor:
         return self.data.extras(view)["original"]
 
-    def steer(self, pictures: Tensor) -> dict:
-        return {"originals": pictures}
+    def sampling_kwargs(self, images: Tensor) -> dict:
+        return {"originals": images}

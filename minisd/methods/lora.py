@@ -1,14 +1,17 @@
-"""Train low-rank updates beside a frozen model, on captions or as DreamBooth (arXiv 2106.09685)."""
+"""Train low-rank updates beside a frozen model, on captions or as DreamBooth (LoRA, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from minisd.methods._base import Training
-from minisd.methods._prior import Method
-from minisd.options import Captions, DeepFloyd, Prior, flag, require
+from minisd.methods._prior import PriorPreservation
+from minisd.options import Subject, Training, flag, require
+
+if TYPE_CHECKING:
+    from minisd.methods._types import Parameters, StableDiffusion
+
 
 # Defaults that follow the kind of data: captioned, DreamBooth.
 BY_KIND = {
@@ -20,27 +23,28 @@ BY_KIND = {
 
 
 @dataclass(kw_only=True)
-class Options(Captions, Prior, DeepFloyd, Training):
+class Options(Subject, Training):
     """LoRA"""
 
-    instance_prompt: str | None = flag(None, "the prompt of pictures without a caption: trains as DreamBooth")
+    instance_prompt: str | None = flag(None, "prompt of images without a caption; trains as DreamBooth")
+    train_text_encoder: bool = flag(False, "train updates of the text encoder as well")
     rank: int | None = flag(None, "rank of the updates; 4 by default, or that of --init_lora")
-    alpha: float | None = flag(None, "an update counts alpha / rank; the rank by default")
-    target: list[str] = flag(
+    alpha: float | None = flag(None, "an update is scaled by alpha / rank; by default the rank")
+    target_modules: list[str] = flag(
         [],
         "layers: attention (default), feed_forward, projections, resnet, or ends of names such as attn2.to_k",
+        also=("target",),
     )
-    lora_dropout: float = flag(0.0, "chance that an input of an update is left out")
-    train_text_encoder: bool = flag(False, "train updates of the text encoder as well")
-    init_lora: Path | None = flag(None, "begin with the LoRA in this file: its layers, ranks and alphas")
+    lora_dropout: float = flag(0.0, "dropout probability of the updates' inputs")
+    init_lora: Path | None = flag(None, "initial LoRA file, which sets layers, ranks and alphas")
     save_format: Literal["diffusers", "kohya"] = flag("diffusers", "kohya is what A1111 and ComfyUI read")
     learning_rate: float | None = flag(None, "peak learning rate; 1e-4, as DreamBooth 5e-4")
     train_batch_size: int | None = flag(None, "images in a forward pass on one device; 16, as DreamBooth 4")
     num_train_epochs: int | None = flag(
-        None, "passes over the data, if --max_train_steps is not given; 100 or 1"
+        None, "passes over the data, unless --max_train_steps is given; 100, as DreamBooth 1"
     )
     validation_epochs: int | None = flag(
-        None, "draw every so many epochs; 1, as DreamBooth 50, unless --validation_steps is given"
+        None, "validate every this many epochs; 1, as DreamBooth 50, unless --validation_steps is given"
     )
     output_dir: Path | None = flag(None, "sd-model-finetuned-lora, as DreamBooth lora-dreambooth-model")
 
@@ -49,38 +53,38 @@ class Options(Captions, Prior, DeepFloyd, Training):
         for name, defaults in BY_KIND.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[dreambooth])
-        self.drawn_every = "validation_epochs", 50 if dreambooth else 1
-        require(dreambooth or not self.with_prior_preservation,
-                "--with_prior_preservation needs --instance_prompt")  # fmt: skip
-        require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of pictures")
+        self.validate_every(epochs=50 if dreambooth else 1)
+        prior = self.with_prior_preservation
+        require(dreambooth or not prior, "--with_prior_preservation needs --instance_prompt")
+        require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of images")
         self.positive("rank", "alpha")
-        for name in ("rank", "alpha", "target"):
-            both = getattr(self, name) and self.init_lora
-            require(not both, f"--{name} is that of --init_lora: leave one of them out")
+        for name in ("rank", "alpha", "target_modules"):
+            both = self.init_lora and getattr(self, name)
+            require(not both, f"--{name} is set by --init_lora: leave one of them out")
         require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
 
 
-class Method(Method):
+class LoRA(PriorPreservation):
     """Trains A and B of each targeted layer, in fp32; everything else is frozen."""
 
-    def insert(self, sd):
+    def build(self, sd: StableDiffusion) -> Parameters:
         from minisd.adapters import lora
 
         o, rank = self.options, self.options.rank or 4
         if o.init_lora:
-            self.updates, source = lora.load(sd, o.init_lora, o.lora_dropout), f"--init_lora {o.init_lora}"
+            self.updates, origin = lora.load(sd, o.init_lora, o.lora_dropout), f"--init_lora {o.init_lora}"
         else:
-            networks, source = lora.networks(sd), f"--target {' '.join(o.target)}"
+            networks, origin = lora.networks(sd), f"--target_modules {' '.join(o.target_modules)}"
             if not o.train_text_encoder:
                 del networks["text_encoder"]
-            targets = o.target or ["attention"]
+            targets = o.target_modules or ["attention"]
             self.updates = lora.insert(networks, targets, rank, o.alpha or rank, o.lora_dropout)
         # A file's updates of the text encoder stay as they are, and are saved with the others.
         trained = {n: u for n, u in self.updates.items() if o.train_text_encoder or n.startswith("unet.")}
         if o.train_text_encoder and not any(n.startswith("text_encoder.") for n in trained):
-            raise ValueError(f"--train_text_encoder: {source} has no layer of the text encoder")
+            raise ValueError(f"--train_text_encoder: {origin} has no layer of the text encoder")
         if not trained:
-            raise ValueError(f"{source} has no layer of the UNet; --train_text_encoder trains it")
+            raise ValueError(f"{origin} has no layer of the UNet; --train_text_encoder trains it")
         return {f"{n}.{k}": p.requires_grad_() for n, u in trained.items() for k, p in u.named_parameters()}
 
     def describe(self) -> str:
@@ -90,8 +94,25 @@ class Method(Method):
 
     def save(self, folder: Path) -> None:
         from minisd.adapters import lora
-        from minisd.formats import lora_names
 
-        about = lora_names.about(self.options, folder.resolve().name, self.sd)
         path = folder / "pytorch_lora_weights.safetensors"
-        lora.save(path, self.updates, self.options.save_format, about)
+        lora.save(path, self.updates, self.options.save_format, self.metadata(folder.resolve().name))
+
+    def metadata(self, title: str) -> dict[str, str]:
+        """How the LoRA was trained, by the names of kohya's files, which A1111 shows."""
+        o, kind = self.options, self.sd.schedule.prediction_type
+        side = f"{o.resolution}x{o.resolution}"
+        recorded = {
+            "output_name": title, "sd_model_name": self.sd.name, "resolution": side, "optimizer": "AdamW",
+            "batch_size_per_device": o.train_batch_size, "num_epochs": o.num_train_epochs,
+            "min_snr_gamma": o.snr_gamma, "clip_skip": None, "seed": o.seed,
+            "learning_rate": o.learning_rate, "lr_scheduler": o.lr_scheduler,
+            "lr_warmup_steps": o.lr_warmup_steps, "max_train_steps": o.max_train_steps,
+            "gradient_accumulation_steps": o.gradient_accumulation_steps,
+            "mixed_precision": o.mixed_precision, "noise_offset": o.noise_offset,
+        }  # fmt: skip
+        return {f"ss_{name}": str(value) for name, value in recorded.items()} | {
+            "modelspec.title": title,
+            "modelspec.resolution": side,
+            "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
+        }

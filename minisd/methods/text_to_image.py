@@ -1,66 +1,69 @@
-"""Train the whole UNet on captioned pictures (Rombach et al. 2022, arXiv 2112.10752)."""
+"""Train the whole UNet on captioned images (Rombach et al. 2022, arXiv 2112.10752)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method, Training
-from minisd.options import Average, Captions, flag, require
+from minisd.methods._base import Method
+from minisd.options import Average, Captions, Training, flag, require
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from minisd.methods._base import NoisyBatch
+    from minisd.methods._types import Parameters, Prompts, StableDiffusion
 
 
 @dataclass(kw_only=True)
 class Options(Captions, Average, Training):
     """Text to image"""
 
-    validation_prompts: list[str] = flag([], "draw these while training")
-    non_ema_revision: str | None = flag(None, "take the UNet from this revision of a hub id")
-    train_text_encoder: bool = flag(False, "train the text encoder along with the UNet")
+    validation_prompts: list[str] = flag([], "prompts to generate images for during training", free=True)
+    non_ema_revision: str | None = flag(None, "load the UNet from this revision of a hub id")
     tracker_project_name: str = flag("text2image-fine-tune", "project of the trackers")
     learning_rate: float = flag(1e-4)
     train_batch_size: int = flag(16)
-    dream_training: bool = flag(False, "train on what a sampler would see: the model's own error counts")
-    dream_detail_preservation: float = flag(1.0, "p of --dream_training: it counts (1 - alpha_bar)^(p / 2)")
+    dream_training: bool = flag(False, "DREAM: add the model's own error to its input and target")
+    dream_detail_preservation: float = flag(1.0, "p in DREAM's weight (1 - alpha_bar)^(p / 2)")
     validation_epochs: int | None = flag(
-        None, "draw every so many epochs; 5, unless --validation_steps is given"
+        None, "validate every this many epochs; 5, unless --validation_steps is given"
     )
     output_dir: Path = flag(Path("sd-model-finetuned"))
 
-    drawn_every = "validation_epochs", 5
-
     def check(self):
+        self.validate_every(epochs=5)
         used = self.dream_training or self.dream_detail_preservation == 1
         require(used, "--dream_detail_preservation needs --dream_training")
 
 
-class Method(Method):
-    def insert(self, sd):
-        if revision := self.options.non_ema_revision:
-            sd.unet.load_state_dict(self.load(revision=revision).unet.state_dict())
-        kind = sd.schedule.prediction_type
-        if self.options.dream_training and kind != "epsilon":
-            raise ValueError(f"--dream_training: this model predicts {kind}, not noise")
-        trained = super().insert(sd)
-        if self.options.train_text_encoder:
-            trained |= self.thaw("text_encoder", sd.text_encoder)
-        return trained
+class TextToImage(Method):
+    """Trains the whole UNet, and the text encoder if --train_text_encoder asks for it."""
 
-    def rectify(self, noisy: Tensor, target: Tensor, timesteps: Tensor, batch: dict):
-        """DREAM (Zhou et al. 2024, arXiv 2312.00210): the model's error, lambda = (1 - alpha_bar)^(p / 2) of
-        it, is part of the noise that it sees and of what it has to say."""
+    def build(self, sd: StableDiffusion) -> Parameters:
+        from minisd.methods import _model
+
+        o, kind = self.options, sd.schedule.prediction_type
+        if o.non_ema_revision:
+            other = _model.load(o, self.device, self.dtype, revision=o.non_ema_revision)
+            sd.unet.load_state_dict(other.unet.state_dict())
+        if o.dream_training and kind != "epsilon":
+            raise ValueError(f"--dream_training: this model predicts {kind}, not noise")
+        return super().build(sd)
+
+    def noisy_batch(self, batch: dict) -> NoisyBatch:
+        """With DREAM (Zhou et al. 2024, arXiv 2312.00210), the model's error, times (1 - alpha_bar)^(p / 2),
+        is added to the noise in the input and in the target."""
         import torch
 
+        noisy = super().noisy_batch(batch)
         if not self.options.dream_training:
-            return noisy, target
-        with torch.no_grad(), self.autocast():
-            pred = self.predict(noisy.to(self.dtype), timesteps.to(self.device), batch)
-        _, sigma = self.sd.schedule.levels(timesteps, noisy)
-        error = sigma**self.options.dream_detail_preservation * (target - pred.float())
-        return noisy + sigma * error, target + error
+            return noisy
+        with torch.no_grad():
+            pred = self.predict_noisy(noisy, batch)
+        _, sigma = self.sd.schedule.levels(noisy.timesteps, noisy.noisy)
+        error = sigma**self.options.dream_detail_preservation * (noisy.target - pred.float())
+        return replace(noisy, noisy=noisy.noisy + sigma * error, target=noisy.target + error)
 
-    def wanted(self):
-        return [(prompt, None) for prompt in self.options.validation_prompts] or super().wanted()
+    def read_validation_prompts(self) -> Prompts:
+        prompts = [(prompt, None) for prompt in self.options.validation_prompts]
+        return prompts or super().read_validation_prompts()

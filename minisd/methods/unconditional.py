@@ -1,4 +1,4 @@
-"""Train a diffusion model of pixels from nothing, without text (DDPM, arXiv 2006.11239)."""
+"""Train a diffusion model of pixels from scratch, without text (DDPM, arXiv 2006.11239)."""
 
 from __future__ import annotations
 
@@ -7,36 +7,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from minisd.methods._base import Method
-from minisd.options import LR_SCHEDULERS, Average, Dataset, Optimizer, Precision, Run, flag, require
+from minisd.options import (
+    LR_SCHEDULERS,
+    Average,
+    Dataset,
+    Diffusion,
+    Optimizer,
+    Precision,
+    Run,
+    flag,
+    require,
+)
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-    from torch import Tensor
+    from minisd.methods._types import Image, Parameters, PixelDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
-class Options(Dataset, Average, Optimizer, Precision, Run):
+class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     """Unconditional"""
 
     model_config_name_or_path: Path | None = flag(None, "config.json of another network, or its folder")
-    image_column: str = flag("image", "column of the pictures")
-    random_flip: bool = flag(False, "flip pictures with probability 1/2")
-    preserve_input_precision: bool = flag(False, "refused: pictures are read with 8 bits a channel")
-    ddpm_num_steps: int = flag(1000, "steps of the noise law")
-    ddpm_num_inference_steps: int = flag(1000, "steps of a picture that is drawn")
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = flag("linear", "its shape")
+    image_column: str = flag("image", "column of the images")
+    random_flip: bool = flag(False, "flip images with probability 1/2")
+    preserve_input_precision: bool = flag(
+        False, "refused: images are read with 8 bits a channel", refused=True
+    )
+    ddpm_num_steps: int = flag(1000, "number of timesteps of the noise schedule")
+    ddpm_num_inference_steps: int = flag(1000, "number of denoising steps of a generated image", free=True)
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = flag(
+        "linear", "shape of the noise schedule"
+    )
     prediction_type: Literal["epsilon", "sample"] = flag("epsilon", "what the network learns to predict")
-    eval_batch_size: int = flag(16, "pictures drawn each time")
-    save_images_epochs: int = flag(10, "draw every so many epochs")
-    save_model_epochs: int = flag(10, "leave the model every so many epochs")
-    num_train_epochs: int = flag(
-        100, "passes over the data, if --max_train_steps is not given", also=("num_epochs",)
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = flag(
-        "tensorboard", "where curves and pictures go besides log.jsonl", also=("logger",)
-    )
-    cache_dir: str | None = flag(None, "where files from the hub are kept")
+    eval_batch_size: int = flag(16, "number of images generated each time", free=True)
+    save_images_epochs: int = flag(10, "generate images every this many epochs", free=True)
+    save_model_epochs: int = flag(10, "save the model every this many epochs", free=True)
+    cache_dir: str | None = flag(None, "folder for files downloaded from the hub", free=True)
     resolution: int = flag(64)
     train_batch_size: int = flag(16)
     learning_rate: float = flag(1e-4)
@@ -46,32 +52,28 @@ class Options(Dataset, Average, Optimizer, Precision, Run):
     ema_warmup: bool = flag(True)
     output_dir: Path = flag(Path("ddpm-model-64"))
 
-    @property
-    def validation_epochs(self) -> int:
-        return self.save_images_epochs
-
     def check(self):
-        require(
-            not self.preserve_input_precision, "--preserve_input_precision: pictures are read with 8 bits"
-        )
         self.positive("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size")
         self.positive("save_images_epochs", "save_model_epochs")
         fewer = self.ddpm_num_inference_steps <= self.ddpm_num_steps
         require(fewer, "--ddpm_num_inference_steps must not be more than --ddpm_num_steps")
 
+    def validation_interval(self, updates_per_epoch: int) -> int:
+        """Number of updates between two validations."""
+        return self.save_images_epochs * updates_per_epoch
 
-class Method(Method):
+
+class Unconditional(Method):
     """Trains all of the pixel UNet; its latents are the pixels, and nothing else is loaded."""
 
-    def build(self) -> dict[str, torch.nn.Parameter]:
+    def load(self) -> PixelDiffusion:
         import torch
 
-        from minisd.models.layers import place
         from minisd.sampling.pixel_diffusion import PixelDiffusion
 
         o = self.options
         torch.manual_seed(o.seed)
-        self.sd = PixelDiffusion.new(
+        return PixelDiffusion.new(
             o.resolution,
             o.model_config_name_or_path,
             beta_schedule=o.ddpm_beta_schedule,
@@ -79,40 +81,41 @@ class Method(Method):
             prediction_type=o.prediction_type,
             rescale_betas_zero_snr=o.rescale_betas_zero_snr,
         )
-        return self.thaw("unet", place(self.sd.unet, self.device))
 
-    def examples(self, source):
-        return self.uncaptioned(source)
+    def build(self, sd: PixelDiffusion) -> Parameters:
+        from minisd.models.layers import place
+
+        return self.unfreeze("unet", place(sd.unet, self.device))
+
+    def dataset(self, source):
+        from minisd.methods import _data
+
+        return _data.uncaptioned(source, self.options)
 
     def latents(self, batch: dict) -> Tensor:
         return batch["pixels"].to(self.device)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
-        return self.sd.unet(noisy, timesteps)
+    def condition(self, batch: dict) -> dict:
+        return {}
 
-    def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
-        """A clean picture's error counts SNR times, as the noise's does by itself; --snr_gamma caps that."""
-        errors = super().errors(pred, target, batch)
+    def weights(self, timesteps: Tensor) -> Tensor | float:
+        """With --prediction_type sample, the error of the clean image is weighted by the SNR, as that of the
+        noise is by itself; --snr_gamma caps that."""
         if self.options.prediction_type == "sample" and self.options.snr_gamma is None:
-            errors = errors * self.sd.schedule.snr(self.timesteps(batch)).to(errors.device)
-        return errors
+            return self.sd.schedule.snr(timesteps)
+        return super().weights(timesteps)
 
-    def after_update(self, step: int) -> None:
-        if step % (self.options.save_model_epochs * self.updates_per_epoch) == 0:
-            with self.averaged():
-                self.save(self.options.output_dir)
+    def save_interval(self, updates_per_epoch: int) -> int:
+        return self.options.save_model_epochs * updates_per_epoch
 
-    validates = True
-
-    def validation(self) -> Image.Image:
-        """The same noise every time."""
+    def preview(self, final: bool) -> Image:
+        """Generated images, from the same noise every time."""
         import torch
 
         from minisd.data import images
+        from minisd.methods import _preview
 
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
-        with self.drawing(count * steps) as on_step:
+        with _preview.progress(self, count * steps) as on_step:
             return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, on_step)])
-
-    result = validation

@@ -1,4 +1,4 @@
-"""Several processes training one model, started by torchrun: one a GPU with nccl, or on CPUs with gloo."""
+"""Processes that train one model, started by torchrun: one per GPU with nccl, or on CPUs with gloo."""
 
 import os
 from datetime import timedelta
@@ -12,9 +12,9 @@ def device() -> torch.device:
     """This process's own GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(own)
-    return own
+    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(gpu)
+    return gpu
 
 
 class Processes:
@@ -50,7 +50,7 @@ class Processes:
         return shared.item()
 
     def gather(self, value) -> list:
-        """What each process gives, in their order."""
+        """The values of all processes, by rank."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
@@ -58,9 +58,12 @@ class Processes:
         return values
 
     def wait(self) -> None:
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
+        """Leave the group, once all processes are here."""
+        self.wait()
         if self.world > 1:
             dist.destroy_process_group()

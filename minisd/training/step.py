@@ -1,0 +1,70 @@
+"""One update: forward, backward, clip, optimizer, average."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from minisd import noise
+from minisd.methods._base import Method
+from minisd.options import Average
+from minisd.training import optim
+from minisd.training.distributed import Processes
+from minisd.training.ema import EMA
+
+
+class Trainer:
+    """What trains, everything that an update changes, and how many updates there are: `total`, of which `step`
+    are done, with `samples` images. `trained` are parameters by name, `epoch` is the number of examples."""
+
+    def __init__(
+        self, method: Method, trained: dict[str, torch.nn.Parameter], epoch: int, processes: Processes
+    ):
+        o = self.options = method.options
+        self.method, self.trained, self.processes = method, trained, processes
+        self.parameters = list(trained.values())
+        self.images_per_update = o.train_batch_size * o.gradient_accumulation_steps * processes.world
+        self.updates_per_epoch = math.ceil(epoch / self.images_per_update)
+        self.total = o.max_train_steps or o.num_train_epochs * self.updates_per_epoch
+        self.step = self.samples = 0
+        scale = self.images_per_update * method.lr_scale if o.scale_lr else 1
+        lr = self.peak_lr = o.learning_rate * scale
+        self.lr_curve = {"warmup": o.lr_warmup_steps, "total": self.total, "lr": lr}
+        self.lr_curve |= {"cycles": o.lr_num_cycles, "power": o.lr_power}
+        self.optimizer = optim.adamw(self.parameters, o)
+        self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
+        self.ema = EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
+
+    def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
+        """Make one update of the next batches. Returns the loss and the gradient's norm, over all processes,
+        and the learning rate."""
+        accumulation = self.options.gradient_accumulation_steps
+        lr = self.peak_lr * optim.lr_factor(self.options.lr_scheduler, self.step, **self.lr_curve)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), device=self.method.device)
+        for _ in range(accumulation):
+            batch = next(batches)
+            # Dropout and the like, should a network have any: a stream for every micro-batch.
+            seed = noise.generator(self.options.seed, "layers", batch["number"][0]).initial_seed()
+            torch.manual_seed(seed)
+            loss = self.method.loss(batch) / accumulation
+            self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        self.processes.average([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
+        self.scaler.unscale_(self.optimizer)
+        norm = optim.grad_norm(self.parameters)
+        self.scaler.step(self.optimizer, optim.clip_divisor(norm, self.options.max_grad_norm))
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.samples += self.images_per_update
+        if self.ema:
+            self.ema.update(self.step)
+        return loss_sum, norm, lr
+
+    def averaged(self) -> AbstractContextManager:
+        """Within the context, the parameters have their averages, if there are any."""
+        return self.ema.applied() if self.ema else nullcontext()
