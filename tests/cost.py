@@ -202,21 +202,22 @@ def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
 
     from minisd import cli, registry
     from minisd.data.batches import Stream, batches
-    from minisd.training import loop, optim
-    from minisd.training.distributed import Processes
+    from minisd.training import optim
+    from minisd.training.distributed import Processes, device
+    from minisd.training.latents import cache_latents
 
     argv = ["--method", "textual_inversion", "--model", model, "--data", str(data), "--resolution", str(side)]
     name, options = cli.parse_train([*argv, "--train_batch_size", "1", "--learning_rate", "5e-4"])
-    method = registry.load("methods", name).Method(options)
-    parameters = list(method.build().values())
-    stream = Stream(method.dataset(), 0)
-    loop.cache_latents(stream, method.sd.encode_images, 1, Processes())
+    method = registry.load_class("methods", name)(options, device())
+    parameters = list(method.setup().values())
+    stream = Stream(method.datasets()[0], 0)
+    cache_latents(stream, method.sd.encode_images, 1, Processes())
     source = batches(stream, first=0, count=1000, batch_size=1)
     optimizer = optim.adamw(parameters, options)
 
     def step() -> None:
         method.loss(next(source)).backward()
-        optimizer.step(optim.shrink(optim.norm(parameters), options.max_grad_norm))
+        optimizer.step(optim.clip_divisor(optim.grad_norm(parameters), options.max_grad_norm))
         optimizer.zero_grad()
 
     return step

@@ -19,7 +19,8 @@ import torch
 from minisd import cli, registry
 from minisd.methods import textual_inversion  # noqa: F401  imported before the forks, like the next
 from minisd.training import loop
-from minisd.training.run_folder import Run
+from minisd.training.distributed import device
+from minisd.training.run_folder import RunFolder
 
 STEPS = 8
 
@@ -31,7 +32,8 @@ def train(model: str, data: str, out: Path, resume: bool) -> None:
     argv += ["--save_steps", "1", "--report_to", "none", "--num_validation_images", "1"]
     argv += ["--resume_from_checkpoint", "latest"] if resume else []
     name, options = cli.parse_train(argv)
-    loop.train(registry.load("methods", name).Method(options), Run(name, options))
+    method = registry.load_class("methods", name)(options, device())
+    loop.train(method, RunFolder(name, options))
 
 
 def fork(*args, silent: bool = True) -> int:

@@ -1,17 +1,19 @@
-"""Folders of pairs for ControlNet and InstructPix2Pix, and what their tests share."""
+"""What the tests of the training methods share: data, short runs, and diffusers' side of a loss."""
 
 import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from minisd import cli, registry
 from minisd.data.batches import Stream, collate
 from minisd.training import loop
-from minisd.training.run_folder import Run
+from minisd.training.run_folder import RunFolder
 
 
 def make_pairs(folder: Path, count: int = 4) -> Path:
@@ -30,22 +32,109 @@ def make_pairs(folder: Path, count: int = 4) -> Path:
     return folder
 
 
-def options(method: str, *flags) -> object:
-    """Of a short run that reports to nobody."""
+def options(method: str, *flags, **changes) -> object:
+    """Of a short run that reports to nobody. `changes` are of the flags that the method has."""
     argv = ["--method", method, "--train_batch_size", "2", "--report_to", "none", "--max_train_steps", "2"]
-    return cli.parse_train([*argv, *map(str, flags)])[1]
+    o = cli.parse_train([*argv, *map(str, flags)])[1]
+    return replace(o, **{name: value for name, value in changes.items() if hasattr(o, name)})
+
+
+def small(model, data, out) -> list:
+    """The flags of a run on the tiny model."""
+    size = ["--resolution", 32, "--num_validation_images", 1]
+    return ["--model", model, "--data", data, "--output_dir", out, *size]
+
+
+def new(method: str, o):
+    """A method with these options, on the CPU."""
+    return registry.load_class("methods", method)(o, torch.device("cpu"))
 
 
 def built(method: str, o, count: int = 4):
     """A method ready to compute, its trained parameters, and a batch."""
-    m = registry.load("methods", method).Method(o)
-    trained = m.build()
-    stream = Stream(m.dataset(), o.seed)
+    m = new(method, o)
+    trained = m.setup()
+    stream = Stream(m.datasets()[0], o.seed)
     return m, trained, collate([stream[k] for k in range(count)])
 
 
 def train(method: str, o) -> int:
-    return loop.train(registry.load("methods", method).Method(o), Run(method, o))
+    return loop.train(new(method, o), RunFolder(method, o))
+
+
+def networks(m) -> dict[str, torch.nn.Module]:
+    """All networks of a method, including frozen ones."""
+    return m.sd.parts | {name: value for name, value in vars(m).items() if isinstance(value, torch.nn.Module)}
+
+
+def learn(m, trained: dict, batch: dict, steps: int, lr: float) -> tuple[float, float]:
+    """The loss of a batch before and after so many updates on it."""
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr)
+    first = m.loss(batch).item()
+    for _ in range(steps):
+        loss = m.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return first, loss.item()
+
+
+@dataclass
+class Theirs:
+    """By diffusers' models, of a method's own latents, noise and timesteps: what its network gets, and what
+    it has to predict."""
+
+    scheduler: object
+    timesteps: torch.Tensor
+    noisy: torch.Tensor
+    target: torch.Tensor
+    context: torch.Tensor
+
+    def mse(self, pred: torch.Tensor, gamma: float | None = None) -> torch.Tensor:
+        """The error of each sample, (b,), by min-SNR weights if `gamma` is given."""
+        from diffusers.training_utils import compute_snr
+
+        errors = F.mse_loss(pred, self.target, reduction="none").mean(dim=(1, 2, 3))
+        if gamma is None:
+            return errors
+        snr = compute_snr(self.scheduler, self.timesteps)
+        epsilon = self.scheduler.config.prediction_type == "epsilon"
+        return errors * snr.clamp(max=gamma) / (snr if epsilon else snr + 1)
+
+
+def encode(pipe, prompts: list[str]) -> torch.Tensor:
+    """diffusers' context of prompts."""
+    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return pipe.text_encoder(ids)[0]
+
+
+def theirs_of(pipe, m, batch: dict, prompts: list[str] | None = None) -> Theirs:
+    from diffusers import DDPMScheduler
+
+    kind = m.sd.schedule.prediction_type
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=kind)
+    posterior = pipe.vae.encode(batch["pixels"]).latent_dist
+    latents = posterior.mean + posterior.std * m.draw("posterior", batch, (4, 8, 8))
+    latents = (latents * pipe.vae.config.scaling_factor).detach()
+    noise, timesteps = m.draw("noise", batch, (4, 8, 8)), m.timesteps(batch)
+    noise = noise + m.options.noise_offset * m.draw("offset", batch, (4, 1, 1))
+    return Theirs(
+        scheduler=scheduler,
+        timesteps=timesteps,
+        noisy=scheduler.add_noise(latents, noise, timesteps),
+        target=noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, timesteps),
+        context=encode(pipe, prompts or batch["prompt"]),
+    )
+
+
+def pipeline(model):
+    """diffusers' pipeline of a folder, with DDIM."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def shake(module: torch.nn.Module, size: float = 0.05) -> None:
@@ -61,20 +150,29 @@ def psnr(a, b) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def assert_exactly_these_train(m, trained: dict, batch: dict) -> None:
+def assert_exactly_these_train(m, trained: dict, batch: dict, steps: int = 1) -> None:
     """Gradients reach the declared parameters and no others, and all of the declared ones change."""
-    everything = {f"{part}.{n}": p for part, module in m.parts.items() for n, p in module.named_parameters()}
-    assert trained.keys() <= everything.keys()
+    everything = {
+        f"{part}.{n}": p for part, module in networks(m).items() for n, p in module.named_parameters()
+    }
+    ids = {id(p) for p in trained.values()}
+    declared = {n for n, p in everything.items() if id(p) in ids}
+    assert declared and ids <= {id(p) for p in everything.values()}
     before = {n: p.detach().clone() for n, p in everything.items()}
-    m.loss(batch).backward()
-    assert {n for n, p in everything.items() if p.grad is not None} == trained.keys()
-    torch.optim.AdamW(trained.values(), lr=1e-2).step()
-    assert {n for n, p in everything.items() if not torch.equal(p, before[n])} == trained.keys()
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(steps):
+        m.loss(batch).backward()
+        assert {n for n, p in everything.items() if p.grad is not None} == declared
+        optimizer.step()
+    assert {n for n, p in everything.items() if not torch.equal(p, before[n])} == declared
 
 
 def assert_gradients(trained: dict, theirs: torch.nn.Module, prefix: str, rename=lambda name: name) -> None:
     """Each within 1e-4 of its own largest value, or of a ten-thousandth of the largest of all."""
-    floor = 1e-4 * max(p.grad.abs().max() for p in theirs.parameters())
-    for name, p in theirs.named_parameters():
-        error = (trained[prefix + rename(name)].grad - p.grad).abs().max() / max(p.grad.abs().max(), floor)
+    expected = {prefix + rename(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    floor = 1e-4 * max(g.abs().max() for g in expected.values())
+    ours = {n: p.grad for n, p in trained.items() if n.startswith(prefix)}
+    assert ours and ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        error = (gradient - expected[name]).abs().max() / max(expected[name].abs().max(), floor)
         assert error <= 1e-4, f"{name} is off by {error:.1e}"

@@ -4,25 +4,18 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd import cli, registry
-from minisd.data.batches import Stream, collate
 from minisd.sampling.stable_diffusion import StableDiffusion
-from minisd.training import loop
-from minisd.training.run_folder import Run
+from tests import pairs
 
 
 @pytest.fixture
 def options(model, cat, tmp_path):
     def make(*flags):
-        argv = ["--method", "autoencoder", "--model", str(model), "--data", str(cat), "--resolution", "32"]
-        argv += ["--report_to", "none", "--output_dir", str(tmp_path / "out"), "--center_crop"]
-        return cli.parse_train([*argv, "--train_batch_size", "2", "--max_train_steps", "2", *flags])[1]
+        return pairs.options(
+            "autoencoder", *pairs.small(model, cat, tmp_path / "out"), "--center_crop", *flags
+        )
 
     return make
-
-
-def method(o):
-    return registry.load("methods", "autoencoder").Method(o)
 
 
 @pytest.mark.parity
@@ -30,10 +23,8 @@ def test_the_loss_is_the_field_s(model, options):
     """By diffusers' autoencoder and its own KL, from the same draw."""
     from diffusers import AutoencoderKL
 
-    m = method(options("--kl_weight", "0.01", "--gradient_weight", "0.25", "--l2_weight", "2"))
-    trained = m.build()
-    stream = Stream(m.dataset(), 0)
-    batch = collate([stream[k] for k in range(3)])
+    o = options("--kl_weight", "0.01", "--gradient_weight", "0.25", "--l2_weight", "2")
+    m, trained, batch = pairs.built("autoencoder", o, 3)
     loss = m.loss(batch)
     loss.backward()
 
@@ -51,18 +42,8 @@ def test_the_loss_is_the_field_s(model, options):
 
 
 def test_it_learns_to_reconstruct(options):
-    m = method(options())
-    trained = m.build()
-    stream = Stream(m.dataset(), 0)
-    batch = collate([stream[k] for k in range(4)])
-    optimizer = torch.optim.AdamW(trained.values(), lr=3e-3)
-    first = m.loss(batch).item()
-    for _ in range(60):
-        loss = m.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.6 * first
+    first, last = pairs.learn(*pairs.built("autoencoder", options()), steps=60, lr=3e-3)
+    assert last < 0.6 * first
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -70,10 +51,10 @@ def test_the_latents_scale(model, options, tmp_path, rescale):
     """With --rescale_latents the training pictures' latents have deviation 1; else the factor stays. What is
     encoded and decoded again is the same either way, and the other parts are as they were."""
     o = options(*(["--rescale_latents"] if rescale else []))
-    m = method(o)
-    assert loop.train(m, Run("autoencoder", o)) == 0
+    assert pairs.train("autoencoder", o) == 0
+    m = pairs.built("autoencoder", o)[0]
     before, after = StableDiffusion.load(model), StableDiffusion.load(tmp_path / "out")
-    pixels = m.some(100)
+    pixels = m.sample_pixels(100)
     mean, _ = after.encode_images(pixels)
     assert len(pixels) == 5
     if rescale:
@@ -92,4 +73,4 @@ def test_flags_of_diffusion_are_refused(options, capsys):
     for flags in (["--snr_gamma", "5"], ["--noise_offset", "0.1"], ["--prediction_type", "epsilon"]):
         with pytest.raises(SystemExit):
             options(*flags)
-        assert f"{flags[0]} is of diffusion" in capsys.readouterr().err
+        assert f"{flags[0]} is not a flag of this method" in capsys.readouterr().err

@@ -1,26 +1,22 @@
 """Training LoRA: what it computes, what it begins with, what it leaves."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
 from minisd import cli, files
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.test_methods import built, run
+from tests import pairs
+from tests.pairs import built, small, theirs_of
+from tests.pairs import train as run
 
 
 @pytest.fixture
 def options(model, cat, tmp_path):
     def make(*flags, **changes):
-        argv = ["--method", "lora", "--model", str(model), "--data", str(cat), "--resolution", "32"]
-        argv += ["--train_batch_size", "2", "--num_validation_images", "1", "--report_to", "none"]
-        argv += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "2", "--learning_rate", "1e-2"]
-        argv += ["--instance_prompt", "a photo of sks cat", "--center_crop", *map(str, flags)]
-        return replace(cli.parse_train(argv)[1], **changes)
+        common = [*small(model, cat, tmp_path / "out"), "--learning_rate", "1e-2", "--center_crop"]
+        return pairs.options("lora", *common, "--instance_prompt", "a photo of sks cat", *flags, **changes)
 
     return make
 
@@ -46,8 +42,6 @@ def prior(folder, *more):
 @pytest.mark.parametrize("with_prior", [False, True])
 def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, with_prior):
     """The same batch through diffusers' models with PEFT's LoRA in both, by the script's formula."""
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
-    from diffusers.training_utils import compute_snr
     from peft import LoraConfig
 
     flags = ["--train_text_encoder", "--rank", 3, "--alpha", 6]
@@ -62,7 +56,7 @@ def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, wi
     loss = m.loss(batch)
     loss.backward()
 
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe = pairs.pipeline(model)
     common = {"r": 3, "lora_alpha": 6, "init_lora_weights": "gaussian"}
     pipe.unet.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)
@@ -80,21 +74,9 @@ def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, wi
     with torch.no_grad():
         for name, p in theirs.items():
             p.copy_(trained[name])
-    ids = pipe.tokenizer(
-        batch["prompt"], padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-    posterior = pipe.vae.encode(batch["pixels"]).latent_dist
-    latents = posterior.mean + posterior.std * m.draw("posterior", batch, (4, 8, 8))
-    latents = (latents * pipe.vae.config.scaling_factor).detach()
-    noise, timesteps = m.draw("noise", batch, (4, 8, 8)), m.timesteps(batch)
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    pred = pipe.unet(noisy, timesteps, pipe.text_encoder(ids)[0]).sample
-    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-    errors = F.mse_loss(pred, target, reduction="none").mean(dim=(1, 2, 3))
-    if gamma:
-        snr = compute_snr(scheduler, timesteps)
-        errors = errors * snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    theirs_batch = theirs_of(pipe, m, batch)
+    pred = pipe.unet(theirs_batch.noisy, theirs_batch.timesteps, theirs_batch.context).sample
+    errors = theirs_batch.mse(pred, gamma)
     if with_prior:  # instances first, then their class
         assert set(batch["prompt"][4:]) == {"a cat"} and set(batch["prompt"][:4]) == {"a photo of sks cat"}
         instance, other = errors.chunk(2)
@@ -177,7 +159,7 @@ def test_a_prompt_is_encoded_once_and_by_itself(options, monkeypatch):
         assert m.condition(batch)["context"].shape == (4, 77, 32)
     assert asked == [["a photo of sks cat"]]
     m.frozen_context([str(i) for i in range(1001)])
-    assert len(m.contexts) == 1000
+    assert m.encode_prompt.cache_info().currsize == 1000
 
 
 def test_defaults_follow_the_kind(cat):
@@ -196,7 +178,10 @@ def test_defaults_follow_the_kind(cat):
     "flags, message",
     [
         (["--target", "attn3"], "--target 'attn3' means no layer"),
-        (["--target", "conv_in", "--train_text_encoder"], "--train_text_encoder: --target conv_in"),
+        (
+            ["--target_modules", "conv_in", "--train_text_encoder"],
+            "--train_text_encoder: --target_modules conv_in",
+        ),
         (["--init_lora", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )
@@ -209,7 +194,7 @@ def test_mistakes(options, flags, message):
     "flags, message",
     [
         (["--rank", "0"], "--rank"),
-        (["--rank", "2", "--init_lora", "x"], "--rank is that of --init_lora"),
+        (["--rank", "2", "--init_lora", "x"], "--rank is set by --init_lora"),
         (["--lora_dropout", "1"], "--lora_dropout"),
         (["--tokenizer_max_length", "77"], "DeepFloyd"),
         (["--with_prior_preservation"], "--class_data_dir|--instance_prompt"),

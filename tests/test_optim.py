@@ -68,10 +68,10 @@ def test_clipping_is_torch_s(max_norm):
             torch.manual_seed(i)
             for p in ps:
                 p.grad = torch.randn(p.shape)
-            norm = optim.norm(ps)
+            norm = optim.grad_norm(ps)
             assert torch.allclose(norm, torch.cat([p.grad.flatten() for p in ps]).norm(), rtol=1e-6)
             if kind is optim.AdamW:
-                optimizer.step(optim.shrink(norm, max_norm))
+                optimizer.step(optim.clip_divisor(norm, max_norm))
             else:
                 if max_norm:
                     torch.nn.utils.clip_grad_norm_(ps, max_norm)
@@ -84,12 +84,12 @@ def test_clipping_is_torch_s(max_norm):
 def test_the_compiler_is_not_imported():
     code = """
 import sys, torch
-from minisd import optim
+from minisd.training import optim
 from minisd.adapters.token_embedding import TokenEmbedding
 TokenEmbedding.of(torch.nn.Embedding(5, 3), torch.zeros(1, 3))
 p = torch.nn.Parameter(torch.ones(3))
 o = optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
-p.sum().backward(); o.step(optim.shrink(optim.norm([p]), 1.0)); o.zero_grad()
+p.sum().backward(); o.step(optim.clip_divisor(optim.grad_norm([p]), 1.0)); o.zero_grad()
 print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

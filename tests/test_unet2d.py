@@ -16,8 +16,18 @@ from minisd.models import unet2d
 from minisd.models.layers import timestep_embedding
 from minisd.sampling.pixel_diffusion import PixelDiffusion, scheduler_config
 from minisd.sampling.stable_diffusion import StableDiffusion
+from tests import pairs
 from tests.conftest import ROOT
-from tests.pairs import assert_exactly_these_train, assert_gradients, built, options, psnr, shake, train
+from tests.pairs import (
+    assert_exactly_these_train,
+    assert_gradients,
+    built,
+    networks,
+    options,
+    psnr,
+    shake,
+    train,
+)
 from tests.test_models import assert_close, assert_same_gradients, same_weights
 
 TINY = unet2d.UNet2DConfig(
@@ -231,7 +241,7 @@ def test_defaults_are_the_script_s(cat):
 
 def test_all_of_it_trains_and_nothing_else_is_there(opts):
     m, trained, batch = built("unconditional", opts())
-    assert m.parts.keys() == {"unet"}
+    assert networks(m).keys() == {"unet"}
     assert trained.keys() == {f"unet.{n}" for n, _ in m.sd.unet.named_parameters()}
     shake(m.sd.unet)
     m.sd.unet.requires_grad_(True)
@@ -290,20 +300,16 @@ def test_a_run_counts_epochs_and_leaves_the_average(opts, monkeypatch):
         opts("--use_ema", "--num_epochs", "2", "--save_images_epochs", "1", "--save_model_epochs", "2"),
         max_train_steps=None, learning_rate=1e-2, lr_warmup_steps=0,
     )  # fmt: skip
-    from minisd import registry
     from minisd.training import loop
-    from minisd.training.run_folder import Run
+    from minisd.training.run_folder import RunFolder
 
-    m = registry.load("methods", "unconditional").Method(o)
+    m = pairs.new("unconditional", o)
     live, saved = {}, []
-    save, after = m.save, m.after_update
-    m.save = lambda folder: (saved.append(step[0]), save(folder))
-    step = [0]
-    m.after_update = lambda s: (step.__setitem__(0, s), after(s))
-    build = m.build
-    m.build = lambda: live.update(build()) or live
-    assert loop.train(m, Run("unconditional", o)) == 0
-    assert saved == [6, 6]  # when due, and at the end
+    save, setup = m.save_intermediate, m.setup
+    m.save_intermediate = lambda folder, step: (saved.append(step), save(folder, step))
+    m.setup = lambda: live.update(setup()) or live
+    assert loop.train(m, RunFolder("unconditional", o)) == 0
+    assert saved == [6]
     assert sorted(p.name for p in (o.output_dir / "validation").iterdir()) == ["step-000003.png"]
     assert len((o.output_dir / "log.jsonl").read_text().splitlines()) == 6
     pipe = DDPMPipeline.from_pretrained(o.output_dir)

@@ -1,16 +1,17 @@
 """What the networks leave out: products computed once, layouts never changed; the results stay the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisd import files
 from minisd.adapters import lora
 from minisd.models import controlnet, layers, unet, unet2d, vae
 from minisd.models.layers import TransformerBlock, lay_out
 from minisd.sampling.guidance import Control, Denoiser, text_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
-from minisd.training import loop
+from minisd.training import checkpoint
 from tests.test_models import TINY_UNET, TINY_VAE
 
 TINY_CONTROL = controlnet.ControlNetConfig(**controlnet._of_encoder(TINY_UNET), hint_channels=(4, 8, 12, 16))
@@ -237,7 +238,7 @@ def test_a_resumed_optimizer_has_the_layout_of_its_parameters(tmp_path):
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(5, 6, 3).to(memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = ["weight", "bias"], [layer.weight, layer.bias]
+    trained = {"weight": layer.weight, "bias": layer.bias}
 
     def step(optimizer):
         layer(torch.ones(1, 5, 4, 4)).square().sum().backward()
@@ -246,15 +247,15 @@ def test_a_resumed_optimizer_has_the_layout_of_its_parameters(tmp_path):
 
     optimizer = torch.optim.AdamW(layer.parameters())
     step(optimizer)
-    state = loop.snapshot(1, 1, *parts, optimizer, scaler, None)
-    for name, tensors in (("trained", state.tensors), ("optimizer", state.optimizer)):
-        files.write(tmp_path / f"{name}.safetensors", tensors)
-        setattr(state, "tensors" if name == "trained" else name, files.read(tmp_path / f"{name}.safetensors"))
+    trainer = SimpleNamespace(
+        trained=trained, optimizer=optimizer, scaler=scaler, ema=None, step=1, samples=1
+    )
+    checkpoint.save(trainer, tmp_path, {})
     step(optimizer)
     expected = layer.weight.detach().clone()
 
-    optimizer = torch.optim.AdamW(layer.parameters())
-    loop.restore(state, *parts, optimizer, scaler, None)
+    optimizer = trainer.optimizer = torch.optim.AdamW(layer.parameters())
+    checkpoint.restore(trainer, tmp_path)
     assert optimizer.state[layer.weight]["exp_avg"].stride() == layer.weight.stride()
     step(optimizer)
     assert torch.equal(layer.weight, expected)

@@ -23,7 +23,8 @@ from minisd.tiny.data import Folder, captions, five, plain
 from minisd.tiny.metrics import features
 from minisd.tiny.pictures import GROUNDS, SIDE, WHITE, on, recoloured
 from minisd.training import loop
-from minisd.training.run_folder import Run
+from minisd.training.distributed import device
+from minisd.training.run_folder import RunFolder
 
 # Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
@@ -105,8 +106,8 @@ class Trial:
         started = time.monotonic()
         with (self.folder / "train.log").open("w") as log:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                training = registry.load("methods", self.method).Method(options)
-                status = loop.train(training, Run(self.method, options))
+                training = registry.load_class("methods", self.method)(options, device())
+                status = loop.train(training, RunFolder(self.method, options))
         self.training += time.monotonic() - started
         if status:
             sys.exit(status)

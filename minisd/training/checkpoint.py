@@ -67,8 +67,8 @@ class Checkpoints:
         return sorted(numbered, key=lambda p: int(p.name[11:]))
 
     def resume(self) -> Path | None:
-        """The checkpoint to continue from, or None to begin. ValueError if the flags do not say clearly which, or
-        differ from those of the checkpoint."""
+        """The checkpoint to continue from, or None to start at 0. ValueError if the flags do not say clearly
+        which, or differ from those of the checkpoint."""
         source, existing = self.options.resume_from_checkpoint, self.all()
         if source is None:
             if existing and not self.options.overwrite_output_dir:

@@ -9,8 +9,8 @@ from minisd.options import Optimizer
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), for all tensors at once, with torch's names for its
-    state. torch.optim.AdamW itself would import torch's compiler, 140 MB that nothing here uses."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), for all tensors at once, with torch's names for
+    its state. torch.optim.AdamW itself would import torch's compiler, 140 MB that nothing here uses."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], *, lr: float, betas, eps: float, weight_decay):
         self.param_groups = [{"params": parameters, "lr": lr}]

@@ -31,8 +31,8 @@ class RunFolder:
         self.trackers: list = []
 
     def start(self, step: int) -> None:
-        """Make the folder, or remove from it what does not belong to a run that continues after update `step`;
-        leave the options in it and start the trackers."""
+        """Make the folder, or remove from it what is not of a run that continues after update `step`; leave
+        the options in it and start the trackers."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:

@@ -16,8 +16,8 @@ from minisd.training.ema import EMA
 
 
 class Trainer:
-    """What trains, everything that an update changes, and how many updates there are: `total`, of which `step`
-    are done, with `samples` images. `trained` are parameters by name, `epoch` is the number of examples."""
+    """What trains, everything that an update changes, and how many updates there are: `total`, of which
+    `step` are done, with `samples` images. `trained` are parameters by name; an epoch has `epoch` images."""
 
     def __init__(
         self, method: Method, trained: dict[str, torch.nn.Parameter], epoch: int, processes: Processes
