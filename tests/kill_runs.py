@@ -22,7 +22,7 @@ from minisd.training import loop
 from minisd.training.distributed import device
 from minisd.training.run_folder import RunFolder
 
-STEPS = 8
+STEPS = 6
 
 
 def train(model: str, data: str, out: Path, resume: bool) -> None:
@@ -57,7 +57,7 @@ def wait(pid: int) -> int:
 
 
 def result(out: Path) -> dict[str, bytes]:
-    """What a finished run leaves, but for the log's times."""
+    """What a finished run leaves."""
     names = [
         "learned_embeds.safetensors",
         f"checkpoint-{STEPS}/optimizer.safetensors",

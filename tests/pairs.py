@@ -53,6 +53,7 @@ def new(method: str, o):
 def built(method: str, o, count: int = 4):
     """A method ready to compute, its trained parameters, and a batch."""
     m = new(method, o)
+    m.prepare()
     trained = m.setup()
     stream = Stream(m.datasets()[0], o.seed)
     return m, trained, collate([stream[k] for k in range(count)])

@@ -11,9 +11,8 @@ from tests import pairs
 @pytest.fixture
 def options(model, cat, tmp_path):
     def make(*flags):
-        return pairs.options(
-            "autoencoder", *pairs.small(model, cat, tmp_path / "out"), "--center_crop", *flags
-        )
+        common = pairs.small(model, cat, tmp_path / "out")
+        return pairs.options("autoencoder", *common, "--num_validation_images", 3, "--center_crop", *flags)
 
     return make
 

@@ -45,7 +45,7 @@ CASES = {
     "too few real pictures of the class": (
         ["custom_diffusion", "--instance_prompt", "x", "--num_class_images", "3", *PRIOR],
         {},
-        r"--class_data_dir: data has 2 pictures, --real_prior wants --num_class_images 3",
+        r"--class_data_dir: data has 2 images, --real_prior needs --num_class_images 3",
     ),
     "a class that is not named": (
         ["custom_diffusion", "--concepts_list", "data/c.json", *PRIOR[:2]],
@@ -74,17 +74,8 @@ def test_one_line(name, model, tmp_path, monkeypatch, capsys):
         Image.new("RGB", size).save(tmp_path / "data" / f"{i}.png")
     for file, text in files.items():
         (tmp_path / "data" / file).write_text(text)
-    argv = [
-        "train.py",
-        "--method",
-        *flags,
-        "--model",
-        str(model),
-        "--resolution",
-        "32",
-        "--output_dir",
-        "out",
-    ]
+    argv = ["train.py", "--method", *flags, "--model", str(model)]
+    argv += ["--resolution", "32", "--output_dir", "out"]
     argv += [] if "--concepts_list" in flags else ["--data", "data"]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as end:

@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+from tests.pairs import options, train
+
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def start(processes: int, *flags) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), *map(str, flags)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+def start(*flags) -> subprocess.CompletedProcess:
+    """Run train.py in two processes."""
+    command = [*TWO, str(ROOT / "train.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=600)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -25,23 +28,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["textual_inversion", "text_to_image"])
 def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
-    flags = ["--method", method, "--model", model, "--data", captioned if method == "text_to_image" else cat]
+    flags = ["--model", model, "--data", captioned if method == "text_to_image" else cat]
     flags += ["--resolution", 32, "--max_train_steps", 4, "--gradient_accumulation_steps", 2, "--scale_lr"]
-    flags += [
-        "--learning_rate",
-        1e-3,
-        "--checkpointing_steps",
-        2,
-        "--report_to",
-        "none",
-        "--num_validation_images",
-        1,
-    ]
+    flags += ["--learning_rate", 1e-3, "--checkpointing_steps", 2, "--report_to", "none"]
+    flags += ["--num_validation_images", 1]
     flags += ["--center_crop", "--lr_scheduler", "linear", "--lr_warmup_steps", 1]
     one, two = tmp_path / "one", tmp_path / "two"
-    done = start(1, *flags, "--train_batch_size", 2, "--output_dir", one)
-    assert done.returncode == 0, done.stderr[-2000:]
-    done = start(2, *flags, "--train_batch_size", 1, "--output_dir", two)
+    assert train(method, options(method, *flags, "--train_batch_size", 2, "--output_dir", one)) == 0
+    done = start("--method", method, *flags, "--train_batch_size", 1, "--output_dir", two)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("parameters train") == 1  # one of them speaks
     a, b = tensors(one), tensors(two)
@@ -58,11 +52,9 @@ def test_a_lost_process_ends_the_run_and_it_goes_on(model, cat, tmp_path):
     flags = ["--method", "textual_inversion", "--model", model, "--data", cat, "--resolution", 32]
     flags += ["--train_batch_size", 1, "--checkpointing_steps", 1, "--report_to", "none"]
     flags += ["--num_validation_images", 1, "--learning_rate", 1e-3, "--output_dir", tmp_path / "out"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(ROOT / "train.py"), *map(str, flags), "--max_train_steps", "2000"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*TWO, str(ROOT / "train.py"), *map(str, flags), "--max_train_steps", "2000"]
     launched = subprocess.Popen(
-        command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     while not (tmp_path / "out" / "checkpoint-2").exists():
         assert launched.poll() is None
@@ -73,6 +65,6 @@ def test_a_lost_process_ends_the_run_and_it_goes_on(model, cat, tmp_path):
     _, stderr = launched.communicate(timeout=120)
     assert launched.returncode != 0 and "exitcode  : -9" in stderr
     last = max(int(p.name[11:]) for p in (tmp_path / "out").glob("checkpoint-*"))
-    done = start(2, *flags, "--resume_from_checkpoint", "latest", "--max_train_steps", last + 1)
+    done = start(*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", last + 1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / f"checkpoint-{last + 1}").exists()

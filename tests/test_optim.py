@@ -3,14 +3,15 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minisd import files
-from minisd.options import TINY
 from minisd.training import optim
 from tests.conftest import ROOT
+from tests.pairs import options, small, train
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -96,19 +97,16 @@ print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
     assert done.stdout.split() == ["None", "True", "False"], done.stdout + done.stderr
 
 
-def test_eight_bits_resume(script, cat, tmp_path):
+def test_eight_bits_resume(model, cat, tmp_path):
     """By bitsandbytes; its state holds a nested table, and a step that is no tensor."""
     pytest.importorskip("bitsandbytes")
-    flags = ["--method", "dreambooth", "--model", TINY, "--instance_data_dir", cat, "--resolution", 64]
-    flags += ["--train_batch_size", 1, "--checkpointing_steps", 2, "--report_to", "none", "--use_8bit_adam"]
-    flags += ["--num_validation_images", 1, "--learning_rate", 1e-3, "--instance_prompt", "3d emoji of a cat"]
+    flags = ["--instance_prompt", "a cat", "--checkpointing_steps", 2, "--use_8bit_adam"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert script("train.py", *flags, "--output_dir", whole, "--max_train_steps", 4)[0] == 0
+    o = options("dreambooth", *small(model, cat, whole), *flags, max_train_steps=4)
+    assert train("dreambooth", o) == 0
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoint-4")
-    resumed = [*flags, "--output_dir", parts, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
-    status, _, said = script("train.py", *resumed)
-    assert status == 0, said
+    assert train("dreambooth", replace(o, output_dir=parts, resume_from_checkpoint="latest")) == 0
     for name in ("trained", "optimizer"):
         ends = [files.read(folder / "checkpoint-4" / f"{name}.safetensors") for folder in (whole, parts)]
         assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0] | ends[1])
