@@ -235,10 +235,7 @@ class Dataset(Data):
 
     def check(self):
         split = self.validation_split
-        require(
-            0 <= split < 1 or split == int(split) > 0,
-            "--validation_split must be a fraction below 1, or a whole number",
-        )
+        require(0 <= split < 1 or split == int(split) > 0, "--validation_split must be below 1, or whole")
         require(bool(self.data) != bool(self.dataset_name), "give one of --data and --dataset_name")
         self.positive("max_train_samples")
 
@@ -288,21 +285,12 @@ class Subject(Captions, Prior):
     """Subject"""
 
     instance_prompt: str | None = flag(None, "prompt of images without a caption, with a rare word in it")
-    pre_compute_text_embeddings: bool = flag(
-        False, "accepted: a prompt is encoded once if the encoder is frozen"
-    )
-    tokenizer_max_length: int | None = flag(
-        None, "refused: for DeepFloyd IF; SD v1.x has 77 tokens", refused=True
-    )
-    text_encoder_use_attention_mask: bool = flag(
-        False, "refused: for DeepFloyd IF; SD v1.x attends to padding", refused=True
-    )
-    validation_images: list[str] = flag(
-        [], "refused: for DeepFloyd IF; SD v1.x has no upscaler", refused=True
-    )
-    class_labels_conditioning: str | None = flag(
-        None, "refused: for DeepFloyd IF; SD v1.x has no class labels", refused=True
-    )
+    # For DeepFloyd IF, in diffusers' example scripts.
+    pre_compute_text_embeddings: bool = flag(False, "accepted: a frozen encoder sees a prompt once anyway")
+    tokenizer_max_length: int | None = flag(None, "refused: SD v1.x has 77 tokens", refused=True)
+    text_encoder_use_attention_mask: bool = flag(False, "refused: SD v1.x attends to padding", refused=True)
+    validation_images: list[str] = flag([], "refused: SD v1.x has no upscaler", refused=True)
+    class_labels_conditioning: str | None = flag(None, "refused: SD v1.x has no classes", refused=True)
 
     def check(self):
         self.check_class()

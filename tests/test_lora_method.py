@@ -177,7 +177,7 @@ def test_defaults_follow_the_kind(cat):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--target", "attn3"], "--target 'attn3' means no layer"),
+        (["--target", "attn3"], "--target_modules 'attn3' means no layer"),
         (
             ["--target_modules", "conv_in", "--train_text_encoder"],
             "--train_text_encoder: --target_modules conv_in",
@@ -196,7 +196,7 @@ def test_mistakes(options, flags, message):
         (["--rank", "0"], "--rank"),
         (["--rank", "2", "--init_lora", "x"], "--rank is set by --init_lora"),
         (["--lora_dropout", "1"], "--lora_dropout"),
-        (["--tokenizer_max_length", "77"], "DeepFloyd"),
+        (["--tokenizer_max_length", "77"], "--tokenizer_max_length is refused: SD v1.x"),
         (["--with_prior_preservation"], "--class_data_dir|--instance_prompt"),
         (["--pre_compute_text_embeddings", "--train_text_encoder"], "exclude each other"),
     ],

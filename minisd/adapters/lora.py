@@ -182,7 +182,7 @@ def insert(
     module: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LowRank]:
     """Give every layer that a target means a new update; returns these by the layers' names. A target is a
-    key of TARGETS, or the end of a module's name. ValueError naming --target if it means none."""
+    key of TARGETS, or the end of a module's name. ValueError naming --target_modules if it means none."""
     found = layers(module)
     chosen: dict[str, LowRank] = {}
     for target in targets:
@@ -190,7 +190,7 @@ def insert(
         names = [n for n in found if any(f".{n}".endswith(f".{end}") for end in ends)]
         if not names:
             raise ValueError(
-                f"--target {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end of a "
+                f"--target_modules {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end of a "
                 "name such as attn2.to_k"
             )
         for n in names:

@@ -250,23 +250,4 @@ def to_kohya(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
     }
 
 
-def about(options, title: str, sd) -> dict[str, str]:
-    """How a LoRA of the model `sd` was trained, by the names of kohya's files, which A1111 shows."""
-    kind = sd.schedule.prediction_type
-    side = f"{options.resolution}x{options.resolution}"
-    recorded = {
-        "output_name": title, "sd_model_name": sd.name, "resolution": side, "optimizer": "AdamW",
-        "batch_size_per_device": options.train_batch_size, "num_epochs": options.num_train_epochs,
-        "min_snr_gamma": options.snr_gamma, "clip_skip": None,
-    }  # fmt: skip
-    for name in ("seed", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps",
-                 "gradient_accumulation_steps", "mixed_precision", "noise_offset"):  # fmt: skip
-        recorded[name] = getattr(options, name)
-    return {f"ss_{name}": str(value) for name, value in recorded.items()} | {
-        "modelspec.title": title,
-        "modelspec.resolution": side,
-        "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
-    }
-
-
 WRITERS = {"diffusers": to_diffusers, "kohya": to_kohya}

@@ -22,12 +22,9 @@ class Options(Dataset, Average, Training):
     edit_prompt_column: str = flag("edit_prompt", "column of the edit instructions")
     random_flip: bool = flag(False, "flip both images of a pair with probability 1/2")
     conditioning_dropout_prob: float | None = flag(
-        None,
-        "probability p of dropping the prompt only, of dropping both, and of dropping the image only; 0.05",
+        None, "probability of dropping the prompt, the image, and both; 0.05 in the paper"
     )
-    val_image_url: str | None = flag(
-        None, "image to edit as --validation_prompt says: an address or a path", free=True
-    )
+    val_image_url: str | None = flag(None, "address or path of an image to validate with", free=True)
     revision: str | None = flag(None, "branch, tag or commit of a hub id", also=("non_ema_revision",))
     validation_guidance_scale: float = flag(7.0)
     validation_epochs: int | None = flag(

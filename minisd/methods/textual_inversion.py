@@ -86,21 +86,17 @@ class TextualInversion(Method):
         return self.options.save_steps
 
     def save_intermediate(self, folder: Path, step: int) -> None:
-        self.save_token(folder, f"-steps-{step}")
+        self.save(folder, f"-steps-{step}")
 
-    def save(self, folder: Path) -> None:
-        self.save_token(folder)
-        if self.options.save_as_full_pipeline or not self.options.only_save_embeds:
-            self.sd.save(folder, {"text_encoder"})
-
-    def save_token(self, folder: Path, suffix: str = "") -> None:
-        """Write the token's vectors alone."""
+    def save(self, folder: Path, suffix: str = "") -> None:
         from minisd.adapters import token_embedding
 
         extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
         path = folder / f"learned_embeds{suffix}{extension}"
         metadata = {"format": "pt", "initializer_token": self.word, "model": self.sd.name}
         token_embedding.save(path, self.token, self.rows, metadata)
+        if not suffix and (self.options.save_as_full_pipeline or not self.options.only_save_embeds):
+            self.sd.save(folder, {"text_encoder"})
 
     def read_validation_prompts(self) -> Prompts:
         return [(self.prompt.replace("{}", self.token), None)] if self.options.validation_prompt else []

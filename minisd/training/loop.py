@@ -44,7 +44,7 @@ def train(method: Method, folder: RunFolder) -> int:
 
     # Updates
     log, stop = Log(folder, trainer.step, trainer.total, show=processes.first), 0
-    with Interrupt() as interrupt, log:
+    with Interrupt() as interrupt, log.bar:
         while trainer.step < trainer.total and not stop:
             update = trainer.update(source)
             if processes.first:

@@ -80,12 +80,6 @@ class Log:
         self.bar = tqdm(total=total, initial=step, desc=name, dynamic_ncols=True, disable=not show)
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Remember what an update came to."""
         self.pending.append((step, loss, grad_norm, lr))
