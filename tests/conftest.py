@@ -124,6 +124,28 @@ def captioned(cat) -> Path:
     return folder
 
 
+@pytest.fixture
+def short_run(model, cat, captioned, tmp_path):
+    """short_run("lora", "--rank", 2, seed=1): the options of a short run of a method on the tiny models."""
+    from minisd.formats import config_json
+    from tests import pairs
+    from tests.test_unet2d import TINY
+
+    def make(method: str, *flags, **changes):
+        data = captioned if method == "text_to_image" else cat
+        if method in ("controlnet", "instruct_pix2pix"):
+            data = pairs.make_pairs(tmp_path / "pairs")
+        common = ["--data", data, "--output_dir", tmp_path / "out", "--resolution", 32]
+        if method == "unconditional":
+            config_json.write(tmp_path, "unet2d", TINY)
+            common += ["--model_config_name_or_path", tmp_path / "config.json"]
+        else:
+            common += ["--model", model, "--num_validation_images", 1]
+        return pairs.options(method, *common, *flags, **changes)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def script():
     """script("train.py", *flags): run it from the repository root; returns (exit status, stdout, stderr)."""

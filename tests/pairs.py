@@ -39,12 +39,6 @@ def options(method: str, *flags, **changes) -> object:
     return replace(o, **{name: value for name, value in changes.items() if hasattr(o, name)})
 
 
-def small(model, data, out) -> list:
-    """The flags of a run on the tiny model."""
-    size = ["--resolution", 32, "--num_validation_images", 1]
-    return ["--model", model, "--data", data, "--output_dir", out, *size]
-
-
 def new(method: str, o):
     """A method with these options, on the CPU."""
     return registry.load_class("methods", method)(o, torch.device("cpu"))

@@ -1,5 +1,7 @@
 """The autoencoder's own training: its loss, and the scale of the latents that it leaves."""
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -9,12 +11,8 @@ from tests import pairs
 
 
 @pytest.fixture
-def options(model, cat, tmp_path):
-    def make(*flags):
-        common = pairs.small(model, cat, tmp_path / "out")
-        return pairs.options("autoencoder", *common, "--num_validation_images", 3, "--center_crop", *flags)
-
-    return make
+def options(short_run):
+    return partial(short_run, "autoencoder", "--center_crop", "--num_validation_images", 3)
 
 
 @pytest.mark.parity

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,18 +16,8 @@ from minisd.models import controlnet, unet
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.guidance import Control
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.pairs import (
-    assert_gradients,
-    built,
-    make_pairs,
-    options,
-    pipeline,
-    psnr,
-    shake,
-    small,
-    theirs_of,
-    train,
-)
+from tests import pairs
+from tests.pairs import built, pipeline, psnr, shake, train
 from tests.test_models import TINY_UNET, assert_close, assert_same_gradients, diffusers_unet, same_weights
 
 TINY = controlnet.ControlNetConfig(**controlnet._of_encoder(TINY_UNET), hint_channels=(4, 8, 12, 16))
@@ -245,12 +236,8 @@ def test_other_configs_are_refused(network, tmp_path, change, message):
 
 
 @pytest.fixture
-def opts(model, tmp_path):
-    def make(*flags):
-        data = make_pairs(tmp_path / "pairs")
-        return options("controlnet", *small(model, data, tmp_path / "out"), *flags)
-
-    return make
+def opts(short_run):
+    return partial(short_run, "controlnet")
 
 
 @pytest.mark.parity
@@ -265,14 +252,14 @@ def test_the_loss_is_the_field_s(model, opts, tmp_path, kind):
     loss.backward()
 
     pipe = pipeline(model)
-    theirs, step = ControlNetModel.from_pretrained(tmp_path / "control"), theirs_of(pipe, m, batch)
+    theirs, step = ControlNetModel.from_pretrained(tmp_path / "control"), pairs.theirs_of(pipe, m, batch)
     inputs = step.noisy, step.timesteps, step.context.detach()
     down, mid = theirs(*inputs, batch["conditioning"], return_dict=False)
     pred = pipe.unet(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
     expected = F.mse_loss(pred, step.target)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_gradients(trained, theirs, "controlnet.")
+    pairs.assert_gradients(trained, theirs, "controlnet.")
 
 
 def test_it_goes_on_from_a_controlnet(opts, network, tmp_path):

@@ -1,5 +1,7 @@
 """Training LoRA: what it computes, what it begins with, what it leaves."""
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -8,17 +10,14 @@ from safetensors.torch import load_file
 from minisd import cli, files
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests import pairs
-from tests.pairs import built, small, theirs_of
+from tests.pairs import built, theirs_of
 from tests.pairs import train as run
 
 
 @pytest.fixture
-def options(model, cat, tmp_path):
-    def make(*flags, **changes):
-        common = [*small(model, cat, tmp_path / "out"), "--learning_rate", "1e-2", "--center_crop"]
-        return pairs.options("lora", *common, "--instance_prompt", "a photo of sks cat", *flags, **changes)
-
-    return make
+def options(short_run):
+    flags = ["--learning_rate", "1e-2", "--center_crop", "--instance_prompt", "a photo of sks cat"]
+    return partial(short_run, "lora", *flags)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests import pairs
 from tests.pairs import assert_gradients, built, pipeline, theirs_of, train
 from tests.test_sample import draw_theirs, psnr
 
@@ -18,13 +17,8 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.fixture
-def options(model, cat, captioned, tmp_path):
-    def make(method, *flags):
-        data = captioned if method == "text_to_image" else cat
-        common = [*pairs.small(model, data, tmp_path / "out"), "--learning_rate", "1e-2"]
-        return pairs.options(method, *common, *flags)
-
-    return make
+def options(short_run):
+    return lambda method, *flags: short_run(method, "--learning_rate", "1e-2", *flags)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from minisd import cli, registry
 from minisd.data.batches import collate
-from minisd.formats import config_json
 from minisd.options import Dataset, Diffusion, Optimizer
 from minisd.training import loop
 from minisd.training.distributed import Processes
@@ -21,9 +20,8 @@ from minisd.training.run_folder import RunFolder
 from minisd.training.step import Trainer
 from minisd.training.validation import held_out_loss
 from tests import pairs
-from tests.pairs import built, make_pairs, new, theirs_of
+from tests.pairs import built, new, theirs_of
 from tests.pairs import train as run
-from tests.test_unet2d import TINY as TINY_PIXELS
 
 METHODS = registry.names("methods")
 # Beside the flags of all.
@@ -44,20 +42,12 @@ PAIRED = ("controlnet", "instruct_pix2pix")
 
 
 @pytest.fixture
-def options(model, cat, captioned, tmp_path):
-    """options("textual_inversion", "--repeats", 2, max_train_steps=3): for a short run on the tiny model."""
-
-    def make(method, *flags, **changes):
-        data = {"text_to_image": captioned}.get(method, cat)
-        data = make_pairs(tmp_path / "pairs") if method in PAIRED else data
-        common = pairs.small(model, data, tmp_path / "out")
-        if method == "unconditional":
-            config_json.write(tmp_path, "unet2d", TINY_PIXELS)
-            common = ["--model_config_name_or_path", tmp_path / "config.json", *common[2:-2]]
-        common += ["--max_train_steps", "4", "--learning_rate", "1e-2"]
-        return pairs.options(method, *common, *NEEDS.get(method, []), *flags, **changes)
-
-    return make
+def options(short_run):
+    """As short_run, with the flags that the method needs."""
+    common = ["--max_train_steps", "4", "--learning_rate", "1e-2"]
+    return lambda method, *flags, **changes: short_run(
+        method, *common, *NEEDS.get(method, []), *flags, **changes
+    )
 
 
 def outputs(folder):

@@ -11,7 +11,7 @@ import torch
 from minisd import files
 from minisd.training import optim
 from tests.conftest import ROOT
-from tests.pairs import options, small, train
+from tests.pairs import train
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -97,12 +97,12 @@ print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
     assert done.stdout.split() == ["None", "True", "False"], done.stdout + done.stderr
 
 
-def test_eight_bits_resume(model, cat, tmp_path):
+def test_eight_bits_resume(short_run, tmp_path):
     """By bitsandbytes; its state holds a nested table, and a step that is no tensor."""
     pytest.importorskip("bitsandbytes")
     flags = ["--instance_prompt", "a cat", "--checkpointing_steps", 2, "--use_8bit_adam"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    o = options("dreambooth", *small(model, cat, whole), *flags, max_train_steps=4)
+    o = short_run("dreambooth", *flags, max_train_steps=4, output_dir=whole)
     assert train("dreambooth", o) == 0
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoint-4")

@@ -1,6 +1,7 @@
 """InstructPix2Pix: the widened UNet, what is left out, its loss, and the three branches of guidance."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,29 +12,14 @@ from minisd.models import unet
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.guidance import Denoiser, image_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.pairs import (
-    assert_gradients,
-    built,
-    encode,
-    make_pairs,
-    options,
-    pipeline,
-    psnr,
-    shake,
-    small,
-    theirs_of,
-    train,
-)
+from tests import pairs
+from tests.pairs import built, pipeline, psnr, shake, train
 from tests.test_models import TINY_UNET, assert_close
 
 
 @pytest.fixture
-def opts(model, tmp_path):
-    def make(*flags):
-        data = make_pairs(tmp_path / "pairs")
-        return options("instruct_pix2pix", *small(model, data, tmp_path / "out"), *flags)
-
-    return make
+def opts(short_run):
+    return partial(short_run, "instruct_pix2pix")
 
 
 def test_a_widened_unet_sees_nothing_new_at_first():
@@ -107,17 +93,17 @@ def test_the_loss_is_the_field_s(model, opts, kind):
     pipe = pipeline(model)
     theirs = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
     theirs.load_state_dict({n.removeprefix("unet."): p for n, p in trained.items()})
-    expected = theirs_of(pipe, m, batch)
+    expected = pairs.theirs_of(pipe, m, batch)
     originals = pipe.vae.encode(batch["original"]).latent_dist.mode().detach()
     text, picture = m.dropped(batch)
     assert text.any() and picture.any() and not text.all()
-    context = torch.where(text[:, None, None], encode(pipe, [""]), expected.context).detach()
+    context = torch.where(text[:, None, None], pairs.encode(pipe, [""]), expected.context).detach()
     originals = (1 - picture.float())[:, None, None, None] * originals
     pred = theirs(torch.cat([expected.noisy, originals], dim=1), expected.timesteps, context).sample
     expected = F.mse_loss(pred, expected.target)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_gradients(trained, theirs, "unet.")
+    pairs.assert_gradients(trained, theirs, "unet.")
 
 
 def test_three_branches_are_the_formula():
