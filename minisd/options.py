@@ -200,13 +200,6 @@ class Precision(Group):
 
 
 @dataclass(kw_only=True)
-class Latents(Group):
-    """Latents"""
-
-    cache_latents: bool = flag(True, "encode every image only once, unless crops are random", free=True)
-
-
-@dataclass(kw_only=True)
 class Data(Group):
     """Data"""
 
@@ -321,21 +314,18 @@ class ValidationImages(Group):
     """Validation"""
 
     num_validation_images: int = flag(4, "number of validation images", free=True)
-    validation_steps: int | None = flag(
-        None, "validate every this many updates; 100, unless --validation_epochs is given", free=True
-    )
-    validation_epochs: int | None = flag(None, "validate every this many epochs", free=True)
+    validation_steps: int | None = flag(100, "updates between validations", free=True)
+    validation_epochs: int | None = flag(None, "epochs between validations, instead of updates", free=True)
 
     def check(self):
         self.positive("num_validation_images", "validation_steps", "validation_epochs")
-        both = self.validation_steps and self.validation_epochs
-        require(not both, "--validation_steps and --validation_epochs exclude each other")
-        self.validate_every(steps=100)
-
-    def validate_every(self, *, steps: int | None = None, epochs: int | None = None) -> None:
-        """The default interval, for runs in which no flag gives one."""
-        if not self.validation_steps and not self.validation_epochs:
-            self.validation_steps, self.validation_epochs = steps, epochs
+        steps = self.validation_steps not in (None, type(self).validation_steps)
+        epochs = self.validation_epochs not in (None, type(self).validation_epochs)
+        require(not (steps and epochs), "--validation_steps and --validation_epochs exclude each other")
+        if steps:  # the other one has its default, which does not count
+            self.validation_epochs = None
+        elif epochs:
+            self.validation_steps = None
 
     def validation_interval(self, updates_per_epoch: int) -> int:
         """Number of updates between two validations."""
@@ -357,5 +347,7 @@ class Validation(ValidationImages):
 
 
 @dataclass(kw_only=True)
-class Training(Data, Validation, Optimizer, Diffusion, Precision, Latents, Model, Run):
-    """The flags of every method that starts from a Stable Diffusion model."""
+class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
+    """Latents"""  # and all that the methods have in common that start from a Stable Diffusion model
+
+    cache_latents: bool = flag(True, "encode every image only once, unless crops are random", free=True)

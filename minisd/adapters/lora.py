@@ -190,8 +190,8 @@ def insert(
         names = [n for n in found if any(f".{n}".endswith(f".{end}") for end in ends)]
         if not names:
             raise ValueError(
-                f"--target_modules {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end of a "
-                "name such as attn2.to_k"
+                f"--target_modules {target!r} means no layer; it is one of {', '.join(TARGETS)}, or "
+                "the end of a name such as attn2.to_k"
             )
         for n in names:
             if n not in chosen:

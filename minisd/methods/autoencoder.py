@@ -28,14 +28,11 @@ class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, R
     image_column: str = flag("image", "column of the images")
     random_flip: bool = flag(False, "flip images with probability 1/2")
     num_validation_images: int = flag(8, "number of images shown beside their reconstructions")
-    validation_steps: int | None = flag(
-        None, "validate every this many updates; 500, unless --validation_epochs is given"
-    )
+    validation_steps: int | None = flag(500)
     output_dir: Path = flag(Path("sd-model-autoencoder"))
 
     def check(self):
         self.not_negative("kl_weight", "gradient_weight", "l2_weight")
-        self.validate_every(steps=500)
 
 
 class Autoencoder(Method):

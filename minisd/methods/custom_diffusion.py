@@ -42,14 +42,11 @@ class Options(Prior, Training):
     dataloader_num_workers: int = flag(2)
     num_train_epochs: int = flag(1)
     checkpointing_steps: int = flag(250)
-    validation_steps: int | None = flag(
-        None, "validate every this many updates; 50, unless --validation_epochs is given"
-    )
+    validation_steps: int | None = flag(50)
     num_validation_images: int = flag(2)
     output_dir: Path = flag(Path("custom-diffusion-model"))
 
     def check(self):
-        self.validate_every(steps=50)
         one = self.data is not None and self.instance_prompt is not None
         require(one or bool(self.concepts_list), "give --data and --instance_prompt, or --concepts_list")
         require(not (self.data and self.concepts_list), "--data and --concepts_list exclude each other")

@@ -27,9 +27,8 @@ class Options(Dataset, Average, Training):
     val_image_url: str | None = flag(None, "address or path of an image to validate with", free=True)
     revision: str | None = flag(None, "branch, tag or commit of a hub id", also=("non_ema_revision",))
     validation_guidance_scale: float = flag(7.0)
-    validation_epochs: int | None = flag(
-        None, "validate every this many epochs; 1, unless --validation_steps is given"
-    )
+    validation_steps: int | None = flag(None)
+    validation_epochs: int | None = flag(1)
     resolution: int = flag(256)
     train_batch_size: int = flag(16)
     learning_rate: float = flag(1e-4)
@@ -40,7 +39,6 @@ class Options(Dataset, Average, Training):
         require(p is None or 0 <= p <= 1 / 3, "--conditioning_dropout_prob must be from 0 to 1/3")
         both = bool(self.val_image_url) == bool(self.validation_prompt)
         require(both, "--val_image_url and --validation_prompt go together: give both or neither")
-        self.validate_every(epochs=1)
 
 
 class InstructPix2Pix(Method):

@@ -43,8 +43,9 @@ class Options(Subject, Training):
     num_train_epochs: int | None = flag(
         None, "passes over the data, unless --max_train_steps is given; 100, as DreamBooth 1"
     )
+    validation_steps: int | None = flag(None)
     validation_epochs: int | None = flag(
-        None, "validate every this many epochs; 1, as DreamBooth 50, unless --validation_steps is given"
+        None, "epochs between validations, instead of updates; 1, as DreamBooth 50"
     )
     output_dir: Path | None = flag(None, "sd-model-finetuned-lora, as DreamBooth lora-dreambooth-model")
 
@@ -53,7 +54,8 @@ class Options(Subject, Training):
         for name, defaults in BY_KIND.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[dreambooth])
-        self.validate_every(epochs=50 if dreambooth else 1)
+        if self.validation_steps is None and self.validation_epochs is None:
+            self.validation_epochs = 50 if dreambooth else 1
         prior = self.with_prior_preservation
         require(dreambooth or not prior, "--with_prior_preservation needs --instance_prompt")
         require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of images")

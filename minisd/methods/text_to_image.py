@@ -25,13 +25,11 @@ class Options(Captions, Average, Training):
     train_batch_size: int = flag(16)
     dream_training: bool = flag(False, "DREAM: add the model's own error to its input and target")
     dream_detail_preservation: float = flag(1.0, "p in DREAM's weight (1 - alpha_bar)^(p / 2)")
-    validation_epochs: int | None = flag(
-        None, "validate every this many epochs; 5, unless --validation_steps is given"
-    )
+    validation_steps: int | None = flag(None)
+    validation_epochs: int | None = flag(5)
     output_dir: Path = flag(Path("sd-model-finetuned"))
 
     def check(self):
-        self.validate_every(epochs=5)
         used = self.dream_training or self.dream_detail_preservation == 1
         require(used, "--dream_detail_preservation needs --dream_training")
 

@@ -7,14 +7,13 @@ import torch
 
 from minisd.data.batches import Stream, batches
 from minisd.methods._base import Method
-from minisd.options import Latents
-from minisd.training import checkpoint
+from minisd.options import Training
+from minisd.training import checkpoint, trackers
 from minisd.training.distributed import Processes
 from minisd.training.interrupt import Interrupt
 from minisd.training.latents import cache_latents
 from minisd.training.run_folder import Log, RunFolder
 from minisd.training.step import Trainer
-from minisd.training.trackers import Hub
 from minisd.training.validation import validate
 
 
@@ -36,7 +35,9 @@ def train(method: Method, folder: RunFolder) -> int:
     trainer = Trainer(method, trained, len(dataset), processes)
     if earlier:
         checkpoint.restore(trainer, earlier)
-    hub = Hub(options) if options.push_to_hub and processes.first else None
+    repository = None
+    if options.push_to_hub and processes.first:
+        repository = trackers.create_repository(options)
     if processes.first:
         folder.start(trainer.step)
         print(describe(trainer, held_out))
@@ -61,8 +62,8 @@ def train(method: Method, folder: RunFolder) -> int:
     stopped = stop and trainer.step < trainer.total
     if processes.first:
         end(trainer, folder, stopped)
-    if hub and not stopped:
-        hub.push()
+    if repository and not stopped:
+        trackers.upload(options, repository)
     folder.close()
     processes.close()
     return 128 + stop if stopped else 0
@@ -86,7 +87,7 @@ def micro_batches(trainer: Trainer, dataset) -> Iterator[dict]:
     """This process's batches for all updates that are left, of cached latents if the options ask for that."""
     method, options, processes = trainer.method, trainer.method.options, trainer.processes
     stream = Stream(dataset, options.seed)
-    if isinstance(options, Latents) and options.cache_latents:
+    if isinstance(options, Training) and options.cache_latents:
         cache_latents(stream, method.sd.encode_images, options.train_batch_size, processes)
     return batches(
         stream,

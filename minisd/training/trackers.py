@@ -1,7 +1,6 @@
 """Where curves, images and the result go besides the run's folder: tensorboard, wandb and the hub."""
 
 import sys
-from pathlib import Path
 
 from PIL import Image
 
@@ -61,26 +60,26 @@ def start(options: Run, recorded: dict) -> list[TensorBoard | WandB]:
     return trackers
 
 
-class Hub:
-    """Uploads the result. Made before training, so that a problem is reported before hours are spent."""
+def create_repository(options: Run) -> str | None:
+    """The repository on the hub that the result is uploaded to. Made before training, so that a problem is
+    reported before hours are spent; None if there is one."""
+    from huggingface_hub import HfApi
 
-    def __init__(self, options: Run):
-        from huggingface_hub import HfApi
+    name, private = options.hub_model_id or options.output_dir.resolve().name, options.hub_private_repo
+    try:
+        return (
+            HfApi(token=options.hub_token).create_repo(name, exist_ok=True, private=private or None).repo_id
+        )
+    except Exception as e:  # no token, no network, no permission: each has its own kind
+        print(f"--push_to_hub: nothing will be uploaded: {str(e).splitlines()[0]}", file=sys.stderr)
+        return None
 
-        self.folder = options.output_dir
-        self.name = options.hub_model_id or Path(options.output_dir).resolve().name
-        self.api = HfApi(token=options.hub_token)
-        self.ready = False
-        try:
-            private = options.hub_private_repo or None
-            self.name = self.api.create_repo(self.name, exist_ok=True, private=private).repo_id
-            self.ready = True
-        except Exception as e:  # no token, no network, no permission: each has its own kind
-            print(f"--push_to_hub: nothing will be uploaded: {str(e).splitlines()[0]}", file=sys.stderr)
 
-    def push(self) -> None:
-        """Upload the folder, but for its checkpoints."""
-        if self.ready:
-            ignored = ["checkpoint-*/*"]
-            self.api.upload_folder(repo_id=self.name, folder_path=self.folder, ignore_patterns=ignored)
-            print(f"uploaded to {self.name}")
+def upload(options: Run, repository: str) -> None:
+    """Upload the run's folder, without its checkpoints."""
+    from huggingface_hub import HfApi
+
+    HfApi(token=options.hub_token).upload_folder(
+        repo_id=repository, folder_path=options.output_dir, ignore_patterns=["checkpoint-*/*"]
+    )
+    print(f"uploaded to {repository}")
