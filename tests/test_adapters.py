@@ -11,6 +11,7 @@ from minisd import cli, files
 from minisd.adapters import custom_diffusion, lora
 from minisd.formats import lora_names, single_file
 from minisd.models import layers
+from minisd.sampling import run
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.options import Sample
 from minisd.sampling.stable_diffusion import StableDiffusion
@@ -436,11 +437,11 @@ def test_the_command_exports(model, script, tmp_path):
     assert not (tmp_path / "samples").exists()
     assert psnr(draw(StableDiffusion.load(out)), draw(sd)) >= 60
 
-    def run(*flags):
+    def sample(*flags):
         return run.run(cli.parse_sample(list(map(str, [*base, *flags]))))
 
     draws = ["--prompt", "x", "--steps", 1, "--output", tmp_path / "x.png", "--dtype", "bf16"]
-    assert run(*draws, "--export", tmp_path / "half") == [tmp_path / "half", tmp_path / "x.png"]
+    assert sample(*draws, "--export", tmp_path / "half") == [tmp_path / "half", tmp_path / "x.png"]
     half = files.read(tmp_path / "half" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in half.values()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="--num_images draws nothing without --prompt"):
@@ -448,4 +449,4 @@ def test_the_command_exports(model, script, tmp_path):
     with pytest.raises(ValueError, match="cannot go with --csv"):
         Sample(model=str(model), export=out, csv=tmp_path / "x.csv")
     with pytest.raises(ValueError, match="x.safetensors: a single file has no place for <zw>"):
-        run("--adapter", tmp_path / "word.safetensors", "--export", tmp_path / "x.safetensors")
+        sample("--adapter", tmp_path / "word.safetensors", "--export", tmp_path / "x.safetensors")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisd import files
-from minisd.adapters import lora, token_embedding
+from minisd.adapters import _adapter, lora, token_embedding
 from minisd.formats import lora_names
 from minisd.models import text, unet
 from minisd.sampling.generate import Settings, pictures
@@ -116,14 +116,18 @@ def test_targets(sd):
             lora.insert(networks, ["attention", wrong], 2, 2)
 
 
+def with_weights(model, weights):
+    """The model with all of its weights replaced."""
+    sd = fresh(model)
+    lora.networks(sd).load_state_dict(weights)
+    return sd
+
+
 def test_merged_equals_beside(model):
     sd, _ = new(model, [*ALL, "conv_in", "conv_out"], rank=3, alpha=5.0)
     beside, plain = outputs(sd), outputs(fresh(model))
     assert not close(beside, plain, 0.01)
-    for module in (sd.unet, sd.text_encoder):
-        lora.merge(module)
-    assert close(outputs(sd), beside)
-    assert set(lora.networks(sd).state_dict()) == set(weights(fresh(model)))
+    assert close(outputs(with_weights(model, weights(sd))), beside)
 
 
 def test_merging_rounds_once(model):
@@ -445,7 +449,7 @@ def test_alpha_patterns(model, sd, tmp_path):
         "text_encoder.lora_alpha": 3, "text_encoder.use_rslora": True,
     }  # fmt: skip
     files.write(tmp_path / "x.safetensors", tensors, {lora_names.METADATA: json.dumps(about)})
-    read = lora.read(sd, files.read(tmp_path / "x.safetensors"), tmp_path / "x.safetensors").updates
+    read = _adapter.read(sd, tmp_path / "x.safetensors").updates
     expected = lambda n: 3 * 4**0.5 if "q_proj" in n else 8.0 if "attn1" in n else 2.0  # noqa: E731
     assert {n: u.alpha for n, u in read.items()} == {n: expected(n) for n in updates}
 
@@ -605,7 +609,7 @@ CONV, STRIDED = "down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.c
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_relatives(sd, tmp_path, kind):
+def test_relatives(model, sd, tmp_path, kind):
     generator = torch.Generator().manual_seed(1)
     base, tensors, deltas = weights(sd), {}, {}
     for path in [CONV, STRIDED] + ([LINEAR] if kind != "tucker" else []):
@@ -616,9 +620,7 @@ def test_relatives(sd, tmp_path, kind):
     sd.attach(tmp_path / "x.safetensors", 0.5)
     expected = {k: w + 0.5 * deltas[k] if k in deltas else w for k, w in base.items()}
     assert same_weights(weights(sd), expected)
-    beside = outputs(sd)
-    lora.merge(sd.unet)
-    assert close(beside, outputs(sd))
+    assert close(outputs(with_weights(model, weights(sd))), outputs(sd))
 
 
 @pytest.mark.parity

@@ -9,7 +9,9 @@ The file has the whole trained matrices, as diffusers writes them:
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from minisd import files
 from minisd.adapters import lora, token_embedding
-from minisd.adapters._adapter import Adapter
 from minisd.formats import single_file
 from minisd.models.unet import UNet
+
+if TYPE_CHECKING:
+    from minisd.sampling.stable_diffusion import StableDiffusion
 
 KEYS_AND_VALUES = ("to_k", "to_v")
 ALL = (*KEYS_AND_VALUES, "to_q", "to_out.0")
@@ -107,7 +111,9 @@ def matches(tensors: dict[str, Tensor]) -> bool:
     )
 
 
-def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
+def read(
+    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
+) -> lora.LayerUpdates:
     """What moves the model's projections to those in the file, at a scale of 1 all the way; and its words."""
     table = {}
     modules = single_file.unet_modules(sd.unet.config)
@@ -136,13 +142,12 @@ def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
             f"model, such as {unknown[0]}"
         )
     updates = {layer: _update(sd, layer, t, source) for layer, t in groups.items()}
-    words = token_embedding.read(sd, words, source)
-    about = [f"Custom Diffusion of {len(updates)} projections"] if updates else []
-    about = ", ".join([*about, *filter(None, [words.about])])
-    return Adapter(about=about, updates=updates, tokens=words.tokens)
+    tokens = token_embedding.read(sd, words, metadata, source)
+    description = f"Custom Diffusion of {len(updates)} projections" if updates else ""
+    return lora.LayerUpdates.of(description, updates, tokens)
 
 
-def _update(sd, layer: str, t: dict[str, Tensor], source: Path) -> lora.FullDelta:
+def _update(sd: StableDiffusion, layer: str, t: dict[str, Tensor], source: Path) -> lora.FullDelta:
     """Of the tensors of one layer: its new weight, or `u` and `v` whose product is the weight's change."""
     base = lora.base(sd, layer)
     changes = {}

@@ -4,10 +4,14 @@ y = W x + scale * alpha / rank * B (A x). A layer may carry several updates, eac
 they add. The names of files are in formats/lora_names.py; a module's name here is its path in `networks(sd)`.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -15,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd import files
-from minisd.adapters import lycoris, token_embedding
-from minisd.adapters._adapter import Adapter
+from minisd.adapters import _lycoris, token_embedding
+from minisd.adapters._adapter import network_name
 from minisd.formats import lora_names
 from minisd.models.layers import conv1x1
+
+if TYPE_CHECKING:
+    from minisd.sampling.stable_diffusion import StableDiffusion
 
 # Ends of module names, by the groups that have a name of their own.
 TARGETS = {
@@ -52,7 +59,7 @@ class LowRank(nn.Module):
         self.scale = scale
 
     @classmethod
-    def new(cls, weight: Tensor, rank: int, alpha: float, dropout: float) -> "LowRank":
+    def new(cls, weight: Tensor, rank: int, alpha: float, dropout: float) -> LowRank:
         """A ~ N(0, 1 / rank^2) and B = 0: an update that changes nothing yet."""
         a = torch.randn(rank, *weight.shape[1:]) / rank
         b = torch.zeros(len(weight), rank, *[1] * (weight.ndim - 2))
@@ -66,7 +73,7 @@ class LowRank(nn.Module):
     def factor(self) -> float:
         return self.scale * self.alpha / self.rank
 
-    def forward(self, layer: "LoRALinear | LoRAConv2d", x: Tensor) -> Tensor:
+    def forward(self, layer: LoRALinear | LoRAConv2d, x: Tensor) -> Tensor:
         if self.dropout:
             # Not self.training: frozen networks are always in evaluation mode.
             x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
@@ -78,7 +85,7 @@ class LowRank(nn.Module):
 
     def delta(self) -> Tensor:
         """What it adds to the weight, in fp32."""
-        return self.factor * lycoris.product(self.lora_B.detach(), self.lora_A.detach())
+        return self.factor * _lycoris.product(self.lora_B.detach(), self.lora_A.detach())
 
 
 class FullDelta(nn.Module):
@@ -95,7 +102,7 @@ class FullDelta(nn.Module):
     def factor(self) -> float:
         return self.scale
 
-    def forward(self, layer: "LoRALinear | LoRAConv2d", x: Tensor) -> Tensor:
+    def forward(self, layer: LoRALinear | LoRAConv2d, x: Tensor) -> Tensor:
         bias = None if self.lora_bias is None else self.lora_bias.to(x.dtype)
         y = layer.apply_weight(x, self.lora_delta.to(x.dtype), bias)
         return y if self.scale == 1 else y * self.scale
@@ -108,7 +115,7 @@ class LoRALinear(nn.Linear):
     """The layer as it was, and its updates."""
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> "LoRALinear":
+    def of(cls, layer: nn.Linear) -> LoRALinear:
         self = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         return _take(self, layer)
 
@@ -128,7 +135,7 @@ class LoRAConv2d(nn.Conv2d):
     """The layer as it was, and its updates: A has its kernel, stride and padding, B is 1x1."""
 
     @classmethod
-    def of(cls, layer: nn.Conv2d) -> "LoRAConv2d":
+    def of(cls, layer: nn.Conv2d) -> LoRAConv2d:
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
         where = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         return _take(cls(*shape, **where, bias=layer.bias is not None, device="meta"), layer)
@@ -154,10 +161,37 @@ def _add_updates(layer: LoRALinear | LoRAConv2d, x: Tensor, y: Tensor) -> Tensor
     return y
 
 
+@dataclass(kw_only=True)
+class LayerUpdates(token_embedding.Tokens):
+    """Updates of layers, and the new tokens that came with them."""
+
+    updates: dict[str, nn.Module]  # native name of a layer -> LowRank or FullDelta
+
+    @classmethod
+    def of(
+        cls, description: str, updates: dict[str, nn.Module], tokens: token_embedding.Tokens
+    ) -> LayerUpdates:
+        """`description` is that of the updates, empty if there are none."""
+        description = ", ".join(filter(None, [description, tokens.description]))
+        return cls(description=description, tokens=tokens.tokens, updates=updates)
+
+    @property
+    def parts(self) -> set[str]:
+        return {name.partition(".")[0] for name in self.updates}
+
+    def put(self, sd: StableDiffusion) -> None:
+        super().put(sd)
+        put(networks(sd), self.updates)
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        for name, update in self.updates.items():
+            update.scale = scales[name.partition(".")[0]]
+
+
 # --- Putting updates into a network ----------------------------------------------------------------------
 
 
-def networks(sd) -> nn.ModuleDict:
+def networks(sd: StableDiffusion) -> nn.ModuleDict:
     """What a LoRA may change, under the names that a module's native name begins with."""
     return nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
 
@@ -222,15 +256,6 @@ def merged(
     return {n: t.to(dtype) for n, t in tensors.items()} if dtype else tensors
 
 
-def merge(module: nn.Module) -> None:
-    """Make the updates part of the weights, for good."""
-    tensors = merged(module)
-    for layer in module.modules():
-        if isinstance(layer, LoRALinear | LoRAConv2d):
-            layer.updates = nn.ModuleList()
-    module.load_state_dict(tensors)
-
-
 # --- Files -----------------------------------------------------------------------------------------------
 
 
@@ -256,10 +281,10 @@ def matches(tensors: dict[str, Tensor]) -> bool:
     return lora_names.is_lora(tensors)
 
 
-def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
-    """Put the updates in a file into the model, to train on: they are frozen still. ValueError, naming it, if
-    one is not of two low-rank factors."""
-    updates = read(sd, files.read(path), path).updates
+def load(sd: StableDiffusion, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
+    """Put the updates in a file into the model, to train on; they are still frozen. ValueError, naming the
+    file, if one of them is not a product of two low-rank factors."""
+    updates = read(sd, files.read(path), files.metadata(path), path).updates
     for name, update in updates.items():
         if not isinstance(update, LowRank):
             raise ValueError(f"{path}: its update of {name} is no plain LoRA, which alone can be trained on")
@@ -268,40 +293,35 @@ def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
     return updates
 
 
-def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
-    """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
-    and the keys, if one of them is unknown, incomplete, or of another model."""
+def read(
+    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
+) -> LayerUpdates:
+    """The updates in a file of any format, by the names of their layers. ValueError, naming the file and the
+    keys, if one of them is unknown, incomplete, or for another model."""
     lora_names.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
     bundled = {key: t for key, t in tensors.items() if key.startswith(token_embedding.BUNDLE)}
+    tokens = token_embedding.read(sd, bundled, metadata, source)
+    known = layers(networks(sd))
     tensors = {key: t for key, t in tensors.items() if key not in bundled}
-    words = token_embedding.read(sd, bundled, source)
-    found = layers(networks(sd))
-    groups = lora_names.group(tensors, lora_names.table(found, sd.unet.config), source)
-    alpha_of = lora_names.alphas(source)
+    groups = lora_names.group(tensors, lora_names.table(known, sd.unet.config), source)
+    alpha = lora_names.alphas(metadata, source)
     updates = {}
     for name, t in groups.items():
-        weight = found[name].weight
+        weight = known[name].weight
         t = {kind: tensor.to(weight.device, torch.float32) for kind, tensor in t.items()}
-        given = t.pop("alpha").item() if "alpha" in t else None
-        alpha = partial(alpha_of, name) if given is None else partial(_given, given)
+        alpha_of = partial(alpha, name, t.pop("alpha", None))
         try:
-            updates[name] = _update(t, alpha, weight, base(sd, name)).requires_grad_(False)
+            updates[name] = _update(t, alpha_of, weight, base(sd, name)).requires_grad_(False)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "does not fit this model"
             shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
             raise ValueError(
                 f"{source}: its update of {name} {tuple(weight.shape)} {reason}: {shapes or 'alpha alone'}"
             ) from None
-    about = ", ".join([describe(updates), *filter(None, [words.about])])
-    return Adapter(about=about, updates=updates, tokens=words.tokens)
+    return LayerUpdates.of(describe(updates), updates, tokens)
 
 
-def _given(alpha: float, rank: int) -> float:
-    """A file's own alpha: 0 means the rank, and where there is no rank it does not count."""
-    return (alpha or rank) if rank else 1.0
-
-
-def base(sd, name: str, kind: str = "weight") -> Tensor | None:
+def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
     """A layer's weight, or its bias if it has one, in fp32, without what is added to it."""
     part, _, path = name.partition(".")
     tensor = getattr(networks(sd).get_submodule(name), kind)
@@ -312,12 +332,12 @@ def base(sd, name: str, kind: str = "weight") -> Tensor | None:
 
 def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor, base: Tensor) -> nn.Module:
     """Of the tensors of one layer. KeyError if a factor is missing, RuntimeError if a shape is wrong."""
-    if lycoris.is_full(t):
-        return FullDelta(lycoris.delta(t, base, alpha))
+    if _lycoris.is_full(t):
+        return FullDelta(_lycoris.delta(t, base, alpha))
     down, up = t["down"], t["up"]
     rank = len(up[0])
     if "mid" in t:
-        down = lycoris.fold(t["mid"], down)
+        down = _lycoris.fold(t["mid"], down)
     # 1x1 convolutions and linear layers are written as either: the layer here decides.
     a = down.reshape(rank, *weight.shape[1:])  # (r, c_in, ...)
     b = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))  # (c_out, r, ...)
@@ -326,8 +346,8 @@ def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor,
 
 def describe(updates: Mapping[str, nn.Module]) -> str:
     """How many modules of which network, and the ranks."""
-    parts = Counter(name.partition(".")[0] for name in updates)
+    counts = Counter(name.partition(".")[0] for name in updates)
     ranks = sorted({u.rank for u in updates.values() if isinstance(u, LowRank)})
     kind = f"LoRA of rank {', '.join(map(str, ranks))}" if ranks else "LoRA's relative, multiplied out,"
-    where = " and ".join(f"{parts[part]} modules of the {part}" for part in sorted(parts, reverse=True))
-    return f"{kind} on {where.replace('unet', 'UNet').replace('_', ' ')}"
+    where = [f"{counts[part]} modules of the {network_name(part)}" for part in sorted(counts, reverse=True)]
+    return f"{kind} on {' and '.join(where)}"

@@ -5,9 +5,12 @@ name: {"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A111
 LoRA files may carry either with `bundle_emb.TOKEN.` before their keys.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -18,16 +21,28 @@ from minisd import files
 from minisd.adapters._adapter import Adapter
 from minisd.models.text import TextConfig, TextEncoder, Tokenizer
 
+if TYPE_CHECKING:
+    from minisd.sampling.stable_diffusion import StableDiffusion
+
 PARAM, BUNDLE = "string_to_param.", "bundle_emb."
 NAMELESS = ("emb_params", "*")  # keys that stand for the file's name
 SDXL = {"clip_l", "clip_g"}
+
+
+@dataclass(kw_only=True)
+class Tokens(Adapter):
+    """New tokens, which have no scale."""
+
+    def put(self, sd: StableDiffusion) -> None:
+        for token, rows in self.tokens.items():
+            add_token(sd.tokenizer, sd.text_encoder, token, rows).requires_grad_(False)
 
 
 class TokenEmbedding(nn.Embedding):
     """`weight` is the table as it was; ids behind it are rows of the parameter `extra` (n, d), in fp32."""
 
     @classmethod
-    def of(cls, table: nn.Embedding, extra: Tensor) -> "TokenEmbedding":
+    def of(cls, table: nn.Embedding, extra: Tensor) -> TokenEmbedding:
         self = cls(*table.weight.shape, _weight=table.weight)  # drawing one would be for nothing
         self.weight = table.weight
         self.extra = nn.Parameter(extra)
@@ -85,8 +100,10 @@ def matches(tensors: dict[str, Tensor]) -> bool:
     )
 
 
-def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
-    """The file's tokens."""
+def read(
+    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
+) -> Tokens:
+    """The tokens in a file."""
     tokens = {}
     for key, rows in tensors.items():
         bundled, name, key = key.startswith(BUNDLE), source.stem, key.removeprefix(BUNDLE)
@@ -101,14 +118,14 @@ def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
             raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding that is known here")
         tokens[token] = rows[None] if rows.ndim == 1 else rows  # (n, d)
     check(sd, tokens, source)
-    return Adapter(about=describe(tokens), tokens=tokens)
+    return Tokens(description=describe(tokens), tokens=tokens)
 
 
 def describe(tokens: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{t} ({len(rows)} vector{'s' if len(rows) > 1 else ''})" for t, rows in tokens.items())
 
 
-def check(sd, tokens: Mapping[str, Tensor], source: Path) -> None:
+def check(sd: StableDiffusion, tokens: Mapping[str, Tensor], source: Path) -> None:
     """ValueError, naming the file, if one of the tokens cannot be added to the model."""
     width = sd.text_encoder.config.hidden_size
     for token, rows in tokens.items():

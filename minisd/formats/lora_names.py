@@ -153,13 +153,13 @@ def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> No
             )
 
 
-def alphas(source: Path) -> Callable[[str, int], float]:
-    """alpha(native name, rank) for a file whose tensors do not say: from PEFT's settings in its metadata, or
-    beside it in adapter_config.json; else the rank. At rank 0, of what has none, it is the factor itself."""
-    text = files.metadata(source).get(METADATA)
+def alphas(metadata: Mapping[str, str], source: Path) -> Callable[[str, Tensor | None, int], float]:
+    """alpha(native name, what the file stores as alpha, rank). If the file stores none, it is what PEFT's
+    settings say, in the metadata or in adapter_config.json beside the file; else the rank. For an update that
+    has no rank (0) the result is alpha / rank itself."""
     beside = source.with_name("adapter_config.json")
     settings: dict = {}
-    if text:
+    if text := metadata.get(METADATA):
         try:
             settings = json.loads(text)
         except ValueError as error:
@@ -167,24 +167,27 @@ def alphas(source: Path) -> Callable[[str, int], float]:
     elif source.stem.startswith("adapter_model") and beside.is_file():
         settings = files.read_json(beside)
 
-    def alpha(name: str, rank: int) -> float:
+    def setting(part: str, key: str):
+        return settings.get(f"{part}.{key}", settings.get(key))
+
+    def by_path(name: str, patterns: str, value: float | None) -> float | None:
+        """`value`, unless one of PEFT's patterns names the end of the path."""
         part, _, path = name.partition(".")
+        for end, exception in (setting(part, patterns) or {}).items():
+            if f".{path}".endswith("." + end.lstrip("^")):
+                value = exception
+        return value
 
-        def setting(key: str):
-            return settings.get(f"{part}.{key}", settings.get(key))
-
-        def pattern(key: str, value):
-            for end, other in (setting(key) or {}).items():
-                if f".{path}".endswith("." + end.lstrip("^")):
-                    value = other
-            return value
-
-        value = pattern("alpha_pattern", setting("lora_alpha") or setting("alpha"))
+    def alpha(name: str, stored: Tensor | None, rank: int) -> float:
+        if stored is not None:  # 0 means the rank, and without a rank it has no meaning
+            return (stored.item() or rank) if rank else 1.0
+        part = name.partition(".")[0]
+        value = by_path(name, "alpha_pattern", setting(part, "lora_alpha") or setting(part, "alpha"))
         if value is None:
             return float(rank or 1)
         if not rank:
-            return value / pattern("rank_pattern", setting("r"))
-        return value * rank**0.5 if setting("use_rslora") else float(value)
+            return value / by_path(name, "rank_pattern", setting(part, "r"))
+        return value * rank**0.5 if setting(part, "use_rslora") else float(value)
 
     return alpha
 
