@@ -112,7 +112,7 @@ def test_targets(sd):
     assert len(lora.insert(networks, ["attn2.to_k", "attn2.to_v"], 2, 2)) == 7 * 2
     assert len(lora.insert(networks, ["unet.conv_in", "conv_in"], 2, 2)) == 1
     for wrong in ("attn3", "o_q", ""):
-        with pytest.raises(ValueError, match=f"target '{wrong}'"):
+        with pytest.raises(ValueError, match=f"--target_modules '{wrong}'"):
             lora.insert(networks, ["attention", wrong], 2, 2)
 
 

@@ -54,8 +54,9 @@ class TokenEmbedding(nn.Embedding):
         return torch.where((ids >= self.num_embeddings)[..., None], extra, known)  # (b, s, d)
 
 
-def insert(text_encoder: TextEncoder, rows: Tensor) -> nn.Parameter:
-    """Put rows (n, d) behind the table; returns the parameter of all extra rows."""
+def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows: Tensor) -> nn.Parameter:
+    """Add a token to both, with its rows (n, d); returns the parameter of all extra rows."""
+    tokenizer.add_placeholder(token, len(rows))
     embeddings = text_encoder.text_model.embeddings
     table = embeddings.token_embedding
     rows = rows.detach().to(table.weight.device, torch.float32)
@@ -65,17 +66,8 @@ def insert(text_encoder: TextEncoder, rows: Tensor) -> nn.Parameter:
     return embeddings.token_embedding.extra
 
 
-def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows: Tensor) -> nn.Parameter:
-    """Teach both the token, with its rows (n, d)."""
-    tokenizer.add_placeholder(token, len(rows))
-    return insert(text_encoder, rows)
-
-
-def merged(
-    text_encoder: TextEncoder, tensors: dict[str, Tensor] | None = None
-) -> tuple[TextConfig, dict[str, Tensor]]:
-    """Config and tensors (`tensors`, or its own) of the text encoder, the extra rows part of its table."""
-    tensors = text_encoder.state_dict() if tensors is None else tensors
+def merged(text_encoder: TextEncoder, tensors: dict[str, Tensor]) -> tuple[TextConfig, dict[str, Tensor]]:
+    """Config and tensors of the text encoder, the extra rows part of its table."""
     name = "text_model.embeddings.token_embedding"
     if (extra := tensors.pop(f"{name}.extra", None)) is not None:
         table = tensors[f"{name}.weight"]
