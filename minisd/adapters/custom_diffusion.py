@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,30 +109,23 @@ def read(
     stems = {stem(name.removeprefix("unet.")): name for name in names}
     stems |= lora_names.table(names, sd.unet.config)
     groups = lora_names.group(tensors, stems, source, ENDINGS) if tensors else {}
-    updates = {layer: _update(sd, layer, t, source) for layer, t in groups.items()}
+    updates = lora.make_updates(sd, groups, partial(_update, sd), source)
     tokens = token_embedding.read(sd, rows, metadata, source)
     description = f"Custom Diffusion of {len(updates)} projections" if updates else ""
     description = ", ".join(filter(None, [description, tokens.description]))
     return lora.LayerUpdates(description=description, updates=updates, tokens=tokens.tokens)
 
 
-def _update(sd: StableDiffusion, layer: str, t: dict[str, Tensor], source: Path) -> lora.FullDelta:
-    """Of the tensors of one layer: its new weight, or `u` and `v` whose product is the weight's change; and
-    its new bias."""
-    changes = {}
-    for kind in ("weight", "bias"):
-        base = lora.base(sd, layer, kind)
-        if kind in t and (base is None or base.shape != t[kind].shape):
-            shape = None if base is None else tuple(base.shape)
-            raise ValueError(
-                f"{source}: its {kind} of {layer} is {tuple(t[kind].shape)}, this model's is {shape}"
-            )
-        if kind in t:
-            changes[kind] = t[kind].to(base) - base
-    weight = lora.base(sd, layer)
-    if t.keys() == {"u", "v"} and t["u"].shape[1:] == t["v"].shape[:1]:
-        changes["weight"] = t["u"].to(weight) @ t["v"].to(weight)
-    if "weight" not in changes or changes["weight"].shape != weight.shape:
-        shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
-        raise ValueError(f"{source}: {shapes} is no change of {layer} {tuple(weight.shape)}")
-    return lora.FullDelta(changes["weight"], changes.get("bias"))
+def _update(sd: StableDiffusion, name: str, t: dict[str, Tensor], weight: Tensor) -> lora.FullDelta:
+    """The change to a layer's new weight, which may be the product of `u` and `v`, and to its new bias."""
+
+    def change(kind: str) -> Tensor:
+        base = lora.base(sd, name, kind)
+        if base is None or base.shape != t[kind].shape:
+            raise RuntimeError(f"another shape of the {kind}")
+        return t[kind] - base
+
+    delta = change("weight") if "weight" in t else t["u"] @ t["v"]
+    if delta.shape != weight.shape:
+        raise RuntimeError("another shape of the product")
+    return lora.FullDelta(delta, change("bias") if "bias" in t else None)

@@ -273,25 +273,36 @@ def read(
     lora_names.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
     bundled = {key: t for key, t in tensors.items() if key.startswith(token_embedding.BUNDLE)}
     tokens = token_embedding.read(sd, bundled, metadata, source)
-    known = layers(networks(sd))
     tensors = {key: t for key, t in tensors.items() if key not in bundled}
-    groups = lora_names.group(tensors, lora_names.table(known, sd.unet.config), source)
+    stems = lora_names.table(layers(networks(sd)), sd.unet.config)
+    groups = lora_names.group(tensors, stems, source)
     alpha = lora_names.alphas(metadata, source)
+    updates = make_updates(sd, groups, partial(_update, alpha), source)
+    description = ", ".join(filter(None, [describe(updates), tokens.description]))
+    return LayerUpdates(description=description, updates=updates, tokens=tokens.tokens)
+
+
+def make_updates(
+    sd: StableDiffusion,
+    groups: Mapping[str, dict[str, Tensor]],
+    make: Callable[[str, dict[str, Tensor], Tensor], nn.Module],
+    source: Path,
+) -> dict[str, nn.Module]:
+    """The updates that `make(layer, its tensors by kind, its weight)` returns, by layer; all in fp32.
+    ValueError, naming the file and the layer, if a tensor is missing (KeyError in `make`) or does not fit."""
     updates = {}
     for name, t in groups.items():
-        weight = known[name].weight
-        t = {kind: tensor.to(weight.device, torch.float32) for kind, tensor in t.items()}
-        alpha_of = partial(alpha, name, t.pop("alpha", None))
+        weight = base(sd, name)
+        t = {kind: tensor.to(weight) for kind, tensor in t.items()}
         try:
-            updates[name] = _update(t, alpha_of, weight, base(sd, name)).requires_grad_(False)
+            updates[name] = make(name, t, weight).requires_grad_(False)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "does not fit this model"
             shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
             raise ValueError(
                 f"{source}: its update of {name} {tuple(weight.shape)} {reason}: {shapes or 'alpha alone'}"
             ) from None
-    description = ", ".join(filter(None, [describe(updates), tokens.description]))
-    return LayerUpdates(description=description, updates=updates, tokens=tokens.tokens)
+    return updates
 
 
 def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
@@ -303,10 +314,13 @@ def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
     return sd.exact(part, f"{path}.{kind}", tensor.detach()).to(tensor.device, torch.float32)
 
 
-def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor, base: Tensor) -> nn.Module:
-    """Of the tensors of one layer. KeyError if a factor is missing, RuntimeError if a shape is wrong."""
+def _update(
+    alpha: Callable[[str, Tensor | None, int], float], name: str, t: dict[str, Tensor], weight: Tensor
+) -> LowRank | FullDelta:
+    """The update that a LoRA or one of its relatives means for a layer."""
+    alpha = partial(alpha, name, t.pop("alpha", None))
     if _lycoris.is_full(t):
-        return FullDelta(_lycoris.delta(t, base, alpha))
+        return FullDelta(_lycoris.delta(t, weight, alpha))
     down, up = _lycoris.inner_factor(t), t["up"]
     rank = len(up[0])
     # 1x1 convolutions and linear layers are written as either: the layer here decides.

@@ -84,7 +84,7 @@ def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None
         files.write_pickle(path, tensors)
 
 
-def matches(tensors: dict[str, Tensor]) -> bool:
+def matches(tensors: Mapping[str, Tensor]) -> bool:
     if any(name.startswith((PARAM, BUNDLE)) for name in tensors) or SDXL & tensors.keys():
         return True
     return all(t.ndim in (1, 2) for t in tensors.values()) and not any(
@@ -95,31 +95,22 @@ def matches(tensors: dict[str, Tensor]) -> bool:
 def read(
     sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
 ) -> Tokens:
-    """The tokens in a file."""
-    tokens = {}
+    """The tokens in a file. ValueError, naming it, if one of them cannot be added to the model."""
+    tokens: dict[str, Tensor] = {}
     for key, rows in tensors.items():
-        bundled, name, key = key.startswith(BUNDLE), source.stem, key.removeprefix(BUNDLE)
+        bundled, token, key = key.startswith(BUNDLE), source.stem, key.removeprefix(BUNDLE)
         if bundled:
-            name, _, key = key.partition(".")
+            token, _, key = key.partition(".")
         if key in SDXL:
             raise ValueError(f"{source} is an embedding for SDXL ({key}); minisd is for SD v1.x")
         if key.startswith("string_to_token."):  # an id in the vocabulary of whoever trained it
             continue
-        token = name if bundled or key in NAMELESS or key.startswith(PARAM) else key
+        if not (bundled or key in NAMELESS or key.startswith(PARAM)):
+            token = key
         if rows.ndim not in (1, 2) or token in tokens:
             raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding that is known here")
         tokens[token] = rows[None] if rows.ndim == 1 else rows  # (n, d)
-    check(sd, tokens, source)
-    return Tokens(description=describe(tokens), tokens=tokens)
-
-
-def describe(tokens: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{t} ({len(rows)} vector{'s' if len(rows) > 1 else ''})" for t, rows in tokens.items())
-
-
-def check(sd: StableDiffusion, tokens: Mapping[str, Tensor], source: Path) -> None:
-    """ValueError, naming the file, if one of the tokens cannot be added to the model."""
-    width = sd.text_encoder.config.hidden_size
+    width, counts = sd.text_encoder.config.hidden_size, []
     for token, rows in tokens.items():
         if rows.shape[-1] != width:
             kind = {768: "SD v1.x", 1024: "SD2", 1280: "SDXL"}.get(rows.shape[-1], "another model")
@@ -128,5 +119,7 @@ def check(sd: StableDiffusion, tokens: Mapping[str, Tensor], source: Path) -> No
             )
         try:
             sd.tokenizer.check_placeholder(token)
-        except ValueError as e:
-            raise ValueError(f"{source}: {e}") from None
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        counts.append(f"{token} ({len(rows)} vector{'s' if len(rows) > 1 else ''})")
+    return Tokens(description=", ".join(counts), tokens=tokens)
