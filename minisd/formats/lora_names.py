@@ -21,8 +21,8 @@ from minisd.models.unet import UNetConfig
 
 # What may come before a module's path with its dots, or with underscores instead.
 DOTTED = {
-    "unet": ("unet.", "", "base_model.model.", single_file.PREFIXES["unet"]),
-    "text_encoder": ("text_encoder.", "base_model.model."),
+    "unet": ("unet.", "", "base_model.model.", "unet.base_model.model.", single_file.PREFIXES["unet"]),
+    "text_encoder": ("text_encoder.", "base_model.model.", "text_encoder.base_model.model."),
 }
 FLAT = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the first is written
 
