@@ -4,14 +4,17 @@ import itertools
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from minisd import files
+from minisd import cli, files
 from minisd.adapters import lora
 from minisd.formats import lora_names
 from minisd.models import layers
+from minisd.sampling import run
 from tests.lora_helpers import (
     PROJECTIONS,
+    PROMPT,
     custom,
     draw,
     draw_plain,
@@ -279,3 +282,19 @@ def test_mistakes(model, tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         sd.attach(tmp_path / "x.safetensors")
     assert not sd.attached and not sd.tokenizer.placeholders
+
+
+def test_an_lcm_lora_draws_in_four_steps(model, pipe, tmp_path):
+    """A plain LoRA of the UNet, convolutions included; the rest is what the command says."""
+    from diffusers import LCMScheduler
+
+    updates = {n: u for n, u in new(model, alpha=0.5)[1].items() if n.startswith("unet.")}
+    lora.save(tmp_path / "pytorch_lora_weights.safetensors", updates, "kohya")
+    flags = ["--model", model, "--adapter", tmp_path, "--prompt", PROMPT, "--output", tmp_path / "x.png"]
+    flags += ["--scheduler", "lcm", "--steps", 4, "--guidance_scale", 1, "--seed", 3, "--device", "cpu"]
+    run.run(cli.parse_sample(list(map(str, flags))))
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.load_lora_weights(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe(PROMPT, num_inference_steps=4, guidance_scale=1, generator=generator).images[0]
+    assert psnr(Image.open(tmp_path / "x.png"), expected) >= 50
