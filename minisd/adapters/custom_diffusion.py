@@ -40,14 +40,6 @@ class CustomLinear(nn.Linear):
     prompt.
     """
 
-    @classmethod
-    def of(cls, base: nn.Linear, *, first_token: bool) -> CustomLinear:
-        self = cls(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias, self.first_token = base.weight, base.bias, first_token
-        self.custom = nn.Parameter(base.weight.detach().float().clone())
-        self.custom_bias = None if base.bias is None else nn.Parameter(base.bias.detach().float().clone())
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.custom_bias is None else self.custom_bias.to(self.weight.dtype)
         y = F.linear(x, self.custom.to(self.weight.dtype), bias)  # (b, s, d)
@@ -57,17 +49,22 @@ class CustomLinear(nn.Linear):
 
 
 def insert(unet: UNet, projections: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Replace these projections of every cross-attention; returns what trains, by the names of the file."""
+    """Make these projections of every cross-attention trainable; returns what trains, by the names of the
+    file. Each keeps its name and its tensors: only its class changes."""
     parameters = {}
-    for name, attention in list(unet.named_modules()):
+    for name, attention in unet.named_modules():
         for projection in projections if name.endswith(".attn2") else ():
-            base = attention.get_submodule(projection)
-            layer = CustomLinear.of(base, first_token=projection not in KEYS_AND_VALUES)
-            attention.set_submodule(projection, layer)
-            parameters[f"{stem(f'{name}.{projection}')}.weight"] = layer.custom
-            if layer.custom_bias is not None:
-                parameters[f"{stem(f'{name}.{projection}')}.bias"] = layer.custom_bias
+            layer, key = attention.get_submodule(projection), stem(f"{name}.{projection}")
+            layer.__class__, layer.first_token = CustomLinear, projection not in KEYS_AND_VALUES
+            parameters[f"{key}.weight"] = layer.custom = _trainable(layer.weight)
+            layer.custom_bias = None
+            if layer.bias is not None:
+                parameters[f"{key}.bias"] = layer.custom_bias = _trainable(layer.bias)
     return parameters
+
+
+def _trainable(base: Tensor) -> nn.Parameter:
+    return nn.Parameter(base.detach().float().clone())
 
 
 def stem(name: str) -> str:
