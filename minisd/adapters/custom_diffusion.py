@@ -3,7 +3,7 @@
 The file has the whole trained matrices, as diffusers writes them:
 `down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`. The authors' own are read too: {"unet":
 {"down_blocks.0. ... .attn2.to_k.weight": ...}, "modifier_token": {"<new1>": (d,)}}, whose matrices may be
-{"u": ..., "v": ...} with u v the change; and those of their CompVis branch, with the words' rows in "embed".
+{"u": ..., "v": ...} with u v the change; and those of their CompVis branch, with the tokens' rows in "embed".
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ WORDS, EMBED = "modifier_token.", "embed"
 class CustomLinear(nn.Linear):
     """A projection with its base weights kept beside the trained ones, `custom` and `custom_bias`, in fp32.
 
-    No gradient comes from the first of the tokens that keys and values are made of: it is the same in every
-    prompt.
+    Keys and values have no gradient from the first token, which is the same in every prompt.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def _trainable(base: Tensor) -> nn.Parameter:
 
 
 def stem(name: str) -> str:
-    """The beginning of the file's names for a projection."""
+    """What the file's names for a projection begin with."""
     return re.sub(r"\.attn2\.(\w+)", r".attn2.processor.\1_custom_diffusion", name)
 
 
