@@ -16,7 +16,6 @@ from torch import Tensor
 
 from minisd import files
 from minisd.formats import single_file
-from minisd.formats.parts import some
 from minisd.models.unet import UNetConfig
 
 # What may come before a module's path with its dots, or with underscores instead.
@@ -123,8 +122,9 @@ def group(
         elif (name := stems[stem]) is not None:
             modules.setdefault(name, {})[kind] = tensor
     if unknown:
+        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise ValueError(
-            f"{source}: {len(unknown)} of its {len(tensors)} keys are unknown or unsupported: {some(unknown)}"
+            f"{source}: {len(unknown)} of its {len(tensors)} keys are unknown or unsupported: {shown}"
         )
     if not modules:
         raise ValueError(f"{source}: none of its {len(tensors)} keys belongs to a module of this model")
