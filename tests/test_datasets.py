@@ -18,7 +18,7 @@ from minisd.data.custom import ClassPictures, CustomConcepts, read_classes, read
 from minisd.data.datasets import Captioned, Example, InstancePictures, PartView, Prior, View, center, cover
 from minisd.data.pairs import Conditioned, EditPairs
 from minisd.training.distributed import Processes
-from minisd.training.latents import cache_latents
+from minisd.training.loop import cache_latents
 
 SIZES = [(40, 31), (31, 40), (32, 32), (57, 20), (20, 57), (33, 32)]
 FILTERS = {

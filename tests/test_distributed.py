@@ -26,7 +26,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoint-4" / "trained.safetensors")
 
 
-@pytest.mark.parametrize("method", ["textual_inversion", "text_to_image"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("textual_inversion", marks=pytest.mark.slow), "text_to_image"]
+)
 def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
     flags = ["--model", model, "--data", captioned if method == "text_to_image" else cat]
     flags += ["--resolution", 32, "--max_train_steps", 4, "--gradient_accumulation_steps", 2, "--scale_lr"]

@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.training import loop
+from minisd.training.run_folder import RunFolder
+from tests import pairs
 from tests.pairs import assert_gradients, built, pipeline, theirs_of, train
 from tests.test_sample import draw_theirs, psnr
 
@@ -186,7 +189,8 @@ def test_pipelines_that_open_in_diffusers(options, method, flags):
 def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, tmp_path):
     flags = ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>", "--initializer_token", "dog"]
     o = options("custom_diffusion", *flags, "--freeze_model", freeze_model)
-    assert train("custom_diffusion", o) == 0
+    m = pairs.new("custom_diffusion", o)
+    assert loop.train(m, RunFolder("custom_diffusion", o)) == 0
     names = set(load_file(o.output_dir / "pytorch_custom_diffusion_weights.safetensors"))
     kinds = {n.partition(".processor.")[2] for n in names}
     expected = {"to_k_custom_diffusion.weight", "to_v_custom_diffusion.weight"}
@@ -194,7 +198,8 @@ def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, tmp_p
         expected |= {"to_q_custom_diffusion.weight"}
         expected |= {"to_out_custom_diffusion.0.weight", "to_out_custom_diffusion.0.bias"}
     assert kinds == expected
-    assert train("custom_diffusion", replace(o, no_safe_serialization=True, output_dir=tmp_path / "bin")) == 0
+    m.options = replace(o, no_safe_serialization=True)
+    m.save(tmp_path / "bin")
     prompt, size = "a <new1> cat", Settings(width=32, height=32, steps=8)
     pipe = pipeline(model)
     pipe.load_textual_inversion(str(tmp_path / "bin"), weight_name="<new1>.bin")

@@ -1,17 +1,17 @@
 """The training loop, the same for every method."""
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from tqdm import tqdm
 
 from minisd.data.batches import Stream, batches
 from minisd.methods._base import Method
 from minisd.options import Training
 from minisd.training import checkpoint, trackers
 from minisd.training.distributed import Processes
-from minisd.training.interrupt import Interrupt
-from minisd.training.latents import cache_latents
 from minisd.training.run_folder import Log, RunFolder
 from minisd.training.step import Trainer
 from minisd.training.validation import validate
@@ -125,3 +125,34 @@ def end(trainer: Trainer, folder: RunFolder, stopped: bool) -> None:
         trainer.method.save(folder.path)
         folder.save_image(trainer.step, "result", trainer.method.preview(final=True), "result.png")
     print(f"saved to {folder.path}; {folder.path / 'result.png'} shows what it learned")
+
+
+def cache_latents(stream: Stream, encode: Callable, batch_size: int, processes: Processes) -> None:
+    """Encode every view of every image once, each process its share. Mean and deviation are kept, so that
+    each use samples anew."""
+    moments = {}
+    parts = stream.views(batch_size)[processes.rank :: processes.world]
+    for part in tqdm(parts, desc="encoding pictures", leave=False, disable=not processes.first):
+        mean, std = encode(torch.stack([stream.dataset.pixels(view) for view in part]))
+        moments.update(zip(part, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
+    for shared in processes.gather(moments):
+        stream.moments.update(shared)
+
+
+class Interrupt:
+    """While it is active, the first SIGINT or SIGTERM only asks to stop; a second one stops at once."""
+
+    def __enter__(self) -> "Interrupt":
+        self.signal: int | None = None
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this update; a second signal stops at once", file=sys.stderr)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
