@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from minisd import noise
-from minisd.data import buckets, sources
-from minisd.data.batches import Bucketed, Shuffled, Stream, batches
-from minisd.data.custom import ClassPictures, CustomConcepts, read_classes, read_concepts, read_instances
-from minisd.data.datasets import Captioned, Example, InstancePictures, PartView, Prior, View, center, cover
-from minisd.data.pairs import Conditioned, EditPairs
+from minisd.data.concepts import ClassPictures, CustomConcepts, read_classes, read_concepts, read_instances
+from minisd.data.crop import View, bucket_shapes, center, cover, nearest_shape
+from minisd.data.datasets import Captioned, Conditioned, EditPairs, Example, Prior
+from minisd.data.order import Bucketed, Shuffled, Stream, batches
+from minisd.data.source import Source, read
 from minisd.training.distributed import Processes
 from minisd.training.loop import cache_latents
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(folder):
-    return sources.read(folder, flag="--data")
+    return read(folder, flag="--data")
 
 
 def seeded(seed=0):
@@ -140,7 +140,7 @@ def test_views_are_all_there_can_be(source):
     drawn = {only(data, i, s).view for i in range(6) for s in range(20)}
     assert set(views) == drawn and len(views) == len(set(views)) == 12
     # Where nothing is left over there is nothing to draw.
-    squares = sources.Source("", "--data", source.records[2:3])
+    squares = Source("", "--data", source.records[2:3])
     assert len(Captioned(squares, resolution=16).views()) == 1
     assert Captioned(source, resolution=16).views() is None
 
@@ -154,7 +154,7 @@ def test_captions_are_left_out(source):
 
 def test_one_of_several_captions_is_drawn(source):
     record = replace(source.records[0], texts={"text": ["one", "two"]})
-    data = Captioned(sources.Source("", "--data", (record,)), resolution=8)
+    data = Captioned(Source("", "--data", (record,)), resolution=8)
     assert Counter(only(data, 0, s).prompt for s in range(200)).keys() == {"one", "two"}
 
 
@@ -164,10 +164,10 @@ def test_pictures_without_text(source):
 
 
 def test_instances_have_one_prompt_or_their_own(source, cat):
-    plain = sources.read(cat, flag="--data")
-    data = InstancePictures(plain, "a photo of sks cat", resolution=16)
+    plain = read(cat, flag="--data")
+    data = Captioned(plain, prompt="a photo of sks cat", resolution=16)
     assert {only(data, i).prompt for i in range(5)} == {"a photo of sks cat"}
-    assert only(InstancePictures(source, "p", resolution=16), 2).prompt == "caption 2"
+    assert only(Captioned(source, prompt="p", resolution=16), 2).prompt == "caption 2"
     with pytest.raises(ValueError, match="--caption_column"):
         Captioned(plain, resolution=16)
 
@@ -203,7 +203,7 @@ class Fixed:
         return [View(i) for i in range(self.n)]
 
     def pixels(self, view):
-        return torch.full((3, 2, 2), float(view.path))
+        return torch.full((3, 2, 2), float(view.record))
 
     def extras(self, view):
         return {}
@@ -226,7 +226,7 @@ def test_prior_weights_make_the_two_means():
 def test_prior_keeps_the_views_of_both_apart():
     data = Prior(Fixed(2, "a"), Fixed(3, "b"), 1.0)
     views = data.views()
-    assert len(set(views)) == 5 and PartView(0, View(1)) in views and PartView(1, View(1)) in views
+    assert len(set(views)) == 5 and View(1, part=0) in views and View(1, part=1) in views
     assert Prior(Fixed(2, "a"), NoViews(3, "b"), 1.0).views() is None
 
 
@@ -259,7 +259,7 @@ def edits(folder, tmp_path_factory):
     for i in range(len(SIZES)):
         lines.append(f"{folder}/c{i}.png,{folder}/{i}.png,edit {i}")
     (path / "metadata.csv").write_text("\n".join(lines))
-    return sources.read(path, flag="--data")
+    return read(path, flag="--data")
 
 
 @pytest.mark.parametrize("center_crop", [False, True])
@@ -314,7 +314,7 @@ def test_custom_concepts_equal_the_description(source):
     for seed in range(600):
         example = only(data, seed % 6, seed)
         view, prompt = example.view, example.prompt
-        side, number = view.size[0], view.path
+        side, number = view.size[0], view.record
         assert view.size == (side, side)
         sides.append(side)
         flips += view.flipped
@@ -396,9 +396,6 @@ def test_concepts_and_their_classes(tmp_path, folder):
     assert [r.texts["text"] for r in instances.records] == ["a <new0> cat"] * 2 + ["a <new1> dog"] * 2
     classes = read_classes(concepts, flag="--concepts_list")
     assert [r.texts["text"] for r in classes.records] == ["cat", "cat", "a dog runs", "a dog sleeps"]
-    assert len(read_classes(concepts, flag="--concepts_list", at_least=2)) == 4
-    with pytest.raises(ValueError, match="cats has 2 pictures, fewer than the 3"):
-        read_classes(concepts, flag="--concepts_list", at_least=3)
     data = Prior(CustomConcepts(instances, resolution=32), ClassPictures(classes, resolution=32), 1.0)
     batch = next(batches(Stream(data, 0), first=0, count=1, batch_size=4))
     assert batch["pixels"].shape == (8, 3, 32, 32) and batch["mask"].shape == (8, 1, 4, 4)
@@ -440,24 +437,24 @@ def test_bucket_shapes_at_512():
     wide = [(512, 512), (576, 448), (640, 384), (704, 320), (768, 320), (832, 256), (896, 256), (960, 256),
             (1024, 256)]  # fmt: skip
     expected = set(wide) | {(h, w) for w, h in wide}
-    assert set(buckets.sizes(512)) == expected
+    assert set(bucket_shapes(512)) == expected
     for resolution, step in ((64, 8), (512, 64), (768, 64), (256, 64), (320, 64)):
-        for w, h in buckets.sizes(resolution, step):
+        for w, h in bucket_shapes(resolution, step):
             assert w % step == 0 and h % step == 0 and w * h <= resolution**2
             assert resolution / 2 <= min(w, h) and max(w, h) <= 2 * resolution
     with pytest.raises(ValueError, match="^--bucket"):
-        buckets.sizes(32)
+        bucket_shapes(32)
 
 
 def test_bucket_of_a_picture():
-    known = buckets.sizes(512)
-    assert buckets.assign((512, 512), known) == (512, 512)
-    assert buckets.assign((300, 300), known) == (512, 512)
-    assert buckets.assign((704, 320), known) == (704, 320)
-    assert buckets.assign((64, 64), [(32, 32), (64, 64)]) == (64, 64)  # its own size, not only its shape
+    known = bucket_shapes(512)
+    assert nearest_shape((512, 512), known) == (512, 512)
+    assert nearest_shape((300, 300), known) == (512, 512)
+    assert nearest_shape((704, 320), known) == (704, 320)
+    assert nearest_shape((64, 64), [(32, 32), (64, 64)]) == (64, 64)  # its own size, not only its shape
     for size in ((1000, 400), (333, 777), (4000, 3000)):
         best = min(abs(size[0] / size[1] - w / h) for w, h in known)
-        w, h = buckets.assign(size, known)
+        w, h = nearest_shape(size, known)
         assert math.isclose(abs(size[0] / size[1] - w / h), best)
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd.data import sources
-from minisd.data.datasets import Captioned
-from minisd.data.pairs import EditPairs
+from minisd.data import source
+from minisd.data.datasets import Captioned, EditPairs
 
 
 def picture(path, color="red", size=(12, 10)):
@@ -29,11 +28,11 @@ def two(tmp_path):
 
 
 def read(folder, **kwargs):
-    return sources.read(folder, flag="--data", **kwargs)
+    return source.read(folder, flag="--data", **kwargs)
 
 
-def captions(source, column="text"):
-    return {record.name: record.texts.get(column) for record in source.records}
+def captions(data, column="text"):
+    return {record.name: record.texts.get(column) for record in data.records}
 
 
 def fails(folder, *words, **kwargs):
@@ -58,9 +57,9 @@ def test_csv(two):
 def test_jsonl_with_several_captions_and_columns(two):
     rows = [{"file_name": f"{n}.png", "additional_feature": [n, n * 2], "n": 1} for n in "ab"]
     (two / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    source = read(two)
-    assert source.columns == ["image", "additional_feature", "n"]
-    drawn = {source.caption(0, "additional_feature", torch.Generator().manual_seed(i)) for i in range(20)}
+    data = read(two)
+    assert data.columns == ["image", "additional_feature", "n"]
+    drawn = {data.caption(0, "additional_feature", torch.Generator().manual_seed(i)) for i in range(20)}
     assert drawn == {"a", "aa"}
 
 
@@ -85,24 +84,24 @@ def test_sidecars(two):
     (two / "a.txt").write_text(" with a .txt\n")
     (two / "b.caption").write_text("with a .caption")
     (two / "c.txt").write_text("nobody's")
-    source = read(two)
-    assert captions(source) == {"a.png": "with a .txt", "b.png": "with a .caption"}
-    assert source.skipped == ("c.txt: no picture of that name",)
+    data = read(two)
+    assert captions(data) == {"a.png": "with a .txt", "b.png": "with a .caption"}
+    assert data.skipped == ("c.txt: no picture of that name",)
 
 
 def test_kohya_s_folders(tmp_path):
     for name in ("3_sks dog/a.png", "3_sks dog/b.png", "1_cat/c.png", "0_off/d.png"):
         picture(tmp_path / name)
     (tmp_path / "3_sks dog" / "a.txt").write_text("own words")
-    source = read(tmp_path)
-    assert captions(source) == {
+    data = read(tmp_path)
+    assert captions(data) == {
         "1_cat/c.png": "cat",
         "3_sks dog/a.png": "own words",
         "3_sks dog/b.png": "sks dog",
     }
-    assert source.places == [0, 1, 1, 1, 2, 2, 2]
-    assert len(Captioned(source, resolution=8)) == 7
-    assert source.skipped == ("0_off: repeated 0 times",) and "7 in an epoch" in source.summary()
+    assert data.epoch == [0, 1, 1, 1, 2, 2, 2]
+    assert len(Captioned(data, resolution=8)) == 7
+    assert data.skipped == ("0_off: repeated 0 times",) and "7 in an epoch" in data.summary()
 
 
 def test_the_nearest_metadata_counts(two):
@@ -128,11 +127,11 @@ def test_controlnet_s_lines(tmp_path):
         picture(tmp_path / name)
     row = {"source": "source/0.png", "target": "target/0.png", "prompt": "P"}
     (tmp_path / "prompt.json").write_text(json.dumps(row) + "\n")
-    source = read(tmp_path)
-    assert source.columns == ["source", "target", "prompt"]
-    assert source.column("image", flag="--image_column", of="pictures") == "target"
-    assert source.column("conditioning_image", flag="-", of="pictures") == "source"
-    assert source.column("text", flag="--caption_column") == "prompt"
+    data = read(tmp_path)
+    assert data.columns == ["source", "target", "prompt"]
+    assert data.column("image", flag="--image_column", of="pictures") == "target"
+    assert data.column("conditioning_image", flag="-", of="pictures") == "source"
+    assert data.column("text", flag="--caption_column") == "prompt"
 
 
 def test_somebody_s_prompt_json_is_no_metadata(two):
@@ -238,8 +237,8 @@ def test_bad_pictures(two, content):
     whole = (two / "a.png").read_bytes()
     (two / "b.png").write_bytes(content or whole[: len(whole) // 2])
     fails(two, "b.png", "--skip_bad_images")
-    source = read(two, skip_bad_images=True)
-    assert [r.name for r in source.records] == ["a.png"] and "b.png" in source.skipped[0]
+    data = read(two, skip_bad_images=True)
+    assert [r.name for r in data.records] == ["a.png"] and "b.png" in data.skipped[0]
     (two / "a.png").write_bytes(b"")
     fails(two, "none of the 2", skip_bad_images=True)
 
@@ -262,7 +261,7 @@ def test_pictures_without_captions(two):
         Captioned(read(two), resolution=8)
     (two / "a.txt").unlink()
     (two / "metadata.jsonl").write_text('{"file_name": "a.png", "n": 1}\n{"file_name": "b.png", "n": []}')
-    with pytest.raises(ValueError, match="^--caption_column n: .*a.png is no text.*1"):
+    with pytest.raises(ValueError, match="^--caption_column n: .*a.png is not text or texts: 1"):
         Captioned(read(two), resolution=8, caption_column="n")
 
 
@@ -281,36 +280,41 @@ def test_unequal_pairs(tmp_path):
 # The package `datasets`
 
 
+def read_dataset(name, **kwargs):
+    return source.read(name, flag="--dataset_name", **kwargs)
+
+
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"^--dataset_name a/b .*pip install 'minisd\[datasets\]'$"):
-        sources.read_dataset("a/b")
+        read_dataset("a/b")
 
 
 def test_a_plain_folder_needs_no_package(two, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert len(sources.read_dataset(str(two))) == 2
+    assert len(read_dataset(str(two))) == 2
 
 
 def test_from_options(two, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    common = {"skip_bad_images": False, "seed": 0}
-    hub = {"dataset_config_name": None, "max_train_samples": 1}
-    folder = types.SimpleNamespace(data=two, **common)
-    assert len(sources.from_options(folder)) == 2
-    one = types.SimpleNamespace(data=two, dataset_name=None, **common, **hub)
-    assert len(sources.from_options(one)) == 1
-    named = types.SimpleNamespace(data=None, dataset_name="a/b", **common, **hub)
+
+    def read_options(data=None, dataset_name=None, max_train_samples=None):
+        options = {"data": data, "dataset_name": dataset_name, "max_train_samples": max_train_samples}
+        common = {"dataset_config_name": None, "skip_bad_images": False, "seed": 0}
+        return source.from_options(types.SimpleNamespace(**options, **common), cache_dir=None)
+
+    assert len(read_options(two)) == 2
+    assert len(read_options(two, max_train_samples=1)) == 1
     with pytest.raises(ValueError, match="^--dataset_name a/b needs"):
-        sources.from_options(named)
-    (two / "notes.parquet").write_bytes(b"")  # beside pictures it is nobody's
-    assert len(sources.from_options(folder)) == 2
-    only = types.SimpleNamespace(data=two / "only", **common)
-    only.data.mkdir()
-    (only.data / "x.parquet").write_bytes(b"")
-    for path in (only.data, only.data / "x.parquet"):
+        read_options(dataset_name="a/b")
+    (two / "notes.parquet").write_bytes(b"")  # beside pictures it is ignored
+    assert len(read_options(two)) == 2
+    only = two / "only"
+    only.mkdir()
+    (only / "x.parquet").write_bytes(b"")
+    for path in (only, only / "x.parquet"):
         with pytest.raises(ValueError, match="^--data .* needs the package"):
-            sources.from_options(types.SimpleNamespace(data=path, **common))
+            read_options(path)
 
 
 class Table:
@@ -366,16 +370,16 @@ def package(monkeypatch):
 
 
 def test_a_dataset_of_the_hub(package):
-    source = sources.read_dataset("a/b", config="c", cache_dir="d")
+    data = read_dataset("a/b", config="c", cache_dir="d")
     assert package.calls == [(("a/b", "c"), {"split": "train", "cache_dir": "d"})]
-    assert source.columns == ["image", "text", "tags"] and captions(source)["row 3"] == "t3"
-    assert source.open(1, "image").getpixel((0, 0)) == (255, 0, 0)
-    assert source.records[0].sizes == {"image": (12, 10)}
+    assert data.columns == ["image", "text", "tags"] and captions(data)["row 3"] == "t3"
+    assert data.open(1, "image").getpixel((0, 0)) == (255, 0, 0)
+    assert data.records[0].sizes == {"image": (12, 10)}
     with pytest.raises(ValueError, match="^--caption_column x: a/b .* image, text, tags$"):
-        Captioned(source, resolution=8, caption_column="x")
+        Captioned(data, resolution=8, caption_column="x")
     with pytest.raises(ValueError, match=r"^--dataset_name gone: Dataset 'gone' doesn't exist$"):
-        sources.read_dataset("gone")
-    drawn = [sources.read_dataset("a/b", max_samples=2, seed=seed).records for seed in range(6)]
+        read_dataset("gone")
+    drawn = [read_dataset("a/b", max_samples=2, seed=seed).records for seed in range(6)]
     assert len({tuple(r.name for r in records) for records in drawn}) > 1
     for records in drawn:
         assert [r.texts["text"] for r in records] == [f"t{r.name[-1]}" for r in records]
@@ -386,9 +390,9 @@ def test_bad_pictures_of_a_dataset(package):
     package.rows[2]["image"] = {"bytes": b"x", "path": None}
     package.rows[3]["image"] = None
     with pytest.raises(ValueError, match="^--dataset_name: row 2, column image is not a picture; --skip_bad"):
-        sources.read_dataset("a/b")
-    source = sources.read_dataset("a/b", skip_bad_images=True)
-    assert len(source) == 2 and source.skipped[1] == "row 3, column image is empty"
+        read_dataset("a/b")
+    data = read_dataset("a/b", skip_bad_images=True)
+    assert len(data) == 2 and data.skipped[1] == "row 3, column image is empty"
 
 
 def test_real_datasets(tmp_path):
@@ -407,7 +411,7 @@ def test_real_datasets(tmp_path):
     for name, value in (("cells", {"bytes": content, "path": None}), ("raw", content)):
         pyarrow.parquet.write_table(pa.table({"image": [value], "text": ["A"]}), tmp_path / f"{name}.parquet")
     for name in ("saved", "dict", "x.parquet", "cells.parquet", "raw.parquet"):
-        source = sources.read_dataset(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
-        assert captions(source) == {"row 0": "A"} and source.open(0, "image").size == (12, 10)
+        data = read_dataset(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        assert captions(data) == {"row 0": "A"} and data.open(0, "image").size == (12, 10)
     with pytest.raises(ValueError, match="^--dataset_name: there is no .*y.parquet"):
-        sources.read_dataset(str(tmp_path / "y.parquet"))
+        read_dataset(str(tmp_path / "y.parquet"))

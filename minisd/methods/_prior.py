@@ -26,12 +26,12 @@ class Method(Method):
         return self.captioned(source, self.options.instance_prompt)
 
     def dataset(self):
-        from minisd.data import datasets, sources
+        from minisd.data import datasets, source
 
         o, instances = self.options, super().dataset()
         if o.with_prior_preservation:
-            pictures = sources.read(o.class_data_dir, flag="--class_data_dir")
-            classes = datasets.InstancePictures(pictures, o.class_prompt, **self.shown())
+            pictures = source.read(o.class_data_dir, flag="--class_data_dir")
+            classes = datasets.Captioned(pictures, prompt=o.class_prompt, **self.shown())
             self.data = datasets.Prior(instances, classes, o.prior_loss_weight)
         return self.data
 

@@ -73,10 +73,10 @@ class Method(Method):
         return self.sd.parts | {"controlnet": self.controlnet}
 
     def examples(self, source):
-        from minisd.data import pairs
+        from minisd.data import datasets
 
         o = self.options
-        return pairs.Conditioned(
+        return datasets.Conditioned(
             source,
             resolution=o.resolution,
             conditioning_column=o.conditioning_image_column,

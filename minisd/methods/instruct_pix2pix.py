@@ -57,10 +57,10 @@ class Method(Method):
         return super().insert(sd)
 
     def examples(self, source):
-        from minisd.data import pairs
+        from minisd.data import datasets
 
         o = self.options
-        return pairs.EditPairs(
+        return datasets.EditPairs(
             source,
             resolution=o.resolution,
             center_crop=o.center_crop,
