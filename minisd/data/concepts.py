@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minisd.data import crop, draws, images, source, tables
+from minisd import noise
+from minisd.data import crop, images, source, tables
 from minisd.data.crop import View
 from minisd.data.datasets import Captioned, Example
 from minisd.data.source import Record, Source
@@ -124,22 +125,22 @@ class CustomConcepts(Captioned):
         full = self.resolution
         if not self.augment:
             return full
-        if draws.chance(0.66, generator):
-            return draws.between(full // 3, full, generator)
-        return draws.between(int(1.2 * full), int(1.4 * full) - 1, generator)
+        if noise.chance(0.66, generator):
+            return noise.between(full // 3, full, generator)
+        return noise.between(int(1.2 * full), int(1.4 * full) - 1, generator)
 
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         record, full = self.epoch[index], self.resolution
         prompt = self.draw_prompt(record, generator)
         side = self.draw_side(generator)
         margin = abs(full - side)
-        left, top = draws.between(0, margin, generator), draws.between(0, margin, generator)
+        left, top = noise.between(0, margin, generator), noise.between(0, margin, generator)
         if side <= full:  # the box of a smaller one reaches beyond it
             left, top = -left, -top
         if side < 0.6 * full:
-            prompt = draws.choice(FAR, generator) + prompt
+            prompt = noise.choice(FAR, generator) + prompt
         elif side > full:
-            prompt = draws.choice(NEAR, generator) + prompt
+            prompt = noise.choice(NEAR, generator) + prompt
         box = left, top, left + full, top + full
         return [Example(view=View(record, self.draw_flip(generator), (side, side), box), prompt=prompt)]
 

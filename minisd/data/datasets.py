@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minisd.data import crop, draws, images
+from minisd import noise
+from minisd.data import crop, images
 from minisd.data.crop import INTERPOLATION, Box, View
 from minisd.data.source import Source
 from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
@@ -44,10 +45,11 @@ class Captioned:
 
     A record without a caption has `prompt`, if that is given (one of them is drawn, if it is several); with
     caption_column=None every record has. A caption is left empty with probability `caption_dropout`.
-    ValueError, naming the flag, for a column that is missing.
+    `pair_column` holds a second picture of each record. ValueError, naming the flag, for a column that is
+    missing and for a pair with different aspect ratios.
     """
 
-    IMAGE_FLAG, CAPTION_FLAG = "--image_column", "--caption_column"
+    IMAGE_FLAG, CAPTION_FLAG, PAIR_FLAG = "--image_column", "--caption_column", ""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Captioned:
         caption_dropout: float = 0.0,
         caption_column: str | None = "text",
         image_column: str = "image",
+        pair_column: str | None = None,
         prompt: str | Sequence[str] | None = None,
         bucket: bool = False,
         step: int = 64,
@@ -73,6 +76,8 @@ class Captioned:
             self.caption_column = source.column(caption_column, flag=self.CAPTION_FLAG)
         self.source = source
         self.image_column = source.column(image_column, flag=self.IMAGE_FLAG, of="pictures")
+        if pair_column is not None:
+            self.pair_column = source.pair_column(pair_column, self.image_column, flag=self.PAIR_FLAG)
         self.epoch = source.epoch  # the record at each index
         self.flips = (False, True) if random_flip else (False,)
         self.caption_dropout = caption_dropout
@@ -99,7 +104,7 @@ class Captioned:
         prompt = self.prompt
         if self.caption_column is not None:
             prompt = self.source.caption(record, self.caption_column, generator)
-        dropped = self.caption_dropout and draws.chance(self.caption_dropout, generator)
+        dropped = self.caption_dropout and noise.chance(self.caption_dropout, generator)
         return "" if dropped else prompt
 
     def draw_view(self, record: int, generator: torch.Generator) -> View:
@@ -107,12 +112,12 @@ class Captioned:
         box = self.fixed_box(record)
         if box is None:
             (w, h), (tw, th) = self.sizes[record], self.shapes[record]
-            left, top = draws.between(0, w - tw, generator), draws.between(0, h - th, generator)
+            left, top = noise.between(0, w - tw, generator), noise.between(0, h - th, generator)
             box = left, top, left + tw, top + th
         return View(record, self.draw_flip(generator), self.sizes[record], box)
 
     def draw_flip(self, generator: torch.Generator) -> bool:
-        return draws.choice(self.flips, generator)
+        return noise.choice(self.flips, generator)
 
     def fixed_box(self, record: int) -> Box | None:
         """Where the picture of a record is cut, or None if that is drawn."""
@@ -200,7 +205,7 @@ class ConceptPictures(Captioned):
         return super().draw_prompt(record, generator).replace("{}", self.token)
 
     def draw_flip(self, generator: torch.Generator) -> bool:
-        return draws.chance(self.flip_p, generator)
+        return noise.chance(self.flip_p, generator)
 
     def open(self, record: int, column: str) -> Image.Image:
         image = super().open(record, column)
@@ -208,59 +213,47 @@ class ConceptPictures(Captioned):
 
 
 class Conditioned(Captioned):
-    """ControlNet's pictures, each with its conditioning image as the extra "conditioning", (3, h, w) in [0,
-    1]: the shorter side resized, the centred square cut out of both, nothing flipped. ValueError, naming the
-    flag, for a column that is missing and for a pair with different aspect ratios."""
+    """ControlNet's pictures, each with its conditioning image as the extra "conditioning", (3, h, w) in
+    [0, 1]: the centred square cut out of both, nothing flipped."""
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        resolution: int,
-        conditioning_column: str = "conditioning_image",
-        **kwargs: Any,
-    ):
-        super().__init__(source, resolution=resolution, center_crop=True, **kwargs)
-        flag = "--conditioning_image_column"
-        self.conditioning_column = source.pair_column(conditioning_column, self.image_column, flag=flag)
+    PAIR_FLAG = "--conditioning_image_column"
+
+    def __init__(self, source: Source, *, conditioning_column: str = "conditioning_image", **kwargs: Any):
+        super().__init__(source, center_crop=True, pair_column=conditioning_column, **kwargs)
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        return {"conditioning": self.tensor(view, self.conditioning_column) / 2 + 0.5}
+        return {"conditioning": self.tensor(view, self.pair_column) / 2 + 0.5}
 
 
 class EditPairs(Captioned):
-    """InstructPix2Pix's pictures after the edit, each with the one before it as the extra "original", (3, h,
-    w) in [-1, 1]: both squashed to a square, or with `center_crop` cut to one; both flipped or neither.
-    ValueError, naming the flag, for a column that is missing and for a pair with different aspect ratios."""
+    """InstructPix2Pix's pictures after the edit, each with the one before it as the extra "original",
+    (3, h, w) in [-1, 1]: both squashed to a square, or with `center_crop` cut to one; both flipped or
+    neither."""
 
     IMAGE_FLAG, CAPTION_FLAG = "--edited_image_column", "--edit_prompt_column"
+    PAIR_FLAG = "--original_image_column"
 
     def __init__(
         self,
         source: Source,
         *,
-        resolution: int,
         center_crop: bool = False,
-        random_flip: bool = False,
         original_column: str = "input_image",
         edited_column: str = "edited_image",
         prompt_column: str = "edit_prompt",
+        **kwargs: Any,
     ):
+        columns = {
+            "image_column": edited_column,
+            "caption_column": prompt_column,
+            "pair_column": original_column,
+        }
         super().__init__(
-            source,
-            resolution=resolution,
-            center_crop=True,
-            random_flip=random_flip,
-            squash=not center_crop,
-            interpolation="bicubic",
-            caption_column=prompt_column,
-            image_column=edited_column,
+            source, center_crop=True, squash=not center_crop, interpolation="bicubic", **columns, **kwargs
         )
-        flag = "--original_image_column"
-        self.original_column = source.pair_column(original_column, self.image_column, flag=flag)
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        return {"original": self.tensor(view, self.original_column)}
+        return {"original": self.tensor(view, self.pair_column)}
 
 
 class Prior:

@@ -66,11 +66,9 @@ class Bucketed:
         if self._cycle is None or self._cycle[0] != cycle:
             generator = noise.generator(self.seed, "buckets", cycle)
             rounds = self.owner[torch.randperm(len(self.owner), generator=generator)]  # (n,)
-            by_bucket = rounds.argsort(stable=True)
-            lengths = torch.tensor([len(m) for m in self.members])
-            first = (lengths.cumsum(0) - lengths)[rounds[by_bucket]]  # (n,) where its bucket begins there
-            earlier = torch.empty_like(rounds)
-            earlier[by_bucket] = torch.arange(len(rounds)) - first
+            earlier = torch.empty_like(rounds)  # (n,)
+            for bucket, members in enumerate(self.members):
+                earlier[rounds == bucket] = torch.arange(len(members))
             self._cycle = cycle, rounds, earlier
         return self._cycle[1][number].item(), self._cycle[2][number].item()
 

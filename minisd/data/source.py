@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd.data import draws, images, tables
+from minisd import noise
+from minisd.data import images, tables
 
 if TYPE_CHECKING:
     from minisd.options import Dataset
@@ -124,7 +125,7 @@ class Source:
     def caption(self, number: int, column: str, generator: torch.Generator) -> str:
         """The text of record `number`; if it has several, one of them is drawn."""
         text = self.records[number].texts[column]
-        return text if isinstance(text, str) else draws.choice(text, generator)
+        return text if isinstance(text, str) else noise.choice(text, generator)
 
     def with_prompt(self, prompt: str | Sequence[str], column: str = "text") -> Source:
         """The same records, with `prompt` as the text of those that have none."""
@@ -138,7 +139,7 @@ class Source:
         count = max(1, round(len(self) * share)) if share < 1 else int(share)
         if count >= len(self):
             raise ValueError(f"--validation_split {share:g} leaves none of {len(self)} examples to train on")
-        held_out = draws.subset(len(self), count, seed, "held out")
+        held_out = noise.subset(len(self), count, noise.generator(seed, "held out"))
         training = sorted(set(range(len(self))) - set(held_out))
         return tuple(replace(self, records=tuple(self.records[i] for i in n)) for n in (training, held_out))
 
@@ -203,6 +204,7 @@ def read(
     fit together, or, unless `skip_bad_images`, if a picture cannot be decoded.
     """
     path, skipped, hidden = Path(location), [], []
+    samples = noise.generator(seed, "samples")
     local = path.is_dir() or (isinstance(location, Path) and path.suffix != ".parquet")
     if local and not tables.needs_datasets(path):
         try:
@@ -210,7 +212,7 @@ def read(
             records, skipped, hidden = folder.records(), folder.skipped, folder.hidden
         except ValueError as e:
             raise ValueError(f"{flag}: {e}") from None
-        records = [records[i] for i in draws.subset(len(records), max_samples, seed, "samples")]
+        records = [records[i] for i in noise.subset(len(records), max_samples, samples)]
     else:
         pictures, texts = tables.load_dataset(str(location), config, cache_dir, flag=flag)
         records = [
@@ -219,7 +221,7 @@ def read(
                 pictures={c: tables.Cell(table, i, c) for c, table in pictures.items()},
                 texts={c: values[i] for c, values in texts.items()},
             )
-            for i in draws.subset(len(next(iter(pictures.values()))), max_samples, seed, "samples")
+            for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples)
         ]
     source = verified(str(location), records, flag=flag, skip_bad_images=skip_bad_images)
     return replace(source, skipped=(*skipped, *source.skipped), hidden=tuple(hidden))

@@ -97,10 +97,10 @@ def _csv(path: Path) -> Iterator[Row]:
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     except ImportError:
         raise ValueError(f"{path} needs pyarrow: pip install 'minisd[datasets]'") from None
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))

@@ -77,4 +77,4 @@ def _count(folder: Path) -> int:
     from minisd.data import images
 
     found = [f for f in (folder, folder / "images") if f.is_dir()]
-    return sum(len(images.list_images(f)[0]) for f in found)
+    return sum(len(images.list_images(f)) for f in found)
