@@ -7,7 +7,6 @@ from PIL import Image
 
 from minisd.data import images
 from minisd.data.datasets import ConceptPictures
-from minisd.data.order import Stream, batches
 from minisd.data.source import read
 
 
@@ -65,66 +64,8 @@ def test_folder_lists_what_it_passes_over(cat, tmp_path):
     assert "<cat>" in dataset.examples(1, torch.Generator())[0].prompt
 
 
-@pytest.mark.parametrize("content", [b"not a picture", None], ids=["text", "truncated"])
-def test_bad_pictures_are_named(cat, tmp_path, content):
-    good = sorted(cat.iterdir())[0].read_bytes()
-    (tmp_path / "good.png").write_bytes(good)
-    (tmp_path / "bad.png").write_bytes(content or good[: len(good) // 2])
-    with pytest.raises(ValueError, match="--data: .*bad.png"):
-        read(tmp_path, flag="--data")
-    source = read(tmp_path, flag="--data", skip_bad_images=True)
-    assert [r.name for r in source.records] == ["good.png"] and "bad.png" in source.skipped[0]
-
-
-def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(ValueError, match="--data: no picture"):
-        read(tmp_path, flag="--data")
-    with pytest.raises(ValueError, match="--data: there is no"):
-        read(tmp_path / "x", flag="--data")
-
-
 def test_a_caption_without_the_token_is_an_error(cat, tmp_path):
     (tmp_path / "0.png").write_bytes(sorted(cat.iterdir())[0].read_bytes())
     (tmp_path / "0.txt").write_text("a dog")
     with pytest.raises(ValueError, match="0.png.*a dog"):
         concept(tmp_path)
-
-
-def numbers(stream, **kwargs):
-    return [b["number"] for b in batches(stream, **kwargs)]
-
-
-def test_stream_is_a_function_of_the_seed_and_the_number(cat):
-    stream, again, other = (Stream(concept(cat), seed) for seed in (1, 1, 2))
-    assert len(stream.dataset) == 15
-    first = [stream[k][0] for k in range(40)]
-    for k in (33, 2, 17):  # in any order
-        assert torch.equal(again[k][0]["pixels"], first[k]["pixels"])
-        assert again[k][0]["prompt"] == first[k]["prompt"]
-    assert [other[k][0]["prompt"] for k in range(40)] != [s["prompt"] for s in first]
-    # Every epoch shows each picture as often as the others, in an order of its own.
-    orders = [
-        [stream.dataset.examples(i, torch.Generator())[0].view.record for i in stream_order(stream, e)]
-        for e in (0, 1)
-    ]
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-
-
-def stream_order(stream, epoch):
-    return stream.order.epoch(epoch).tolist()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_go_on_where_they_stopped(cat, workers):
-    stream = Stream(concept(cat), 0)
-    whole = list(batches(stream, first=0, count=6, batch_size=4, workers=workers))
-    rest = list(batches(stream, first=12, count=3, batch_size=4))
-    for a, b in zip(whole[3:], rest, strict=True):
-        assert a["prompt"] == b["prompt"] and torch.equal(a["pixels"], b["pixels"])
-
-
-def test_two_processes_share_a_batch(cat):
-    stream = Stream(concept(cat), 0)
-    one = numbers(stream, first=0, count=3, batch_size=4)
-    two = [numbers(stream, first=0, count=3, batch_size=2, rank=r, world=2) for r in (0, 1)]
-    assert [a + b for a, b in zip(*two, strict=True)] == one

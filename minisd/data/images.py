@@ -5,7 +5,9 @@ import itertools
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -19,6 +21,25 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # pictures that would fill the memory
 
 
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A picture in a dataset of the package `datasets`."""
+
+    table: Any
+    row: int
+    column: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}, column {self.column}"
+
+    def read_bytes(self) -> bytes:
+        """The encoded picture, as Path.read_bytes; nothing where the table has none."""
+        value = self.table[self.row][self.column] or b""
+        if isinstance(value, bytes):
+            return value
+        return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+
+
 def list_images(folder: Path) -> list[Path]:
     """The pictures in a folder, by name, without hidden files. ValueError if it is not a folder."""
     if not folder.is_dir():
@@ -27,11 +48,13 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
 
 
-def open_image(path: Path, content: bytes | None = None, behind: str = "white") -> Image.Image:
-    """An RGB image, turned as its EXIF says, with transparency laid on `behind`. ValueError if it is not one.
-    `content` is read instead of the file, if given; `path` is its name then."""
+def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "white") -> Image.Image:
+    """An RGB image, rotated as its EXIF says, with transparency laid on `behind`. ValueError, naming `path`,
+    if it is not one. `content` is read instead of the file, if it is given."""
     try:
-        file = path if content is None else io.BytesIO(content)
+        file = io.BytesIO(path.read_bytes() if content is None else content)
+        if not file.getbuffer():
+            raise ValueError("it is empty")
         with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = ImageOps.exif_transpose(image)

@@ -54,7 +54,7 @@ class Record:
     pictures in pixels, after their EXIF rotation; `repeats` is how often the record occurs in an epoch."""
 
     name: str
-    pictures: dict[str, Path | tables.Cell]
+    pictures: dict[str, Path | images.Cell]
     texts: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     repeats: int = 1
@@ -120,7 +120,7 @@ class Source:
 
     def open(self, number: int, column: str) -> Image.Image:
         """The RGB picture of record `number` in `column`."""
-        return _open(self.records[number].pictures[column])
+        return images.open_image(self.records[number].pictures[column])
 
     def caption(self, number: int, column: str, generator: torch.Generator) -> str:
         """The text of record `number`; if it has several, one of them is drawn."""
@@ -218,7 +218,7 @@ def read(
         records = [
             Record(
                 name=f"row {i}",
-                pictures={c: tables.Cell(table, i, c) for c, table in pictures.items()},
+                pictures={c: images.Cell(table, i, c) for c, table in pictures.items()},
                 texts={c: values[i] for c, values in texts.items()},
             )
             for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples)
@@ -234,7 +234,7 @@ def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bo
         try:
             for picture in record.pictures.values():
                 if picture not in sizes:
-                    sizes[picture] = _open(picture).size
+                    sizes[picture] = images.open_image(picture).size
         except ValueError as e:
             if not skip_bad_images:
                 raise ValueError(f"{flag}: {e}; --skip_bad_images goes on without it") from None
@@ -255,11 +255,6 @@ def join(sources: Sequence[Source]) -> Source:
         skipped=tuple(reason for s in sources for reason in s.skipped),
         hidden=tuple(name for s in sources for name in s.hidden),
     )
-
-
-def _open(picture: Path | tables.Cell) -> Image.Image:
-    """The decoded picture. ValueError, naming it, if it cannot be decoded."""
-    return images.open_image(picture) if isinstance(picture, Path) else picture.open()
 
 
 class _Folder:

@@ -4,11 +4,8 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from minisd.data import images
 
@@ -130,26 +127,6 @@ def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path
 
 
 # The package `datasets`
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """A picture in a dataset of the package `datasets`."""
-
-    table: Any
-    row: int
-    column: str
-
-    def __str__(self) -> str:
-        return f"row {self.row}, column {self.column}"
-
-    def open(self) -> Image.Image:
-        """The RGB picture. ValueError, naming it, if it cannot be decoded."""
-        value = self.table[self.row][self.column]
-        if value is None:
-            raise ValueError(f"{self} is empty")
-        content = value if isinstance(value, bytes) else value["bytes"]
-        return images.open_image(value["path"] if content is None else self, content)
 
 
 def needs_datasets(folder: Path) -> bool:
