@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from minisd.data.datasets import EditPairs
+
 SIZES = [(40, 31), (31, 40), (32, 32), (57, 20), (20, 57), (33, 32)]
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -78,3 +80,9 @@ def picture(path, color="red", size=(12, 10)):
 def captions(source, column="text"):
     """The text of each record by its name."""
     return {record.name: record.texts.get(column) for record in source.records}
+
+
+def edit_pairs(source, **kwargs):
+    """InstructPix2Pix's dataset, with the columns that are its defaults."""
+    columns = {"image_column": "edited_image", "caption_column": "edit_prompt", "pair_column": "input_image"}
+    return EditPairs(source, interpolation="bicubic", **columns | kwargs)

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from minisd.data.crop import View, center, cover
-from minisd.data.datasets import Captioned, Conditioned, EditPairs, Example, Prior
+from minisd.data.datasets import Captioned, Conditioned, Example, Prior
 from minisd.data.order import Stream, batches
 from minisd.data.source import Source, read
 from tests.data_helpers import (
     FILTERS,
     SIZES,
     assert_pixels,
+    edit_pairs,
     make_noise,
     noisy,
     only,
@@ -190,7 +191,9 @@ class NoViews(Fixed):
 
 
 def test_conditions_are_cut_like_their_pictures(source):
-    data = Conditioned(source, resolution=16, caption_dropout=0.5)
+    data = Conditioned(
+        source, resolution=16, center_crop=True, pair_column="conditioning_image", caption_dropout=0.5
+    )
     assert len(data.views()) == 6
     for i, size in enumerate(SIZES):
         view = only(data, i).view
@@ -213,7 +216,7 @@ def edits(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("center_crop", [False, True])
 def test_edits_are_squashed_or_cut_and_flipped_together(edits, center_crop):
-    data = EditPairs(edits, resolution=16, center_crop=center_crop, random_flip=True)
+    data = edit_pairs(edits, resolution=16, squash=not center_crop, center_crop=True, random_flip=True)
     seen = set()
     for i, size in enumerate(SIZES):
         example = only(data, i, i)

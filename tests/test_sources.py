@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from minisd.data import source
-from minisd.data.datasets import Captioned, EditPairs
-from tests.data_helpers import captions, picture
+from minisd.data.datasets import Captioned
+from tests.data_helpers import captions, edit_pairs, picture
 
 
 def read(folder, **kwargs):
@@ -230,7 +230,7 @@ def test_unknown_columns_are_listed(two):
     with pytest.raises(ValueError, match=r"^--image_column photo: .* image, caption, mood$"):
         Captioned(read(two), resolution=8, caption_column="mood", image_column="photo")
     with pytest.raises(ValueError, match="^--edited_image_column|^--edit_prompt_column"):
-        EditPairs(read(two), resolution=8)
+        edit_pairs(read(two), resolution=8)
 
 
 def test_pictures_without_captions(two):
@@ -252,6 +252,6 @@ def test_unequal_pairs(tmp_path):
         "input_image_file_name,edited_image_file_name,edit_prompt\na.png,b.png,P\n"
     )
     with pytest.raises(ValueError, match="unequal pair.*b.png is 10x12.*a.png is 12x10"):
-        EditPairs(read(tmp_path), resolution=8)
+        edit_pairs(read(tmp_path), resolution=8)
     picture(tmp_path / "b.png", size=(24, 20))  # the same shape twice as large
-    EditPairs(read(tmp_path), resolution=8)
+    edit_pairs(read(tmp_path), resolution=8)

@@ -117,6 +117,7 @@ class Captioned:
         return View(record, self.draw_flip(generator), self.sizes[record], box)
 
     def draw_flip(self, generator: torch.Generator) -> bool:
+        """Whether a picture is flipped."""
         return noise.choice(self.flips, generator)
 
     def fixed_box(self, record: int) -> Box | None:
@@ -170,36 +171,20 @@ class ConceptPictures(Captioned):
     CAPTION_FLAG = "--data"
 
     def __init__(
-        self,
-        source: Source,
-        token: str,
-        *,
-        style: bool,
-        resolution: int,
-        center_crop: bool,
-        flip_p: float,
-        repeats: int,
+        self, source: Source, token: str, *, style: bool, flip_p: float, repeats: int, **kwargs: Any
     ):
-        templates = STYLE_TEMPLATES if style else OBJECT_TEMPLATES
         records = (replace(r, texts={c: t for c, t in r.texts.items() if t}) for r in source.records)
-        super().__init__(
-            replace(source, records=tuple(records)),
-            resolution=resolution,
-            center_crop=center_crop,
-            squash=True,
-            interpolation="bicubic",
-            prompt=templates,
-        )
+        source = replace(source, records=tuple(records))
+        templates = STYLE_TEMPLATES if style else OBJECT_TEMPLATES
+        super().__init__(source, squash=True, interpolation="bicubic", prompt=templates, **kwargs)
         self.token, self.flip_p = token, flip_p
         self.epoch = list(range(len(source))) * repeats
         self.flips = [flip for flip, p in ((False, 1 - flip_p), (True, flip_p)) if p > 0]
         for record in self.source.records:
             texts = record.texts["text"]
-            for caption in [texts] if isinstance(texts, str) else texts:
-                if token.lower() not in caption.lower() and "{}" not in caption:
-                    raise ValueError(
-                        f"the caption of {record.name} has neither {token} nor {{}} in it: {caption!r}"
-                    )
+            for text in [texts] if isinstance(texts, str) else texts:
+                if token.lower() not in text.lower() and "{}" not in text:
+                    raise ValueError(f"the caption of {record.name} has neither {token} nor {{}}: {text!r}")
 
     def draw_prompt(self, record: int, generator: torch.Generator) -> str:
         return super().draw_prompt(record, generator).replace("{}", self.token)
@@ -214,12 +199,9 @@ class ConceptPictures(Captioned):
 
 class Conditioned(Captioned):
     """ControlNet's pictures, each with its conditioning image as the extra "conditioning", (3, h, w) in
-    [0, 1]: the centred square cut out of both, nothing flipped."""
+    [0, 1]: the one in `pair_column`, cut in the same way."""
 
     PAIR_FLAG = "--conditioning_image_column"
-
-    def __init__(self, source: Source, *, conditioning_column: str = "conditioning_image", **kwargs: Any):
-        super().__init__(source, center_crop=True, pair_column=conditioning_column, **kwargs)
 
     def extras(self, view: View) -> dict[str, Tensor]:
         return {"conditioning": self.tensor(view, self.pair_column) / 2 + 0.5}
@@ -227,30 +209,10 @@ class Conditioned(Captioned):
 
 class EditPairs(Captioned):
     """InstructPix2Pix's pictures after the edit, each with the one before it as the extra "original",
-    (3, h, w) in [-1, 1]: both squashed to a square, or with `center_crop` cut to one; both flipped or
-    neither."""
+    (3, h, w) in [-1, 1]: the one in `pair_column`, cut and flipped in the same way."""
 
     IMAGE_FLAG, CAPTION_FLAG = "--edited_image_column", "--edit_prompt_column"
     PAIR_FLAG = "--original_image_column"
-
-    def __init__(
-        self,
-        source: Source,
-        *,
-        center_crop: bool = False,
-        original_column: str = "input_image",
-        edited_column: str = "edited_image",
-        prompt_column: str = "edit_prompt",
-        **kwargs: Any,
-    ):
-        columns = {
-            "image_column": edited_column,
-            "caption_column": prompt_column,
-            "pair_column": original_column,
-        }
-        super().__init__(
-            source, center_crop=True, squash=not center_crop, interpolation="bicubic", **columns, **kwargs
-        )
 
     def extras(self, view: View) -> dict[str, Tensor]:
         return {"original": self.tensor(view, self.pair_column)}

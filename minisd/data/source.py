@@ -35,6 +35,7 @@ REPEATED = re.compile(r"(\d+)_([^/]+)/")  # kohya's folders, such as 10_sks dog/
 CAPTION_SUFFIXES = (".txt", ".caption")  # of a caption beside its picture; the first one that exists is read
 PROGRESS_BAR_FROM = 200  # pictures to check
 MAX_REASONS = 20  # of skipped files in a summary
+CAPTIONS_HINT = "; captions come from metadata.csv, metadata.jsonl, or .txt files beside the pictures"
 
 # Other names of a column, tried where it is missing: those of ControlNet's lines, and of pairs with
 # file_name.
@@ -76,8 +77,8 @@ class Source:
     @property
     def columns(self) -> list[str]:
         """Columns of pictures, then columns of texts."""
-        return list(dict.fromkeys([c for r in self.records for c in r.pictures]
-                                  + [c for r in self.records for c in r.texts]))  # fmt: skip
+        pictures = [column for record in self.records for column in record.pictures]
+        return list(dict.fromkeys(pictures + [column for record in self.records for column in record.texts]))
 
     @property
     def epoch(self) -> list[int]:
@@ -91,11 +92,8 @@ class Source:
         column = next((c for c in (name, *ALIASES.get(name, ())) if c in known), None)
         if column is None:
             message = f"{flag} {name}: {self.name} has no such column, but {', '.join(self.columns)}"
-            if of == "texts" and self.columns == ["image"]:
-                message += (
-                    "; captions come from metadata.csv, metadata.jsonl, or .txt files beside the pictures"
-                )
-            raise ValueError(message)
+            uncaptioned = of == "texts" and self.columns == ["image"]
+            raise ValueError(message + CAPTIONS_HINT if uncaptioned else message)
         for record in self.records:
             if column not in getattr(record, of):
                 raise ValueError(f"{flag} {name}: {record.name} in {self.name} has none")
@@ -129,9 +127,8 @@ class Source:
 
     def with_prompt(self, prompt: str | Sequence[str], column: str = "text") -> Source:
         """The same records, with `prompt` as the text of those that have none."""
-        return replace(
-            self, records=tuple(replace(r, texts={column: prompt} | r.texts) for r in self.records)
-        )
+        records = (replace(r, texts={column: prompt} | r.texts) for r in self.records)
+        return replace(self, records=tuple(records))
 
     def split(self, share: float, seed: int) -> tuple[Source, Source]:
         """The records to train on, and those held out, drawn by the seed: a `share` of them if that is below

@@ -79,7 +79,8 @@ class Method(Method):
         return datasets.Conditioned(
             source,
             resolution=o.resolution,
-            conditioning_column=o.conditioning_image_column,
+            center_crop=True,
+            pair_column=o.conditioning_image_column,
             image_column=o.image_column,
             caption_column=o.caption_column,
             caption_dropout=o.proportion_empty_prompts,
