@@ -20,7 +20,7 @@ def view_of(dataset, flipped=False):
     return next(dataset.pixels(view) for view in dataset.views() if view.flipped is flipped)
 
 
-def test_pixels_equal_the_field_s(cat):
+def test_pixels_equal_diffusers_example_script_s(cat):
     """Squashed bicubically to a square, from the centred square if asked."""
     path = sorted(cat.iterdir())[0]
     image = Image.open(path).convert("RGB")
@@ -50,7 +50,7 @@ def test_tensor_round_trip():
     assert np.array_equal(np.asarray(images.to_pil(images.to_tensor(image))), np.asarray(image))
 
 
-def test_folder_lists_what_it_passes_over(cat, tmp_path):
+def test_a_folder_lists_what_it_skips(cat, tmp_path):
     for path in cat.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / ".DS_Store").write_text("x")

@@ -40,7 +40,7 @@ def source(folder):
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
-def test_resize_and_centre_crop_equal_the_field_s(source, interpolation):
+def test_resize_and_centre_crop_equal_torchvision_s(source, interpolation):
     for side in (8, 24, 64):  # smaller, and larger than the pictures
         data = Captioned(source, resolution=side, center_crop=True, interpolation=interpolation)
         for i, size in enumerate(SIZES):
@@ -64,7 +64,7 @@ def test_a_random_crop_is_some_window_of_the_resized_picture(source):
             flipped = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             assert_pixels(data.pixels(view), flipped if view.flipped else cut)
         seen.add((left, view.flipped))
-    assert {left for left, _ in seen} == set(range(45 - 16 + 1))  # every place, both ends too
+    assert {left for left, _ in seen} == set(range(45 - 16 + 1))  # every position, both ends too
     assert {flipped for _, flipped in seen} == {False, True}
 
 

@@ -119,7 +119,7 @@ def test_somebody_s_prompt_json_is_no_metadata(two):
     assert read(two).skipped == ("prompt.json: not a picture",)
 
 
-def test_what_is_passed_over(two):
+def test_what_is_skipped(two):
     for name in (".DS_Store", "notes.pdf"):
         (two / name).write_text("x")
     picture(two / ".ipynb_checkpoints" / "a.png")

@@ -325,8 +325,8 @@ class _Folder:
         path = next(iter(pictures.values()))
         kohya = REPEATED.match(self._short(path)) if self.subfolders != "none" else None
         if not texts:
-            beside = next((f for f in map(path.with_suffix, CAPTION_SUFFIXES) if f.is_file()), None)
-            caption = tables.read_text(beside).strip() if beside else kohya and kohya[2]
+            file = next((f for f in map(path.with_suffix, CAPTION_SUFFIXES) if f.is_file()), None)
+            caption = tables.read_text(file).strip() if file else kohya and kohya[2]
             texts = {} if caption is None else {"text": caption}
         return Record(self._short(path), pictures, texts, repeats=int(kohya[1]) or 1 if kohya else 1)
 

@@ -160,7 +160,7 @@ def load_dataset(
             data = data["train"] if isinstance(data, dict) else data
         else:
             data = datasets.load_dataset(name, config, split="train", cache_dir=cache_dir)
-    except Exception as e:  # of many kinds: its own, the network's, the hub's
+    except Exception as e:  # of the package, the network or the hub
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ValueError(f"{flag} {name}: {lines[0]}") from e
     pictures, texts = {}, {}
