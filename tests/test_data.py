@@ -1,4 +1,4 @@
-"""Pictures, folders, and the stream of samples."""
+"""Pictures in and out, and the examples of textual inversion."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def concept(folder, **changes):
     return ConceptPictures(read(folder, flag="--data", subfolders="none"), "<cat>", **options)
 
 
-def view_of(dataset, flipped=False):
+def first_pixels(dataset, flipped=False):
     """The pixels of the first picture."""
     return next(dataset.pixels(view) for view in dataset.views() if view.flipped is flipped)
 
@@ -25,12 +25,14 @@ def test_pixels_equal_diffusers_example_script_s(cat):
     path = sorted(cat.iterdir())[0]
     image = Image.open(path).convert("RGB")
     squashed = np.array(image.resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float32) / 127.5 - 1
-    got = view_of(concept(cat))
+    got = first_pixels(concept(cat))
     assert np.array_equal(got.permute(1, 2, 0).numpy(), squashed)
-    assert np.array_equal(view_of(concept(cat), flipped=True).permute(1, 2, 0).numpy(), squashed[:, ::-1])
+    assert np.array_equal(
+        first_pixels(concept(cat), flipped=True).permute(1, 2, 0).numpy(), squashed[:, ::-1]
+    )
     assert image.size == (48, 40)
     cropped = image.crop((4, 0, 44, 40)).resize((16, 16), Image.Resampling.BICUBIC)
-    assert torch.equal(view_of(concept(cat, center_crop=True)), images.to_tensor(cropped))
+    assert torch.equal(first_pixels(concept(cat, center_crop=True)), images.to_tensor(cropped))
 
 
 def test_exif_and_transparency(tmp_path):

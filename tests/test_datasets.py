@@ -92,7 +92,7 @@ def test_views_are_all_there_can_be(source):
     drawn = {only(data, i, s).view for i in range(6) for s in range(20)}
     assert set(views) == drawn and len(views) == len(set(views)) == 12
     # Where nothing is left over there is nothing to draw.
-    squares = Source("", "--data", source.records[2:3])
+    squares = Source("", source.records[2:3])
     assert len(Captioned(squares, resolution=16).views()) == 1
     assert Captioned(source, resolution=16).views() is None
 
@@ -106,7 +106,7 @@ def test_captions_are_left_out(source):
 
 def test_one_of_several_captions_is_drawn(source):
     record = replace(source.records[0], texts={"text": ["one", "two"]})
-    data = Captioned(Source("", "--data", (record,)), resolution=8)
+    data = Captioned(Source("", (record,)), resolution=8)
     assert Counter(only(data, 0, s).prompt for s in range(200)).keys() == {"one", "two"}
 
 

@@ -94,7 +94,7 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
         raise ValueError(f"{flag}: {lists[0]} has {len(paths)} lines, and {lists[1]} has {len(captions)}")
     records = []
     for number, (name, caption) in enumerate(zip(map(str.strip, paths), captions, strict=True), 1):
-        # Usually relative to where the retrieval ran: then the folder's own picture of that name is meant.
+        # The paths are usually relative to where the retrieval ran; the file itself is in the folder.
         candidates = Path(name), folder / name, folder / "images" / Path(name).name
         path = next((p for p in candidates if p.is_file()), None)
         if path is None:
@@ -113,6 +113,8 @@ class CustomConcepts(Captioned):
     Without `augment`, s is `resolution`, which counts as a smaller one: the mask leaves out the border.
     `factor` is the number of pixels along one latent pixel.
     """
+
+    IMAGE_FLAG = CAPTION_FLAG = "--data"
 
     def __init__(
         self, source: Source, *, resolution: int, augment: bool = True, hflip: bool = False, factor: int = 8
@@ -150,10 +152,10 @@ class CustomConcepts(Captioned):
     def tensor(self, view: View, column: str) -> Tensor:
         """(3, resolution, resolution) in [-1, 1], 0 around a smaller picture."""
         image = self.open(view.record, column)
-        image = crop.flip(image) if view.flipped else image  # before it is put somewhere
+        image = crop.flip(image) if view.flipped else image  # before it is placed
         picture = images.to_tensor(image.resize(view.size, self.resampling))  # (3, s, s)
         (left, top, right, bottom), side = view.box, view.size[0]
-        return pad(picture, (-left, right - side, -top, bottom - side))  # less than nothing cuts
+        return pad(picture, (-left, right - side, -top, bottom - side))  # negative padding crops
 
     def extras(self, view: View) -> dict[str, Tensor]:
         """The mask, (1, h, w) of the latents."""
@@ -176,7 +178,9 @@ class CustomConcepts(Captioned):
 
 
 class ClassPictures(Captioned):
-    """Pictures of the classes: Captioned, with a mask of ones."""
+    """Pictures of the classes, with a mask of ones."""
+
+    IMAGE_FLAG = CAPTION_FLAG = "--class_data_dir"
 
     def __init__(self, source: Source, *, resolution: int, factor: int = 8, **kwargs: Any):
         super().__init__(source, resolution=resolution, **kwargs)

@@ -84,10 +84,8 @@ class Captioned:
         self.resampling = INTERPOLATION[interpolation]
         self.center_crop = center_crop or bucket
         originals = [record.sizes[self.image_column] for record in source.records]
-        self.shapes = [(resolution, resolution)] * len(originals)  # what each picture is cut to
-        if bucket:
-            known = crop.bucket_shapes(resolution, step)
-            self.shapes = [crop.nearest_shape(size, known) for size in originals]
+        shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]
+        self.shapes = [crop.nearest_shape(size, shapes) for size in originals]  # what each picture is cut to
         self.sizes = self.shapes if squash else list(map(crop.cover, originals, self.shapes))
         self.buckets = [self.shapes[i] for i in self.epoch] if bucket else None
 
@@ -168,7 +166,7 @@ class ConceptPictures(Captioned):
     for the concept's token. ValueError, naming the record, for a caption with neither `{}` nor the token.
     """
 
-    CAPTION_FLAG = "--data"
+    IMAGE_FLAG = CAPTION_FLAG = "--data"
 
     def __init__(
         self, source: Source, token: str, *, style: bool, flip_p: float, repeats: int, **kwargs: Any

@@ -24,18 +24,25 @@ if TYPE_CHECKING:
 
 
 class Shuffled:
-    """Each epoch is a permutation of the dataset, a function of (seed, epoch)."""
+    """Each epoch is a permutation of the dataset's indices, a function of (seed, epoch)."""
 
     def __init__(self, length: int, seed: int):
         self.length, self.seed = length, seed
-        self._last: tuple[int, Tensor] | None = None
+        self._latest: tuple[int, Tensor] | None = None
+
+    def permuted(self, values: Tensor, *names: object) -> Tensor:
+        """The values (n,) in an order that is a function of the seed and `names`."""
+        return values[torch.randperm(len(values), generator=noise.generator(self.seed, *names))]
+
+    def draw(self, epoch: int) -> Tensor:
+        """The indices in the order of an epoch, (length,)."""
+        return self.permuted(torch.arange(self.length), "order", epoch)
 
     def epoch(self, epoch: int) -> Tensor:
-        """The indices of the dataset in the order of an epoch, (length,)."""
-        if self._last is None or self._last[0] != epoch:
-            order = torch.randperm(self.length, generator=noise.generator(self.seed, "order", epoch))
-            self._last = epoch, order
-        return self._last[1]
+        """As `draw`; the latest epoch is kept."""
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = epoch, self.draw(epoch)
+        return self._latest[1]
 
     def __getitem__(self, number: int) -> int:
         """The index of sample `number` in the dataset."""
@@ -43,53 +50,29 @@ class Shuffled:
         return self.epoch(epoch)[position].item()
 
 
-class Bucketed:
+class Bucketed(Shuffled):
     """Each round of `size` samples is of one bucket, and still every index occurs equally often.
 
-    A cycle has as many rounds as the dataset has indices, n. A bucket of m indices has m of these rounds, in
-    an order that is a function of (seed, cycle). The m * size samples that a bucket has in a cycle are `size`
-    permutations of its indices, one after the other. So each index occurs exactly `size` times in a cycle,
-    and no round is short or filled up with pictures that then count twice.
+    An epoch has as many rounds as the dataset has indices, n. A bucket of m indices has m of these rounds, in
+    an order that is a function of (seed, epoch). The m * size samples that a bucket has in an epoch are
+    `size` permutations of its indices, one after the other. So each index occurs exactly `size` times, and no
+    round is short or filled up with pictures that then count twice.
     """
 
     def __init__(self, buckets: Sequence, seed: int, size: int):
-        names = sorted(set(buckets))
-        self.members = [[i for i, b in enumerate(buckets) if b == name] for name in names]
-        number = {name: i for i, name in enumerate(names)}
-        self.owner = torch.tensor([number[b] for b in buckets])  # (n,) the bucket of each index
-        self.seed, self.size = seed, size
-        self._cycle: tuple[int, Tensor, Tensor] | None = None
-        self._orders: dict[tuple[int, int, int], Tensor] = {}
+        super().__init__(len(buckets) * size, seed)
+        numbers = {bucket: number for number, bucket in enumerate(sorted(set(buckets)))}
+        self.buckets = torch.tensor([numbers[bucket] for bucket in buckets])  # (n,)
+        self.size = size
 
-    def _round(self, cycle: int, number: int) -> tuple[int, int]:
-        """The bucket of a round of a cycle, and how many earlier rounds of the cycle are of that bucket."""
-        if self._cycle is None or self._cycle[0] != cycle:
-            generator = noise.generator(self.seed, "buckets", cycle)
-            rounds = self.owner[torch.randperm(len(self.owner), generator=generator)]  # (n,)
-            earlier = torch.empty_like(rounds)  # (n,)
-            for bucket, members in enumerate(self.members):
-                earlier[rounds == bucket] = torch.arange(len(members))
-            self._cycle = cycle, rounds, earlier
-        return self._cycle[1][number].item(), self._cycle[2][number].item()
-
-    def _order(self, cycle: int, bucket: int, turn: int) -> Tensor:
-        """Permutation number `turn` of a bucket in a cycle."""
-        key = cycle, bucket, turn
-        if key not in self._orders:
-            if len(self._orders) > 4 * len(self.members):  # only the latest are needed again
-                self._orders.clear()
-            generator = noise.generator(self.seed, "order", cycle, bucket, turn)
-            self._orders[key] = torch.randperm(len(self.members[bucket]), generator=generator)
-        return self._orders[key]
-
-    def __getitem__(self, number: int) -> int:
-        """The index of sample `number` in the dataset."""
-        round_, inside = divmod(number, self.size)
-        cycle, round_ = divmod(round_, len(self.owner))
-        bucket, earlier = self._round(cycle, round_)
-        members = self.members[bucket]
-        turn, position = divmod(earlier * self.size + inside, len(members))
-        return members[self._order(cycle, bucket, turn)[position].item()]
+    def draw(self, epoch: int) -> Tensor:
+        rounds = self.permuted(self.buckets, "buckets", epoch)  # (n,) the bucket of each round
+        order = torch.empty(len(rounds), self.size, dtype=torch.int32)
+        for bucket in self.buckets.unique().tolist():
+            members = (self.buckets == bucket).nonzero().flatten().int()  # (m,)
+            turns = [self.permuted(members, "order", epoch, bucket, turn) for turn in range(self.size)]
+            order[rounds == bucket] = torch.cat(turns).view(-1, self.size)  # (m, size)
+        return order.flatten()  # (n * size,)
 
 
 class Stream:
@@ -124,16 +107,16 @@ class Stream:
         return self.dataset.examples(self.order[number], noise.generator(self.seed, "augment", number))
 
     def __getitem__(self, number: int) -> list[dict]:
-        examples = enumerate(self.examples(number))
-        return [self._load(example, f"{number}+{i}" if i else number) for i, example in examples]
-
-    def _load(self, example: Example, number: int | str) -> dict:
-        sample = {"number": number, "prompt": example.prompt, "weight": torch.tensor(example.weight)}
-        if example.view in self.moments:
-            sample["mean"], sample["std"] = self.moments[example.view]
-        else:
-            sample["pixels"] = self.dataset.pixels(example.view)
-        return sample | self.dataset.extras(example.view)
+        samples = []
+        for i, example in enumerate(self.examples(number)):
+            sample = {"number": f"{number}+{i}" if i else number, "prompt": example.prompt}
+            sample |= {"weight": torch.tensor(example.weight)} | self.dataset.extras(example.view)
+            if example.view in self.moments:
+                sample["mean"], sample["std"] = self.moments[example.view]
+            else:
+                sample["pixels"] = self.dataset.pixels(example.view)
+            samples.append(sample)
+        return samples
 
 
 def collate(samples: list[list[dict]]) -> dict:

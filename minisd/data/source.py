@@ -11,6 +11,7 @@ training.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import Counter
@@ -66,7 +67,6 @@ class Source:
     """Records in a fixed order, where they come from, and the files that were skipped, with the reasons."""
 
     name: str
-    flag: str
     records: tuple[Record, ...]
     skipped: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
@@ -226,28 +226,24 @@ def read(
 
 def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bool) -> Source:
     """A source of the records, each picture decoded once. ValueError if one cannot be, or if none is left."""
-    good, bad, sizes = [], [], {}
+    good, bad = [], []
+    size = functools.cache(lambda picture: images.open_image(picture).size)  # several records may share one
     for record in tqdm(records, desc="checking", leave=False, disable=len(records) < PROGRESS_BAR_FROM):
         try:
-            for picture in record.pictures.values():
-                if picture not in sizes:
-                    sizes[picture] = images.open_image(picture).size
+            good.append(replace(record, sizes={c: size(picture) for c, picture in record.pictures.items()}))
         except ValueError as e:
             if not skip_bad_images:
                 raise ValueError(f"{flag}: {e}; --skip_bad_images goes on without it") from None
             bad.append(str(e))
-            continue
-        good.append(replace(record, sizes={c: sizes[p] for c, p in record.pictures.items()}))
     if not good:
         raise ValueError(f"{flag}: none of the {len(bad)} pictures can be decoded; the first: {bad[0]}")
-    return Source(name, flag, tuple(good), tuple(bad))
+    return Source(name, tuple(good), tuple(bad))
 
 
 def join(sources: Sequence[Source]) -> Source:
     """Several sources as one."""
     return Source(
         name=", ".join(s.name for s in sources),
-        flag=sources[0].flag,
         records=tuple(record for s in sources for record in s.records),
         skipped=tuple(reason for s in sources for reason in s.skipped),
         hidden=tuple(name for s in sources for name in s.hidden),
