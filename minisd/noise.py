@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,7 +214,7 @@ def chance(probability: float, generator: torch.Generator) -> bool:
     return torch.rand((), generator=generator).item() < probability
 
 
-def choice(options: Sequence, generator: torch.Generator):
+def choice(options: Sequence[Any], generator: torch.Generator) -> Any:
     """One of the options, each equally likely."""
     return options[torch.randint(len(options), (), generator=generator).item()]
 

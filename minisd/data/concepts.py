@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageOps
 from torch import Tensor
 from torch.nn.functional import pad
 
 from minisd import noise
-from minisd.data import crop, images, source, tables
+from minisd.data import images, source, tables
 from minisd.data.crop import View
 from minisd.data.datasets import Captioned, Example
 from minisd.data.source import Record, Source
@@ -152,7 +153,7 @@ class CustomConcepts(Captioned):
     def tensor(self, view: View, column: str) -> Tensor:
         """(3, resolution, resolution) in [-1, 1], 0 around a smaller picture."""
         image = self.open(view.record, column)
-        image = crop.flip(image) if view.flipped else image  # before it is placed
+        image = ImageOps.mirror(image) if view.flipped else image  # before it is placed
         picture = images.to_tensor(image.resize(view.size, self.resampling))  # (3, s, s)
         (left, top, right, bottom), side = view.box, view.size[0]
         return pad(picture, (-left, right - side, -top, bottom - side))  # negative padding crops

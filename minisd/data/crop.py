@@ -2,16 +2,8 @@
 
 from dataclasses import dataclass
 
-from PIL import Image
-
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-
-INTERPOLATION = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -29,11 +21,6 @@ class View:
     def shape(self) -> Size | None:
         """Width and height of the cut."""
         return self.box and (self.box[2] - self.box[0], self.box[3] - self.box[1])
-
-
-def flip(image: Image.Image) -> Image.Image:
-    """The mirror image, left and right exchanged."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def cover(size: Size, target: Size) -> Size:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from minisd import noise
 from minisd.data import crop, images
-from minisd.data.crop import INTERPOLATION, Box, View
+from minisd.data.crop import Box, View
 from minisd.data.source import Source
 from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 
@@ -81,7 +81,7 @@ class Captioned:
         self.epoch = source.epoch  # the record at each index
         self.flips = (False, True) if random_flip else (False,)
         self.caption_dropout = caption_dropout
-        self.resampling = INTERPOLATION[interpolation]
+        self.resampling = Image.Resampling[interpolation.upper()]
         self.center_crop = center_crop or bucket
         originals = [record.sizes[self.image_column] for record in source.records]
         shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]
@@ -147,7 +147,7 @@ class Captioned:
     def tensor(self, view: View, column: str) -> Tensor:
         """(3, h, w) in [-1, 1]: the picture in a column, cut as the view says."""
         image = self.open(view.record, column).resize(view.size, self.resampling).crop(view.box)
-        return images.to_tensor(crop.flip(image) if view.flipped else image)
+        return images.to_tensor(ImageOps.mirror(image) if view.flipped else image)
 
     def summary(self) -> str:
         """What is in the source, and how many pictures each bucket has."""
