@@ -95,7 +95,7 @@ class Method(Method):
         """What it was shown, what the model draws for the word it began with, and what for the token."""
         from minisd.data import images
 
-        shown = [self.data.source.open(i, "image") for i in range(len(self.data.source))[:8]]
+        shown = [self.data.source.open(i, self.data.image_column) for i in range(len(self.data.source))[:8]]
         before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
         before = before.replace(self.token, self.word)
         rows = [("trained on", shown), (f"before: {before}", self.samples(before))]
