@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from minisd import cli, registry
-from minisd.data.batches import Stream, collate
+from minisd.data.order import Stream, collate
 from minisd.training import loop
 from minisd.training.run_folder import RunFolder
 

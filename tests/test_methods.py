@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minisd import cli, registry
-from minisd.data.batches import collate
+from minisd.data.order import collate
 from minisd.options import Dataset, Diffusion, Optimizer
 from minisd.training import loop
 from minisd.training.distributed import Processes

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.options import Captions, Dataset, Validation
+from minisd.options import Captions, Validation
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +70,11 @@ class Method:
 
     def datasets(self) -> tuple:
         """The training set, and the held-out set if --validation_split asks for one: see data/datasets.py."""
-        from minisd.data import sources
+        from minisd.data.source import from_options
 
-        o, examples, held_out = self.options, sources.from_options(self.options), None
-        if isinstance(o, Dataset) and o.validation_split:
+        o, held_out = self.options, None
+        examples = from_options(o, o.cache_dir)
+        if o.validation_split:
             examples, held_out = examples.split(o.validation_split, o.seed)
             held_out = self.dataset(held_out)
         self.data = self.dataset(examples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minisd.data.datasets import Captioned
-from minisd.data.records import Source
+from minisd.data.source import Source
 from minisd.options import Captions, Dataset
 from minisd.sampling.stable_diffusion import StableDiffusion
 

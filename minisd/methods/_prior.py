@@ -26,13 +26,13 @@ class PriorPreservation(Method):
         return _data.captioned(source, self.options, self.sd, self.options.instance_prompt)
 
     def datasets(self) -> tuple:
-        from minisd.data import datasets, sources
+        from minisd.data import datasets, source
         from minisd.methods import _data
 
         o, (instances, held_out) = self.options, super().datasets()
         if o.with_prior_preservation:
-            images = sources.read(o.class_data_dir, flag="--class_data_dir")
-            classes = datasets.InstancePictures(images, o.class_prompt, **_data.transforms(o))
+            images = source.read(o.class_data_dir, flag="--class_data_dir")
+            classes = datasets.Captioned(images, prompt=o.class_prompt, **_data.transforms(o))
             self.data = datasets.Prior(instances, classes, o.prior_loss_weight)
         return self.data, held_out
 
@@ -68,4 +68,4 @@ def count_images(folder: Path) -> int:
     """How many images a class's folder holds, directly or in its folder images/."""
     from minisd.data import images
 
-    return sum(len(images.list_images(f)[0]) for f in (folder, folder / "images") if f.is_dir())
+    return sum(len(images.list_images(f)) for f in (folder, folder / "images") if f.is_dir())

@@ -4,7 +4,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from minisd.data.records import Source
+from minisd.data.source import Source
 from minisd.sampling.pixel_diffusion import PixelDiffusion
 from minisd.sampling.stable_diffusion import StableDiffusion
 

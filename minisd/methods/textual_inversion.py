@@ -64,12 +64,11 @@ class TextualInversion(Method):
         return {"rows": self.rows}
 
     def datasets(self) -> tuple:
-        from minisd.data import datasets
+        from minisd.data import datasets, source
 
         o = self.options
-        self.folder = datasets.read_folder(o.data, flag="--data", skip_bad_images=o.skip_bad_images)
         self.data = datasets.ConceptPictures(
-            self.folder,
+            source.read(o.data, flag="--data", subfolders="none", skip_bad_images=o.skip_bad_images),
             self.token,
             style=o.learnable_property == "style",
             resolution=o.resolution,
@@ -80,7 +79,7 @@ class TextualInversion(Method):
         return self.data, None
 
     def describe(self) -> str:
-        return f"{self.token} starts from {self.word!r}\n{self.folder.summary()}"
+        return f"{self.token} starts from {self.word!r}\n{super().describe()}"
 
     def save_interval(self, updates_per_epoch: int) -> int:
         return self.options.save_steps
@@ -109,7 +108,8 @@ class TextualInversion(Method):
 
         if not final:
             return super().preview(final)
-        shown = [images.open_image(p) for p in self.folder.pictures[:8]]
+        source, column = self.data.source, self.data.image_column
+        shown = [source.open(i, column) for i in range(min(8, len(source)))]
         before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
         before = before.replace(self.token, self.word)
         rows = [("trained on", shown), (f"before: {before}", _preview.samples(self, before))]

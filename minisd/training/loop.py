@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from minisd.data.batches import Stream, batches
+from minisd.data.order import Stream, batches
 from minisd.methods._base import Method
 from minisd.options import Training
 from minisd.training import checkpoint, trackers

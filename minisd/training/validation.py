@@ -2,7 +2,7 @@
 
 import torch
 
-from minisd.data.batches import Stream, collate
+from minisd.data.order import Stream, collate
 from minisd.methods._base import Method
 from minisd.training.run_folder import RunFolder
 
