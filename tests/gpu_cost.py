@@ -21,7 +21,7 @@ from minisd import ops  # noqa: E402
 from minisd.models import unet, vae  # noqa: E402
 from minisd.models.layers import Attention, lay_out  # noqa: E402
 from minisd.sampling.guidance import Denoiser, text_branches
-from tests.test_kernel_unet import DEVICE, GPU, INTERPRET, TINY, graph  # noqa: E402
+from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY, graph  # noqa: E402
 from tests.test_models import TINY_VAE  # noqa: E402
 
 CONFIG, VAE, SIDE, COUNT = (unet.SD15, vae.SD15, 64, 20) if GPU else (TINY, TINY_VAE, 4, 1)

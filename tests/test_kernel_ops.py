@@ -9,16 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from minisd import ops
+from tests.kernel_helpers import automatic, interpreter, ordinary  # noqa: F401
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRET, reason="test_kernels.py runs it in the interpreter")
-ordinary = pytest.mark.skipif(INTERPRET, reason="the ordinary session runs it")
-
-
-@pytest.fixture(autouse=True)
-def default():
-    yield
-    ops.choose("auto")
+pytestmark = pytest.mark.usefixtures("automatic")
 
 
 def sdpa(q, k):
