@@ -56,10 +56,10 @@ def calls(arch: int, only: str, dtype: torch.dtype) -> Iterator[tuple]:
             if only in f"{kernel.name} {case.name}":
                 tensors, constants = case.make(functools.partial(torch.randn, device="meta"))
                 tensors = checks.place(tensors, dtype, "meta", case.layout, weights=torch.float32)
-                with L.record(arch) as recorder:
+                with L.record(arch) as recorded:
                     _, backward = kernel.launchers(*tensors.values(), *constants.values())
                     backward()
-                yield from ((case.name, *call) for call in recorder.calls)
+                yield from ((case.name, *call) for call in recorded)
 
 
 def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> Iterator[dict]:

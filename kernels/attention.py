@@ -79,11 +79,7 @@ def _attend(q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD: tl.constex
 
 @triton.jit
 def _fwd_kernel(
-    q_ptr,  # (b, n, nh, hd): strides (stride_qb, stride_qn, hd, 1)
-    k_ptr,  # (b, m, nh, hd)
-    v_ptr,  # (b, m, nh, hd)
-    o_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32: log2 of the sum of exp2(scaled scores)
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
     scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     ANCHOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -131,18 +127,12 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_dq_kernel(
-    q_ptr,  # (b, n, nh, hd) by strides, as in the forward
-    k_ptr,  # (b, m, nh, hd) by strides
-    v_ptr,  # (b, m, nh, hd) by strides
-    o_ptr,  # (b, n, nh, hd) dense
-    do_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32
-    delta_ptr,  # (b, nh, n) fp32, written for the other kernel
-    dq_ptr,  # (b, n, nh, hd) dense
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """dq, and delta for the other kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr += heads.offset(stride_qb, nh, HD)
     k_ptr += heads.offset(stride_kb, nh, HD)
@@ -171,14 +161,7 @@ def _bwd_dq_kernel(
 
 @triton.jit
 def _bwd_dkdv_kernel(
-    q_ptr,  # (b, n, nh, hd) by strides, as in the forward
-    k_ptr,  # (b, m, nh, hd) by strides
-    v_ptr,  # (b, m, nh, hd) by strides
-    do_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32
-    delta_ptr,  # (b, nh, n) fp32
-    dk_ptr,  # (b, m, nh, hd) dense
-    dv_ptr,  # (b, m, nh, hd) dense
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -66,11 +66,8 @@ def time_case(
         except RuntimeError as error:  # a backend that does not take this shape
             print(f"    {name}: {str(error).splitlines()[0]}")
     rows = []
-    for mode, flops, moved in (
-        ("forward", 1.0, 1.0),
-        ("backward", 2.5, case.back),
-        ("both", 3.5, 1 + case.back),
-    ):
+    work = dict(forward=(1.0, 1.0), backward=(2.5, case.back), both=(3.5, 1 + case.back))
+    for mode, (flops, moved) in work.items():
         by_name = {name: measured[mode] for name, measured in times.items()}
         median, low, high = by_name.pop("minisd")
         best = min(by_name, key=lambda name: by_name[name][0])
@@ -95,19 +92,9 @@ def limits(dtype: torch.dtype) -> dict[str, float]:
 
 # ------------------------------ The table
 
-HEADING = ("op", "shape", "mode", "ms (20-80%)", "rate", "best of torch", "ratio", "of limit")
-
-
-def line(row: dict) -> str:
-    """A row of the Markdown table."""
-    cells = [row["op"], row["case"], row["mode"], f"{row['ms']:.4f} ({row['low']:.4f}-{row['high']:.4f})"]
-    cells += [
-        row["rate"],
-        f"{row['best']} {row['best_ms']:.4f}",
-        f"{row['ratio']:.2f}",
-        f"{row['of_limit']:.0%}",
-    ]
-    return f"| {' | '.join(cells)} |"
+HEADING = "| op | shape | mode | ms (20-80%) | rate | best of torch | ratio | of limit |"
+ROW = "| {op} | {case} | {mode} | {ms:.4f} ({low:.4f}-{high:.4f}) | {rate} | {best} {best_ms:.4f} "
+ROW += "| {ratio:.2f} | {of_limit:.0%} |"
 
 
 def markdown(table: list[dict], about: dict) -> str:
@@ -115,10 +102,8 @@ def markdown(table: list[dict], about: dict) -> str:
     for row in table:
         ratios.setdefault(f"{row['op']} {row['mode']}", []).append(row["ratio"])
     means = (f"{k}: geometric mean ratio {statistics.geometric_mean(v):.2f}  " for k, v in ratios.items())
-    heading = [f"| {' | '.join(HEADING)} |", "|---" * len(HEADING) + "|"]
-    return "\n".join(
-        [*(f"{k}: {v}  " for k, v in about.items()), "", *heading, *map(line, table), "", *means, ""]
-    )
+    rows = [HEADING, "|---" * 8 + "|", *(ROW.format(**row) for row in table)]
+    return "\n".join([*(f"{k}: {v}  " for k, v in about.items()), "", *rows, "", *means, ""])
 
 
 def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> list[str]:
@@ -138,7 +123,7 @@ def time_all(chosen: list[tuple[Kernel, Case]], dtype: torch.dtype, out: Path) -
     for kernel, case in chosen:
         for row in time_case(kernel, case, dtype, reach):
             table.append(row)
-            print(line(row), flush=True)
+            print(ROW.format(**row), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "kernels.json").write_text(json.dumps(dict(about=about, rows=table), indent=1))
     (out / "kernels.md").write_text(markdown(table, about))

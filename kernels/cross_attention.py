@@ -23,11 +23,7 @@ PLENTY = 1024  # programs that keep every multiprocessor busy, twice over
 
 @triton.jit
 def _fwd_kernel(
-    q_ptr,  # (b, n, nh, hd): strides (stride_qb, stride_qn, hd, 1)
-    k_ptr,  # (b, m, nh, hd)
-    v_ptr,  # (b, m, nh, hd)
-    o_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32: log2 of the sum of exp2(scaled scores)
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
     scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     REPEAT: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -70,17 +66,11 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    q_ptr,  # (b, n, nh, hd) by strides, as in the forward
-    k_ptr,  # (b, m, nh, hd) by strides
-    v_ptr,  # (b, m, nh, hd) by strides
-    o_ptr,  # (b, n, nh, hd) dense
-    do_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32
-    dq_ptr,  # (b, n, nh, hd) dense
-    part_ptr,  # (splits, 2, b, m, nh, hd) fp32: dk and dv of each split's queries
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, part_ptr,
     scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn, split_rows,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """dq, and part (splits, 2, b, m, nh, hd) in fp32: dk and dv of each split's queries."""
     b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
     q_ptr += heads.offset(stride_qb, nh, HD)
     k_ptr += heads.offset(stride_kb, nh, HD)

@@ -108,7 +108,7 @@ def backward(
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     dy = L.dense(dy, like=x)
     b, c, n, strides = sizes(x)
-    dx, _, dadd = new_gradients(dy, x, weight, bias, add, mean, rstd, num_groups, silu)
+    dx, totals, dadd = new_gradients(dy, x, weight, bias, add, mean, rstd, num_groups, silu)
     sums = x.new_empty(2, b, c, dtype=torch.float32)
     flags = dict(HAS_ADD=add is not None)
     add = x if add is None else add.contiguous()
@@ -128,7 +128,7 @@ def backward(
         grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]), L.cdiv(n, tile["BLOCK_N"]), b), 0
     args = (x, dy, dx, add, weight, bias, mean, rstd, coef, sums, dadd, n, c, num_groups, inv_total, *strides)
     L.launch(device.bwd_dx_kernel, grid, *args, SILU=silu, **flags, **tile)
-    return dx, sums.sum(1), dadd
+    return dx, torch.sum(sums, 1, out=totals), dadd
 
 
 def unsupported(x: Tensor, weight, bias, add: Tensor | None, num_groups: int, eps, silu) -> str:

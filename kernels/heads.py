@@ -3,6 +3,14 @@
 Stable Diffusion's head widths, 40, 80 and 160, are not powers of two, and a tile must be one. Padding to 64,
 128 and 256 would waste a third of every product, so a head is cut in two tiles (32 + 16, 64 + 16, 128 + 32):
 the pairs (x0, x1) everywhere. With D1 = 0 there is one tile; x1 is then x0 and unused.
+
+Pointers, the same in every kernel:
+
+    q                   (b, n, nh, hd): strides (stride_qb, stride_qn, hd, 1)
+    k, v                (b, m, nh, hd): likewise
+    o, do, dq, dk, dv   like q or k, and dense
+    lse                 (b, nh, n) fp32: log2 of the sum of exp2(scaled scores)
+    delta               (b, nh, n) fp32: row sums of dO * O
 """
 
 import functools
@@ -34,14 +42,8 @@ def dense_offset(rows, nh, HD: tl.constexpr):
 
 @triton.jit
 def load_part(
-    ptr,
-    rows,
-    num_rows,
-    stride,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HD: tl.constexpr,
-    EVEN: tl.constexpr,
+    ptr, rows, num_rows, stride,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Columns FIRST to FIRST + WIDTH of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
     cols = FIRST + tl.arange(0, WIDTH)
@@ -135,11 +137,12 @@ def split(hd: int) -> dict:
     return dict(zip(("HD", "D0", "D1"), (hd, *two_tiles(hd)), strict=True))
 
 
-# The tile tables' shape classes, head widths; and the number of tokens of an SD layer with such heads
+# Shape classes of the tile tables: head width -> number of tokens of a typical layer with such heads
 TOKENS = {32: 1024, 40: 4096, 64: 4096, 80: 1024, 128: 1024, 160: 256}
 
 
 def shape_class(hd: int) -> int:
+    """hd rounded up to a head width of the tile tables."""
     return next(c for c in TOKENS if hd <= c)
 
 
@@ -154,5 +157,5 @@ def scalars(q: Tensor, k: Tensor, v: Tensor) -> tuple:
 
 
 def scales(hd: int) -> tuple[float, float]:
-    """1 / sqrt(hd), of the scores in powers of two and of their gradient."""
+    """1 / sqrt(hd) for scores in powers of two, and for gradients."""
     return LOG2E / math.sqrt(hd), 1 / math.sqrt(hd)

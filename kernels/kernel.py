@@ -58,12 +58,11 @@ class Kernel:
 
     def __post_init__(self):
         options = dict(mutates_args=(), device_types=("cuda", "cpu"))
-        self.operator = torch.library.custom_op(f"minisd::{self.name}", self.forward, **options)
+        name = f"minisd::{self.name}"
+        self.operator = torch.library.custom_op(name, self.forward, **options)
         self.operator.register_fake(self.new_outputs)
         self.operator.register_autograd(self._backward, setup_context=self._setup_context)
-        self._backward_operator = torch.library.custom_op(
-            f"minisd::{self.name}_bwd", self.backward, **options
-        )
+        self._backward_operator = torch.library.custom_op(f"{name}_bwd", self.backward, **options)
         self._backward_operator.register_fake(self.new_gradients)
         pieces = dict(forward=self.forward, setup_context=self._setup_context, backward=self._backward)
         pieces = {name: staticmethod(piece) for name, piece in pieces.items()}
@@ -79,10 +78,9 @@ class Kernel:
 
     def _setup_context(self, ctx, inputs, output):
         outputs = as_tuple(output)
-        # no zeros for outputs without a gradient: each would be a launch
-        ctx.set_materialize_grads(False)
-        empty = [y for y in outputs[: self.differentiable] if not y.numel()]  # stands for what was not asked for
-        ctx.mark_non_differentiable(*empty, *outputs[self.differentiable :])
+        unused = [y for y in outputs[: self.differentiable] if not y.numel()]
+        ctx.mark_non_differentiable(*unused, *outputs[self.differentiable :])
+        ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient: each would be a launch
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         saved = self.save(inputs, outputs)
         ctx.constants = [value for value in saved if not isinstance(value, Tensor | None)]

@@ -31,8 +31,8 @@ FAMILIES = (100, 90, 86, 80)  # compute capabilities at which the tile tables ma
 
 def capability(device: torch.device) -> int:
     """80 for an A100, 90 for an H100; the oldest supported one where no chip is asked (interpreter)."""
-    if _recorder is not None:
-        return _recorder.capability
+    if _recording is not None:
+        return _recording[0]
     if device.type != "cuda":
         return 80
     # of the calls that tell this, the one that torch.compile takes for a constant
@@ -73,7 +73,7 @@ class Tiles:
         """A copy of the table's tile for this device, or of the one that MINISD_AUTOTUNE=1 found on it."""
         if self._only is not None:
             return dict(self._only)
-        if AUTOTUNE and device.type == "cuda" and _recorder is None:
+        if AUTOTUNE and device.type == "cuda" and _recording is None:
             import minisd.kernels.tune as tune
 
             if winner := tune.winner(self, shape_class, device):
@@ -137,26 +137,20 @@ def dense(t: Tensor, like: Tensor | None = None) -> Tensor:
 # ------------------------------ The call
 
 
-class Recorder:
-    """Calls written down instead of run: (kernel, arguments, constants), for one compute capability."""
-
-    def __init__(self, capability: int):
-        self.capability = capability
-        self.calls: list[tuple] = []
-
-
-_recorder: Recorder | None = None
+_recording: tuple[int, list] | None = None  # a compute capability, and the calls written down for it
 
 
 @contextlib.contextmanager
-def record(capability: int) -> Iterator[Recorder]:
-    """Inside, `launch` only writes calls down, and every device counts as one of this capability."""
-    global _recorder
-    _recorder = Recorder(capability)
+def record(capability: int) -> Iterator[list[tuple]]:
+    """Inside, `launch` only appends (kernel, arguments, constants) to the list that this yields, and every
+    device counts as one of this capability."""
+    global _recording
+    calls: list[tuple] = []
+    _recording = capability, calls
     try:
-        yield _recorder
+        yield calls
     finally:
-        _recorder = None
+        _recording = None
 
 
 def launch(kernel, grid: tuple, *args, **meta) -> None:
@@ -164,9 +158,8 @@ def launch(kernel, grid: tuple, *args, **meta) -> None:
     if not INTERPRET:
         # Triton 3.9 warns that the default will turn; without it every a * b + c is two instructions
         meta["enable_fp_fusion"] = True
-    if _recorder is not None:
-        _recorder.calls.append((kernel, args, meta))
-        return
+    if _recording is not None:
+        return _recording[1].append((kernel, args, meta))
     device = args[0].device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():

@@ -151,11 +151,12 @@ def backward(
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
     rows = s.numel() // d
     programs = min(PROGRAMS, rows)
-    dx, part = torch.empty_like(s), s.new_empty(programs, 2, d, dtype=torch.float32)
+    dx, sums = new_gradients(dy, dsum, s, weight, stats)
+    part = s.new_empty(programs, 2, d, dtype=torch.float32)
     dsum_arg = dy if dsum is None else dsum.contiguous()
     args = (dy, dsum_arg, s, weight, stats[0], stats[1], dx, part, rows, d)
     L.launch(_bwd_kernel, (programs,), *args, HAS_RESIDUAL=dsum is not None, **tile(d))
-    return dx, part.sum(0)
+    return dx, torch.sum(part, 0, out=sums)
 
 
 def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> str:

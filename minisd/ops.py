@@ -48,10 +48,10 @@ def _load() -> None:
     if not _kernels and not _missing:
         try:
             from minisd.kernels.kernel import discover
+
+            _kernels.update(discover())
         except ImportError as error:
             _missing = f"triton cannot be imported ({error})"
-        else:
-            _kernels.update(discover())
 
 
 def _why_torch(name: str, x: Tensor, *arguments) -> str:

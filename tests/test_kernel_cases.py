@@ -90,14 +90,14 @@ def test_operator(kernel, case):
 
 
 @interpreter
-@few_cases
+@pytest.mark.parametrize("kernel, case", FEW[::2], ids=lambda value: value.name)
 def test_compiles_without_a_break(kernel, case):
     tensors, constants = checks.inputs(case)
 
     def step(x, *arguments):
         return [y.square() for y in checks.outputs(kernel, dict(x=x * 2), dict(enumerate(arguments)))]
 
-    torch.compiler.reset()  # each case is another graph, and their number is limited
+    torch.compiler.reset()  # each kernel is another graph, and their number is limited
     arguments = (*tensors.values(), *constants.values())
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*arguments)
     ys = step(*arguments)
@@ -112,10 +112,13 @@ def test_why_not(kernel, case):
     assert reason == ("" if INTERPRET else "the tensors are on cpu, the kernels run on CUDA")
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_every_tile_is_for_all_gpus(kernel):
-    """Each row has a tile for the oldest family, and each shape class a case to be tuned on."""
-    for tiles in kernel.tiles:
+@pytest.mark.parametrize("name", kernel.discover())
+def test_every_file_is_complete(name):
+    """A kernel is called like its file; it has cases for every tool; each row of a table has a tile for the
+    oldest GPU family, and each shape class a case to be tuned on."""
+    found = kernel.discover()[name]
+    assert found.name == name and found.cases and found.timed and found.compiled
+    for tiles in found.tiles:
         for shape_class, row in tiles.table.items():
             assert 80 in row and set(row) <= set(launch.FAMILIES), (tiles.name, shape_class)
-            assert kernel.typical(shape_class).elements > 0
+            assert found.typical(shape_class).elements > 0
