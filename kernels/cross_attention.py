@@ -16,7 +16,7 @@ from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
 
 MAX_KEYS = 128
-PLENTY = 1024  # programs that keep every multiprocessor busy, twice over
+BUSY_PROGRAMS = 1024  # programs that keep every multiprocessor busy, twice over
 
 # ------------------------------ Forward
 
@@ -134,7 +134,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
     # Several tiles of queries for one load of K and V, as long as every multiprocessor still has work
     tiles = L.cdiv(n, tile["BLOCK_M"])
-    repeat = 4 if tiles * b * nh >= 2 * PLENTY else 2 if tiles * b * nh >= PLENTY else 1
+    repeat = 4 if tiles * b * nh >= 2 * BUSY_PROGRAMS else 2 if tiles * b * nh >= BUSY_PROGRAMS else 1
     args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
     grid = (L.cdiv(tiles, repeat), b * nh)
     L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **keys, REPEAT=repeat, **tile)

@@ -98,10 +98,6 @@ class Kernel:
         saved = (*outputs[: self.differentiable], *self.save(arguments, outputs))
         return functools.partial(self.forward, *arguments), functools.partial(self.backward, *saved)
 
-    def measured(self, device: torch.device) -> bool:
-        """Whether the kernel has been run and timed on such a GPU."""
-        return L.measured(device)
-
     def why_not(self, *arguments) -> str:
         """An empty string if the kernel can run on these arguments, else the reason."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]

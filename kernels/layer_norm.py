@@ -6,6 +6,15 @@ Ba et al., Layer Normalization, https://arxiv.org/abs/1607.06450. A transformer 
 fused, the sum is written once and not read back: four passes over the tokens instead of five. Statistics are
 fp32 from registers, so that a mean far from zero costs no digits. The backward's sums over tokens are partial
 sums of a fixed set of programs, added in a fixed order.
+
+Pointers, the same in both kernels:
+
+    x, y, dy, dx    (rows, d)
+    residual, sum   (rows, d), read and written if HAS_RESIDUAL; sum is x + residual
+    s, dsum         (rows, d): x + residual or x alone, and the gradient of sum, read if HAS_RESIDUAL
+    weight, bias    (d,)
+    mean, rstd      (rows,) fp32
+    part            (programs, 2, d) fp32: dbias and dweight of each program's rows
 """
 
 import math
@@ -38,14 +47,7 @@ def reference(
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr,  # (rows, d)
-    residual_ptr,  # (rows, d), read if HAS_RESIDUAL
-    weight_ptr,  # (d,)
-    bias_ptr,  # (d,)
-    y_ptr,  # (rows, d)
-    sum_ptr,  # (rows, d), written if HAS_RESIDUAL
-    mean_ptr,  # (rows,) fp32
-    rstd_ptr,  # (rows,) fp32
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     d, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -73,14 +75,7 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr,  # (rows, d)
-    dsum_ptr,  # (rows, d), gradient of x + residual, read if HAS_RESIDUAL
-    s_ptr,  # (rows, d): x + residual
-    weight_ptr,  # (d,)
-    mean_ptr,  # (rows,) fp32
-    rstd_ptr,  # (rows,) fp32
-    dx_ptr,  # (rows, d)
-    part_ptr,  # (programs, 2, d) fp32: dbias and dweight of each program's rows
+    dy_ptr, dsum_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, part_ptr,
     rows, d,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

@@ -7,25 +7,19 @@ never asks. The kernels are imported when they are first needed: on a CPU auto i
 Shapes: b batch, c channels, h w height and width, n tokens, nh heads, hd head width, d width.
 """
 
-from __future__ import annotations
-
 import os
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from minisd.kernels.kernel import Kernel
 
 # ------------------------------ Who computes
 
 CHOICES = ("auto", "triton", "torch")
 _choice = "auto"
 _said: set[str] = set()
-_kernels: dict[str, Kernel] = {}  # by name; empty until they are needed
+_kernels: dict = {}  # name -> Kernel (kernels/kernel.py); empty until they are needed
 _missing = ""  # why they cannot be imported
 
 
@@ -34,16 +28,22 @@ def choose(kernels: str) -> None:
     global _choice
     if kernels not in CHOICES:
         raise ValueError(f"--kernels {kernels}: choose from {', '.join(CHOICES)}")
-    if kernels == "triton" or (kernels == "auto" and torch.cuda.is_available()):
-        _load()
-    if kernels == "triton" and _missing:
-        raise ValueError(f"--kernels triton: {_missing}")
+    on_gpu = kernels == "auto" and torch.cuda.is_available() and _measured(torch.device("cuda"))
+    missing = _load() if kernels == "triton" or on_gpu else ""
+    if missing and kernels == "triton":
+        raise ValueError(f"--kernels triton: {missing}")
     _choice = kernels
     _said.clear()
 
 
-def _load() -> None:
-    """Import the kernels, once."""
+def _measured(device: torch.device) -> bool:
+    from minisd.kernels.launch import measured  # does not import triton
+
+    return measured(device)
+
+
+def _load() -> str:
+    """Import the kernels, once. Return why they cannot be imported, or an empty string."""
     global _missing
     if not _kernels and not _missing:
         try:
@@ -52,40 +52,32 @@ def _load() -> None:
             _kernels.update(discover())
         except ImportError as error:
             _missing = f"triton cannot be imported ({error})"
+    return _missing
 
 
 def _why_torch(name: str, x: Tensor, *arguments) -> str:
     """Why the kernel `name` does not compute this, or an empty string."""
     if _choice == "auto" and not x.is_cuda:
         return f"the tensors are on {x.device.type}"
-    if not _kernels and not _missing:
-        if torch.compiler.is_compiling():  # an import cannot be traced; `choose` loads the kernels before
-            return "the kernels were not loaded before compilation"
-        _load()
-    if _missing:
-        return _missing
-    if _choice == "auto" and not _kernels[name].measured(x.device):
+    if _choice == "auto" and not _measured(x.device):
         return "the kernels have not been measured on this GPU; --kernels triton takes them all the same"
-    return _kernels[name].why_not(x, *arguments)
+    if torch.compiler.is_compiling() and not _kernels:  # what `choose` imports cannot be imported in a trace
+        return _missing or "the kernels were not loaded before compilation"
+    return _load() or _kernels[name].why_not(x, *arguments)
 
 
-def _kernel(name: str, *arguments) -> Kernel | None:
-    """The kernel `name` if it computes this, None if torch does."""
+def _kernel(name: str, *arguments):
+    """The kernel `name` if it computes this, None if torch does. Each choice of auto is said once."""
     if _choice == "torch":
         return None
     reason = _why_torch(name, *arguments)
     if reason and _choice == "triton":
         raise ValueError(f"--kernels triton: {name.replace('_', ' ')} cannot run: {reason}")
-    _say(reason)
-    return None if reason else _kernels[name]
-
-
-def _say(reason: str) -> None:
-    """Print each choice of auto once in a run, on the first rank."""
-    if _choice == "auto" and not torch.compiler.is_compiling() and reason not in _said:
+    if _choice == "auto" and reason not in _said and not torch.compiler.is_compiling():
         _said.add(reason)
         if os.environ.get("RANK", "0") == "0":
             print(f"kernels: {f'torch, {reason}' if reason else 'triton'}", file=sys.stderr)
+    return None if reason else _kernels[name]
 
 
 # ------------------------------ The ops
@@ -93,8 +85,8 @@ def _say(reason: str) -> None:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v for q (b, n, nh, hd) and k, v (b, m, nh, hd). Returns (b, n, nh, hd)."""
-    # The text encoder's causal attention and the VAE's one head of 512 are torch's in every mode: no kernel
-    # is meant for them, and they are hundredths of a run.
+    # No kernel is meant for the text encoder's causal attention and the VAE's one head of 512: they are
+    # hundredths of a run.
     if not causal and q.shape[-1] <= 160:
         if torch.is_autocast_enabled(q.device.type):  # as it does for torch's own attention
             q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))

@@ -30,7 +30,7 @@ def test_anchored_softmax(case):
 @interpreter
 def test_many_tiles_of_cross_attention(monkeypatch):
     """Several tiles of queries in each program."""
-    monkeypatch.setattr(cross_attention, "PLENTY", 4)
+    monkeypatch.setattr(cross_attention, "BUSY_PROGRAMS", 4)
     assert faults(cross.cases[-1], cross) == []
 
 
