@@ -46,16 +46,15 @@ def _scores(q0, q1, k_ptr, start, m, stride_kn, HD: tl.constexpr, D0: tl.constex
 
 @triton.jit
 def _attend(q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD: tl.constexpr, D0: tl.constexpr,
-            D1: tl.constexpr, EVEN: tl.constexpr, ANCHOR: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr):  # fmt: skip
-    """P V not yet divided by the rows' sums, these sums, and the maxima that P is relative to.
+            D1: tl.constexpr, EVEN: tl.constexpr, ANCHOR: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """P V before the division by the row sums of P, these sums, and the row maxima that P is relative to.
 
-    With ANCHOR the maximum is that of the first keys, and the loop loses its maximum, shuffles and rescaling.
-    bf16 reaches as far as fp32, so the result is right unless a sum overflows.
+    With ANCHOR the maximum is that of the first tile of keys, which saves the running maximum, its shuffles
+    and the rescaling. bf16 has fp32's range, so the result is right unless a sum overflows.
     """
-    acc0, acc1 = heads.zeros(BLOCK_M, D0, D1)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc0, acc1 = heads.zeros(q0.shape[0], D0, D1)
+    total = tl.zeros((q0.shape[0],), tl.float32)
+    top = tl.full((q0.shape[0],), float("-inf"), tl.float32)
     if ANCHOR:
         top = tl.max(_scores(q0, q1, k_ptr, 0, m, stride_kn, HD, D0, D1, EVEN, BLOCK_N), 1) * scale
     for start in range(0, m, BLOCK_N):
@@ -91,26 +90,12 @@ def _fwd_kernel(
     q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
     tl.assume(m > 0)  # without it the compiler keeps a path around the loop, and wgmma is serialised
     acc0, acc1, total, top = _attend(
-        q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD, D0, D1, EVEN_M, ANCHOR, BLOCK_M, BLOCK_N
+        q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD, D0, D1, EVEN_M, ANCHOR, BLOCK_N
     )
     if ANCHOR:
         if tl.max(tl.where(total < 1e30, 0, 1), 0) > 0:  # also true for inf and nan
             acc0, acc1, total, top = _attend(
-                q0,
-                q1,
-                k_ptr,
-                v_ptr,
-                scale,
-                m,
-                stride_kn,
-                stride_vn,
-                HD,
-                D0,
-                D1,
-                EVEN_M,
-                False,
-                BLOCK_M,
-                BLOCK_N,
+                q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD, D0, D1, EVEN_M, False, BLOCK_N
             )
     lse_ptr += tl.program_id(1) * n
     tl.store(lse_ptr + rows, top + tl.log2(total), mask=rows < n)
