@@ -84,9 +84,7 @@ def _fwd_kernel(
     ANCHOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += heads.offset(stride_qb, nh, HD)
-    k_ptr += heads.offset(stride_kb, nh, HD)
-    v_ptr += heads.offset(stride_vb, nh, HD)
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
     tl.assume(m > 0)  # without it the compiler keeps a path around the loop, and wgmma is serialised
     acc0, acc1, total, top = _attend(
@@ -119,9 +117,7 @@ def _bwd_dq_kernel(
 ):  # fmt: skip
     """dq, and delta for the other kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += heads.offset(stride_qb, nh, HD)
-    k_ptr += heads.offset(stride_kb, nh, HD)
-    v_ptr += heads.offset(stride_vb, nh, HD)
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
     stats = tl.program_id(1) * n + rows
     q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
@@ -153,9 +149,7 @@ def _bwd_dkdv_kernel(
 ):  # fmt: skip
     """All transposed, (keys, queries): P^T and dS^T go from one product to the next in registers."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_ptr += heads.offset(stride_qb, nh, HD)
-    k_ptr += heads.offset(stride_kb, nh, HD)
-    v_ptr += heads.offset(stride_vb, nh, HD)
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     do_ptr += heads.dense_offset(n, nh, HD)
     stats = tl.program_id(1) * n
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)

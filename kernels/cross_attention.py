@@ -29,9 +29,7 @@ def _fwd_kernel(
     REPEAT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """REPEAT tiles of queries for one load of K and V; the keys are a first K0 (a) and K1 more (b)."""
-    q_ptr += heads.offset(stride_qb, nh, HD)
-    k_ptr += heads.offset(stride_kb, nh, HD)
-    v_ptr += heads.offset(stride_vb, nh, HD)
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     o_ptr += heads.dense_offset(n, nh, HD)
     a = tl.arange(0, K0)
     ka0, ka1 = heads.load(k_ptr, a, m, stride_kn, HD, D0, D1, False)
@@ -72,9 +70,7 @@ def _bwd_kernel(
 ):  # fmt: skip
     """dq, and part (splits, 2, b, m, nh, hd) in fp32: dk and dv of each split's queries."""
     b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
-    q_ptr += heads.offset(stride_qb, nh, HD)
-    k_ptr += heads.offset(stride_kb, nh, HD)
-    v_ptr += heads.offset(stride_vb, nh, HD)
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
     cols = tl.arange(0, KEYS)
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, False)

@@ -27,15 +27,18 @@ LOG2E = 1.4426950408889634  # the kernels work in powers of two: exp2 is one ins
 
 
 @triton.jit
-def offset(stride_b, nh, HD: tl.constexpr):
-    """Where this program's head begins in a tensor (b, rows, nh, hd); the grid's second axis counts heads."""
-    b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
-    return b.to(tl.int64) * stride_b + h * HD
+def at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD: tl.constexpr):
+    """The pointers moved to this program's head: the grid's second axis counts batch x heads."""
+    b, h = (tl.program_id(1) // nh).to(tl.int64), tl.program_id(1) % nh
+    q_ptr += b * stride_qb + h * HD
+    k_ptr += b * stride_kb + h * HD
+    v_ptr += b * stride_vb + h * HD
+    return q_ptr, k_ptr, v_ptr
 
 
 @triton.jit
 def dense_offset(rows, nh, HD: tl.constexpr):
-    """The same in a dense tensor; multiplied in this order it takes fewer registers."""
+    """Where this program's head begins in a dense tensor (b, rows, nh, hd)."""
     b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
     return b.to(tl.int64) * rows * nh * HD + h * HD
 
