@@ -99,6 +99,14 @@ def pipe(model):
     return pipe
 
 
+@pytest.fixture
+def sd(model):
+    """Our model of the same files, without adapters."""
+    from tests.lora_helpers import fresh
+
+    return fresh(model)
+
+
 @pytest.fixture(scope="session")
 def cat(tmp_path_factory) -> Path:
     """A folder named cat with five small pictures of different sizes."""
@@ -122,6 +130,16 @@ def captioned(cat) -> Path:
         (folder / path.name).write_bytes(path.read_bytes())
         (folder / f"{i}.txt").write_text(f"a drawing of cat number {i}")
     return folder
+
+
+@pytest.fixture
+def two(tmp_path) -> Path:
+    """A folder with a.png and b.png."""
+    from tests.data_helpers import picture
+
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
