@@ -19,7 +19,7 @@ from minisd.models.layers import place
 from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.noise import NoiseSchedule, settings_for
+from minisd.noise import NoiseSchedule
 
 
 class Attached(NamedTuple):
@@ -90,7 +90,7 @@ class StableDiffusion:
     def set_schedule(self, **changes) -> None:
         """Change entries of scheduler_config.json; they are saved with the model."""
         self.scheduler = self.scheduler | changes
-        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, self.scheduler))
+        self.schedule = NoiseSchedule.from_config(self.scheduler)
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
