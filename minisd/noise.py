@@ -38,11 +38,6 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alphas
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b, 1, 1, ...) on the device of `like`."""
-    return values.to(like.device).view(-1, *[1] * (like.ndim - 1))
-
-
 @dataclass(kw_only=True, eq=False)
 class NoiseSchedule:
     """alphas_cumprod (num_train_timesteps,), what the network predicts, and the algebra between the two. The
@@ -101,7 +96,8 @@ class NoiseSchedule:
 
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like` (b, ...)."""
-        alphas_cumprod = _column(self.alphas_cumprod[timesteps.cpu()], like)
+        alphas_cumprod = self.alphas_cumprod[timesteps.cpu()].to(like.device)  # (b,)
+        alphas_cumprod = alphas_cumprod.view(-1, *[1] * (like.ndim - 1))  # (b, 1, 1, ...)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

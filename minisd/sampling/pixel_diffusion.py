@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minisd.formats import config_json, diffusers
 from minisd.formats.parts import build, fill
-from minisd.models.layers import place
+from minisd.models.layers import move
 from minisd.models.unet2d import DDPM, UNet2D
 from minisd.noise import NoiseSchedule, randn
 from minisd.schedulers import ddpm
@@ -29,7 +29,7 @@ class PixelDiffusion:
         """A DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
         config, tensors, scheduler = diffusers.load_ddpm(Path(path))
         unet = fill(build("unet2d", config, path), tensors, path)
-        return cls(place(unet, device).eval().requires_grad_(False), scheduler)
+        return cls(move(unet, device).eval().requires_grad_(False), scheduler)
 
     @classmethod
     def new(cls, side: int, config: Path | None, **scheduler) -> "PixelDiffusion":
