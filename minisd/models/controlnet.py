@@ -4,7 +4,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,12 +73,11 @@ class ControlNet(UNetEncoder):
             raise ValueError(f"no hint network goes from pixels to latents {downscale} times smaller")
         config = ControlNetConfig.of(source.config, HINT_CHANNELS[: steps + 1])
         self = move(cls(config), source.conv_in.weight.device, source.conv_in.weight.dtype)
-        names = self.state_dict().keys()
-        self.load_state_dict({k: v for k, v in source.state_dict().items() if k in names}, strict=False)
+        self.load_state_dict(source.state_dict(), strict=False)  # but for the decoder
         zero = [self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block]
-        with torch.no_grad():
-            for p in (p for conv in [*zero, *self.controlnet_down_blocks] for p in conv.parameters()):
-                p.zero_()
+        for conv in [*zero, *self.controlnet_down_blocks]:
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
         return self
 
     def forward(
