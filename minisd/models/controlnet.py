@@ -1,5 +1,4 @@
-"""ControlNet: a trained copy of the UNet's encoder that steers it by an image (Zhang et al. 2023, arXiv
-2302.05543)."""
+"""ControlNet: a trained copy of the UNet's encoder that steers it by an image (arXiv 2302.05543)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from minisd.models.layers import Context, Conv1x1, move
 from minisd.models.unet import EncoderConfig, UNet, UNetEncoder
 
 HINT_CHANNELS = (16, 32, 96, 256)
+Residuals = dict[str, Tensor | list[Tensor]]  # down_residuals and mid_residual, keywords of the UNet
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ class ControlNet(UNetEncoder):
         hint: Tensor,
         scale: float = 1.0,
         guess: bool = False,
-    ) -> dict:
+    ) -> Residuals:
         """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`; with `guess` also times 0.1
         at the first skip to 1 in the middle, evenly in the logarithm. The first three arguments are the
         UNet's; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
@@ -105,7 +105,7 @@ class ControlNet(UNetEncoder):
         return {"down_residuals": down, "mid_residual": scales[-1] * self.controlnet_mid_block(x)}
 
 
-def total(residuals: list[dict], rows: int) -> dict:
+def total(residuals: list[Residuals], rows: int) -> Residuals:
     """The sum of the residuals of several ControlNets. Those of a ControlNet that saw only the last of `rows`
     samples are zero for the others."""
 
