@@ -137,7 +137,7 @@ def short_run(model, cat, captioned, tmp_path):
     """short_run("lora", "--rank", 2, seed=1): the options of a short run of a method on the tiny models."""
     from minisd.formats import config_json
     from tests import pairs
-    from tests.test_unet2d import TINY
+    from tests.helpers import TINY_PIXELS
 
     def make(method: str, *flags, **changes):
         data = captioned if method == "text_to_image" else cat
@@ -145,7 +145,7 @@ def short_run(model, cat, captioned, tmp_path):
             data = pairs.make_pairs(tmp_path / "pairs")
         common = ["--data", data, "--output_dir", tmp_path / "out", "--resolution", 32]
         if method == "unconditional":
-            config_json.write(tmp_path, "unet2d", TINY)
+            config_json.write(tmp_path, "unet2d", TINY_PIXELS)
             common += ["--model_config_name_or_path", tmp_path / "config.json"]
         else:
             common += ["--model", model, "--num_validation_images", 1]

@@ -13,8 +13,8 @@ from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.guidance import Denoiser, image_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests import pairs
+from tests.helpers import TINY_UNET, assert_close
 from tests.pairs import built, pipeline, psnr, shake, train
-from tests.test_models import TINY_UNET, assert_close
 
 
 @pytest.fixture

@@ -83,9 +83,9 @@ class Unconditional(Method):
         )
 
     def build(self, sd: PixelDiffusion) -> Parameters:
-        from minisd.models.layers import place
+        from minisd.models.layers import move
 
-        return self.unfreeze("unet", place(sd.unet, self.device))
+        return self.unfreeze("unet", move(sd.unet, self.device))
 
     def dataset(self, source):
         from minisd.methods import _data
