@@ -348,6 +348,9 @@ class Validation(ValidationImages):
 
 @dataclass(kw_only=True)
 class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
-    """Latents"""  # and all that the methods have in common that start from a Stable Diffusion model
+    """Latents
+
+    With the flags that all methods have which start from a Stable Diffusion model.
+    """
 
     cache_latents: bool = flag(True, "encode every image only once, unless crops are random", free=True)

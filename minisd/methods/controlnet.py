@@ -54,12 +54,9 @@ class ControlNet(Method):
         if channels != sd.vae.config.latent_channels:
             raise ValueError(f"--model {o.model} takes {channels} channels, not latents alone")
         if o.controlnet_model_name_or_path:
-            self.controlnet = controlnet.load(
-                o.controlnet_model_name_or_path,
-                device=self.device,
-                dtype=torch.float32,
-                cache_dir=o.cache_dir,
-            )
+            precision = {"device": self.device, "dtype": torch.float32}
+            source = o.controlnet_model_name_or_path
+            self.controlnet = controlnet.load(source, cache_dir=o.cache_dir, **precision)
         else:
             torch.manual_seed(o.seed)
             self.controlnet = networks.ControlNet.from_unet(sd.unet, sd.vae.config.downscale)

@@ -109,12 +109,11 @@ class CustomDiffusion(PriorPreservation):
 
         o = self.options
         size = {"resolution": o.resolution, "factor": self.sd.vae.config.downscale}
-        source = concepts.read_instances(self.concepts, flag="--data", skip_bad_images=o.skip_bad_images)
+        skip = {"skip_bad_images": o.skip_bad_images}
+        source = concepts.read_instances(self.concepts, flag="--data", **skip)
         self.data = concepts.CustomConcepts(source, augment=not o.noaug, hflip=o.hflip, **size)
         if o.with_prior_preservation:
-            source = concepts.read_classes(
-                self.concepts, flag="--class_data_dir", skip_bad_images=o.skip_bad_images
-            )
+            source = concepts.read_classes(self.concepts, flag="--class_data_dir", **skip)
             classes = concepts.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
             share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
             self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)

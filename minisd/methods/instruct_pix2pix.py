@@ -21,9 +21,7 @@ class Options(Dataset, Average, Training):
     edited_image_column: str = flag("edited_image", "column of the images after the edit")
     edit_prompt_column: str = flag("edit_prompt", "column of the edit instructions")
     random_flip: bool = flag(False, "flip both images of a pair with probability 1/2")
-    conditioning_dropout_prob: float | None = flag(
-        None, "probability of dropping the prompt, the image, and both; 0.05 in the paper"
-    )
+    conditioning_dropout_prob: float | None = flag(None, "probability of no prompt, no image, and neither")
     val_image_url: str | None = flag(None, "address or path of an image to validate with", free=True)
     revision: str | None = flag(None, "branch, tag or commit of a hub id", also=("non_ema_revision",))
     validation_guidance_scale: float = flag(7.0)

@@ -40,13 +40,9 @@ class Options(Subject, Training):
     save_format: Literal["diffusers", "kohya"] = flag("diffusers", "kohya is what A1111 and ComfyUI read")
     learning_rate: float | None = flag(None, "peak learning rate; 1e-4, as DreamBooth 5e-4")
     train_batch_size: int | None = flag(None, "images in a forward pass on one device; 16, as DreamBooth 4")
-    num_train_epochs: int | None = flag(
-        None, "passes over the data, unless --max_train_steps is given; 100, as DreamBooth 1"
-    )
+    num_train_epochs: int | None = flag(None, "passes over the data; 100, as DreamBooth 1")
     validation_steps: int | None = flag(None)
-    validation_epochs: int | None = flag(
-        None, "epochs between validations, instead of updates; 1, as DreamBooth 50"
-    )
+    validation_epochs: int | None = flag(None, "epochs between validations; 1, as DreamBooth 50")
     output_dir: Path | None = flag(None, "sd-model-finetuned-lora, as DreamBooth lora-dreambooth-model")
 
     def check(self):

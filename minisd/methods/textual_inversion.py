@@ -101,8 +101,7 @@ class TextualInversion(Method):
         return [(self.prompt.replace("{}", self.token), None)] if self.options.validation_prompt else []
 
     def preview(self, final: bool) -> Image | None:
-        """At the end: training images, what the model generates for the word it started from, and for the
-        token."""
+        """At the end: training images, then images of the initial word and of the token."""
         from minisd.data import images
         from minisd.methods import _preview
 

@@ -99,8 +99,7 @@ class Unconditional(Method):
         return {}
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
-        """With --prediction_type sample, the error of the clean image is weighted by the SNR, as that of the
-        noise is by itself; --snr_gamma caps that."""
+        """With --prediction_type sample, the weight is the SNR, as for noise; --snr_gamma caps it."""
         if self.options.prediction_type == "sample" and self.options.snr_gamma is None:
             return self.sd.schedule.snr(timesteps)
         return super().weights(timesteps)
