@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from minisd.formats import diffusers, hub, single_file
-from minisd.formats.parts import build, fill
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import place
 from minisd.models.unet import UNetConfig
@@ -26,10 +25,9 @@ def load(
     """
     path = hub.resolve(path, revision=revision, variant=variant, cache_dir=cache_dir)
     if path.is_dir():
-        config, tensors = diffusers.load_part(path, "controlnet", variant)
+        network = diffusers.load_part(path, "controlnet", variant)
     else:
-        config, tensors = single_file.load_controlnet(path)
-    network = fill(build("controlnet", config, path), tensors, path)
+        network = single_file.load_controlnet(path)
     return place(network, device, dtype).eval().requires_grad_(False)
 
 
@@ -45,4 +43,4 @@ def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:
 
 def save(folder: Path, network: ControlNet) -> None:
     """Write config.json and the weights. What else an existing folder holds stays there."""
-    diffusers.save_part(folder, "controlnet", network.config, network.state_dict())
+    diffusers.save_part(folder, network)

@@ -1,20 +1,20 @@
-"""A folder with model_index.json and one folder for each part: the layout of diffusers.
+"""A folder with model_index.json and a folder for each part: the layout of diffusers.
 
 Native names are this layout's names.
 """
 
 import re
-import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch.nn as nn
 from torch import Tensor
 
 from minisd import files
-from minisd.formats import config_json
-from minisd.formats import parts as ck
-from minisd.formats.parts import PARTS, Checkpoint, Config
-from minisd.models.unet2d import UNet2DConfig
+from minisd.formats import config_json, parts
+from minisd.formats.parts import PARTS, PipelineParts
+from minisd.models.unet2d import UNet2D
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -29,10 +29,8 @@ def matches(path: Path) -> bool:
     return (path / INDEX).is_file() or all((path / part / "config.json").is_file() for part in PARTS)
 
 
-def load(
-    path: Path, *, variant: str | None = None, ema: bool = False, parts: Sequence[str] = PARTS
-) -> Checkpoint:
-    """Read a folder: all configs, and the tensors of `parts`.
+def load(path: Path, *, variant: str | None = None, ema: bool = False) -> PipelineParts:
+    """Read a folder.
 
     `variant` is the `fp16` in `diffusion_pytorch_model.fp16.safetensors`; a part that has no such file gives
     its plain one, as long as another part has it. ValueError, naming the folder or file, if anything is
@@ -49,111 +47,110 @@ def load(
         raise ValueError(f"{path} is a model of pixels without text (DDPMPipeline), not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
-    config = {part: config_json.read(path / part, part) for part in PARTS}
-    if config["unet"].cross_attention_dim != config["text_encoder"].hidden_size:
+    chosen = variant_of_parts({part: _names(path / part) for part in PARTS}, variant, path)
+    networks = {part: load_part(path / part, part, chosen[part]) for part in PARTS}
+    width, given = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
+    if width != given:
         raise ValueError(
-            f"{path}: the UNet takes text states of width {config['unet'].cross_attention_dim}, "
-            f"the text encoder gives {config['text_encoder'].hidden_size}"
+            f"{path}: the UNet takes text states of width {width}, the text encoder gives {given}"
         )
-    chosen = variant_of_parts({part: _names(path / part) for part in parts}, variant, path)
-    tensors = {part: load_part(path / part, part, chosen[part])[1] for part in parts}
-    tokenizer = path / "tokenizer"
-    if not ((tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()):
-        if not (tokenizer / "tokenizer.json").is_file():
-            raise ValueError(f"{tokenizer} has neither vocab.json and merges.txt nor tokenizer.json")
-    return Checkpoint(
-        **config,
-        tensors=tensors,
-        scheduler=files.read_json(path / SCHEDULER),
-        tokenizer=tokenizer,
-        pipeline=str(index.get("_class_name", "StableDiffusionPipeline")),
+    vocabulary = set(_names(path / "tokenizer"))
+    if "tokenizer.json" not in vocabulary and not {"vocab.json", "merges.txt"} <= vocabulary:
+        raise ValueError(f"{path / 'tokenizer'} has neither vocab.json and merges.txt nor tokenizer.json")
+    return PipelineParts(
+        **networks,
+        scheduler=_read_scheduler(path),
+        tokenizer=path / "tokenizer",
+        pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
     )
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a folder, whole or not at all. What else an existing folder holds stays there."""
-    with files.new_folder(folder, keep=True) as temporary:
-        for part in PARTS:
-            save_part(temporary / part, part, getattr(checkpoint, part), checkpoint.tensors[part])
-        (temporary / "scheduler").mkdir()
-        files.write_json(temporary / SCHEDULER, checkpoint.scheduler)
-        (temporary / "tokenizer").mkdir()
-        # Other programs of the field may want the two plain files, which newer ones no longer write.
-        source = ck.TOKENIZER if ck.is_standard_tokenizer(checkpoint.tokenizer) else checkpoint.tokenizer
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, temporary / "tokenizer" / name)
-        index = {
-            "_class_name": checkpoint.pipeline,
-            "_diffusers_version": config_json.LAYOUT,
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", checkpoint.scheduler.get("_class_name", "PNDMScheduler")],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-        files.write_json(temporary / INDEX, index)
+def save(folder: Path, pipeline: PipelineParts) -> None:
+    """Write a folder, whole or not at all. Other files of an existing folder stay there."""
+    index = {
+        "_class_name": pipeline.pipeline_class,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    # Other programs may need the two plain files of CLIP's vocabulary, which newer ones no longer write.
+    tokenizer = parts.TOKENIZER if parts.is_standard_tokenizer(pipeline.tokenizer) else pipeline.tokenizer
+    _save(folder, pipeline.networks, pipeline.scheduler, index, tokenizer)
 
 
-def load_ddpm(path: Path, *, variant: str | None = None) -> tuple[UNet2DConfig, dict[str, Tensor], dict]:
-    """Config, tensors and scheduler_config.json of a DDPMPipeline's folder."""
+def load_ddpm(path: Path, *, variant: str | None = None) -> tuple[UNet2D, dict[str, Any]]:
+    """The network and the content of scheduler_config.json of a DDPMPipeline's folder."""
     path = Path(path)
-    config, tensors = load_part(path / "unet", "unet2d", variant)
-    return config, tensors, files.read_json(path / SCHEDULER)
+    return load_part(path / "unet", "unet2d", variant), _read_scheduler(path)
 
 
-def save_ddpm(folder: Path, config: UNet2DConfig, tensors: dict[str, Tensor], scheduler: dict) -> None:
-    """Write a DDPMPipeline's folder, whole or not at all. What else an existing folder holds stays there."""
+def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:
+    """Write a DDPMPipeline's folder, as `save` does."""
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    _save(folder, {"unet": network}, scheduler, index)
+
+
+def _save(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    scheduler: dict[str, Any],
+    index: dict[str, Any],
+    tokenizer: Path | None = None,
+) -> None:
+    index |= {
+        "_diffusers_version": config_json.DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", scheduler.get("_class_name", "PNDMScheduler")],
+    }
     with files.new_folder(folder, keep=True) as temporary:
-        save_part(temporary / "unet", "unet2d", config, tensors)
-        (temporary / "scheduler").mkdir()
+        for name, network in networks.items():
+            save_part(temporary / name, network)
         files.write_json(temporary / SCHEDULER, scheduler)
-        index = {
-            "_class_name": "DDPMPipeline",
-            "_diffusers_version": config_json.LAYOUT,
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
-        files.write_json(temporary / INDEX, index)
+        for name in TOKENIZER_FILES:
+            if tokenizer and (tokenizer / name).is_file():
+                files.write_bytes(temporary / "tokenizer" / name, (tokenizer / name).read_bytes())
+        files.write_json(temporary / INDEX, dict(sorted(index.items())))
 
 
-# --- One part -------------------------------------------------------------------------------------------
+def _read_scheduler(path: Path) -> dict[str, Any]:
+    return config_json.read_scheduler(files.read_json(path / SCHEDULER), path / SCHEDULER)
 
 
-def load_part(folder: Path, part: str, variant: str | None = None) -> tuple[Config, dict[str, Tensor]]:
-    """Config and tensors, by native names, of a part's folder (`unet/` and its like, or a VAE by itself)."""
+# --- One part --------------------------------------------------------------------------------------------
+
+
+def load_part(folder: Path, part: str, variant: str | None = None) -> nn.Module:
+    """The network in a part's folder (`unet/` and its like, or a VAE by itself)."""
     folder = Path(folder)
-    config = config_json.read(folder, part)
-    chosen, shards = choose(_names(folder), part, variant, folder)
+    network = parts.build(part, config_json.read(folder, part), folder / "config.json")
+    chosen, *shards = choose(_names(folder), part, variant, folder)
     if chosen.endswith(".json"):
         index = files.read_json(folder / chosen).get("weight_map")
         listed = {str(name) for name in index.values()} if isinstance(index, dict) else set()
         if not listed or not listed <= set(shards):
-            absent = sorted(listed - set(shards))
-            raise ValueError(f"{folder / chosen} lists files that are not there: {ck.some(absent) or 'none'}")
+            absent = parts.first_names(sorted(listed - set(shards))) or "none"
+            raise ValueError(f"{folder / chosen} lists files that are not there: {absent}")
         tensors = {name: t for shard in sorted(listed) for name, t in files.read(folder / shard).items()}
     else:
         tensors = files.read(folder / chosen)
-    tensors = native(part, tensors)
-    ck.check(tensors, ck.native_shapes(part, config, folder / "config.json"), folder / chosen)
-    return config, tensors
+    return parts.fill(network, native(part, tensors), folder / chosen)
 
 
-def save_part(folder: Path, part: str, config: Config, tensors: dict[str, Tensor]) -> None:
-    """Write config.json and the weights of one part, whole or not at all."""
-    ck.check(tensors, ck.native_shapes(part, config, folder), folder)
+def save_part(folder: Path, network: nn.Module) -> None:
+    """Write config.json and the weights of one network, whole or not at all."""
+    part = parts.part_of(network)
     with files.new_folder(folder, keep=True) as temporary:
-        files.write(temporary / f"{_stem(part, 'safetensors')}.safetensors", tensors)
-        config_json.write(temporary, part, config)
+        files.write(temporary / f"{_stem(part, 'safetensors')}.safetensors", network.state_dict())
+        config_json.write(temporary, part, network.config)
 
 
-def native(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under native names, from the names of older and newer files of the same layout."""
     return {
-        new: ck.as_matrix(tensor) if part in OLD_NAMES and ".attentions." in new else tensor
+        new: parts.as_matrix(tensor) if part in OLD_NAMES and ".attentions." in new else tensor
         for name, tensor in tensors.items()
         if (new := _native_name(part, name)) is not None
     }
@@ -165,9 +162,9 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 def _native_name(part: str, name: str) -> str | None:
     if part in OLD_NAMES:
-        found = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
-        if found and found[2] in OLD_ATTENTION:
-            return found[1] + OLD_ATTENTION[found[2]] + found[3]
+        match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
+        if match and match[2] in OLD_ATTENTION:
+            return match[1] + OLD_ATTENTION[match[2]] + match[3]
     if part == "text_encoder":
         name = name if name.startswith("text_model.") else f"text_model.{name}"
         if name == "text_model.embeddings.position_ids":
@@ -179,8 +176,9 @@ def _native_name(part: str, name: str) -> str | None:
 
 
 def _stem(part: str, kind: str) -> str:
+    """The beginning of the weights' file names; `kind` is safetensors or bin."""
     return (
-        "diffusion_pytorch_model" if part != "text_encoder" else {"bin": "pytorch_model"}.get(kind, "model")
+        {"bin": "pytorch_model"}.get(kind, "model") if part == "text_encoder" else "diffusion_pytorch_model"
     )
 
 
@@ -189,8 +187,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def variants(names: Collection[str], part: str) -> dict[str | None, dict[str, list[str]]]:
-    """variant (None: plain) -> kind of file -> [file or index, shards ...], of the file names of a folder."""
-    found: dict[str | None, dict[str, list[str]]] = {}
+    """variant (None: plain) -> safetensors or bin -> [file] or [index, shards ...], of a folder's files."""
+    weights: dict[str | None, dict[str, list[str]]] = {}
     for kind in ("safetensors", "bin"):
         stem, word = _stem(part, kind), r"(?:\.([^.-]+))?"
         for name in sorted(names, key=lambda name: name.endswith(".json")):  # a whole file before an index
@@ -203,37 +201,34 @@ def variants(names: Collection[str], part: str) -> dict[str | None, dict[str, li
             number = r"-\d+-of-\d+"
             shard = re.compile(rf"{stem}({middle}{number}|{number}{middle})\.{kind}")
             shards = sorted(n for n in names if shard.fullmatch(n)) if index else []
-            found.setdefault(variant, {}).setdefault(kind, [name, *shards])
-    return found
+            weights.setdefault(variant, {}).setdefault(kind, [name, *shards])
+    return weights
 
 
-def choose(
-    names: Collection[str], part: str, variant: str | None, folder: Path | str
-) -> tuple[str, list[str]]:
-    """The weights' file, or the index of several and these, among the file names of a part's folder.
+def choose(names: Collection[str], part: str, variant: str | None, folder: Path | str) -> list[str]:
+    """The weights' file, or the index of several followed by these, among the file names of a part's folder.
 
     Plain unless a variant is asked for or is all there is; .safetensors before .bin. ValueError listing what
     is there if that is not it.
     """
-    found = variants(names, part)
-    if not found:
+    weights = variants(names, part)
+    if not weights:
         raise ValueError(f"{folder} has no {_stem(part, 'safetensors')}.safetensors")
-    if variant not in found:
-        if variant or len(found) > 1:
-            asked = f"variant {variant!r}" if variant else "plain weights"
-            raise ValueError(f"{folder} has no {asked}; there are {', '.join(sorted(map(str, found)))}")
-        (variant,) = found
-    kinds = found[variant]
-    chosen, *shards = kinds.get("safetensors") or kinds["bin"]
-    return chosen, shards
+    if variant not in weights:
+        if variant or len(weights) > 1:
+            missing = f"variant {variant!r}" if variant else "plain weights"
+            raise ValueError(f"{folder} has no {missing}; there are {', '.join(sorted(map(str, weights)))}")
+        (variant,) = weights
+    kinds = weights[variant]
+    return kinds.get("safetensors") or kinds["bin"]
 
 
 def variant_of_parts(
     names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
 ) -> dict[str, str | None]:
     """The variant to read of each part: the one asked for, where it is. ValueError if no part has it."""
-    found = {part: variants(names[part], part) for part in names}
-    if variant and not any(variant in of_part for of_part in found.values()):
-        known = sorted({str(v or "plain weights") for of_part in found.values() for v in of_part})
+    weights = {part: variants(names[part], part) for part in names}
+    if variant and not any(variant in of_part for of_part in weights.values()):
+        known = sorted({str(v or "plain weights") for of_part in weights.values() for v in of_part})
         raise ValueError(f"{source} has no variant {variant!r}; there are {', '.join(known) or 'no weights'}")
-    return {part: variant if variant in of_part else None for part, of_part in found.items()}
+    return {part: variant if variant in of_part else None for part, of_part in weights.items()}

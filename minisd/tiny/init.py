@@ -13,7 +13,7 @@ import torch
 
 from minisd import cli, files
 from minisd.formats import config_json, diffusers
-from minisd.formats.parts import PIPELINES, Checkpoint
+from minisd.formats.parts import PIPELINES, PipelineParts
 from minisd.models.text import END, START, TextConfig, TextEncoder
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
@@ -97,14 +97,13 @@ def write(out: Path, data: Path, seed: int = 0) -> None:
     text: TextConfig = parts["text_encoder"].config
     assert text.vocab_size == VOCABULARY
     write_tokenizer(out / "tokenizer", count_words(data))
-    checkpoint = Checkpoint(
-        **{part: module.config for part, module in parts.items()},
-        tensors={part: module.state_dict() for part, module in parts.items()},
+    pipeline = PipelineParts(
+        **parts,
         scheduler=files.read_json(HERE / "scheduler" / "scheduler_config.json"),
         tokenizer=out / "tokenizer",
-        pipeline=PIPELINES[parts["unet"].config.in_channels],
+        pipeline_class=PIPELINES[parts["unet"].config.in_channels],
     )
-    diffusers.save(out, checkpoint)
+    diffusers.save(out, pipeline)
 
 
 def main() -> None:
