@@ -47,8 +47,8 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
         raise ValueError(f"{path} is a model of pixels without text (DDPMPipeline), not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
-    chosen = variant_of_parts({part: _names(path / part) for part in PARTS}, variant, path)
-    networks = {part: load_part(path / part, part, chosen[part]) for part in PARTS}
+    weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
+    networks = {part: _load(path / part, part, weights[part]) for part in PARTS}
     width, given = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
     if width != given:
         raise ValueError(
@@ -123,27 +123,30 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
 
 
 def load_part(folder: Path, part: str, variant: str | None = None) -> nn.Module:
-    """The network in a part's folder (`unet/` and its like, or a VAE by itself)."""
+    """The network in a folder of its own (`unet/` and its like, or a VAE by itself)."""
     folder = Path(folder)
+    return _load(folder, part, choose({part: _names(folder)}, variant, folder)[part])
+
+
+def _load(folder: Path, part: str, weights: str) -> nn.Module:
     network = parts.build(part, config_json.read(folder, part), folder / "config.json")
-    chosen, *shards = choose(_names(folder), part, variant, folder)
-    if chosen.endswith(".json"):
-        index = files.read_json(folder / chosen).get("weight_map")
+    listed = {weights}
+    if weights.endswith(".json"):
+        index = files.read_json(folder / weights).get("weight_map")
         listed = {str(name) for name in index.values()} if isinstance(index, dict) else set()
-        if not listed or not listed <= set(shards):
-            absent = parts.first_names(sorted(listed - set(shards))) or "none"
-            raise ValueError(f"{folder / chosen} lists files that are not there: {absent}")
-        tensors = {name: t for shard in sorted(listed) for name, t in files.read(folder / shard).items()}
-    else:
-        tensors = files.read(folder / chosen)
-    return parts.fill(network, native(part, tensors), folder / chosen)
+        absent = sorted(listed - {*_names(folder)})
+        if absent or not listed:
+            absent = parts.first_names(absent) or "none"
+            raise ValueError(f"{folder / weights} lists files that are not there: {absent}")
+    tensors = {name: tensor for file in sorted(listed) for name, tensor in files.read(folder / file).items()}
+    return parts.fill(network, native(part, tensors), folder / weights)
 
 
 def save_part(folder: Path, network: nn.Module) -> None:
     """Write config.json and the weights of one network, whole or not at all."""
     part = parts.part_of(network)
     with files.new_folder(folder, keep=True) as temporary:
-        files.write(temporary / f"{_stem(part, 'safetensors')}.safetensors", network.state_dict())
+        files.write(temporary / f"{_stem(part)}.safetensors", network.state_dict())
         config_json.write(temporary, part, network.config)
 
 
@@ -175,60 +178,51 @@ def _native_name(part: str, name: str) -> str | None:
 # --- File names ------------------------------------------------------------------------------------------
 
 
-def _stem(part: str, kind: str) -> str:
-    """The beginning of the weights' file names; `kind` is safetensors or bin."""
-    return (
-        {"bin": "pytorch_model"}.get(kind, "model") if part == "text_encoder" else "diffusion_pytorch_model"
-    )
-
-
 def _names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
 
 
-def variants(names: Collection[str], part: str) -> dict[str | None, dict[str, list[str]]]:
-    """variant (None: plain) -> safetensors or bin -> [file] or [index, shards ...], of a folder's files."""
-    weights: dict[str | None, dict[str, list[str]]] = {}
-    for kind in ("safetensors", "bin"):
-        stem, word = _stem(part, kind), r"(?:\.([^.-]+))?"
-        for name in sorted(names, key=lambda name: name.endswith(".json")):  # a whole file before an index
-            single = re.fullmatch(rf"{stem}{word}\.{kind}", name)
-            index = re.fullmatch(rf"{stem}\.{kind}\.index{word}\.json", name)
-            if not (single or index):
-                continue
-            variant = (single or index)[1]
-            middle = re.escape(f".{variant}") if variant else ""
-            number = r"-\d+-of-\d+"
-            shard = re.compile(rf"{stem}({middle}{number}|{number}{middle})\.{kind}")
-            shards = sorted(n for n in names if shard.fullmatch(n)) if index else []
-            weights.setdefault(variant, {}).setdefault(kind, [name, *shards])
+def _stem(part: str) -> str:
+    return "model" if part == "text_encoder" else "diffusion_pytorch_model"
+
+
+def variants(names: Collection[str], part: str) -> dict[str | None, str]:
+    """variant (None: plain) -> its weights' file, or the index of several, among the file names of a folder:
+    .safetensors before .bin, one file before several."""
+    pattern = re.compile(
+        rf"(?:pytorch_)?{_stem(part)}(?:\.([^.-]+))?\.(safetensors|bin)(\.index(?:\.([^.-]+))?\.json)?"
+    )
+    matches = [match for name in names if (match := pattern.fullmatch(name))]
+    weights: dict[str | None, str] = {}
+    for match in sorted(matches, key=lambda match: (match[2] == "bin", match[3] is not None)):
+        weights.setdefault(match[1] or match[4], match[0])
     return weights
 
 
-def choose(names: Collection[str], part: str, variant: str | None, folder: Path | str) -> list[str]:
-    """The weights' file, or the index of several followed by these, among the file names of a part's folder.
+def shards(index: str) -> list[str]:
+    """Patterns of the file names that an index may list."""
+    stem, kind, variant = re.fullmatch(r"(\w+)\.(\w+)\.index(\.[^.]+)?\.json", index).groups("")
+    return [f"{stem}{variant}-?????-of-?????.{kind}", f"{stem}-?????-of-?????{variant}.{kind}"]
 
-    Plain unless a variant is asked for or is all there is; .safetensors before .bin. ValueError listing what
-    is there if that is not it.
+
+def choose(names: Mapping[str, Collection[str]], variant: str | None, source: Path | str) -> dict[str, str]:
+    """part -> its weights' file or index, from part -> the file names of its folder, which lies in `source`;
+    one part alone lies in `source` itself.
+
+    A part without the variant gives its plain weights, or the only ones it has, as long as another part has
+    the variant. ValueError that lists what there is if that is not it.
     """
-    weights = variants(names, part)
-    if not weights:
-        raise ValueError(f"{folder} has no {_stem(part, 'safetensors')}.safetensors")
-    if variant not in weights:
-        if variant or len(weights) > 1:
-            missing = f"variant {variant!r}" if variant else "plain weights"
-            raise ValueError(f"{folder} has no {missing}; there are {', '.join(sorted(map(str, weights)))}")
-        (variant,) = weights
-    kinds = weights[variant]
-    return kinds.get("safetensors") or kinds["bin"]
-
-
-def variant_of_parts(
-    names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
-) -> dict[str, str | None]:
-    """The variant to read of each part: the one asked for, where it is. ValueError if no part has it."""
     weights = {part: variants(names[part], part) for part in names}
     if variant and not any(variant in of_part for of_part in weights.values()):
         known = sorted({str(v or "plain weights") for of_part in weights.values() for v in of_part})
         raise ValueError(f"{source} has no variant {variant!r}; there are {', '.join(known) or 'no weights'}")
-    return {part: variant if variant in of_part else None for part, of_part in weights.items()}
+    chosen = {}
+    for part, of_part in weights.items():
+        folder = f"{source}/{part}" if len(names) > 1 else source
+        wanted = variant if variant in of_part else None
+        if not of_part:
+            raise ValueError(f"{folder} has no {_stem(part)}.safetensors")
+        if wanted not in of_part and len(of_part) > 1:
+            raise ValueError(f"{folder} has no plain weights; there are {', '.join(sorted(of_part))}")
+        chosen[part] = of_part.get(wanted) or [*of_part.values()][0]
+    return chosen

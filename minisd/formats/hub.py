@@ -82,19 +82,13 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
     """
     top = [name for name in names if "/" not in name]
     if diffusers.INDEX in top:
-        folders = {
-            folder: [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
-            for folder in PARTS
-        }
-        wanted = [diffusers.INDEX, diffusers.SCHEDULER]
-        wanted += [f"tokenizer/{name}" for name in diffusers.TOKENIZER_FILES]
-        variants = diffusers.variant_of_parts(folders, variant, model)
-        for part, inside in folders.items():
-            weights = diffusers.choose(inside, part, variants[part], f"{model}/{part}")
-            wanted += [f"{part}/{name}" for name in (CONFIG, *weights)]
-        return [name for name in wanted if name in names]
+        inside = {part: [n[len(part) + 1 :] for n in names if n.startswith(f"{part}/")] for part in PARTS}
+        weights = diffusers.choose(inside, variant, model)
+        tokenizer = (f"tokenizer/{name}" for name in diffusers.TOKENIZER_FILES)
+        fixed = [diffusers.INDEX, diffusers.SCHEDULER, *tokenizer, *(f"{part}/{CONFIG}" for part in PARTS)]
+        return fixed + [f"{part}/{file}" for part in PARTS for file in _files(weights[part])]
     if CONFIG in top and diffusers.variants(top, "controlnet"):
-        return [CONFIG, *diffusers.choose(top, "controlnet", variant, model)]
+        return [CONFIG, *_files(diffusers.choose({"controlnet": top}, variant, model)["controlnet"])]
     for suffixes in (files.SAFETENSORS, files.PICKLES):
         single = sorted(name for name in top if name.endswith(suffixes))
         if len(single) > 1:
@@ -102,6 +96,10 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
         if single:
             return single
     raise ValueError(f"{model} has neither {diffusers.INDEX} nor a single file of weights")
+
+
+def _files(weights: str) -> list[str]:
+    return [weights, *(diffusers.shards(weights) if weights.endswith(".json") else ())]
 
 
 def _model_in(folder: Path, names: list[str]) -> Path:
