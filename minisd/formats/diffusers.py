@@ -150,29 +150,21 @@ def save_part(folder: Path, network: nn.Module) -> None:
         config_json.write(temporary, part, network.config)
 
 
-def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under native names, from the names of older and newer files of the same layout."""
-    return {
-        new: parts.as_matrix(tensor) if part in OLD_NAMES and ".attentions." in new else tensor
-        for name, tensor in tensors.items()
-        if (new := _native_name(part, name)) is not None
-    }
-
-
-OLD_NAMES = ("vae", "unet2d")  # the parts whose attention had other names once
+# Names of the attention in a VAE or UNet2D of 2022.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _native_name(part: str, name: str) -> str | None:
-    if part in OLD_NAMES:
+def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under native names, from the names of older and newer files of the same layout."""
+
+    def rename(name: str) -> str:
+        if part == "text_encoder" and not name.startswith("text_model."):
+            return f"text_model.{name}"
         match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
-        if match and match[2] in OLD_ATTENTION:
-            return match[1] + OLD_ATTENTION[match[2]] + match[3]
-    if part == "text_encoder":
-        name = name if name.startswith("text_model.") else f"text_model.{name}"
-        if name == "text_model.embeddings.position_ids":
-            return None  # 0 to 76, and wrong in files that were cast to half precision
-    return name
+        return match[1] + OLD_ATTENTION.get(match[2], match[2]) + match[3] if match else name
+
+    # The position_ids are 0 to 76, and wrong in files that were cast to half precision.
+    return {rename(name): t for name, t in tensors.items() if not name.endswith("embeddings.position_ids")}
 
 
 # --- File names ------------------------------------------------------------------------------------------

@@ -54,8 +54,6 @@ def _fetch(model: str, revision: str, variant: str | None, cache_dir: str | Path
         raise ValueError(f"{model} is neither a path nor a public model on the hub") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{model} has no revision {revision!r} on the hub") from error
-    except (errors.HFValidationError, errors.BadRequestError) as error:
-        raise ValueError(f"{at} cannot be fetched: {_first_line(error)}") from error
     except ValueError:
         raise
     except Exception as error:  # what an unreachable hub raises depends on the library's release

@@ -93,16 +93,21 @@ def part_of(network: nn.Module) -> str:
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
     """Give a network on the meta device these tensors, without a copy: they stay memory-mapped if they were.
+    A linear layer (o, i) also takes the weight of a 1x1 convolution (o, i, 1, 1).
 
     ValueError, naming `source` and the names, unless names and shapes are exactly the network's.
     """
     expected = module.state_dict()
     check_names(tensors, expected, source)
-    wrong = [name for name in expected if tensors[name].shape != expected[name].shape]
+    state = {
+        name: t[:, :, 0, 0] if t.shape[2:] == (1, 1) and expected[name].ndim == 2 else t
+        for name, t in tensors.items()
+    }
+    wrong = [name for name in expected if state[name].shape != expected[name].shape]
     if wrong:
-        first = f"{wrong[0]} is {tuple(tensors[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
+        first = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
         raise ValueError(f"{source}: {len(wrong)} tensors of another shape: {first}")
-    module.load_state_dict(dict(tensors), strict=True, assign=True)
+    module.load_state_dict(state, strict=True, assign=True)
     return module
 
 
@@ -114,11 +119,6 @@ def check_names(names: Collection[str], expected: Collection[str], source: Path 
                 for kind, these in (("missing", missing), ("unknown", unknown)) if these]  # fmt: skip
     if problems:
         raise ValueError(f"{source}: {' and '.join(problems)} of {len(expected)} tensors")
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """A view of a 1x1 convolution's weight (o, i, 1, 1) as a linear layer's (o, i)."""
-    return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
 def first_names(names: Collection[str]) -> str:

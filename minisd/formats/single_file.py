@@ -66,7 +66,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
             raise ValueError(f"{path} holds no {part} ({PREFIXES[part]}*): it is not a whole checkpoint")
     parts.check_names(tensors, {name for part in PARTS for name in tables[part].values()}, path)
     for part, network in networks.items():
-        _fill(part, network, tables[part], tensors, path)
+        parts.fill(network, {name: tensors[file_name] for name, file_name in tables[part].items()}, path)
     return PipelineParts(
         **networks, scheduler=scheduler, tokenizer=parts.TOKENIZER, pipeline_class=pipeline_class
     )
@@ -86,10 +86,11 @@ def save(file: Path, pipeline: PipelineParts) -> None:
     configs: dict[str, Any] = {"scheduler": pipeline.scheduler, "pipeline": pipeline.pipeline_class}
     for part, network in pipeline.networks.items():
         configs[part] = config_json.to_json(part, network.config)
-        native = network.state_dict()
-        for name, file_name in table(part, network).items():
-            tensor = native[name]
-            tensors[file_name] = tensor[:, :, None, None] if _is_convolution(part, name) else tensor
+        names = table(part, network)
+        for name, tensor in network.state_dict().items():
+            # The VAE's attention has 1x1 convolutions (o, i, 1, 1) there.
+            is_convolution = part == "vae" and ".attentions." in name and tensor.ndim == 2
+            tensors[names[name]] = tensor[:, :, None, None] if is_convolution else tensor
     kind = pipeline.scheduler.get("prediction_type", "epsilon")
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -123,7 +124,7 @@ def load_controlnet(path: Path) -> controlnet.ControlNet:
     network = parts.build("controlnet", config, path)
     names = table("controlnet", network)
     parts.check_names(tensors, names.values(), path)
-    return _fill("controlnet", network, names, tensors, path)
+    return parts.fill(network, {name: tensors[file_name] for name, file_name in names.items()}, path)
 
 
 # --- The table -------------------------------------------------------------------------------------------
@@ -234,11 +235,6 @@ def _ema_name(file_name: str) -> str:
     return EMA + file_name.removeprefix("model.").replace(".", "")
 
 
-def _is_convolution(part: str, name: str) -> bool:
-    """Whether the file has a 1x1 convolution (o, i, 1, 1) where we have a linear layer (o, i)."""
-    return part == "vae" and ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
-
-
 # --- Reading ---------------------------------------------------------------------------------------------
 
 
@@ -322,12 +318,3 @@ def _canonical(name: str) -> str:
     if name.startswith(prefix) and not name.startswith(prefix + "text_model."):
         return prefix + "text_model." + name.removeprefix(prefix)
     return name
-
-
-def _fill(
-    part: str, network: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path
-) -> nn.Module:
-    """`parts.fill` with the tensors that the file has under these names."""
-    native = {name: tensors[file_name] for name, file_name in names.items()}
-    native = {n: parts.as_matrix(t) if _is_convolution(part, n) else t for n, t in native.items()}
-    return parts.fill(network, native, path)
