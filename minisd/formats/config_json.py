@@ -280,7 +280,7 @@ def write(folder: Path, part: str, config: Config) -> None:
     files.write_json(Path(folder) / "config.json", to_json(part, config))
 
 
-def from_json(part: str, content: dict[str, Any], source: Path) -> Config:
+def from_json(part: str, content: dict[str, Any], source: Path | str) -> Config:
     """The content of a config.json as our dataclass.
 
     ValueError, naming source and key, if it describes a network that our models cannot be, or has an unknown
@@ -321,7 +321,7 @@ def to_json(part: str, config: Config) -> dict[str, Any]:
     return dict(sorted((content | table.written | table.labels | table.derived(config)).items()))
 
 
-def _read(key: str, value: Any, spelling: Spelling, levels: int, source: Path) -> Any:
+def _read(key: str, value: Any, spelling: Spelling, levels: int, source: Path | str) -> Any:
     try:
         return spelling.read(value, levels)
     except INVALID:
@@ -364,7 +364,7 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def read_scheduler(content: dict[str, Any], source: Path) -> dict[str, Any]:
+def read_scheduler(content: dict[str, Any], source: Path | str) -> dict[str, Any]:
     """The content of a scheduler_config.json, checked; null means the same as an absent key.
 
     ValueError, naming source and key, for an unknown key, or a value that asks for what minisd does not do.

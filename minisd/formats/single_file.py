@@ -118,7 +118,7 @@ def load_controlnet(path: Path) -> controlnet.ControlNet:
     config = controlnet.SD15
     if CONFIG in metadata:
         with _reading_metadata(path):
-            config = config_json.from_json("controlnet", json.loads(metadata[CONFIG]), path)
+            config = config_json.from_json("controlnet", json.loads(metadata[CONFIG]), "controlnet")
     elif (width := _text_width(tensors)) not in (0, 768):
         raise ValueError(f"{path}: text states of width {width}; minisd is for ControlNets of SD v1.x")
     network = parts.build("controlnet", config, path)
@@ -283,8 +283,9 @@ def _described(
     if CONFIG in metadata:
         with _reading_metadata(path):
             entry = json.loads(metadata[CONFIG])
-            configs = {part: config_json.from_json(part, entry[part], path) for part in PARTS}
-            return configs, config_json.read_scheduler(dict(entry["scheduler"]), path), str(entry["pipeline"])
+            configs = {part: config_json.from_json(part, entry[part], part) for part in PARTS}
+            scheduler = config_json.read_scheduler(dict(entry["scheduler"]), "scheduler")
+            return configs, scheduler, str(entry["pipeline"])
     first = PREFIXES["unet"] + "input_blocks.0.0.weight"
     conv_in = tensors.get(first, tensors.get(_ema_name(first)))
     in_channels = conv_in.shape[1] if conv_in is not None and conv_in.ndim == 4 else 4
