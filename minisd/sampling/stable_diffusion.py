@@ -207,7 +207,8 @@ class StableDiffusion:
         """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it.
         Parts that are not `changed` are written as they were read, whatever precision they run in."""
         tensors = {part: lora.merged(module) for part, module in self.parts.items()}
-        tensors |= {part: t for part, t in self.original.items() if part not in changed}
+        for part, original in self.original.items():
+            tensors[part] |= original if part not in changed else {}
         with self._pipeline(tensors, folder) as pipeline:
             diffusers.save(folder, pipeline)
 
