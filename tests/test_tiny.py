@@ -204,7 +204,7 @@ def test_the_ground_of_a_picture_is_named(built, ground):
 def test_a_start_that_has_learned_nothing(built, tmp_path, monkeypatch):
     """The same bytes again, and a tokenizer that takes the words of the data apart and puts them together."""
     monkeypatch.setattr(init, "VOCABULARY", 540)  # as few words as these allow
-    monkeypatch.setattr(init.configs, "read", lambda folder, part: small(read(folder, part)))
+    monkeypatch.setattr(init.config_json, "read", lambda folder, part: small(read(folder, part)))
     for name in ("start", "again"):
         init.write(tmp_path / name, built)
     assert files(tmp_path / "start") == files(tmp_path / "again")

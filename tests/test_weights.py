@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read back, and what others write is read."""
+"""Model files: what is written is read back, and what others write is read."""
 
 import json
 import random

@@ -49,10 +49,10 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
         raise ValueError(f"{path} has no {absent[0]}/config.json")
     weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
     networks = {part: _load(path / part, part, weights[part]) for part in PARTS}
-    width, given = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
-    if width != given:
+    taken, given = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
+    if taken != given:
         raise ValueError(
-            f"{path}: the UNet takes text states of width {width}, the text encoder gives {given}"
+            f"{path}: the UNet takes text states of width {taken}, the text encoder gives {given}"
         )
     vocabulary = set(_names(path / "tokenizer"))
     if "tokenizer.json" not in vocabulary and not {"vocab.json", "merges.txt"} <= vocabulary:
@@ -82,10 +82,10 @@ def save(folder: Path, pipeline: PipelineParts) -> None:
     _save(folder, pipeline.networks, pipeline.scheduler, index, tokenizer)
 
 
-def load_ddpm(path: Path, *, variant: str | None = None) -> tuple[UNet2D, dict[str, Any]]:
+def load_ddpm(path: Path) -> tuple[UNet2D, dict[str, Any]]:
     """The network and the content of scheduler_config.json of a DDPMPipeline's folder."""
     path = Path(path)
-    return load_part(path / "unet", "unet2d", variant), _read_scheduler(path)
+    return load_part(path / "unet", "unet2d"), _read_scheduler(path)
 
 
 def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:
