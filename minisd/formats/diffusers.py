@@ -48,7 +48,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
     weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
-    networks = {part: _load(path / part, part, weights[part]) for part in PARTS}
+    networks = {part: _load(path / part, part, weights[part][0]) for part in PARTS}
     taken, given = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
     if taken != given:
         raise ValueError(
@@ -125,7 +125,7 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
 def load_part(folder: Path, part: str, variant: str | None = None) -> nn.Module:
     """The network in a folder of its own (`unet/` and its like, or a VAE by itself)."""
     folder = Path(folder)
-    return _load(folder, part, choose({part: _names(folder)}, variant, folder)[part])
+    return _load(folder, part, choose({part: _names(folder)}, variant, folder)[part][0])
 
 
 def _load(folder: Path, part: str, weights: str) -> nn.Module:
@@ -191,15 +191,18 @@ def variants(names: Collection[str], part: str) -> dict[str | None, str]:
     return weights
 
 
-def shards(index: str) -> list[str]:
-    """Patterns of the file names that an index may list."""
-    stem, kind, variant = re.fullmatch(r"(\w+)\.(\w+)\.index(\.[^.]+)?\.json", index).groups("")
-    return [f"{stem}{variant}-?????-of-?????.{kind}", f"{stem}-?????-of-?????{variant}.{kind}"]
+def _shards(index: str) -> list[str]:
+    """Patterns of the names of the files that an index may list."""
+    stem, kind, _, *variant, _ = index.split(".")
+    middle = "".join(f".{word}" for word in variant)
+    return [f"{stem}{middle}-?????-of-?????.{kind}", f"{stem}-?????-of-?????{middle}.{kind}"]
 
 
-def choose(names: Mapping[str, Collection[str]], variant: str | None, source: Path | str) -> dict[str, str]:
-    """part -> its weights' file or index, from part -> the file names of its folder, which lies in `source`;
-    one part alone lies in `source` itself.
+def choose(
+    names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
+) -> dict[str, list[str]]:
+    """part -> its weights' file, or an index and patterns of what it lists, from part -> the file names of its
+    folder, which lies in `source`; one part alone lies in `source` itself.
 
     A part without the variant gives its plain weights, or the only ones it has, as long as another part has
     the variant. ValueError that lists what there is if that is not it.
@@ -216,5 +219,6 @@ def choose(names: Mapping[str, Collection[str]], variant: str | None, source: Pa
             raise ValueError(f"{folder} has no {_stem(part)}.safetensors")
         if wanted not in of_part and len(of_part) > 1:
             raise ValueError(f"{folder} has no plain weights; there are {', '.join(sorted(of_part))}")
-        chosen[part] = of_part.get(wanted) or [*of_part.values()][0]
+        file = of_part.get(wanted) or next(iter(of_part.values()))
+        chosen[part] = [file, *_shards(file)] if file.endswith(".json") else [file]
     return chosen

@@ -84,9 +84,9 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
         weights = diffusers.choose(inside, variant, model)
         tokenizer = (f"tokenizer/{name}" for name in diffusers.TOKENIZER_FILES)
         fixed = [diffusers.INDEX, diffusers.SCHEDULER, *tokenizer, *(f"{part}/{CONFIG}" for part in PARTS)]
-        return fixed + [f"{part}/{file}" for part in PARTS for file in _files(weights[part])]
+        return fixed + [f"{part}/{file}" for part in PARTS for file in weights[part]]
     if CONFIG in top and diffusers.variants(top, "controlnet"):
-        return [CONFIG, *_files(diffusers.choose({"controlnet": top}, variant, model)["controlnet"])]
+        return [CONFIG, *diffusers.choose({"controlnet": top}, variant, model)["controlnet"]]
     for suffixes in (files.SAFETENSORS, files.PICKLES):
         single = sorted(name for name in top if name.endswith(suffixes))
         if len(single) > 1:
@@ -94,10 +94,6 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
         if single:
             return single
     raise ValueError(f"{model} has neither {diffusers.INDEX} nor a single file of weights")
-
-
-def _files(weights: str) -> list[str]:
-    return [weights, *(diffusers.shards(weights) if weights.endswith(".json") else ())]
 
 
 def _model_in(folder: Path, names: list[str]) -> Path:

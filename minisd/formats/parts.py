@@ -91,13 +91,13 @@ def part_of(network: nn.Module) -> str:
     return next(part for part, module in MODULES.items() if type(network) is module)
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
     """Give a network on the meta device these tensors, without a copy: they stay memory-mapped if they were.
     A linear layer (o, i) also takes the weight of a 1x1 convolution (o, i, 1, 1).
 
     ValueError, naming `source` and the names, unless names and shapes are exactly the network's.
     """
-    expected = module.state_dict()
+    expected = network.state_dict()
     check_names(tensors, expected, source)
     state = {
         name: t[:, :, 0, 0] if t.shape[2:] == (1, 1) and expected[name].ndim == 2 else t
@@ -107,8 +107,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -
     if wrong:
         first = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
         raise ValueError(f"{source}: {len(wrong)} tensors of another shape: {first}")
-    module.load_state_dict(state, strict=True, assign=True)
-    return module
+    network.load_state_dict(state, strict=True, assign=True)
+    return network
 
 
 def check_names(names: Collection[str], expected: Collection[str], source: Path | str) -> None:

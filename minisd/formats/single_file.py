@@ -73,7 +73,8 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
 
 
 def save(file: Path, pipeline: PipelineParts) -> None:
-    """Write a single .safetensors file. ValueError if it cannot hold the model: one with words of its own."""
+    """Write a single .safetensors file. ValueError if the model has a vocabulary of its own, which has no
+    place there."""
     file = Path(file)
     if file.suffix != files.SAFETENSORS:
         raise ValueError(f"{file}: a single file is written as {files.SAFETENSORS}")
