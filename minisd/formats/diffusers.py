@@ -201,7 +201,7 @@ def _shards(index: str) -> list[str]:
 def choose(
     names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
 ) -> dict[str, list[str]]:
-    """part -> its weights' file, or an index and patterns of what it lists, from part -> the file names of its
+    """part -> its weights' file, or an index and patterns of its files, from part -> the file names of its
     folder, which lies in `source`; one part alone lies in `source` itself.
 
     A part without the variant gives its plain weights, or the only ones it has, as long as another part has
