@@ -69,11 +69,6 @@ def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, s
         raise ValueError(f"{path} is not a readable safetensors file: {_line(error)}") from error
 
 
-def metadata(path: Path | str) -> dict[str, str]:
-    """The metadata of `read_with_metadata`."""
-    return read_with_metadata(path)[1]
-
-
 def read_json(path: Path | str) -> dict[str, Any]:
     """The object in a JSON file. ValueError, naming the file, if there is none."""
     path = Path(path)

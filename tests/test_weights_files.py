@@ -76,7 +76,7 @@ def test_write_takes_every_kind_of_tensor(tmp_path):
     theirs = load_file(tmp_path / "a.safetensors")
     assert theirs.keys() == tensors.keys() == files.read(tmp_path / "a.safetensors").keys()
     assert all(torch.equal(theirs[k], v) and theirs[k].dtype == v.dtype for k, v in tensors.items())
-    assert files.metadata(tmp_path / "a.safetensors") == {"format": "pt", "note": "é\n"}
+    assert files.read_with_metadata(tmp_path / "a.safetensors")[1] == {"format": "pt", "note": "é\n"}
     assert files.read(tmp_path / "a.safetensors")["empty"].shape == (0, 3)
 
 
@@ -118,7 +118,7 @@ BAD_SAFETENSORS = {
 def test_bad_safetensors_is_named(tmp_path, kind):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(BAD_SAFETENSORS[kind])
-    for ask in (files.read, files.metadata, single_file.load):
+    for ask in (files.read, single_file.load):
         with pytest.raises(ValueError, match="broken.safetensors") as caught:
             ask(path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -266,7 +266,7 @@ def test_strict_about_every_name(sd_file, tmp_path):
 
 
 def test_damaged_metadata(sd_file, tmp_path):
-    tensors, own = load_file(sd_file), json.loads(files.metadata(sd_file)[single_file.CONFIG])
+    tensors, own = load_file(sd_file), json.loads(files.read_with_metadata(sd_file)[1][single_file.CONFIG])
     own_unet = own["unet"]
     for change in (
         "{", "[]", "null", "[" * 100_000,

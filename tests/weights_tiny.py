@@ -59,7 +59,7 @@ def listing(path: Path) -> list[str]:
 def rewrite(source: Path, target: Path, change) -> Path:
     tensors = change(dict(load_file(source)))
     if target.suffix == ".safetensors":
-        save_file(tensors, target, metadata=files.metadata(source))
+        save_file(tensors, target, metadata=files.read_with_metadata(source)[1])
     else:
         torch.save({"state_dict": tensors, "global_step": 3}, target)
     return target
