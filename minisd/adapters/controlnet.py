@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minisd.formats import diffusers, hub, single_file
 from minisd.models.controlnet import ControlNet
-from minisd.models.layers import place
+from minisd.models.layers import move
 from minisd.models.unet import UNetConfig
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load(
         network = diffusers.load_part(path, "controlnet")
     else:
         network = single_file.load_controlnet(path)
-    return place(network, device, dtype).eval().requires_grad_(False)
+    return move(network, device, dtype).eval().requires_grad_(False)
 
 
 def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minisd.models.controlnet import ControlNet, ControlNetConfig
-from minisd.models.text import TextConfig, TextEncoder, Tokenizer
+from minisd.models.text import TextConfig, TextEncoder
+from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import UNet, UNetConfig
 from minisd.models.unet2d import UNet2D, UNet2DConfig
 from minisd.models.vae import AutoencoderKL, VAEConfig

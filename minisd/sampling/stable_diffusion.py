@@ -14,11 +14,12 @@ from minisd.adapters._adapter import Attached
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import PARTS, PIPELINES, PipelineParts, build, fill
 from minisd.models.controlnet import ControlNet
-from minisd.models.layers import place
-from minisd.models.text import TextEncoder, Tokenizer
+from minisd.models.layers import move
+from minisd.models.text import TextEncoder
+from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.noise import NoiseSchedule, settings_for
+from minisd.noise import NoiseSchedule
 
 
 class StableDiffusion:
@@ -66,7 +67,7 @@ class StableDiffusion:
         pipeline: PipelineParts = registry.match("formats", path).load(path, variant=variant, ema=ema)
         original = {part: network.state_dict() for part, network in pipeline.networks.items()}
         networks = {
-            part: place(network, device, dtype).eval().requires_grad_(False)
+            part: move(network, device, dtype).eval().requires_grad_(False)
             for part, network in pipeline.networks.items()
         }
         folder = Path(tokenizer) if tokenizer else pipeline.tokenizer
@@ -84,7 +85,7 @@ class StableDiffusion:
     def set_schedule(self, **changes) -> None:
         """Change entries of scheduler_config.json; they are saved with the model."""
         self.scheduler = self.scheduler | changes
-        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, self.scheduler))
+        self.schedule = NoiseSchedule.from_config(self.scheduler)
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
