@@ -316,7 +316,7 @@ def test_variants(sd_parts, tmp_path):
     loaded = diffusers.load(path, variant="fp16")
     assert loaded.unet.conv_in.bias.dtype == torch.float16
     assert torch.equal(loaded.vae.quant_conv.bias, half["vae"]["quant_conv.bias"])
-    assert loaded.text_encoder.final_layer_norm.bias.dtype == torch.float32
+    assert loaded.text_encoder.text_model["final_layer_norm"].bias.dtype == torch.float32
     with pytest.raises(ValueError, match=r"m has no variant 'bf16'; there are fp16, non_ema, plain weights"):
         diffusers.load(path, variant="bf16")
     (path / "vae/diffusion_pytorch_model.safetensors").unlink()  # the only other one is taken
