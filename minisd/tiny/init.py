@@ -18,7 +18,7 @@ from minisd.models.text import TextConfig, TextEncoder
 from minisd.models.tokenizer import END, START
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.tokenizer.build import byte_names
+from minisd.tiny.clip_vocabulary import byte_names
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
