@@ -18,9 +18,10 @@ from minisd import registry
 TINY = registry.HERE / "tiny"  # the model in the box: wherever that is, it is there
 
 
-def flag(default=MISSING, help: str | None = None, also: tuple[str, ...] = ()):
-    """A dataclass field that is a command-line flag too, `also` under other names. No default: required."""
-    metadata = {"help": help, "also": also} if help else {}
+def flag(default=MISSING, help: str | None = None, also: tuple[str, ...] = (), **more):
+    """A dataclass field that is a command-line flag too, `also` under other names. No default: required.
+    `more` goes into the field's metadata, for those who read it (sampling/options.py)."""
+    metadata = {"help": help, "also": also, **more} if help else {}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -65,7 +66,7 @@ class Model(Group):
     variant: str | None = flag(None, "read the files of this variant, such as fp16 or non_ema")
     load_ema: bool = flag(False, "take the averaged weights of a single file that has both")
     tokenizer_name: str | None = flag(None, "folder of another tokenizer")
-    cache_dir: str | None = flag(None, "where files from the hub are kept")
+    cache_dir: str | None = flag(None, "where files from the hub are kept", infotext=None)
 
 
 @dataclass(kw_only=True)
