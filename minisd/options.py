@@ -61,6 +61,7 @@ class Model(Group):
         "a folder in the diffusers layout, a .safetensors or .ckpt with CompVis names, or a hub id; "
         "without it the tiny model in the box, with defaults of its own",
         also=("pretrained_model_name_or_path",),
+        infotext="Model path",
     )
     revision: str | None = flag(None, "branch, tag or commit of a hub id")
     variant: str | None = flag(None, "read the files of this variant, such as fp16 or non_ema")

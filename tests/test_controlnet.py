@@ -12,8 +12,7 @@ from minisd.adapters import controlnet as adapter
 from minisd.formats import config_json, hub, single_file
 from minisd.formats import parts as ck
 from minisd.models import controlnet, unet
-from minisd.sampling.generate import Settings, pictures
-from minisd.sampling.guidance import Control
+from minisd.sampling.generate import Control, Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.pairs import (
     assert_exactly_these_train,

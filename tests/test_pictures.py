@@ -12,9 +12,8 @@ from minisd.adapters import controlnet, lora
 from minisd.data import images
 from minisd.data.canny import canny, gradient
 from minisd.models.controlnet import ControlNet
-from minisd.sampling.generate import Settings, denoise, pictures
-from minisd.sampling.guidance import Control
-from minisd.sampling.input_images import Inputs
+from minisd.sampling.generate import Control, Settings, denoise, pictures
+from minisd.sampling.input_images import InputImages
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import make_pipeline
 from tests.pairs import psnr, shake
@@ -55,7 +54,7 @@ def as_mask(image: Image.Image) -> torch.Tensor:
 
 
 PHOTOS = [photo(0), photo(1)]
-GIVEN = {"originals": torch.stack([images.to_tensor(p) for p in PHOTOS])}
+GIVEN = {"init_images": torch.stack([images.to_tensor(p) for p in PHOTOS])}
 MASKS = {"masks": as_mask(half()).expand(2, -1, -1, -1)}
 
 
@@ -293,7 +292,7 @@ def test_every_scheduler_begins_with_a_picture(model, nets, scheduler):
 def test_what_is_outside_the_mask_stays(folders, channels):
     sd = StableDiffusion.load(folders[channels])
     *_, x = denoise(sd, PROMPTS, SEEDS, replace(SETTINGS, steps=4), **GIVEN, **MASKS)
-    latents = sd.encode_images(GIVEN["originals"])[0]
+    latents = sd.encode_images(GIVEN["init_images"])[0]
     assert torch.equal(x[..., :5], latents[..., :5])
     assert (x[..., 6:] - latents[..., 6:]).abs().mean() > 0.1
 
@@ -363,21 +362,21 @@ def test_one_for_all_or_one_for_each(model, files, nets):
     ]
 
     def read(*flags, prompts=PROMPTS, count=4):
-        inputs = Inputs(options(model, *flags))
-        settings = Settings(**inputs.settings(sd))
+        inputs = InputImages(options(model, *flags))
+        settings = inputs.settings(sd)
         return inputs.prompts(prompts), settings, inputs.tensors(sd, settings, count)
 
     prompts, settings, found = read("--image", *photos)
     assert (settings.width, settings.height, settings.strength) == (40, 32, 0.8)
-    assert torch.equal(found["originals"], torch.stack([tensors[i] for i in (0, 0, 1, 1)]))
+    assert torch.equal(found["init_images"], torch.stack([tensors[i] for i in (0, 0, 1, 1)]))
     assert prompts == PROMPTS and found["masks"] is None and not found["controls"]
-    assert torch.equal(read("--image", photos[1])[2]["originals"], tensors[1].expand(4, -1, -1, -1))
+    assert torch.equal(read("--image", photos[1])[2]["init_images"], tensors[1].expand(4, -1, -1, -1))
     folder = files / "folder"
     folder.mkdir()
     for path in photos:
         path.rename(folder / path.name)
     prompts, settings, found = read("--image", folder, "--mask", files / "mask.png", prompts=["x"], count=2)
-    assert prompts == ["x", "x"] and torch.equal(found["originals"], torch.stack(tensors))
+    assert prompts == ["x", "x"] and torch.equal(found["init_images"], torch.stack(tensors))
     assert settings.strength == 1 and set(found["masks"].unique().tolist()) == {0.0, 1.0}
     mask = as_mask(half((80, 64)).resize((40, 32), Image.Resampling.LANCZOS))
     assert torch.equal(found["masks"], mask.expand(2, -1, -1, -1))
@@ -392,9 +391,9 @@ def test_masks_may_be_transparent(model, files):
     mask = Image.new("RGBA", (40, 32), (255, 255, 255, 0))
     ImageDraw.Draw(mask).rectangle((0, 0, 19, 31), fill=(255, 255, 255, 255))
     mask.save(files / "strokes.png")
-    inputs = Inputs(options(model, "--image", files / "photo0.png", "--mask", files / "strokes.png"))
+    inputs = InputImages(options(model, "--image", files / "photo0.png", "--mask", files / "strokes.png"))
     sd = StableDiffusion.load(model)
-    found = inputs.tensors(sd, Settings(**inputs.settings(sd)), 1)["masks"]
+    found = inputs.tensors(sd, inputs.settings(sd), 1)["masks"]
     assert found[..., :20].all() and not found[..., 20:].any()
 
 
@@ -432,9 +431,9 @@ def test_mistakes_in_files(model, files, nets):
 
     def refused(message, *flags, prompts=PROMPTS):
         with pytest.raises(ValueError, match=message):
-            inputs = Inputs(options(model, *flags))
+            inputs = InputImages(options(model, *flags))
             inputs.prompts(prompts)
-            inputs.tensors(sd, Settings(**inputs.settings(sd)), 2)
+            inputs.tensors(sd, inputs.settings(sd), 2)
 
     steered = ("--controlnet", nets[0], "--control_image")
     refused("nowhere.png", "--image", files / "nowhere.png")

@@ -8,7 +8,7 @@ from minisd import files
 from minisd.adapters import lora
 from minisd.models import controlnet, layers, unet, unet2d, vae
 from minisd.models.layers import TransformerBlock, lay_out
-from minisd.sampling.guidance import Control, Denoiser, text_branches
+from minisd.sampling.generate import Control, Denoiser, text_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop
 from tests.test_models import TINY_UNET, TINY_VAE

@@ -111,6 +111,6 @@ class Method(Method):
         return 2 * self.data.extras(view)["conditioning"] - 1
 
     def steer(self, pictures: Tensor) -> dict:
-        from minisd.sampling.guidance import Control
+        from minisd.sampling.generate import Control
 
         return {"controls": [Control(network=self.controlnet, hint=pictures / 2 + 0.5)]}

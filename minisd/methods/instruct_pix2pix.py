@@ -109,4 +109,4 @@ class Method(Method):
         return self.data.extras(view)["original"]
 
     def steer(self, pictures: Tensor) -> dict:
-        return {"originals": pictures}
+        return {"init_images": pictures}

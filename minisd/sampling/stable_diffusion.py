@@ -52,6 +52,7 @@ class StableDiffusion:
         self.source: Path | None = None  # their folder, or the file
         self.attached: dict[Path, Attached] = {}
         self.controlnets: dict[str, ControlNet] = {}  # read so far, by what names them
+        self.cache_dir: str | None = None  # for files from the hub
 
     @classmethod
     def load(
@@ -84,7 +85,7 @@ class StableDiffusion:
                 f"{checkpoint.text_encoder.vocab_size}: they do not belong together"
             )
         sd = cls(**parts, tokenizer=words, scheduler=checkpoint.scheduler, name=path.stem)
-        sd.original, sd.source = checkpoint.tensors, path
+        sd.original, sd.source, sd.cache_dir = checkpoint.tensors, path, cache_dir
         return sd
 
     def set_schedule(self, **changes) -> None:
@@ -100,6 +101,16 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
+
+    @property
+    def is_pix2pix(self) -> bool:
+        """Whether the UNet takes the latents of an image to edit (instruct-pix2pix)."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet takes a mask, and the latents of what is outside it."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
     @property
     def default_size(self) -> int:
@@ -176,12 +187,12 @@ class StableDiffusion:
             raise ValueError(f"{name} is {is_what}: {known}")
         set_scale(self.attached[found[0]].updates, scale, text_scale, str(name))
 
-    def controlnet(self, source: str, cache_dir: str | None = None) -> ControlNet:
+    def controlnet(self, source: str) -> ControlNet:
         """The ControlNet of a folder, a single file or a hub id, read once. ValueError, naming it, if there
         is none, or if it does not belong to this UNet."""
         if source not in self.controlnets:
             dtype = self.unet.conv_in.weight.dtype
-            network = controlnet.load(source, device=self.device, dtype=dtype, cache_dir=cache_dir)
+            network = controlnet.load(source, device=self.device, dtype=dtype, cache_dir=self.cache_dir)
             controlnet.check(network, self.unet.config, source)
             self.controlnets[source] = network
         return self.controlnets[source]
