@@ -9,7 +9,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from minisd.options import TINY
 from minisd.sampling import infotext, sweep
 from minisd.sampling.options import Job, Sample, default_of
 
-WORDS = {None: "none", False: "no", True: "yes", "": "none"}  # how defaults are shown in the help
+WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaults are shown in the help
 
 
 def spellings(cls: type, f: Field) -> list[str]:
@@ -27,7 +27,7 @@ def spellings(cls: type, f: Field) -> list[str]:
 
 
 def _metadata(cls: type, name: str) -> Mapping:
-    """Help and aliases from the nearest class that gives any: redeclaring a field changes its default alone."""
+    """Help and aliases from the nearest class with any: redeclaring a field changes its default alone."""
     for c in cls.__mro__:
         f = c.__dict__.get("__dataclass_fields__", {}).get(name)
         if f is not None and "help" in f.metadata:
@@ -45,11 +45,11 @@ def _help(cls: type, f: Field) -> str:
     metadata, default = _metadata(cls, f.name), default_of(f)
     text = metadata.get("help", "")
     if "listing" in metadata:
-        text += ": " + ", ".join(registry.names(metadata["listing"]))
-    if default is not MISSING and not (default in (None, []) and "default" in text):
-        shown = " ".join(map(str, default)) or "none" if isinstance(default, list) else default
-        shown = WORDS.get(shown, shown) if isinstance(shown, bool | str | None) else shown
-        text += f" (default: {shown})"
+        text += f" one of: {', '.join(registry.names(metadata['listing']))}"
+    if isinstance(default, list):
+        default = " ".join(map(str, default)) or None
+    if default is not MISSING and not (default is None and "default" in text):
+        text += f" (default: {WORDS.get(str(default), default)})"
     return text.replace("%", "%%")
 
 
@@ -104,26 +104,27 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
     return parser
 
 
-def parse(
+def read(
     parser: Parser,
-    cls: type,
-    argvs: Mapping[str, list[str]],
-    command: str,
+    argv: list[str],
+    where: str = "",
     owners: Callable[[str], list[str]] = lambda name: [],
-):
-    """The options that several command lines come to, the last of which has priority; errors in one begin
-    with its key. Exits with status 2 and one line if they are wrong; `owners(name)` are the methods that have
-    a flag which this command lacks. Without --model, the tiny model's defaults for `command` hold."""
-    known, values = parser._option_string_actions, {}
-    for parser.where, argv in argvs.items():
-        for name in (arg.partition("=")[0] for arg in argv):  # before argparse complains of what is missing
-            if not name.startswith("--") or name == "--" or name in known:
-                continue
-            if others := owners(name[2:]):
-                parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
-            close = difflib.get_close_matches(name, known, n=1)
-            parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
-        values |= vars(parser.parse_args(argv))
+) -> dict[str, object]:
+    """The flags in `argv` and their values; error messages begin with `where`. Exits with status 2 and one
+    line if they are wrong; `owners(name)` are the methods that have a flag which this command lacks."""
+    parser.where, known = where, parser._option_string_actions
+    for name in (arg.partition("=")[0] for arg in argv):  # before argparse complains of what is missing
+        if not name.startswith("--") or name == "--" or name in known:
+            continue
+        if others := owners(name[2:]):
+            parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
+        close = difflib.get_close_matches(name, known, n=1)
+        parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    return vars(parser.parse_args(argv))
+
+
+def build(parser: Parser, cls: type, values: dict[str, object], command: str):
+    """The options with these values; without --model, with the tiny model's defaults for `command`."""
     if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
         defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
         values = {"model": str(TINY), **defaults, **values}
@@ -167,43 +168,38 @@ def parse_train(argv: list[str]) -> tuple[str, object]:
 
     cls = options_of(method)
     parser = parser_of(cls, f"train.py --method {method}", registry.summary("methods", method))
-    return method, parse(parser, cls, {"": rest}, method, owners)
+    return method, build(parser, cls, read(parser, rest, owners=owners), method)
 
 
 def parse_sample(argv: list[str]) -> list[Job]:
     """What to draw: what argv says; where it says nothing, what the picture of --like says; and once for each
     row of --csv, which has priority over both."""
-    early = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
-    for flag in ("--like", "--csv"):
-        early.add_argument(flag, type=Path)
-    files = early.parse_known_args(argv)[0]
     parser = parser_of(Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
-    argvs, rows = {}, {"": {}}
+    values, rows, jobs = read(parser, argv), {"": {}}, []
     try:
-        if files.like:
-            argvs[f"--like {files.like}: "] = as_flags(like(files.like, argv))
-        argvs[""] = argv
-        if files.csv:
-            rows = {f"--csv {files.csv} line {line}: ": row for line, row in sweep.read(files.csv)}
+        if path := values.get("like"):
+            parser.where = f"--like {path}: "
+            values = read(parser, as_flags(like(path, values.keys())), parser.where) | values
+            parser.where = ""
+        if path := values.get("csv"):
+            rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
         for parser.where, row in rows.items():
             for name in {"csv", "like", "output", "export"} & row.keys():
                 raise ValueError(f"--{name} is for all rows: give it on the command line")
-            as_flags(row)
+            row_values = read(parser, as_flags(row), parser.where)
+            jobs.append(Job(build(parser, Sample, values | row_values, "sample"), row, parser.where))
     except ValueError as e:
         parser.error(str(e))
-    return [
-        Job(parse(parser, Sample, {**argvs, **({where: as_flags(row)} if row else {})}, "sample"), row, where)
-        for where, row in rows.items()
-    ]
+    return jobs
 
 
 def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     """Flags and their values, from files, as a command line has them."""
     argv = []
     switches = {f.name for f in fields(Sample) if f.type in (bool, bool | None)}
+    known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
     for name, texts in values.items():
         if name in switches and texts:
-            known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
             if texts[-1].lower() not in known:
                 raise ValueError(f"--{name} is yes or no, not {texts[-1]!r}")
             argv.append(f"--{known[texts[-1].lower()]}{name}")
@@ -214,24 +210,20 @@ def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     return argv
 
 
-def like(path: Path, argv: list[str]) -> dict[str, list[str]]:
-    """The flags that a picture was drawn with, and their values, for a command line with `argv`. Prints which
-    of its keys are ignored. ValueError if it does not say how it was drawn, or where the model is."""
-    names = {spelling: f.name for f in fields(Sample) for spelling in spellings(Sample, f)}
-    given = {names.get(arg.partition("=")[0].removeprefix("--").removeprefix("no-")) for arg in argv}
+def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
+    """The flags that a picture was drawn with, and their values, to be completed by the `given` flags. Prints
+    which of its keys are ignored. ValueError if it does not say how it was drawn, or where the model is."""
     flags, about, ignored = infotext.flags(infotext.read(path))
-    if "strength" in flags and "image" not in given | flags.keys():  # A1111 does not say of which image
+    if "strength" in flags and "image" not in {*given, *flags}:  # A1111 does not say of which image
         del flags["strength"]
         ignored.append("Denoising strength")
-    if "model" not in given | flags.keys() and about.get("Model") != TINY.name:
-        raise ValueError(
-            f"--like {path}: drawn by the model {about.get('Model', '')!r}: say where it is by --model"
-        )
+    if "model" not in {*given, *flags} and about.get("Model") != TINY.name:
+        raise ValueError(f"the model {about.get('Model', '')!r} drew it: say where that is, by --model")
     if "scheduler" in flags and "scheduler" not in given:
         try:
             registry.find("schedulers", flags["scheduler"][0])
         except ValueError as e:
-            raise ValueError(f"--like {path}: {e}; or choose one by --scheduler") from None
+            raise ValueError(f"{e}; or choose one by --scheduler") from None
     if ignored:
         print(f"--like {path}: ignored (unsupported): {', '.join(ignored)}")
     if about.get("RNG") != "CPU":
@@ -242,7 +234,7 @@ def like(path: Path, argv: list[str]) -> dict[str, list[str]]:
 
 
 def keep_memory() -> None:
-    """Let glibc keep up to 1 GB of what is freed for the next request. By default it returns every large block
+    """Let glibc keep up to 1 GB of freed memory for the next request. By default it returns every large block
     at once, and the next activation of that size faults in each of its pages anew: on a CPU up to a fourth of
     the time. The peak stays."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

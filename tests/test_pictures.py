@@ -377,12 +377,12 @@ def test_one_for_all_or_one_for_each(model, files, nets):
         path.rename(folder / path.name)
     prompts, settings, found = read("--image", folder, "--mask", files / "mask.png", prompts=["x"], count=2)
     assert prompts == ["x", "x"] and torch.equal(found["init_images"], torch.stack(tensors))
-    assert settings.strength == 1 and set(found["masks"].unique().tolist()) == {0.0, 1.0}
+    assert settings.first_step == 0 and set(found["masks"].unique().tolist()) == {0.0, 1.0}
     mask = as_mask(half((80, 64)).resize((40, 32), Image.Resampling.LANCZOS))
     assert torch.equal(found["masks"], mask.expand(2, -1, -1, -1))
 
     _, settings, found = read("--controlnet", nets[0], "--control_image", files / "hint0.png", "--height", 40)
-    assert (settings.width, settings.height, settings.strength) == (64, 40, 1.0)
+    assert (settings.width, settings.height, settings.first_step) == (64, 40, 0)
     assert found["controls"][0].hint.shape == (4, 3, 40, 64) and found["controls"][0].hint.min() >= 0
 
 

@@ -91,9 +91,9 @@ def read(path: Path) -> str:
             image.load()  # the text may come after the pixels
             text = image.info.get("parameters")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"--like {path} cannot be read: {e}") from None
+        raise ValueError(f"cannot be read: {e}") from None
     if not isinstance(text, str):
-        raise ValueError(f"--like {path} does not say how it was made: it has no `parameters`")
+        raise ValueError("does not say how it was made: it has no `parameters`")
     return text
 
 

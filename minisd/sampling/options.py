@@ -1,8 +1,8 @@
 """The options of sample.py, most of which are keywords of `sd.generate` too. Standard library only.
 
-Each is declared once, here: its flag, its keyword, its column in a --csv table, and how it stands in the text
-of a picture. There it goes by `infotext`, which is A1111's key or by default the flag's own name, and with
-`words` for its values if A1111 has some. What does not stand there, or not by itself, has `infotext=None`.
+Each is declared once, here: its flag, its keyword, its column in a --csv table, and its key in the text of a
+picture, which is `infotext` (A1111's key), or else the flag's name. `words` are the values there, if they are
+words. Options with `infotext=None` say where or how to draw, or are written there in a way of their own.
 """
 
 from dataclasses import MISSING, Field, dataclass, fields
@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 from minisd import registry
 from minisd.options import KERNELS, Group, Model, flag, require
 
-unwritten = partial(flag, infotext=None)  # where and how to draw, not what: not in a picture's text
+unwritten = partial(flag, infotext=None)
+SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
 
 @dataclass(kw_only=True)
@@ -21,20 +22,15 @@ class Settings(Group):
     """Sampling"""
 
     steps: int = flag(50, "number of denoising steps", also=("num_inference_steps",), infotext="Steps")
-    scheduler: str = flag(
-        "ddim", "sampler, by A1111's name for it or as one of", listing="schedulers", infotext="Sampler"
-    )
+    scheduler: str = flag("ddim", "sampler, by A1111's name or", listing="schedulers", infotext="Sampler")
     use_karras_sigmas: bool | None = flag(
         None,
-        "space the noise levels as Karras et al. do, for the euler and dpmpp schedulers; by default as the "
-        "model's scheduler_config.json says",
+        "noise levels of Karras et al., for euler and dpmpp; by default what the model's scheduler says",
         also=("karras",),
         infotext="Schedule type",
         words={"Karras": True, "Uniform": False},
     )
-    guidance_scale: float = flag(
-        7.5, "weight of classifier-free guidance; at 1 or less there is none", infotext="CFG scale"
-    )
+    guidance_scale: float = flag(7.5, "weight of the guidance; at 1 or less none", infotext="CFG scale")
     negative_prompt: str = unwritten("", "what the pictures should not show")
     plain_prompt: bool = flag(
         False,
@@ -42,35 +38,21 @@ class Settings(Group):
         infotext="Emphasis",
         words={"None": True},
     )
-    clip_skip: int = flag(
-        1,
-        "which layer of the text encoder to use, counted from the last, as in A1111; 1 is the last",
-        infotext="Clip skip",
-    )
-    lora_dir: Path | None = flag(
-        None, "folder with the LoRAs that prompts name by <lora:NAME:SCALE>: files, or output folders"
-    )
+    clip_skip: int = flag(1, "layer of the text encoder, counted from the last one", infotext="Clip skip")
+    lora_dir: Path | None = flag(None, "folder in which the LoRAs of prompts are, <lora:NAME:SCALE>")
     eta: float | None = flag(
-        None,
-        "amount of fresh noise added in each step, from 0 to 1; by default the scheduler's own",
-        infotext="Eta",
+        None, "noise added in each step, 0 to 1; by default the scheduler's", infotext="Eta"
     )
-    width: int | None = unwritten(
-        None, "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
-    )
-    height: int | None = unwritten(
-        None, "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
-    )
+    width: int | None = unwritten(None, SIDE)
+    height: int | None = unwritten(None, SIDE)
     strength: float | None = flag(
         None,
-        "share of the steps that --image goes through; by default 0.8, but 1 with --mask or with a model that "
-        "takes the image as an input",
+        "share of the steps that --image goes through; 1 by default with --mask or a model that takes images "
+        "as an input, otherwise 0.8",
         infotext="Denoising strength",
     )
     image_guidance_scale: float | None = flag(
-        None,
-        "how closely an edit by an instruct-pix2pix model follows --image; 1.5 by default",
-        infotext="Image CFG scale",
+        None, "weight of the image in an instruct-pix2pix edit; 1.5 by default", infotext="Image CFG scale"
     )
 
     def check(self):
@@ -82,13 +64,8 @@ class Settings(Group):
             side = getattr(self, name)
             require(side is None or side > 0 and side % 8 == 0, f"--{name} {side}: a positive multiple of 8")
         require(self.strength is None or 0 < self.strength <= 1, "--strength must be above 0, and at most 1")
-        require(
-            self.first_step < self.steps, f"--strength {self.strength} leaves none of the {self.steps} steps"
-        )
-        require(
-            self.image_guidance_scale is None or self.guidance_scale > 1,
-            f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}",
-        )
+        left = self.steps - self.first_step
+        require(left > 0, f"--strength {self.strength} leaves none of the {self.steps} steps")
 
     @property
     def first_step(self) -> int:
@@ -105,33 +82,27 @@ class Drawing(Settings):
     num_images: int = unwritten(1, "number of pictures for each prompt")
     batch_size: int | None = unwritten(
         None,
-        "number of pictures drawn at the same time; by default 4, but 1 on a CPU, where a picture then does "
-        "not depend on the others to the last bit",
+        "pictures drawn at the same time; by default 4, but 1 on a CPU, where no batch changes the result",
     )
     image: list[Path] = flag(
-        [],
-        "initial image (img2img), or the image to edit: one for all prompts, one for each, or a folder of them",
+        [], "initial images (img2img), or the images to edit: one, one each, or a folder"
     )
-    mask: list[Path] = flag([], "redraw only where this is white (inpainting): one for all, or one for each")
+    mask: list[Path] = flag([], "redraw only where this is white (inpainting): one, or one each")
     controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
     control_image: list[Path] = flag([], "conditioning images, one for each --controlnet")
     control_preprocess: list[Literal["canny", "none"]] = flag(
-        [], "canny: use the edges of the --control_image; one for all, or one for each; none by default"
+        [], "canny takes the edges of --control_image; one, or one each; none by default"
     )
-    control_start: list[float] = flag(
-        [], "share of the steps after which a ControlNet begins; one for all, or one for each; 0 by default"
-    )
-    control_end: list[float] = flag(
-        [], "share of the steps after which a ControlNet ends; one for all, or one for each; 1 by default"
-    )
-    guess_mode: bool = flag(
-        False, "apply ControlNets to the conditional branch only, and less to fine detail"
-    )
+    control_start: list[float] = flag([], "share of the steps before a ControlNet acts; 0 by default")
+    control_end: list[float] = flag([], "share of the steps after which it no longer does; 1 by default")
+    guess_mode: bool = flag(False, "apply ControlNets to the conditional branch only, and less to details")
 
     def check(self):
         self.positive("num_images", "batch_size")
         for name in ("strength", "mask", "image_guidance_scale"):
             require(getattr(self, name) in (None, []) or self.image, f"--{name} needs --image")
+        guided = self.image_guidance_scale is None or self.guidance_scale > 1
+        require(guided, f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}")
         nets, images = len(self.controlnet), len(self.control_image)
         require(nets == images, f"{nets} --controlnet and {images} --control_image: give one for each")
         for name in ("control_preprocess", "control_start", "control_end"):
@@ -140,10 +111,8 @@ class Drawing(Settings):
             require(count in (0, 1, nets), f"{count} --{name} and {nets} --controlnet: one, or one for each")
         require(nets or not self.guess_mode, "--guess_mode needs --controlnet")
         for _, start, end in self.control_ranges():
-            require(
-                0 <= start < end <= 1,
-                f"--control_start {start:g} must be below --control_end {end:g}, and both from 0 to 1",
-            )
+            problem = f"--control_start {start:g} must be below --control_end {end:g}, and both from 0 to 1"
+            require(0 <= start < end <= 1, problem)
 
     def control_ranges(self) -> list[tuple[str, float, float]]:
         """For each ControlNet its preprocessing, and the shares of the steps at which it begins and ends."""
@@ -156,16 +125,11 @@ class Drawing(Settings):
 class Loading(Model):
     """Adapters, device and precision"""
 
-    adapter: list[str] = flag(
-        [], "PATH or PATH:SCALE of an adapter's file, or of the output folder of a training run"
-    )
+    adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
     device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
-    kernels: KERNELS = unwritten(
-        "auto", "implementation of attention and norms; auto is triton where it was measured"
-    )
+    kernels: KERNELS = unwritten("auto", "what computes attention and norms; auto is triton where measured")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
-        "auto",
-        "precision; auto is fp16 on a GPU and fp32 elsewhere, and for --export that of the model's files",
+        "auto", "precision; auto is fp16 on a GPU, fp32 elsewhere, and for --export that of the model's files"
     )
 
 
@@ -174,17 +138,16 @@ class Sample(Drawing, Loading):
     """Input and output"""
 
     prompt_file: Path | None = unwritten(None, "a text file with a prompt on each line")
-    like: Path | None = unwritten(None, "draw with the settings in this PNG, except for those given as flags")
+    like: Path | None = unwritten(None, "draw with the settings in this PNG, except for the flags given")
     csv: Path | None = unwritten(
-        None, "a table whose header names flags: draw each row, and a contact sheet with labels"
+        None, "a table whose header names flags: draw each row, and a labelled sheet"
     )
     export: Path | None = unwritten(
-        None,
-        "write the model with --adapter merged in, to a folder or a .safetensors file; needs no --prompt",
+        None, "write the model with --adapter merged in, to a folder or .safetensors file; needs no --prompt"
     )
     output: Path = unwritten(Path("samples"), "folder for the pictures, or the name of a .png file")
     preview: int | None = unwritten(
-        None, "write a preview of the pictures to preview.png in that folder every so many steps"
+        None, "every so many steps, write a preview to preview.png in that folder"
     )
 
     def check(self):
@@ -193,7 +156,7 @@ class Sample(Drawing, Loading):
         require(draws or self.export, "give --prompt or --prompt_file")
         require(not (self.export and self.csv), "--export is of one model: it cannot go with --csv")
         self.positive("preview")
-        # What --export alone makes use of; the model in the box has defaults of its own for the last two.
+        # What --export makes use of; the model in the box has defaults of its own for steps and guidance.
         used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
         for f in fields(self):
             unused = not draws and f.name not in used and getattr(self, f.name) != default_of(f)
@@ -201,13 +164,11 @@ class Sample(Drawing, Loading):
 
     def read_prompts(self) -> list[str]:
         """The prompts of the command line, or of the file. ValueError if that cannot be read."""
-        if not self.prompt_file:
-            return self.prompt
         try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines() if self.prompt_file else []
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"--prompt_file {self.prompt_file}: {e}") from None
-        return [line.strip() for line in lines if line.strip()]
+        return self.prompt or [line.strip() for line in lines if line.strip()]
 
 
 def default_of(f: Field) -> object:
