@@ -184,10 +184,9 @@ def denoise(
     a hint for each picture. `watch` is called with the latents that each prediction amounts to, without the
     noise. All prompts name the same LoRAs.
     """
-    downscale = sd.vae.config.downscale
     for side in ("width", "height"):
-        if getattr(settings, side) % downscale:
-            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {downscale}")
+        if getattr(settings, side) % sd.downscale:
+            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {sd.downscale}")
     sample = registry.load("schedulers", settings.scheduler).sample
     # Clipping is for pixels; latents have no such range, whatever the file says.
     options = settings_for(sample, sd.scheduler | {"clip_sample": False})
@@ -210,7 +209,11 @@ def denoise(
             return pred
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (sd.vae.config.latent_channels, settings.height // downscale, settings.width // downscale)
+        shape = (
+            sd.vae.config.latent_channels,
+            settings.height // sd.downscale,
+            settings.width // sd.downscale,
+        )
         noise = randn(shape, generators).to(sd.device)
         for x in sample(
             predict, noise, sd.schedule, settings.steps, generators, original=original, **options

@@ -1,7 +1,7 @@
 """How a picture was made, as the text that A1111 puts into its PNG files: written, and read again.
 
-The prompt's lines, those of the negative prompt, and a last line of `Key: value`. Each option's key is declared
-with it (sampling/options.py); an option that A1111 has no key for goes by its own name.
+The prompt's lines, those of the negative prompt, and a last line of `Key: value`. Each option's key is
+declared with it (sampling/options.py); an option that A1111 has no key for goes by its own name.
 """
 
 import json

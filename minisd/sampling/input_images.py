@@ -20,8 +20,8 @@ MULTIPLE = 8  # the sides of a picture are multiples of it, in pixels
 
 
 class InputImages:
-    """What --image, --mask and --control_image name. Made before the model is read, so that what is wrong with
-    them is said at once. ValueError, here and below, names the flag or the file."""
+    """The images that --image, --mask and --control_image name, opened once, before the model is read. A
+    ValueError, here and below, names the flag or the file."""
 
     def __init__(self, options: Drawing):
         self.options = options
@@ -59,7 +59,7 @@ class InputImages:
         masks = []
         for path, image in self.masks:
             mask = torch.from_numpy(np.asarray(fit(path, image.convert("L"), size)) >= 128).float()[None]
-            if not F.max_pool2d(mask, 1, sd.vae.config.downscale).any():
+            if not F.max_pool2d(mask, 1, sd.downscale).any():
                 raise ValueError(f"--mask {path}: nothing in it is white, or too little to redraw")
             masks.append(mask)  # (1, h, w)
         return {

@@ -1,8 +1,8 @@
 """A1111's prompt syntax: weights, chunks, and LoRAs by name.
 
-(word) counts 1.1 times, (word:1.3) 1.3 times, [word] 1 / 1.1 times, and nested brackets multiply; a bracket that
-is never closed reaches to the end. A backslash before a bracket makes it a character. BREAK begins a new chunk:
-the encoder sees 75 tokens at a time, and the chunks' contexts are laid side by side.
+(word) counts 1.1 times, (word:1.3) 1.3 times, [word] 1 / 1.1 times, and nested brackets multiply; one that is
+never closed reaches to the end. A backslash before a bracket makes it a character. BREAK begins a new chunk:
+the encoder sees 75 tokens at a time, and the contexts of the chunks are concatenated.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _sections(text: str) -> list[Section]:
 
 
 def _loras(text: str) -> dict[str, tuple[float, float]]:
-    """The scales of each <lora:NAME:SCALE> and <lora:NAME:TEXT:UNET>; those of a name that occurs twice add."""
+    """The scales of each <lora:NAME:SCALE> and <lora:NAME:TEXT:UNET>, added up if a name occurs twice."""
     loras: dict[str, tuple[float, float]] = {}
     for inside in LORA.findall(text):
         name, *values = inside.split(":")
@@ -185,8 +185,8 @@ def _framed(tokenizer: Tokenizer, chunk: Chunk) -> Chunk:
 def contexts(
     sd: StableDiffusion, prompts: Sequence[Prompt], settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
-    """Context (b, k * s, d) of the prompts, and of their negative prompts if there is guidance: all as long as
-    the longest needs, of k chunks, filled up with empty ones."""
+    """Context (b, k * s, d) of the prompts, and of their negative prompts with guidance: all of as many
+    chunks k as the longest needs, filled up with empty ones."""
     positive = [prompt.chunks for prompt in prompts]
     negative = [prompt.negative.chunks for prompt in prompts] if settings.guidance_scale > 1 else []
     count = max(map(len, positive + negative))

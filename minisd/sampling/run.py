@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Request:
-    """What to draw, as far as it is known before the model is read: prompts parsed and input images opened."""
+    """What to draw, as far as it is known without the model: prompts parsed and input images opened."""
 
     def __init__(self, options: Drawing, texts: list[str]):
         self.options = options

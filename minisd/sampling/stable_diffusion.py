@@ -43,6 +43,7 @@ class StableDiffusion:
     ):
         self.unet = unet
         self.vae = vae
+        self.downscale = vae.config.downscale  # pixels to a latent, on each side
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.scheduler = scheduler  # what scheduler_config.json says
@@ -115,7 +116,7 @@ class StableDiffusion:
     @property
     def default_size(self) -> int:
         """Side of the pictures that the model was trained on, in pixels."""
-        return self.unet.config.sample_size * self.vae.config.downscale
+        return self.unet.config.sample_size * self.downscale
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Context (b, s, d) of prompts as they are, each cut off where it is too long."""
