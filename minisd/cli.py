@@ -196,10 +196,10 @@ def parse_sample(argv: list[str]) -> list[Job]:
 def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     """Flags and their values, from files, as a command line has them."""
     argv = []
-    switches = {f.name for f in fields(Sample) if f.type in (bool, bool | None)}
+    kinds = {name: f.type for f in fields(Sample) for name in spellings(Sample, f)}
     known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
     for name, texts in values.items():
-        if name in switches and texts:
+        if kinds.get(name) in (bool, bool | None) and texts:
             if texts[-1].lower() not in known:
                 raise ValueError(f"--{name} is yes or no, not {texts[-1]!r}")
             argv.append(f"--{known[texts[-1].lower()]}{name}")

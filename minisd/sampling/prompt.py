@@ -48,9 +48,9 @@ class Prompt:
     """A prompt, parsed."""
 
     text: str  # as it was written
-    sections: list[Section]  # without the <lora:...>
-    loras: dict[str, tuple[float, float]]  # by name the scales of the text encoder and of the UNet
-    plain: bool
+    sections: list[Section] = field(default_factory=lambda: [[]])  # without the <lora:...>
+    loras: dict[str, tuple[float, float]] = field(default_factory=dict)  # scales of text encoder and UNet
+    plain: bool = False  # `text` itself is to be encoded
     negative: Prompt | None = None  # the negative prompt that goes with it
     chunks: list[Chunk] = field(default_factory=list)  # known once there is a tokenizer: see `prepare`
 
@@ -62,9 +62,8 @@ def parse(text: str, plain: bool = False) -> Prompt:
     """The prompt of a text; if it is `plain`, that text as it is. ValueError for what has a meaning in A1111
     and is not supported."""
     if plain:
-        return Prompt(text=text, sections=[[(text, 1.0)]], loras={}, plain=True)
-    without_loras = LORA.sub("", text)
-    return Prompt(text=text, sections=_sections(without_loras), loras=_loras(text), plain=False)
+        return Prompt(text=text, plain=True)
+    return Prompt(text=text, sections=_sections(LORA.sub("", text)), loras=_loras(text))
 
 
 def parse_all(texts: Sequence[str], settings: Settings) -> list[Prompt]:
@@ -120,15 +119,19 @@ def _loras(text: str) -> dict[str, tuple[float, float]]:
     loras: dict[str, tuple[float, float]] = {}
     for inside in LORA.findall(text):
         name, *values = inside.split(":")
-        by_place = dict(enumerate(v for v in values if "=" not in v))
-        by_place |= dict(v.split("=", 1) for v in values if "=" in v)
+        by_place = (
+            v if "=" in v else f"{part}={v}" for part, v in zip(("te", "unet", ""), values, strict=False)
+        )
+        scales = dict(value.split("=", 1) for value in by_place)
         try:
-            text_scale = float(by_place.pop("te", by_place.pop(0, 1.0)))
-            unet_scale = float(by_place.pop("unet", by_place.pop(1, text_scale)))
+            text_scale = float(scales.pop("te", 1.0))
+            unet_scale = float(scales.pop("unet", text_scale))
+            if scales or not name:
+                raise ValueError
         except ValueError:
-            by_place = {"": inside}
-        if by_place or not name:
-            raise ValueError(f"prompt: <lora:{inside}> is not <lora:NAME:SCALE> or <lora:NAME:TEXT:UNET>")
+            raise ValueError(
+                f"prompt: <lora:{inside}> is not <lora:NAME:SCALE> or <lora:NAME:TEXT:UNET>"
+            ) from None
         before = loras.get(name, (0.0, 0.0))
         loras[name] = before[0] + text_scale, before[1] + unet_scale
     return loras
@@ -173,13 +176,8 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[Chunk]:
         done.append(chunk)
     if len(done) > 1 and not done[-1]:
         done.pop()  # nothing stands behind the last BREAK
-    return [_framed(tokenizer, chunk) for chunk in done]
-
-
-def _framed(tokenizer: Tokenizer, chunk: Chunk) -> Chunk:
-    """The tokens between those of start and end, filled up with the latter."""
-    end = (tokenizer.end, 1.0)
-    return [(tokenizer.start, 1.0), *chunk, *[end] * (tokenizer.max_length - 1 - len(chunk))]
+    start, end = (tokenizer.start, 1.0), (tokenizer.end, 1.0)
+    return [[start, *chunk, *[end] * (room - len(chunk)), end] for chunk in done]
 
 
 def contexts(
@@ -195,7 +193,7 @@ def contexts(
 
 
 def _encode(sd: StableDiffusion, texts: Sequence[list[Chunk]], count: int, clip_skip: int) -> Tensor:
-    empty = [_framed(sd.tokenizer, [])]
+    empty = tokenize(sd.tokenizer, Prompt(text=""))
     rows = [chunk for chunks in texts for chunk in chunks + empty * (count - len(chunks))]
     ids = torch.tensor([[i for i, _ in row] for row in rows])  # (b * count, s)
     weights = torch.tensor([[weight for _, weight in row] for row in rows])
@@ -239,17 +237,16 @@ def lora_names(prompts: Iterable[Prompt]) -> list[str]:
     return sorted({name for prompt in prompts for name in prompt.loras})
 
 
-def attach_loras(sd: StableDiffusion, prompts: Iterable[Prompt], folder: Path | None) -> list[str]:
-    """Attach the LoRAs that prompts name, each once, at scale 0; returns a line about each that is new.
-    ValueError, naming it, if one is not there or is none."""
-    said = []
+def attach_loras(sd: StableDiffusion, prompts: Iterable[Prompt], folder: Path | None) -> None:
+    """Attach the LoRAs that prompts name, each once, at scale 0; prints what they are. ValueError, naming it,
+    if one is not there or is none."""
     for name in lora_names(prompts):
         path = find_lora(folder, name)
         if path.resolve() not in sd.attached:
-            said += [f"<lora:{name}>: {line}" for line in sd.attach(path, 0.0)]
+            for line in sd.attach(path, 0.0):
+                print(f"<lora:{name}>: {line}")
         if not sd.attached[path.resolve()].updates:
             raise ValueError(f"prompt: <lora:{name}>: {path} is no LoRA, and has no scale")
-    return said
 
 
 @contextmanager

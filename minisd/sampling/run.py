@@ -14,7 +14,7 @@ from minisd.sampling import infotext, sweep
 from minisd.sampling.generate import pictures
 from minisd.sampling.input_images import InputImages
 from minisd.sampling.options import Drawing, Job, Loading, split_scale
-from minisd.sampling.prompt import attach_loras, lora_names, parse_all
+from minisd.sampling.prompt import lora_names, parse_all
 from minisd.sampling.stable_diffusion import StableDiffusion
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -73,8 +73,6 @@ def draw(
     """Draw, save and yield the pictures; `taken` and `several` are as in `output_paths`."""
     arguments = request.arguments(sd)
     prompts, seeds, settings = (arguments[name] for name in ("prompts", "seeds", "settings"))
-    for line in attach_loras(sd, prompts, settings.lora_dir):
-        print(line)
     count = len(prompts)
     paths = output_paths(settings.output, seeds, taken, several or count > 1)
 
