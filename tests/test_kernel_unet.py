@@ -10,7 +10,7 @@ import torch
 
 from minisd import ops
 from minisd.models import unet
-from minisd.models.layers import lay_out
+from minisd.models.layers import to_channels_last
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRET
@@ -36,7 +36,7 @@ def default():
 def network(config, dtype=torch.float32) -> unet.UNet:
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return lay_out(unet.UNet(config).to(dtype))
+        return to_channels_last(unet.UNet(config).to(dtype))
 
 
 def batch(config, seed: int, dtype=torch.float32, size: int = 1, side: int = 2) -> tuple:

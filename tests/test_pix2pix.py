@@ -10,6 +10,7 @@ from minisd.data import images
 from minisd.models import unet
 from minisd.sampling.generate import Denoiser, Settings, image_branches, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
+from tests.helpers import TINY_UNET, assert_close
 from tests.pairs import (
     assert_exactly_these_train,
     assert_gradients,
@@ -20,7 +21,6 @@ from tests.pairs import (
     shake,
     train,
 )
-from tests.test_models import TINY_UNET, assert_close
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minisd import files
 from minisd.adapters._adapter import Adapter
-from minisd.models.text import TextConfig, TextEncoder, Tokenizer
+from minisd.models.text import TextConfig, TextEncoder
+from minisd.models.tokenizer import Tokenizer
 
 PARAM, BUNDLE = "string_to_param.", "bundle_emb."
 NAMELESS = ("emb_params", "*")  # keys that stand for the file's name

@@ -16,12 +16,13 @@ from torch import Tensor
 from minisd import registry
 from minisd.data import images
 from minisd.models import controlnet
-from minisd.models.layers import Context
-from minisd.noise import Original, randn, settings_for
+from minisd.models.layers import CachedContext
+from minisd.noise import randn
 from minisd.sampling import prompt
 from minisd.sampling.options import Settings
 from minisd.sampling.prompt import Prompt
 from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.schedulers._problem import InitImage, Problem, read_settings
 
 
 @dataclass(kw_only=True)
@@ -116,15 +117,15 @@ class Denoiser:
     ):
         self.unet = unet
         self.weights = [branch.weight for branch in branches]
-        self.context = Context(torch.cat([branch.context for branch in branches]))  # (branches * b, s, d)
+        states = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
+        self.context = CachedContext(states)
         channels = [branch.channels for branch in branches if branch.channels is not None]
         self.channels = torch.cat(channels) if channels else None  # (branches * b, c, h, w)
-        states = self.context.states
         self.controls = []  # each with its hints and contexts, (branches * b or b, ...)
         for control in controls:
             hint = control.hint.to(states)  # (b, 3, H, W)
             if control.guess:  # the prompt's rows are the last
-                self.controls.append((control, hint, Context(states[-len(hint) :])))
+                self.controls.append((control, hint, CachedContext(states[-len(hint) :])))
             else:
                 self.controls.append((control, torch.cat([hint] * len(branches)), self.context))
         self.step, self.steps = 0, steps
@@ -152,7 +153,7 @@ class Denoiser:
 
 def init_image(
     sd: StableDiffusion, settings: Settings, init_images: Tensor | None, masks: Tensor | None
-) -> Original | None:
+) -> InitImage | None:
     """What the scheduler starts from and keeps: nothing, if the UNet takes the image and all is redrawn."""
     if init_images is None:
         return None
@@ -161,7 +162,7 @@ def init_image(
         return None
     latents = sd.encode_images(init_images)[0]  # (b, c, h, w)
     mask = F.interpolate(masks, latents.shape[-2:]) if keeps else None  # (b, 1, h, w)
-    return Original(latents=latents, start=settings.first_step, mask=mask)
+    return InitImage(latents=latents, first_step=settings.first_step, mask=mask)
 
 
 @torch.no_grad()
@@ -187,37 +188,39 @@ def denoise(
     for side in ("width", "height"):
         if getattr(settings, side) % sd.downscale:
             raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {sd.downscale}")
-    sample = registry.load("schedulers", settings.scheduler).sample
+    scheduler = registry.load("schedulers", settings.scheduler)
     # Clipping is for pixels; latents have no such range, whatever the file says.
-    options = settings_for(sample, sd.scheduler | {"clip_sample": False})
+    config = sd.scheduler | {"clip_sample": False}
     for name in ("eta", "use_karras_sigmas"):
         value = getattr(settings, name)
-        if value is not None and not settings_for(sample, {name: value}):
+        if value is not None and name not in scheduler.SETTINGS:
             raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
-        options |= {name: value} if value is not None else {}
+        config |= {name: value} if value is not None else {}
 
     prompts = prompt.prepare(sd, prompts, settings)
     with prompt.loras_on(sd, prompts[0].loras, settings.lora_dir):
         branches = branches_of(sd, prompts, settings, init_images, masks)
-        original = init_image(sd, settings, init_images, masks)
-        denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (original.start if original else 0))
+        start = init_image(sd, settings, init_images, masks)
+        denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (start.first_step if start else 0))
 
         def predict(x: Tensor, t: float) -> Tensor:
             pred = denoiser(x, t)
             if watch:
-                watch(sd.schedule.denoised(pred, x, sd.schedule.alphas_cumprod[round(t)].to(x.device)))
+                watch(sd.schedule.split(pred, x, sd.schedule.alphas_cumprod[round(t)].to(x.device))[0])
             return pred
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (
-            sd.vae.config.latent_channels,
-            settings.height // sd.downscale,
-            settings.width // sd.downscale,
+        height, width = settings.height // sd.downscale, settings.width // sd.downscale
+        problem = Problem(
+            denoise=predict,
+            noise=randn((sd.vae.config.latent_channels, height, width), generators).to(sd.device),
+            schedule=sd.schedule,
+            steps=settings.steps,
+            generators=generators,
+            settings=read_settings(scheduler, config),
+            init_image=start,
         )
-        noise = randn(shape, generators).to(sd.device)
-        for x in sample(
-            predict, noise, sd.schedule, settings.steps, generators, original=original, **options
-        ):
+        for x in scheduler.sample(problem):
             denoiser.step += 1
             yield x
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minisd import files
-from minisd.models.text import Tokenizer
+from minisd.models.tokenizer import Tokenizer
 from minisd.sampling.options import Settings
 
 if TYPE_CHECKING:
