@@ -16,8 +16,8 @@ from minisd.sampling.generate import Control, Settings, denoise, pictures
 from minisd.sampling.input_images import InputImages
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import make_pipeline
+from tests.lora_helpers import new
 from tests.pairs import psnr, shake
-from tests.test_lora import new
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
