@@ -362,8 +362,9 @@ def test_one_for_all_or_one_for_each(model, files, nets):
     ]
 
     def read(*flags, prompts=PROMPTS, count=4):
-        inputs = InputImages(options(model, *flags))
-        settings = inputs.settings(sd)
+        settings = options(model, *flags)
+        inputs = InputImages(settings)
+        inputs.complete(settings, sd)
         return inputs.prompts(prompts), settings, inputs.tensors(sd, settings, count)
 
     prompts, settings, found = read("--image", *photos)
@@ -391,9 +392,10 @@ def test_masks_may_be_transparent(model, files):
     mask = Image.new("RGBA", (40, 32), (255, 255, 255, 0))
     ImageDraw.Draw(mask).rectangle((0, 0, 19, 31), fill=(255, 255, 255, 255))
     mask.save(files / "strokes.png")
-    inputs = InputImages(options(model, "--image", files / "photo0.png", "--mask", files / "strokes.png"))
-    sd = StableDiffusion.load(model)
-    found = inputs.tensors(sd, inputs.settings(sd), 1)["masks"]
+    settings = options(model, "--image", files / "photo0.png", "--mask", files / "strokes.png")
+    sd, inputs = StableDiffusion.load(model), InputImages(settings)
+    inputs.complete(settings, sd)
+    found = inputs.tensors(sd, settings, 1)["masks"]
     assert found[..., :20].all() and not found[..., 20:].any()
 
 
@@ -431,9 +433,11 @@ def test_mistakes_in_files(model, files, nets):
 
     def refused(message, *flags, prompts=PROMPTS):
         with pytest.raises(ValueError, match=message):
-            inputs = InputImages(options(model, *flags))
+            settings = options(model, *flags)
+            inputs = InputImages(settings)
             inputs.prompts(prompts)
-            inputs.tensors(sd, inputs.settings(sd), 2)
+            inputs.complete(settings, sd)
+            inputs.tensors(sd, settings, 2)
 
     steered = ("--controlnet", nets[0], "--control_image")
     refused("nowhere.png", "--image", files / "nowhere.png")

@@ -15,11 +15,11 @@ from tests.conftest import ROOT
 
 
 def test_a_picture_passes_few_files():
-    """As tests/trace_picture.py counts; the second line is the way without the loading of the model."""
+    """As tests/trace_picture.py counts: in all, and without what the command line and the networks call."""
     command = [sys.executable, str(ROOT / "tests" / "trace_picture.py"), str(ROOT)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = [list(map(int, pair)) for pair in re.findall(r": (\d+) files, (\d+) hops", out)]
-    most = [(22, 97), (14, 40)]
+    most = [(24, 100), (14, 40)]
     assert len(counts) == 2
     assert all(
         c <= m for pair, bounds in zip(counts, most, strict=True) for c, m in zip(pair, bounds, strict=True)

@@ -6,8 +6,8 @@ draws with the tiny model in the box and counts, by sys.setprofile, up to the fi
 the project that are entered, and the hops, where a function of one file calls into another. A function that
 calls into the same file again, or in a loop, hops once. What runs while a module is imported does not count.
 
-The second count takes loading the model (`load` in sampling/run.py and what it calls), and what a network
-does inside its forward, as one step each: the call counts, not what it leads to.
+The second count takes three things as one step each, where the call counts and not what it leads to: reading
+the command line (`parse_sample`), loading the model (`load` in sampling/run.py), and a network's forward.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Arrived(BaseException):
 
 
 def trace(root: Path) -> tuple[set[Hop], set[Hop]]:
-    """The hops in all, and those with loading and the networks as one step each."""
+    """The hops in all, and those with three things as one step each."""
     hops: set[Hop] = set()
     short: set[Hop] = set()
 
@@ -71,7 +71,7 @@ def trace(root: Path) -> tuple[set[Hop], set[Hop]]:
 
 def is_one_step(file: str, function: str) -> bool:
     """Whether what this function calls is not counted."""
-    return function == "load" and "/models/" not in file or function == "forward"
+    return function in ("parse_sample", "forward") or (Path(file).name, function) == ("run.py", "load")
 
 
 if __name__ == "__main__":

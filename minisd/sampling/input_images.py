@@ -1,6 +1,5 @@
 """The input images of a drawing: opened, brought to one size, and shared out among the pictures."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +39,17 @@ class InputImages:
                 )
         return prompts
 
-    def settings(self, sd: StableDiffusion) -> Drawing:
-        """The options with the size, and the strength, that follow from the images and the model."""
-        o = self.options
+    def complete(self, settings: Drawing, sd: StableDiffusion) -> None:
+        """Set the size and the strength, if they are not given, by the images and the model."""
         path, image = (self.images + self.hints)[0]
         width, height = (side // MULTIPLE * MULTIPLE for side in image.size)
         if not (width and height):
             raise ValueError(f"{path} has a side of less than {MULTIPLE} pixels")
-        if o.image_guidance_scale is not None and not sd.is_pix2pix:
+        if settings.image_guidance_scale is not None and not sd.is_pix2pix:
             raise ValueError(f"--image_guidance_scale has no effect: {sd.name} is no instruct-pix2pix model")
-        partial = self.images and not (self.masks or sd.is_pix2pix or sd.is_inpainting)
-        strength = o.strength or (0.8 if partial else None)
-        return replace(o, width=o.width or width, height=o.height or height, strength=strength)
+        settings.width, settings.height = settings.width or width, settings.height or height
+        if self.images and not (self.masks or sd.is_pix2pix or sd.is_inpainting):
+            settings.strength = settings.strength or 0.8
 
     def tensors(self, sd: StableDiffusion, settings: Drawing, count: int) -> dict:
         """The images as `generate.pictures` takes them, for `count` pictures to draw."""

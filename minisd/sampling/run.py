@@ -1,6 +1,7 @@
 """What sample.py does with options: load the model that they name, draw, and save."""
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -31,18 +32,17 @@ class Request:
 
     def arguments(self, sd: StableDiffusion) -> dict:
         """The keywords of `generate.pictures`."""
-        o, count, side = self.options, len(self.prompts), sd.default_size
+        settings, count = copy(self.options), len(self.prompts)
         if self.images:
-            settings = self.images.settings(sd)
-            tensors = self.images.tensors(sd, settings, count)
-        else:
-            settings, tensors = replace(o, width=o.width or side, height=o.height or side), {}
+            self.images.complete(settings, sd)
+        settings.width = settings.width or sd.default_size
+        settings.height = settings.height or sd.default_size
         return {
             "prompts": self.prompts,
-            "seeds": [o.seed + i for i in range(count)],
+            "seeds": [settings.seed + i for i in range(count)],
             "settings": settings,
-            "batch_size": o.batch_size or (1 if sd.device.type == "cpu" else 4),
-            **tensors,
+            "batch_size": settings.batch_size or (1 if sd.device.type == "cpu" else 4),
+            **(self.images.tensors(sd, settings, count) if self.images else {}),
         }
 
 
