@@ -14,7 +14,8 @@ from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop
 from minisd.training.run_folder import Run
-from tests.test_sample import draw_theirs, psnr
+from tests.pairs import psnr
+from tests.picture_helpers import draw_theirs
 
 pytestmark = pytest.mark.parity
 
