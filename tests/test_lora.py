@@ -144,7 +144,7 @@ def test_scales_that_would_change_nothing(model, sd, tmp_path):
         ("unet", (1, 0.5), "unet.safetensors changes nothing in the text encoder, so its scale 0.5 there"),
         ("text", (0.5, 1), "text.safetensors changes nothing in the UNet, so its scale 0.5 there"),
         ("word", (0.5,), "word.safetensors is an embedding: it has no scale, so 0.5 would"),
-        ("both", (math.nan,), "nan is no scale"),
+        ("both", (math.nan,), "nan is not a scale"),
     ]:
         with pytest.raises(ValueError, match=message):
             sd.attach(tmp_path / f"{name}.safetensors", *scales)

@@ -66,14 +66,14 @@ class Attached:
         scales = {"unet": scale, "text_encoder": scale if text_scale is None else text_scale}
         for value in scales.values():
             if not math.isfinite(value):
-                raise ValueError(f"{name}: {value} is no scale")
+                raise ValueError(f"{name}: {value} is not a scale")
         if not self.parts and (scale != 1 or text_scale is not None):
-            raise ValueError(f"{name} is an embedding: it has no scale, so {scale:g} would change nothing")
+            raise ValueError(f"{name} is an embedding: it has no scale, so {scale:g} would have no effect")
         idle = [part for part, value in scales.items() if value and part not in self.parts]
         if idle and text_scale not in (None, scale):
             raise ValueError(
                 f"{name} changes nothing in the {network_name(idle[0])}, "
-                f"so its scale {scales[idle[0]]:g} there would change nothing"
+                f"so its scale {scales[idle[0]]:g} there would have no effect"
             )
         self.set_scales(scales)
 
@@ -91,5 +91,5 @@ def read(sd: StableDiffusion, file: Path) -> Adapter:
         kind = registry.match("adapters", tensors)
     except ValueError:
         names = ", ".join(list(tensors)[:3])
-        raise ValueError(f"{file} is no adapter that is known here; it holds {names}, ...") from None
+        raise ValueError(f"{file} is no adapter of a known kind; it holds {names}, ...") from None
     return kind.read(sd, tensors, metadata, file)

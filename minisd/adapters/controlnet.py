@@ -40,17 +40,15 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    variant: str | None = None,
     cache_dir: str | None = None,
 ) -> ControlNet:
     """The ControlNet in a folder of diffusers' layout, in a single file, or of a hub id; frozen.
 
     ValueError, naming the file, if there is none, or if it is of another base than SD v1.x.
     """
-    path = hub.resolve(path, revision=revision, variant=variant, cache_dir=cache_dir)
+    path = hub.resolve(path, cache_dir=cache_dir)
     if path.is_dir():
-        config, tensors = diffusers.load_part(path, "controlnet", variant)
+        config, tensors = diffusers.load_part(path, "controlnet")
     else:
         config, tensors = single_file.load_controlnet(path)
     network = fill(build("controlnet", config, path), tensors, path)

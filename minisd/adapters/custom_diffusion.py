@@ -3,7 +3,7 @@
 The file has the whole trained matrices, as diffusers writes them:
 `down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`. The authors' own are read too: {"unet":
 {"down_blocks.0. ... .attn2.to_k.weight": ...}, "modifier_token": {"<new1>": (d,)}}, whose matrices may be
-{"u": ..., "v": ...} with u v the change; and those of their CompVis branch, with the words' rows in "embed".
+{"u": ..., "v": ...} with u v the change; and those of their CompVis branch, with the tokens' rows in "embed".
 """
 
 from __future__ import annotations
@@ -36,17 +36,8 @@ WORDS, EMBED = "modifier_token.", "embed"
 class CustomLinear(nn.Linear):
     """A projection with its base weights kept beside the trained ones, `custom` and `custom_bias`, in fp32.
 
-    No gradient comes from the first of the tokens that keys and values are made of: it is the same in every
-    prompt.
+    Keys and values have no gradient from the first token, which is the same in every prompt.
     """
-
-    @classmethod
-    def of(cls, base: nn.Linear, *, first_token: bool) -> CustomLinear:
-        self = cls(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias, self.first_token = base.weight, base.bias, first_token
-        self.custom = nn.Parameter(base.weight.detach().float().clone())
-        self.custom_bias = None if base.bias is None else nn.Parameter(base.bias.detach().float().clone())
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.custom_bias is None else self.custom_bias.to(self.weight.dtype)
@@ -57,21 +48,26 @@ class CustomLinear(nn.Linear):
 
 
 def insert(unet: UNet, projections: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Replace these projections of every cross-attention; returns what trains, by the names of the file."""
+    """Make these projections of every cross-attention trainable; returns what trains, by the names of the
+    file. Each keeps its name and its tensors: only its class changes."""
     parameters = {}
-    for name, attention in list(unet.named_modules()):
+    for name, attention in unet.named_modules():
         for projection in projections if name.endswith(".attn2") else ():
-            base = attention.get_submodule(projection)
-            layer = CustomLinear.of(base, first_token=projection not in KEYS_AND_VALUES)
-            attention.set_submodule(projection, layer)
-            parameters[f"{stem(f'{name}.{projection}')}.weight"] = layer.custom
-            if layer.custom_bias is not None:
-                parameters[f"{stem(f'{name}.{projection}')}.bias"] = layer.custom_bias
+            layer, key = attention.get_submodule(projection), stem(f"{name}.{projection}")
+            layer.__class__, layer.first_token = CustomLinear, projection not in KEYS_AND_VALUES
+            parameters[f"{key}.weight"] = layer.custom = _trainable(layer.weight)
+            layer.custom_bias = None
+            if layer.bias is not None:
+                parameters[f"{key}.bias"] = layer.custom_bias = _trainable(layer.bias)
     return parameters
 
 
+def _trainable(base: Tensor) -> nn.Parameter:
+    return nn.Parameter(base.detach().float().clone())
+
+
 def stem(name: str) -> str:
-    """The beginning of the file's names for a projection."""
+    """What the file's names for a projection begin with."""
     return re.sub(r"\.attn2\.(\w+)", r".attn2.processor.\1_custom_diffusion", name)
 
 

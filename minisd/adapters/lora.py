@@ -27,7 +27,7 @@ from minisd.models.layers import conv1x1
 if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion
 
-# Ends of module names, by the groups that have a name of their own.
+# Groups of layers that have a name, as ends of module names.
 TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
@@ -43,7 +43,7 @@ TARGETS = {
 
 class LowRank(nn.Module):
     """One update of a layer with weight (c_out, c_in, ...): A (r, c_in, ...) and B (c_out, r, ...), in fp32
-    whatever the layer is in. `dropout` is on the input, and only where gradients are wanted."""
+    whatever the layer's type. `dropout` acts on the input, and only while gradients are recorded."""
 
     lora_bias = None
 
@@ -87,7 +87,7 @@ class LowRank(nn.Module):
 
 class FullDelta(nn.Module):
     """An update that is a whole matrix (c_out, c_in, ...), and may have a bias (c_out,): LoHa, LoKr and DoRA,
-    multiplied out, and Custom Diffusion."""
+    multiplied out, and Custom Diffusion's projections."""
 
     def __init__(self, delta: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -106,31 +106,33 @@ class FullDelta(nn.Module):
 
 
 class Updated(nn.Module):
-    """A layer as it was, and its `updates`. `put` makes one of a layer by changing the layer's class, so that
-    its names, its tensors and its hooks stay."""
+    """A layer with `updates` beside its weights. `put` turns a layer into one by changing its class, so that
+    its name, its tensors and its hooks stay."""
 
     updates: nn.ModuleList
 
     @property
     def idle(self) -> bool:
-        """Whether it is the layer as it was: no update counts."""
+        """Whether no update has an effect: the layer computes what it did without them."""
         return not any(update.scale for update in self.updates)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.apply_weight(x, self.weight, self.bias)
         for update in self.updates:
-            if update.scale:  # at scale 0 the layer is what it was, to the bit
+            if update.scale:  # at scale 0 the result is that of the layer alone, to the bit
                 y = y + update(self, x)
         return y
 
 
 class UpdatedLinear(Updated, nn.Linear):
+    """A linear layer with updates."""
+
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
 class UpdatedConv2d(Updated, nn.Conv2d):
-    """In its updates A has the layer's kernel, stride and padding, and B is 1x1."""
+    """A convolution with updates: A has the layer's kernel, stride and padding, and B is 1x1."""
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kernel_size == (1, 1):
@@ -140,7 +142,7 @@ class UpdatedConv2d(Updated, nn.Conv2d):
 
 @dataclass(kw_only=True)
 class LayerUpdates(token_embedding.Tokens):
-    """Updates of layers, and the new tokens that came with them."""
+    """Updates of layers, and the new tokens that the file holds beside them."""
 
     updates: dict[str, nn.Module]  # native name of a layer -> LowRank or FullDelta
 
@@ -161,7 +163,7 @@ class LayerUpdates(token_embedding.Tokens):
 
 
 def networks(sd: StableDiffusion) -> nn.ModuleDict:
-    """What a LoRA may change, under the names that a module's native name begins with."""
+    """The networks that a LoRA may change, by the first part of their modules' native names."""
     return nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
 
 
@@ -183,8 +185,8 @@ def put(module: nn.Module, updates: Mapping[str, nn.Module]) -> None:
 def insert(
     module: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LowRank]:
-    """Give every layer that a target means a new update; returns these by the layers' names. A target is a
-    key of TARGETS, or the end of a module's name. ValueError naming the flag if it means none."""
+    """Add a new update to every layer that a target means; returns the updates by layer. A target is a key of
+    TARGETS, or the end of a module's name. ValueError, naming the flag, if a target means no layer."""
     known = layers(module)
     updates: dict[str, LowRank] = {}
     for target in targets:
@@ -210,8 +212,8 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 def merged(
     module: nn.Module, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The state of a network (`tensors`, or its own) as if its updates had been part of the weights: added in
-    fp32, rounded once, to `dtype` or to the type of the weight."""
+    """The state of a network (`tensors`, or its own) with its updates added to the weights: in fp32, rounded
+    once, to `dtype` or to the type of the weight."""
     tensors = dict(own_state(module) if tensors is None else tensors)
     for name, layer in module.named_modules():
         active = [update for update in layer.updates if update.scale] if isinstance(layer, Updated) else []
@@ -254,12 +256,14 @@ def matches(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def load(sd: StableDiffusion, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
-    """Put the updates in a file into the model, to train on; they are still frozen. ValueError, naming the
-    file, if one of them is not a product of two low-rank factors."""
+    """Put the updates in a file into the model, to train them further; they are still frozen. ValueError,
+    naming the file, if one of them is not a product of two low-rank factors."""
     updates = read(sd, files.read(path), files.metadata(path), path).updates
     for name, update in updates.items():
         if not isinstance(update, LowRank):
-            raise ValueError(f"{path}: its update of {name} is no plain LoRA, which alone can be trained on")
+            raise ValueError(
+                f"{path}: its update of {name} is not a plain LoRA: it cannot be trained further"
+            )
         update.dropout = dropout
     put(networks(sd), updates)
     return updates
@@ -283,10 +287,7 @@ def read(
 
 
 def make_updates(
-    sd: StableDiffusion,
-    groups: Mapping[str, dict[str, Tensor]],
-    make: Callable[[str, dict[str, Tensor], Tensor], nn.Module],
-    source: Path,
+    sd: StableDiffusion, groups: Mapping[str, dict[str, Tensor]], make: Callable[..., nn.Module], source: Path
 ) -> dict[str, nn.Module]:
     """The updates that `make(layer, its tensors by kind, its weight)` returns, by layer; all in fp32.
     ValueError, naming the file and the layer, if a tensor is missing (KeyError in `make`) or does not fit."""
@@ -306,7 +307,7 @@ def make_updates(
 
 
 def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
-    """A layer's weight, or its bias if it has one, in fp32, without what is added to it."""
+    """A layer's weight, or its bias if it has one, in fp32, without updates."""
     part, _, path = name.partition(".")
     tensor = getattr(sd.parts[part].get_submodule(path), kind)
     if tensor is None:
@@ -314,9 +315,7 @@ def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
     return sd.exact(part, f"{path}.{kind}", tensor.detach()).to(tensor.device, torch.float32)
 
 
-def _update(
-    alpha: Callable[[str, Tensor | None, int], float], name: str, t: dict[str, Tensor], weight: Tensor
-) -> LowRank | FullDelta:
+def _update(alpha: lora_names.Alpha, name: str, t: dict[str, Tensor], weight: Tensor) -> LowRank | FullDelta:
     """The update that a LoRA or one of its relatives means for a layer."""
     alpha = partial(alpha, name, t.pop("alpha", None))
     if _lycoris.is_full(t):

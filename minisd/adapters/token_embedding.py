@@ -1,8 +1,8 @@
-"""New tokens: rows of their own behind the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
+"""New tokens: extra rows behind the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
 
-The file is {token: (d,) or (n, d)}, as diffusers writes it; or it holds one token, which has the file's
-name: {"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A1111 and the authors write it.
-LoRA files may carry either with `bundle_emb.TOKEN.` before their keys.
+The file is {token: (d,) or (n, d)}, as diffusers writes it; or it holds one token that is called like the
+file: {"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A1111 and the authors write it.
+LoRA files may hold either with `bundle_emb.TOKEN.` before the keys.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Tokens(Adapter):
 
 
 class TokenEmbedding(nn.Embedding):
-    """`weight` is the table as it was; ids behind it are rows of the parameter `extra` (n, d), in fp32."""
+    """`weight` is the original table; higher ids are rows of the parameter `extra` (n, d), in fp32."""
 
     @classmethod
     def of(cls, table: nn.Embedding, extra: Tensor) -> TokenEmbedding:
-        self = cls(*table.weight.shape, _weight=table.weight)  # drawing one would be for nothing
+        self = cls(*table.weight.shape, _weight=table.weight)  # given, so that no random one is drawn
         self.weight = table.weight
         self.extra = nn.Parameter(extra)
         return self
@@ -68,7 +68,7 @@ def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows:
 
 
 def merged(text_encoder: TextEncoder, tensors: dict[str, Tensor]) -> tuple[TextConfig, dict[str, Tensor]]:
-    """Config and tensors of the text encoder, the extra rows part of its table."""
+    """Config and tensors of the text encoder, with the extra rows as part of its table."""
     name = "text_model.embeddings.token_embedding"
     if (extra := tensors.pop(f"{name}.extra", None)) is not None:
         table = tensors[f"{name}.weight"]
@@ -77,7 +77,7 @@ def merged(text_encoder: TextEncoder, tensors: dict[str, Tensor]) -> tuple[TextC
 
 
 def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None:
-    """{token: (n, d)} in fp32; a .bin for tools that read nothing else."""
+    """Write {token: (n, d)} in fp32; as .bin for tools that read nothing else."""
     tensors = {token: rows.detach().float().cpu().contiguous()}
     if path.suffix == files.SAFETENSORS:
         files.write(path, tensors, metadata)
@@ -104,12 +104,12 @@ def read(
             token, _, key = key.partition(".")
         if key in SDXL:
             raise ValueError(f"{source} is an embedding for SDXL ({key}); minisd is for SD v1.x")
-        if key.startswith("string_to_token."):  # an id in the vocabulary of whoever trained it
+        if key.startswith("string_to_token."):  # an id in the vocabulary of the model it was trained with
             continue
         if not (bundled or key in NAMELESS or key.startswith(PARAM)):
             token = key
         if rows.ndim not in (1, 2) or token in tokens:
-            raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding that is known here")
+            raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding in a known format")
         tokens[token] = rows[None] if rows.ndim == 1 else rows  # (n, d)
     width, counts = sd.text_encoder.config.hidden_size, []
     for token, rows in tokens.items():

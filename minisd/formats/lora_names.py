@@ -16,7 +16,6 @@ from torch import Tensor
 
 from minisd import files
 from minisd.formats import single_file
-from minisd.formats.parts import some
 from minisd.models.unet import UNetConfig
 
 # What may come before a module's path with its dots, or with underscores instead.
@@ -66,8 +65,8 @@ def kohya_stem(name: str) -> str:
 
 
 def table(names: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
-    """Stem -> native name, for all stems by which a file may mean one of the modules `names`; None for those
-    that never had an effect."""
+    """Stem -> native name, for every stem by which a file may call one of the modules `names`; None for stems
+    whose tensors never had an effect."""
     modules = single_file.unet_modules(unet)
     table: dict[str, str | None] = {}
     for name in names:
@@ -113,7 +112,7 @@ def group(
     source: Path,
     endings: Mapping[str, str] = ENDINGS,
 ) -> dict[str, dict[str, Tensor]]:
-    """Native name -> kind -> tensor. ValueError naming the keys that mean nothing in this model."""
+    """Native name -> kind -> tensor. ValueError, naming keys, if some belong to no module of this model."""
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -123,11 +122,12 @@ def group(
         elif (name := stems[stem]) is not None:
             modules.setdefault(name, {})[kind] = tensor
     if unknown:
+        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise ValueError(
-            f"{source}: {len(unknown)} of its {len(tensors)} keys are unknown or unsupported: {some(unknown)}"
+            f"{source}: {len(unknown)} of its {len(tensors)} keys are unknown or unsupported: {shown}"
         )
     if not modules:
-        raise ValueError(f"{source}: none of its {len(tensors)} keys means a module of this model")
+        raise ValueError(f"{source}: none of its {len(tensors)} keys belongs to a module of this model")
     return modules
 
 
@@ -146,7 +146,10 @@ def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> No
             )
 
 
-def alphas(metadata: Mapping[str, str], source: Path) -> Callable[[str, Tensor | None, int], float]:
+Alpha = Callable[[str, Tensor | None, int], float]
+
+
+def alphas(metadata: Mapping[str, str], source: Path) -> Alpha:
     """alpha(native name, what the file stores as alpha, rank). If the file stores none, it is what PEFT's
     settings say, in the metadata or in adapter_config.json beside the file; else the rank. For an update that
     has no rank (0) the result is alpha / rank itself."""
@@ -161,7 +164,7 @@ def alphas(metadata: Mapping[str, str], source: Path) -> Callable[[str, Tensor |
         settings = files.read_json(beside)
 
     def alpha(name: str, stored: Tensor | None, rank: int) -> float:
-        if stored is not None:  # 0 means the rank, and without a rank it has no meaning
+        if stored is not None:  # 0 stands for the rank, and has no meaning without one
             return (stored.item() or rank) if rank else 1.0
         part, _, path = name.partition(".")
         prefix = f"{part}."
