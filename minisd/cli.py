@@ -21,9 +21,9 @@ from minisd.sampling.options import Job, Sample, default_of
 WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaults are shown in the help
 
 
-def spellings(cls: type, f: Field) -> list[str]:
-    """The field's own name first, then its other ones."""
-    return [f.name, *_metadata(cls, f.name).get("also", ())]
+def names_of(cls: type) -> dict[str, Field]:
+    """All names of flags, and their fields: first each field's own name, then its other ones."""
+    return {name: f for f in fields(cls) for name in (f.name, *_metadata(cls, f.name).get("also", ()))}
 
 
 def _metadata(cls: type, name: str) -> Mapping:
@@ -71,17 +71,45 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
             kwargs["action"] = "extend"  # given twice, it adds up
     else:
         kwargs |= {"type": hint, "metavar": hint.__name__.upper()}
-    group.add_argument(*(f"--{name}" for name in spellings(cls, f)), help=_help(cls, f), **kwargs)
+    names = (f.name, *_metadata(cls, f.name).get("also", ()))
+    group.add_argument(*(f"--{name}" for name in names), help=_help(cls, f), **kwargs)
 
 
 class Parser(argparse.ArgumentParser):
     """One line on stderr and exit status 2: the usage of fifty flags would bury the reason."""
 
     where = ""  # what is parsed, if it is not the command line itself
+    methods: tuple[str, ...] = ()  # those that may have a flag which this command lacks
 
     def error(self, message):
         print(f"{self.prog}: error: {self.where}{message}", file=sys.stderr)
         sys.exit(2)
+
+    def read(self, argv: list[str], where: str = "") -> dict[str, object]:
+        """The flags in `argv` and their values. Exits with one line, which begins with `where`, if they are
+        wrong."""
+        self.where, known = where, self._option_string_actions
+        for name in (arg.partition("=")[0] for arg in argv):  # before argparse complains of what is missing
+            if not name.startswith("--") or name == "--" or name in known:
+                continue
+            if owners := [m for m in self.methods if name[2:] in names_of(options_of(m))]:
+                self.error(f"{name} is not a flag of this method; it belongs to: {', '.join(owners)}")
+            close = difflib.get_close_matches(name, known, n=1)
+            self.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        return vars(self.parse_args(argv))
+
+    def build(self, cls: type, values: dict[str, object], command: str):
+        """The options with these values; without --model, with the tiny model's defaults for `command`."""
+        if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
+            defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
+            values = {"model": str(TINY), **defaults, **values}
+            say(
+                "no --model: using the tiny one in the box (64x64 emoji); SD v1.x needs a folder, file or hub id"
+            )
+        try:
+            return cls(**values)
+        except ValueError as e:
+            self.error(str(e))
 
 
 def parser_of(cls: type, prog: str, description: str) -> Parser:
@@ -102,37 +130,6 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
             for f in declared:
                 _add_flag(group, cls, f, hints[f.name])
     return parser
-
-
-def read(
-    parser: Parser,
-    argv: list[str],
-    where: str = "",
-    owners: Callable[[str], list[str]] = lambda name: [],
-) -> dict[str, object]:
-    """The flags in `argv` and their values; error messages begin with `where`. Exits with status 2 and one
-    line if they are wrong; `owners(name)` are the methods that have a flag which this command lacks."""
-    parser.where, known = where, parser._option_string_actions
-    for name in (arg.partition("=")[0] for arg in argv):  # before argparse complains of what is missing
-        if not name.startswith("--") or name == "--" or name in known:
-            continue
-        if others := owners(name[2:]):
-            parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
-        close = difflib.get_close_matches(name, known, n=1)
-        parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
-    return vars(parser.parse_args(argv))
-
-
-def build(parser: Parser, cls: type, values: dict[str, object], command: str):
-    """The options with these values; without --model, with the tiny model's defaults for `command`."""
-    if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
-        defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
-        values = {"model": str(TINY), **defaults, **values}
-        say("no --model: the tiny one in the box (64x64 emoji); for SD v1.x give its folder, file or hub id")
-    try:
-        return cls(**values)
-    except ValueError as e:
-        parser.error(str(e))
 
 
 @functools.cache
@@ -163,31 +160,29 @@ def parse_train(argv: list[str]) -> tuple[str, object]:
     except ValueError as e:
         early.error(str(e))
 
-    def owners(name: str) -> list[str]:
-        return [m for m in names if any(name in spellings(options_of(m), f) for f in fields(options_of(m)))]
-
     cls = options_of(method)
     parser = parser_of(cls, f"train.py --method {method}", registry.summary("methods", method))
-    return method, build(parser, cls, read(parser, rest, owners=owners), method)
+    parser.methods = names
+    return method, parser.build(cls, parser.read(rest), method)
 
 
 def parse_sample(argv: list[str]) -> list[Job]:
     """What to draw: what argv says; where it says nothing, what the picture of --like says; and once for each
     row of --csv, which has priority over both."""
     parser = parser_of(Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
-    values, rows, jobs = read(parser, argv), {"": {}}, []
+    values, rows, jobs = parser.read(argv), {"": {}}, []
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
-            values = read(parser, as_flags(like(path, values.keys())), parser.where) | values
+            values = parser.read(as_flags(like(path, values.keys())), parser.where) | values
             parser.where = ""
         if path := values.get("csv"):
             rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
         for parser.where, row in rows.items():
             for name in {"csv", "like", "output", "export"} & row.keys():
                 raise ValueError(f"--{name} is for all rows: give it on the command line")
-            row_values = read(parser, as_flags(row), parser.where)
-            jobs.append(Job(build(parser, Sample, values | row_values, "sample"), row, parser.where))
+            row_values = parser.read(as_flags(row), parser.where)
+            jobs.append(Job(parser.build(Sample, values | row_values, "sample"), row, parser.where))
     except ValueError as e:
         parser.error(str(e))
     return jobs
@@ -196,7 +191,7 @@ def parse_sample(argv: list[str]) -> list[Job]:
 def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     """Flags and their values, from files, as a command line has them."""
     argv = []
-    kinds = {name: f.type for f in fields(Sample) for name in spellings(Sample, f)}
+    kinds = {name: f.type for name, f in names_of(Sample).items()}
     known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
     for name, texts in values.items():
         if kinds.get(name) in (bool, bool | None) and texts:

@@ -35,7 +35,7 @@ CHANGED = {
 @pytest.mark.parametrize("method", FIELD)
 def test_every_flag_of_the_field(method):
     cls = cli.options_of(method)
-    names = {spelling: f.name for f in fields(cls) for spelling in cli.spellings(cls, f)}
+    names = {name: f.name for name, f in cli.names_of(cls).items()}
     missing = (FIELD[method]["defaults"].keys() | FIELD[method]["newer"]) - names.keys()
     assert not missing
     flags = [*(["--model", "m"] if "model" in names else []), "--data", "d", *NEEDS.get(method, [])]
