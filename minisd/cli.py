@@ -103,9 +103,7 @@ class Parser(argparse.ArgumentParser):
         if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
             defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
             values = {"model": str(TINY), **defaults, **values}
-            say(
-                "no --model: using the tiny one in the box (64x64 emoji); SD v1.x needs a folder, file or hub id"
-            )
+            say("no --model: the tiny one in the box (64x64 emoji); give a folder, file or hub id of SD v1.x")
         try:
             return cls(**values)
         except ValueError as e:
