@@ -72,6 +72,12 @@ def test_pictures_in_and_loras_in_prompts(model, tmp_path):
     assert sd.pictures(last) == [with_it] and sd.generate("a cat", **SIZE)[0] == plain
 
 
+def test_keywords_have_the_names_of_flags(sd):
+    ours = {"num_inference_steps": 3, "karras": True, "scheduler": "Euler", "width": 32, "height": 32}
+    theirs = {**SIZE, "use_karras_sigmas": True, "scheduler": "euler"}
+    assert sd.generate("a cat", **ours) == sd.generate("a cat", **theirs)
+
+
 def test_mistakes(sd):
     for flags, error, message in [
         ({"stepps": 3}, TypeError, "there is no 'stepps'; did you mean 'steps'"),

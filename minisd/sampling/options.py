@@ -30,7 +30,7 @@ class Settings(Group):
         infotext="Schedule type",
         words={"Karras": True, "Uniform": False},
     )
-    guidance_scale: float = flag(7.5, "weight of the guidance; at 1 or less none", infotext="CFG scale")
+    guidance_scale: float = flag(7.5, "classifier-free guidance; none at 1 or less", infotext="CFG scale")
     negative_prompt: str = unwritten("", "what the pictures should not show")
     plain_prompt: bool = flag(
         False,
@@ -39,7 +39,7 @@ class Settings(Group):
         words={"None": True},
     )
     clip_skip: int = flag(1, "layer of the text encoder, counted from the last one", infotext="Clip skip")
-    lora_dir: Path | None = flag(None, "folder in which the LoRAs of prompts are, <lora:NAME:SCALE>")
+    lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
     eta: float | None = flag(
         None, "noise added in each step, 0 to 1; by default the scheduler's", infotext="Eta"
     )
@@ -85,16 +85,20 @@ class Drawing(Settings):
         "pictures drawn at the same time; by default 4, but 1 on a CPU, where no batch changes the result",
     )
     image: list[Path] = flag(
-        [], "initial images (img2img), or the images to edit: one, one each, or a folder"
+        [], "initial images (img2img), or images to edit: one for all, one for each, or a folder"
     )
-    mask: list[Path] = flag([], "redraw only where this is white (inpainting): one, or one each")
+    mask: list[Path] = flag([], "redraw only where this is white (inpainting): one for all, or one for each")
     controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
     control_image: list[Path] = flag([], "conditioning images, one for each --controlnet")
     control_preprocess: list[Literal["canny", "none"]] = flag(
-        [], "canny takes the edges of --control_image; one, or one each; none by default"
+        [], "canny takes the edges of --control_image; one for all, or one for each; none by default"
     )
-    control_start: list[float] = flag([], "share of the steps before a ControlNet acts; 0 by default")
-    control_end: list[float] = flag([], "share of the steps after which it no longer does; 1 by default")
+    control_start: list[float] = flag(
+        [], "share of the steps before a ControlNet acts; one for all, or one for each; 0 by default"
+    )
+    control_end: list[float] = flag(
+        [], "share of the steps after which it no longer acts; one for all, or one for each; 1 by default"
+    )
     guess_mode: bool = flag(False, "apply ControlNets to the conditional branch only, and less to details")
 
     def check(self):
@@ -127,7 +131,9 @@ class Loading(Model):
 
     adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
     device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
-    kernels: KERNELS = unwritten("auto", "what computes attention and norms; auto is triton where measured")
+    kernels: KERNELS = unwritten(
+        "auto", "implementation of attention and norms; auto is triton where it was measured"
+    )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
         "auto", "precision; auto is fp16 on a GPU, fp32 elsewhere, and for --export that of the model's files"
     )
