@@ -44,7 +44,7 @@ class NoiseSchedule:
     """alphas_cumprod (num_train_timesteps,), what the network predicts, and the algebra between the two. The
     fields are keys of scheduler_config.json, with diffusers' defaults.
 
-    `timesteps` is an int64 tensor (b,), one per sample. Every method computes and returns fp32.
+    `timesteps` is an int64 tensor (b,), one per sample. What is computed of these is fp32.
     """
 
     num_train_timesteps: int = 1000
@@ -74,7 +74,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """That of a scheduler_config.json, whose other keys are settings of the schedulers."""
+        """The schedule of a scheduler_config.json, whose other keys are settings of the schedulers."""
         names = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in config.items() if key in names and value is not None})
 

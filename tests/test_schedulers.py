@@ -252,5 +252,5 @@ def test_unknown_names(name, message):
 
 
 def test_lcm_has_no_more_steps_than_it_was_distilled_at():
-    with pytest.raises(ValueError, match="--steps 51: lcm has from 1 to 50"):
+    with pytest.raises(ValueError, match="--steps 51: lcm takes from 1 to 50"):
         drawn(lcm, 51, start())

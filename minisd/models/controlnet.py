@@ -1,10 +1,8 @@
-"""ControlNet: a trained copy of the UNet's encoder that steers it by an image (Zhang et al. 2023, arXiv
-2302.05543)."""
+"""ControlNet: a trained copy of the UNet's encoder that steers it by an image (arXiv 2302.05543)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +12,7 @@ from minisd.models.layers import Context, Conv1x1, move
 from minisd.models.unet import EncoderConfig, UNet, UNetEncoder
 
 HINT_CHANNELS = (16, 32, 96, 256)
+Residuals = dict[str, Tensor | list[Tensor]]  # down_residuals and mid_residual, keywords of the UNet
 
 
 @dataclass(kw_only=True)
@@ -74,12 +73,11 @@ class ControlNet(UNetEncoder):
             raise ValueError(f"no hint network goes from pixels to latents {downscale} times smaller")
         config = ControlNetConfig.of(source.config, HINT_CHANNELS[: steps + 1])
         self = move(cls(config), source.conv_in.weight.device, source.conv_in.weight.dtype)
-        names = self.state_dict().keys()
-        self.load_state_dict({k: v for k, v in source.state_dict().items() if k in names}, strict=False)
+        self.load_state_dict(source.state_dict(), strict=False)  # but for the decoder
         zero = [self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block]
-        with torch.no_grad():
-            for p in (p for conv in [*zero, *self.controlnet_down_blocks] for p in conv.parameters()):
-                p.zero_()
+        for conv in [*zero, *self.controlnet_down_blocks]:
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
         return self
 
     def forward(
@@ -90,7 +88,7 @@ class ControlNet(UNetEncoder):
         hint: Tensor,
         scale: float = 1.0,
         guess: bool = False,
-    ) -> dict:
+    ) -> Residuals:
         """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`; with `guess` also times 0.1
         at the first skip to 1 in the middle, evenly in the logarithm. The first three arguments are the
         UNet's; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
@@ -107,7 +105,7 @@ class ControlNet(UNetEncoder):
         return {"down_residuals": down, "mid_residual": scales[-1] * self.controlnet_mid_block(x)}
 
 
-def total(residuals: list[dict], rows: int) -> dict:
+def total(residuals: list[Residuals], rows: int) -> Residuals:
     """The sum of the residuals of several ControlNets. Those of a ControlNet that saw only the last of `rows`
     samples are zero for the others."""
 

@@ -83,24 +83,6 @@ class Embeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[-1]]  # (b, s, d)
 
 
-class TextTransformer(nn.Module):
-    """Token ids (b, s) -> (b, s, d), behind all layers but the last `skip`."""
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
-        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.eps)
-
-    def forward(self, ids: Tensor, skip: int = 0) -> Tensor:
-        x = self.embeddings(ids)  # (b, s, d)
-        layers = self.encoder["layers"]
-        for layer in layers[: len(layers) - skip]:
-            x = layer(x)  # (b, s, d)
-        return self.final_layer_norm(x)
-
-
 class TextEncoder(nn.Module):
     """Token ids (b, s) -> context (b, s, d): the states of the last layer, or of the layer `skip` before it,
     behind the final LayerNorm. Padding is attended to, as SD was trained."""
@@ -108,7 +90,17 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.text_model = TextTransformer(config)
+        embeddings = Embeddings(config)
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        encoder = nn.ModuleDict({"layers": layers})
+        norm = LayerNorm(config.hidden_size, eps=config.eps)
+        # Nested as the published names are.
+        model = {"embeddings": embeddings, "encoder": encoder, "final_layer_norm": norm}
+        self.text_model = nn.ModuleDict(model)
 
     def forward(self, ids: Tensor, skip: int = 0) -> Tensor:
-        return self.text_model(ids, skip)
+        model = self.text_model
+        x = model.embeddings(ids)  # (b, s, d)
+        for layer in model.encoder.layers[: self.config.num_layers - skip]:
+            x = layer(x)
+        return model.final_layer_norm(x)  # (b, s, d)

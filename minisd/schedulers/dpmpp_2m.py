@@ -1,5 +1,4 @@
-"""DPM-Solver++ 2M: second order from two predictions, this step's and the last one's (Lu et al. 2022, arXiv
-2211.01095, algorithm 2)."""
+"""DPM-Solver++ 2M: second order, from the last two predictions (Lu et al. 2022, arXiv 2211.01095)."""
 
 import math
 from collections.abc import Iterator
@@ -21,9 +20,9 @@ SETTINGS = SIGMAS | {
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Exact in x, and in x_0 as far as a line over log sigma through its last two values is (solver_type
-    "heun"), or the value in the middle of that line ("midpoint", and whatever else the file says). `eta` is
-    how much of the noise is new: 0 for the flow, 1 for the reverse SDE."""
+    """Algorithm 2. Each step solves for x exactly, with x_0 on the line through its last two values over
+    log sigma (solver_type "heun"), or with that line's value in the middle of the step ("midpoint", and any
+    other name). `eta` is how much of the noise is new: 0 for the flow, 1 for the reverse SDE."""
     settings = problem.settings
     eta, final, heun = settings["eta"], settings["final_sigmas_type"], settings["solver_type"] == "heun"
     # But for "trailing", the last of the timesteps is the end and not visited.

@@ -14,8 +14,8 @@ SETTINGS = SIGMAS | {"eta": 1.0}
 
 def sample(problem: Problem) -> Iterator[Tensor]:
     """The single-step solver of second order, with r = 1/2 and the ancestral noise of k-diffusion: a step to
-    the middle in log sigma, and the whole step with x_0 from there. The noise of both is one Brownian path
-    over sigma. The step to 0 ends at x_0."""
+    the middle in log sigma, then the whole step with the x_0 that is predicted there. The noise of both is
+    one Brownian path over sigma. The step to a sigma of 0 ends at x_0."""
     eta = problem.settings["eta"]
     schedule = SigmaSchedule(problem, problem.timesteps())
     x, steps = schedule.begin()

@@ -11,12 +11,12 @@ SETTINGS = {"original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps at which the model was distilled.
+    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps that the model was distilled at.
     The consistency function is c_skip x + c_out x_0, where c_skip is 1 and c_out 0 at timestep 0 (Song et al.
     2023, arXiv 2303.01469, appendix C)."""
     count, scaling = problem.settings["original_inference_steps"], problem.settings["timestep_scaling"]
     if not 1 <= problem.steps <= count:
-        raise ValueError(f"--steps {problem.steps}: lcm has from 1 to {count}")
+        raise ValueError(f"--steps {problem.steps}: lcm takes from 1 to {count}")
     apart = problem.schedule.num_train_timesteps // count
     distilled = [apart * (i + 1) - 1 for i in reversed(range(count))]
     timesteps = [distilled[i * count // problem.steps] for i in range(problem.steps)]
