@@ -46,7 +46,7 @@ class Model(StableDiffusion):
         return [images.to_pil(pixels) for pixels in self.decode(latents)]
 
 
-def request(prompt: str | list[str], flags: dict) -> Request:
+def request(prompt: str | list[str], flags: dict[str, object]) -> Request:
     """What to draw, by the names of flags. TypeError for one that does not exist."""
     names = {name: f for f in fields(Drawing) for name in (f.name, *f.metadata["also"])}
     for name in flags.keys() - names.keys():
@@ -56,8 +56,8 @@ def request(prompt: str | list[str], flags: dict) -> Request:
     return Request(Drawing(**options), options["prompt"])
 
 
-def fitted(value, kind):
-    """A value as the command line would have made it: in a list where one is needed, and paths of text."""
+def fitted(value: object, kind: type | types.GenericAlias | types.UnionType) -> object:
+    """A value as the command line would have made it: in a list where one is needed, and paths from text."""
     if typing.get_origin(kind) is list:
         values = value if isinstance(value, list | tuple) else [value]
         return [fitted(one, typing.get_args(kind)[0]) for one in values]
