@@ -7,10 +7,18 @@ sd.attach("lora.safetensors", 0.8)
 images = sd.generate("a photo of a cat", steps=20, seed=0)
 """
 
+from __future__ import annotations
 
-def load(model, **options):
-    """The model in a folder, file or hub id, on the GPU and in fp16 if there is one: a notebook.Model.
-    `options` are those of StableDiffusion.load."""
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minisd.sampling.api import Model
+
+
+def load(model: str | Path, **options) -> Model:
+    """The model in a folder, a file or a hub id, on the GPU and in fp16 if there is one. `options` are those
+    of StableDiffusion.load."""
     import torch
 
     from minisd.sampling.api import Model

@@ -9,27 +9,29 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
 from minisd import registry
 from minisd.options import TINY
 from minisd.sampling import infotext, sweep
-from minisd.sampling.options import Job, Sample
+from minisd.sampling.options import Job, Sample, default_of
+
+WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaults are shown in the help
 
 
-def spellings(cls: type, f: Field) -> list[str]:
-    """The field's own name first, then its other ones."""
-    return [f.name, *_metadata(cls, f.name).get("also", ())]
+def names_of(cls: type) -> dict[str, Field]:
+    """All names of flags, and their fields: first each field's own name, then its other ones."""
+    return {name: f for f in fields(cls) for name in (f.name, *_metadata(cls, f.name).get("also", ()))}
 
 
-def _metadata(cls: type, name: str) -> dict:
-    """Help and aliases of the nearest class that gave any: redeclaring a field changes its default alone."""
+def _metadata(cls: type, name: str) -> Mapping:
+    """Help and aliases from the nearest class with any: redeclaring a field changes its default alone."""
     for c in cls.__mro__:
-        own = c.__dict__.get("__dataclass_fields__", {}).get(name)
-        if own is not None and "help" in own.metadata:
-            return own.metadata
+        f = c.__dict__.get("__dataclass_fields__", {}).get(name)
+        if f is not None and "help" in f.metadata:
+            return f.metadata
     return {}
 
 
@@ -38,14 +40,23 @@ def _declared_in(cls: type, name: str) -> type:
     return [c for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {})][-1]
 
 
+def _help(cls: type, f: Field) -> str:
+    """The help of a flag, with its default unless that is said in words."""
+    metadata, default = _metadata(cls, f.name), default_of(f)
+    text = metadata.get("help", "")
+    if "listing" in metadata:
+        text += f" one of: {', '.join(registry.names(metadata['listing']))}"
+    if isinstance(default, list):
+        default = " ".join(map(str, default)) or None
+    if default is not MISSING and not (default is None and "default" in text):
+        text += f" (default: {WORDS.get(str(default), default)})"
+    return text.replace("%", "%%")
+
+
 def _add_flag(group, cls: type, f: Field, hint) -> None:
-    default = f.default if f.default_factory is MISSING else f.default_factory()
-    text = _metadata(cls, f.name).get("help", "")
     # What is not given is not in the namespace: the dataclass has the defaults.
+    default = default_of(f)
     kwargs = {"dest": f.name, "required": default is MISSING, "default": argparse.SUPPRESS}
-    if default not in (MISSING, None, False, "", []):
-        text += f" (default: {default})"
-    kwargs["help"] = text.replace("%", "%%")
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None, and Literal[...] | None
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if hint is bool:
@@ -54,23 +65,49 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
         kwargs["choices"] = typing.get_args(hint)
     elif typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
-        chosen = typing.get_args(item)  # of list[Literal[...]]
-        kwargs.update(nargs="+", **({"choices": chosen} if chosen else {"type": item, "metavar": "X"}))
+        choices = typing.get_args(item)  # of list[Literal[...]]
+        kwargs |= {"nargs": "+", **({"choices": choices} if choices else {"type": item, "metavar": "X"})}
         if not default:
             kwargs["action"] = "extend"  # given twice, it adds up
     else:
-        kwargs.update(type=hint, metavar=hint.__name__.upper())
-    group.add_argument(*(f"--{name}" for name in spellings(cls, f)), **kwargs)
+        kwargs |= {"type": hint, "metavar": hint.__name__.upper()}
+    names = (f.name, *_metadata(cls, f.name).get("also", ()))
+    group.add_argument(*(f"--{name}" for name in names), help=_help(cls, f), **kwargs)
 
 
 class Parser(argparse.ArgumentParser):
     """One line on stderr and exit status 2: the usage of fifty flags would bury the reason."""
 
     where = ""  # what is parsed, if it is not the command line itself
+    methods: tuple[str, ...] = ()  # those that may have a flag which this command lacks
 
     def error(self, message):
         print(f"{self.prog}: error: {self.where}{message}", file=sys.stderr)
         sys.exit(2)
+
+    def read(self, argv: list[str], where: str = "") -> dict[str, object]:
+        """The flags in `argv` and their values. Exits with one line, which begins with `where`, if they are
+        wrong."""
+        self.where, known = where, self._option_string_actions
+        for name in (arg.partition("=")[0] for arg in argv):  # before argparse complains of what is missing
+            if not name.startswith("--") or name == "--" or name in known:
+                continue
+            if owners := [m for m in self.methods if name[2:] in names_of(options_of(m))]:
+                self.error(f"{name} is not a flag of this method; it belongs to: {', '.join(owners)}")
+            close = difflib.get_close_matches(name, known, n=1)
+            self.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        return vars(self.parse_args(argv))
+
+    def build(self, cls: type, values: dict[str, object], command: str):
+        """The options with these values; without --model, with the tiny model's defaults for `command`."""
+        if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
+            defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
+            values = {"model": str(TINY), **defaults, **values}
+            say("no --model: the tiny one in the box (64x64 emoji); give a folder, file or hub id of SD v1.x")
+        try:
+            return cls(**values)
+        except ValueError as e:
+            self.error(str(e))
 
 
 def parser_of(cls: type, prog: str, description: str) -> Parser:
@@ -83,43 +120,14 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
     )
     hints = typing.get_type_hints(cls)
     for owner in cls.__mro__:  # the command's own flags first, then the shared groups
-        own = [f for f in fields(cls) if _declared_in(cls, f.name) is owner] if owner is not object else []
-        if own:
+        declared = (
+            [f for f in fields(cls) if _declared_in(cls, f.name) is owner] if owner is not object else []
+        )
+        if declared:
             group = parser.add_argument_group((owner.__doc__ or owner.__name__).partition("\n")[0])
-            for f in own:
+            for f in declared:
                 _add_flag(group, cls, f, hints[f.name])
     return parser
-
-
-def parse(
-    parser: Parser,
-    cls: type,
-    argvs: dict[str, list[str]],
-    command: str,
-    owners: Callable[[str], list[str]] = lambda name: [],
-):
-    """The options that command lines come to, of which a later one counts more; errors in one begin
-    with its key. Exits with status 2 and one line if they are wrong; `owners(name)` are the methods that do
-    have a flag that this command has not. Without --model, the tiny model's defaults for `command` hold."""
-    known, given = parser._option_string_actions, {}
-    for parser.where, argv in argvs.items():
-        for arg in argv:  # before argparse could complain of what is missing
-            name = arg.partition("=")[0]
-            if not name.startswith("--") or name == "--" or name in known:
-                continue
-            if others := owners(name[2:]):
-                parser.error(f"{name} is not a flag of this method; it belongs to: {', '.join(others)}")
-            close = difflib.get_close_matches(name, known, n=1)
-            parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
-        given |= vars(parser.parse_args(argv))
-    if any(f.name == "model" for f in fields(cls)) and given.get("model") is None:
-        defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
-        given = {"model": str(TINY), **defaults, **given}
-        say("no --model: the tiny one in the box (64x64 emoji); for SD v1.x give its folder, file or hub id")
-    try:
-        return cls(**given)
-    except ValueError as e:
-        parser.error(str(e))
 
 
 @functools.cache
@@ -132,111 +140,96 @@ def options_of(method: str) -> type:
     return registry.load("methods", method).Options
 
 
-def parse_train(argv: list[str]):
+def parse_train(argv: list[str]) -> tuple[str, object]:
     """(method name, its Options). Exits with status 2 and one clear line when the flags are wrong."""
-    top = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    top.add_argument("--method")
-    chosen, rest = top.parse_known_args(argv)
+    early = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    early.add_argument("--method")
+    known, rest = early.parse_known_args(argv)
     names = registry.names("methods")
-    if chosen.method is None:
+    if known.method is None:
         if "-h" in rest or "--help" in rest:
-            print("usage: train.py --method METHOD [flags]\n\nmethods:")
-            for name in names:
-                print(f"  {name:20} {registry.summary('methods', name)}")
-            print("\ntrain.py --method METHOD --help lists the flags of one method")
+            methods = "".join(f"  {name:20} {registry.summary('methods', name)}\n" for name in names)
+            print(f"usage: train.py --method METHOD [flags]\n\nmethods:\n{methods}")
+            print("train.py --method METHOD --help lists the flags of one method")
             sys.exit(0)
-        top.error(f"--method is required, one of: {', '.join(names)}")
+        early.error(f"--method is required, one of: {', '.join(names)}")
     try:
-        chosen.method = registry.find("methods", chosen.method)
+        method = registry.find("methods", known.method)
     except ValueError as e:
-        top.error(str(e))
-    cls = options_of(chosen.method)
+        early.error(str(e))
 
-    def owners(name: str) -> list[str]:
-        return [m for m in names if any(name in spellings(options_of(m), f) for f in fields(options_of(m)))]
-
-    parser = parser_of(cls, f"train.py --method {chosen.method}", registry.summary("methods", chosen.method))
-    return chosen.method, parse(parser, cls, {"": rest}, chosen.method, owners)
+    cls = options_of(method)
+    parser = parser_of(cls, f"train.py --method {method}", registry.summary("methods", method))
+    parser.methods = names
+    return method, parser.build(cls, parser.read(rest), method)
 
 
 def parse_sample(argv: list[str]) -> list[Job]:
-    """What to draw: as argv says; where it says nothing, as the picture of --like; and once for each row of
-    --csv, which counts more than both."""
-    early = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
-    for flag in ("--like", "--csv"):
-        early.add_argument(flag, type=Path)
-    files = early.parse_known_args(argv)[0]
+    """What to draw: what argv says; where it says nothing, what the picture of --like says; and once for each
+    row of --csv, which has priority over both."""
     parser = parser_of(Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
-    parts, rows = {}, {}
+    values, rows, jobs = parser.read(argv), {"": {}}, []
     try:
-        if files.like:
-            parts[f"--like {files.like}: "] = as_flags(like(files.like, argv))
-        parts[""] = argv
-        if files.csv:
-            rows = {f"--csv {files.csv} line {line}: ": row for line, row in sweep.read(files.csv)}
-            for parser.where, row in rows.items():
-                for name in {"csv", "like", "output", "export"} & row.keys():
-                    raise ValueError(f"--{name} is for all rows: give it on the command line")
-                as_flags(row)
+        if path := values.get("like"):
+            parser.where = f"--like {path}: "
+            values = parser.read(as_flags(like(path, values.keys())), parser.where) | values
+            parser.where = ""
+        if path := values.get("csv"):
+            rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
+        for parser.where, row in rows.items():
+            for name in {"csv", "like", "output", "export"} & row.keys():
+                raise ValueError(f"--{name} is for all rows: give it on the command line")
+            row_values = parser.read(as_flags(row), parser.where)
+            jobs.append(Job(parser.build(Sample, values | row_values, "sample"), row, parser.where))
     except ValueError as e:
         parser.error(str(e))
-    jobs = []
-    for where, row in (rows or {"": {}}).items():
-        own = {where: as_flags(row)} if row else {}
-        jobs.append(Job(parse(parser, Sample, parts | own, "sample"), row, where))
     return jobs
 
 
 def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     """Flags and their values, from files, as a command line has them."""
     argv = []
-    kinds = typing.get_type_hints(Sample)
-    for name, given in values.items():
-        if not given:
-            continue
-        if bool in (kinds.get(name), *typing.get_args(kinds.get(name))):
-            known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
-            if given[-1].lower() not in known:
-                raise ValueError(f"--{name} is yes or no, not {given[-1]!r}")
-            argv.append(f"--{known[given[-1].lower()]}{name}")
-        elif len(given) == 1:
-            argv.append(f"--{name}={given[0]}")  # whatever it begins with
-        else:
-            argv += [f"--{name}", *given]
+    kinds = {name: f.type for name, f in names_of(Sample).items()}
+    known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
+    for name, texts in values.items():
+        if kinds.get(name) in (bool, bool | None) and texts:
+            if texts[-1].lower() not in known:
+                raise ValueError(f"--{name} is yes or no, not {texts[-1]!r}")
+            argv.append(f"--{known[texts[-1].lower()]}{name}")
+        elif len(texts) == 1:
+            argv.append(f"--{name}={texts[0]}")  # whatever it begins with
+        elif texts:
+            argv += [f"--{name}", *texts]
     return argv
 
 
-def like(path: Path, argv: list[str]) -> dict[str, list[str]]:
-    """The flags that a picture was drawn with, and their values, for a command line with `argv`. Prints
-    what in it has no meaning here. ValueError if it does not say how it was drawn, or where the model is."""
-    names = {spelling: f.name for f in fields(Sample) for spelling in spellings(Sample, f)}
-    given = {names.get(arg.partition("=")[0].removeprefix("--").removeprefix("no-")) for arg in argv}
-    said, about, ignored = infotext.flags(infotext.read(path), names.values())
-    if "strength" in said and "image" not in given | said.keys():  # A1111 does not say of which picture
-        del said["strength"]
-        ignored.append(infotext.KEYS["strength"])
-    if "model" not in given | said.keys() and about.get("Model") != TINY.name:
-        raise ValueError(
-            f"--like {path}: the model {about.get('Model', '')!r} drew it: say where that is, by --model"
-        )
-    if "scheduler" in said and "scheduler" not in given:
+def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
+    """The flags that a picture was drawn with, and their values, to be completed by the `given` flags. Prints
+    which of its keys are ignored. ValueError if it does not say how it was drawn, or where the model is."""
+    flags, about, ignored = infotext.flags(infotext.read(path))
+    if "strength" in flags and "image" not in {*given, *flags}:  # A1111 does not say of which image
+        del flags["strength"]
+        ignored.append("Denoising strength")
+    if "model" not in {*given, *flags} and about.get("Model") != TINY.name:
+        raise ValueError(f"the model {about.get('Model', '')!r} drew it: say where that is, by --model")
+    if "scheduler" in flags and "scheduler" not in given:
         try:
-            registry.find("schedulers", said["scheduler"][0])
+            registry.find("schedulers", flags["scheduler"][0])
         except ValueError as e:
-            raise ValueError(f"--like {path}: {e}; or choose one by --scheduler") from None
+            raise ValueError(f"{e}; or choose one by --scheduler") from None
     if ignored:
-        print(f"--like {path}: no meaning here has {', '.join(ignored)}")
+        print(f"--like {path}: ignored (unsupported): {', '.join(ignored)}")
     if about.get("RNG") != "CPU":
         print(f"--like {path}: its noise was not drawn on a CPU, as ours is: the picture will be another")
     if "prompt_file" in given:
-        del said["prompt"]
-    return said
+        del flags["prompt"]
+    return flags
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed, up to 1 GB, for what is asked for next. It would give every large block
-    back at once, and the next activation of that size would fault in each of its pages anew: on a CPU up to
-    a fourth of the time. The peak stays."""
+    """Let glibc keep up to 1 GB of freed memory for the next request. By default it returns every large block
+    at once, and the next activation of that size faults in each of its pages anew: on a CPU up to a fourth of
+    the time. The peak stays."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_max = -1, -4  # of malloc.h

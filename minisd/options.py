@@ -20,8 +20,8 @@ TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
 
 def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] = (), **metadata: Any) -> Any:
     """A dataclass field that is a command-line flag, required if it has no default. `also` are further
-    spellings. In `metadata`, `free=True` lets a resumed run differ from the run that it continues, and
-    `refused=True` makes it an error to give the flag at all."""
+    spellings. In `metadata`, `free=True` lets a resumed run differ from the run that it continues,
+    `refused=True` makes giving it an error, and `infotext` is its name in an image's parameters."""
     if help:
         metadata |= {"help": help, "also": also}
     if isinstance(default, list):
@@ -78,12 +78,13 @@ class Model(Group):
         "a folder in the diffusers layout, a .safetensors or .ckpt file with CompVis names, or a hub id; "
         "by default the tiny model that comes with minisd, with defaults of its own",
         also=("pretrained_model_name_or_path",),
+        infotext="Model path",
     )
     revision: str | None = flag(None, "branch, tag or commit of a hub id")
     variant: str | None = flag(None, "load the files of this variant, such as fp16 or non_ema")
     load_ema: bool = flag(False, "load the averaged weights of a single file that has both")
     tokenizer_name: str | None = flag(None, "folder of another tokenizer")
-    cache_dir: str | None = flag(None, "folder for files downloaded from the hub", free=True)
+    cache_dir: str | None = flag(None, "folder for downloads from the hub", free=True, infotext=None)
 
 
 @dataclass(kw_only=True)

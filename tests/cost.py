@@ -139,7 +139,7 @@ def measure_start(tool: str, model: str, *, side: int) -> dict:
         os._exit(0)
 
     if tool == "minisd":
-        from minisd.sampling.guidance import Denoiser
+        from minisd.sampling.generate import Denoiser
 
         Denoiser.__call__ = stop
         flags = f"--width {side} --height {side} --steps 4 --device cpu".split()

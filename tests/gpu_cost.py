@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minisd import ops  # noqa: E402
 from minisd.models import unet, vae  # noqa: E402
 from minisd.models.layers import Attention, to_channels_last  # noqa: E402
-from minisd.sampling.guidance import Denoiser, text_branches
+from minisd.sampling.generate import Denoiser, text_branches
 from tests.helpers import TINY_VAE  # noqa: E402
 from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY, graph  # noqa: E402
 

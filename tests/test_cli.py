@@ -11,7 +11,6 @@ import pytest
 
 from minisd import cli, registry
 from minisd.sampling.options import split_scale
-from minisd.training.optim import lr_factor
 from tests.conftest import ROOT
 
 # Flags of the field's script for each method: those of old with their defaults, and those that came later.
@@ -36,7 +35,7 @@ CHANGED = {
 @pytest.mark.parametrize("method", FIELD)
 def test_every_flag_of_the_field(method):
     cls = cli.options_of(method)
-    names = {spelling: f.name for f in fields(cls) for spelling in cli.spellings(cls, f)}
+    names = {name: f.name for name, f in cli.names_of(cls).items()}
     missing = (FIELD[method]["defaults"].keys() | FIELD[method]["newer"]) - names.keys()
     assert not missing
     flags = [*(["--model", "m"] if "model" in names else []), "--data", "d", *NEEDS.get(method, [])]
@@ -47,9 +46,18 @@ def test_every_flag_of_the_field(method):
             assert (str(ours) if isinstance(ours, Path) else ours) == default, flag
 
 
-def test_every_flag_has_help():
+def test_every_flag_has_help_and_shows_its_default():
     for cls in [cli.Sample, *(cli.options_of(m) for m in registry.names("methods"))]:
+        for action in cli.parser_of(cls, "x", "")._actions[1:]:
+            assert action.help and ("default" in action.help or action.required), action.dest
         assert all(cli._metadata(cls, f.name).get("help") for f in fields(cls))
+
+
+def test_the_names_of_a_flag_mean_the_same():
+    for name in ("--use_karras_sigmas", "--karras"):
+        for no, value in (("", True), ("no-", False)):
+            (job,) = cli.parse_sample(["--model", "m", "--prompt", "x", f"--{no}{name[2:]}"])
+            assert job.options.use_karras_sigmas is value
 
 
 GUIDE = """--pretrained_model_name_or_path=runwayml/sd --train_data_dir=cat --learnable_property=object
@@ -98,35 +106,6 @@ def test_mistakes(argv, message, capsys):
 )
 def test_adapter_scale(text, path, scale):
     assert tuple(map(str, split_scale(text))) == (path, str(float(scale)))
-
-
-@pytest.mark.parametrize(
-    "name", ["constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-)
-@pytest.mark.parametrize("warmup, total", [(0, 10), (3, 10)])
-def test_learning_rates_equal_diffusers(name, warmup, total):
-    import torch
-    from diffusers.optimization import get_scheduler
-
-    lr = 0.5
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    theirs = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=total, num_cycles=2, power=2.0
-    )
-    for step in range(total):
-        if name == "cosine":  # whose number of half waves is another thing under the same name there
-            expected = None if step >= warmup else lr * step / warmup
-        else:
-            expected = optimizer.param_groups[0]["lr"]
-        ours = lr * lr_factor(name, step, warmup=warmup, total=total, lr=lr, cycles=2, power=2.0)
-        assert expected is None or ours == pytest.approx(expected, abs=1e-12)
-        optimizer.step()
-        theirs.step()
-
-
-def test_cosine_is_half_a_wave():
-    factors = [lr_factor("cosine", s, warmup=0, total=10, lr=1, cycles=1, power=1) for s in (0, 5, 10)]
-    assert factors == pytest.approx([1, 0.5, 0])
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")

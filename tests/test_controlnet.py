@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from minisd.adapters import controlnet as adapter
 from minisd.formats import config_json, hub, parts, single_file
 from minisd.models import controlnet, unet
-from minisd.sampling.generate import Settings, pictures
-from minisd.sampling.guidance import Control
+from minisd.sampling.generate import Control, Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests import pairs
 from tests.helpers import TINY_UNET, assert_close, assert_same_gradients, diffusers_unet, same_weights

@@ -8,8 +8,7 @@ from PIL import Image, PngImagePlugin
 from minisd import cli
 from minisd.data import images
 from minisd.sampling import infotext
-from minisd.sampling.generate import Settings
-from minisd.sampling.options import Sample
+from minisd.sampling.options import Sample, Settings
 
 PROMPTS = [
     ("a cat", ""),
@@ -26,7 +25,7 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-NAMES = [f.name for f in fields(Sample) if f.name not in infotext.NOT_BY_NAME]
+NAMES = [f.name for f in fields(Sample) if infotext.key_of(f)]
 
 
 @pytest.mark.parametrize("prompt, negative", PROMPTS)
@@ -35,7 +34,7 @@ def test_prompts_come_back(tmp_path, prompt, negative):
     images.save_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", infotext.write(prompt, 3, "m", settings))
     text = infotext.read(tmp_path / "x.png")
     assert infotext.parse(text)[:2] == (prompt, negative)
-    found, about, ignored = infotext.flags(text, NAMES)
+    found, about, ignored = infotext.flags(text)
     assert (found["prompt"], found["negative_prompt"]) == ([prompt], [negative])
     assert about["Version"] == "minisd" and not ignored
 
@@ -73,7 +72,7 @@ def test_every_flag_that_shapes_a_picture_comes_back(name):
         options.width, options.height = 64, 64
         setattr(options, name, value)
         seed = value if name == "seed" else 0
-        found, _, ignored = infotext.flags(infotext.write("p", seed, "m", options), NAMES)
+        found, _, ignored = infotext.flags(infotext.write("p", seed, "m", options))
         default = f.default_factory() if callable(f.default_factory) else f.default
         written = value if isinstance(value, list) else [value]
         if value != default or name in found:
@@ -92,11 +91,11 @@ Hires upscale: 1.5, Lora hashes: "toy: 4c9bb6a4e9f5, other: 123456789abc", Versi
 
 
 def test_a1111_texts_are_read():
-    found, about, ignored = infotext.flags(A1111, [*NAMES, "strength"])
+    found, about, ignored = infotext.flags(A1111)
     assert found == {
         "prompt": ["masterpiece, (a cat:1.2), <lora:toy:0.8>,\nsitting"],
         "negative_prompt": ["lowres, bad anatomy"],
-        "steps": ["28"], "scheduler": ["DPM++ 2M"], "karras": ["True"], "guidance_scale": ["6.5"],
+        "steps": ["28"], "scheduler": ["DPM++ 2M"], "use_karras_sigmas": ["True"], "guidance_scale": ["6.5"],
         "seed": ["3517023455"], "width": ["512"], "height": ["768"], "strength": ["0.55"],
         "clip_skip": ["2"],
     }  # fmt: skip
@@ -106,8 +105,8 @@ def test_a1111_texts_are_read():
 
 def test_older_a1111_texts_name_the_schedule_with_the_sampler():
     text = "x\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x512"
-    found = infotext.flags(text, NAMES)[0]
-    assert (found["scheduler"], found["karras"]) == (["DPM++ 2M"], ["True"])
+    found = infotext.flags(text)[0]
+    assert (found["scheduler"], found["use_karras_sigmas"]) == (["DPM++ 2M"], ["True"])
 
 
 def test_a_text_without_a_last_line_is_a_prompt():

@@ -13,8 +13,8 @@ from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop
 from minisd.training.run_folder import RunFolder
 from tests import pairs
-from tests.pairs import assert_gradients, built, pipeline, theirs_of, train
-from tests.test_sample import draw_theirs, psnr
+from tests.pairs import assert_gradients, built, pipeline, psnr, theirs_of, train
+from tests.picture_helpers import draw_theirs
 
 pytestmark = pytest.mark.parity
 

@@ -14,8 +14,7 @@ from minisd import cli
 from minisd.adapters import lora
 from minisd.sampling import run
 from minisd.sampling.generate import Settings, pictures
-from minisd.sampling.options import Sample
-from minisd.sampling.run import LOADING
+from minisd.sampling.options import Drawing, Loading, Sample
 from tests.conftest import ROOT
 from tests.lora_helpers import new
 
@@ -73,6 +72,12 @@ def test_pictures_in_and_loras_in_prompts(model, tmp_path):
     assert sd.pictures(last) == [with_it] and sd.generate("a cat", **SIZE)[0] == plain
 
 
+def test_keywords_have_the_names_of_flags(sd):
+    ours = {"num_inference_steps": 3, "karras": True, "scheduler": "Euler", "width": 32, "height": 32}
+    theirs = {**SIZE, "use_karras_sigmas": True, "scheduler": "euler"}
+    assert sd.generate("a cat", **ours) == sd.generate("a cat", **theirs)
+
+
 def test_mistakes(sd):
     for flags, error, message in [
         ({"stepps": 3}, TypeError, "there is no 'stepps'; did you mean 'steps'"),
@@ -90,7 +95,8 @@ def test_loading_is_as_said(model):
     """Every flag is for loading, for drawing, or about files; and importing minisd imports nothing heavy."""
     loading = {*inspect.signature(minisd.sampling.api.Model.load).parameters}
     assert {"model", "device", "dtype", "revision", "variant", "cache_dir"} <= loading
-    assert {f.name for f in fields(Sample)} >= {*LOADING} | minisd.sampling.api.ELSEWHERE
+    elsewhere = {f.name for f in fields(Sample)} - {f.name for f in [*fields(Drawing), *fields(Loading)]}
+    assert elsewhere == {"prompt_file", "like", "csv", "export", "output", "preview"}
     assert minisd.load(model, device="cpu", dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
     code = "import sys, minisd; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -10,15 +10,15 @@ from PIL import Image, ImageDraw
 from minisd import cli, registry
 from minisd.adapters import controlnet, lora
 from minisd.data import images
-from minisd.data.canny import canny, gradient
+from minisd.data.canny import canny
 from minisd.models.controlnet import ControlNet
-from minisd.sampling.generate import Settings, denoise, pictures
-from minisd.sampling.guidance import Control
-from minisd.sampling.input_images import Inputs
+from minisd.sampling.generate import Control, Settings, denoise, pictures
+from minisd.sampling.input_images import InputImages
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import make_pipeline
 from tests.lora_helpers import new
 from tests.pairs import psnr, shake
+from tests.picture_helpers import photo
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -31,15 +31,6 @@ SCHEDULERS = {
 }
 PROMPTS, SEEDS = ["a photo of a cat", "an oil painting"], [3, 4]
 SETTINGS = Settings(width=40, height=32, steps=10, negative_prompt="ugly", guidance_scale=5.0)
-
-
-def photo(number: int, size=(40, 32)) -> Image.Image:
-    """Smooth colours and an ellipse."""
-    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
-    array = np.stack([255 * x, 200 * y, 128 + 100 * np.sin(9 * x * y + number)], axis=2)
-    image = Image.fromarray(array.astype(np.uint8))
-    ImageDraw.Draw(image).ellipse((6, 6, 22 + 4 * number, 26), fill=(255, 80 * number, 30))
-    return image
 
 
 def half(size=(40, 32)) -> Image.Image:
@@ -55,7 +46,7 @@ def as_mask(image: Image.Image) -> torch.Tensor:
 
 
 PHOTOS = [photo(0), photo(1)]
-GIVEN = {"originals": torch.stack([images.to_tensor(p) for p in PHOTOS])}
+GIVEN = {"init_images": torch.stack([images.to_tensor(p) for p in PHOTOS])}
 MASKS = {"masks": as_mask(half()).expand(2, -1, -1, -1)}
 
 
@@ -293,7 +284,7 @@ def test_every_scheduler_begins_with_a_picture(model, nets, scheduler):
 def test_what_is_outside_the_mask_stays(folders, channels):
     sd = StableDiffusion.load(folders[channels])
     *_, x = denoise(sd, PROMPTS, SEEDS, replace(SETTINGS, steps=4), **GIVEN, **MASKS)
-    latents = sd.encode_images(GIVEN["originals"])[0]
+    latents = sd.encode_images(GIVEN["init_images"])[0]
     assert torch.equal(x[..., :5], latents[..., :5])
     assert (x[..., 6:] - latents[..., 6:]).abs().mean() > 0.1
 
@@ -363,27 +354,28 @@ def test_one_for_all_or_one_for_each(model, files, nets):
     ]
 
     def read(*flags, prompts=PROMPTS, count=4):
-        inputs = Inputs(options(model, *flags))
-        settings = Settings(**inputs.settings(sd))
+        settings = options(model, *flags)
+        inputs = InputImages(settings)
+        inputs.complete(settings, sd)
         return inputs.prompts(prompts), settings, inputs.tensors(sd, settings, count)
 
     prompts, settings, found = read("--image", *photos)
     assert (settings.width, settings.height, settings.strength) == (40, 32, 0.8)
-    assert torch.equal(found["originals"], torch.stack([tensors[i] for i in (0, 0, 1, 1)]))
+    assert torch.equal(found["init_images"], torch.stack([tensors[i] for i in (0, 0, 1, 1)]))
     assert prompts == PROMPTS and found["masks"] is None and not found["controls"]
-    assert torch.equal(read("--image", photos[1])[2]["originals"], tensors[1].expand(4, -1, -1, -1))
+    assert torch.equal(read("--image", photos[1])[2]["init_images"], tensors[1].expand(4, -1, -1, -1))
     folder = files / "folder"
     folder.mkdir()
     for path in photos:
         path.rename(folder / path.name)
     prompts, settings, found = read("--image", folder, "--mask", files / "mask.png", prompts=["x"], count=2)
-    assert prompts == ["x", "x"] and torch.equal(found["originals"], torch.stack(tensors))
-    assert settings.strength == 1 and set(found["masks"].unique().tolist()) == {0.0, 1.0}
+    assert prompts == ["x", "x"] and torch.equal(found["init_images"], torch.stack(tensors))
+    assert settings.first_step == 0 and set(found["masks"].unique().tolist()) == {0.0, 1.0}
     mask = as_mask(half((80, 64)).resize((40, 32), Image.Resampling.LANCZOS))
     assert torch.equal(found["masks"], mask.expand(2, -1, -1, -1))
 
     _, settings, found = read("--controlnet", nets[0], "--control_image", files / "hint0.png", "--height", 40)
-    assert (settings.width, settings.height, settings.strength) == (64, 40, 1.0)
+    assert (settings.width, settings.height, settings.first_step) == (64, 40, 0)
     assert found["controls"][0].hint.shape == (4, 3, 40, 64) and found["controls"][0].hint.min() >= 0
 
 
@@ -392,9 +384,10 @@ def test_masks_may_be_transparent(model, files):
     mask = Image.new("RGBA", (40, 32), (255, 255, 255, 0))
     ImageDraw.Draw(mask).rectangle((0, 0, 19, 31), fill=(255, 255, 255, 255))
     mask.save(files / "strokes.png")
-    inputs = Inputs(options(model, "--image", files / "photo0.png", "--mask", files / "strokes.png"))
-    sd = StableDiffusion.load(model)
-    found = inputs.tensors(sd, Settings(**inputs.settings(sd)), 1)["masks"]
+    settings = options(model, "--image", files / "photo0.png", "--mask", files / "strokes.png")
+    sd, inputs = StableDiffusion.load(model), InputImages(settings)
+    inputs.complete(settings, sd)
+    found = inputs.tensors(sd, settings, 1)["masks"]
     assert found[..., :20].all() and not found[..., 20:].any()
 
 
@@ -432,9 +425,11 @@ def test_mistakes_in_files(model, files, nets):
 
     def refused(message, *flags, prompts=PROMPTS):
         with pytest.raises(ValueError, match=message):
-            inputs = Inputs(options(model, *flags))
+            settings = options(model, *flags)
+            inputs = InputImages(settings)
             inputs.prompts(prompts)
-            inputs.tensors(sd, Settings(**inputs.settings(sd)), 2)
+            inputs.complete(settings, sd)
+            inputs.tensors(sd, settings, 2)
 
     steered = ("--controlnet", nets[0], "--control_image")
     refused("nowhere.png", "--image", files / "nowhere.png")
@@ -457,74 +452,3 @@ def test_a_control_net_is_read_once(model, nets):
     sd = StableDiffusion.load(model)
     assert sd.controlnet(str(nets[0])) is sd.controlnet(str(nets[0]))
     assert sd.controlnet(str(nets[0])) is not sd.controlnet(str(nets[1]))
-
-
-# Edges
-
-
-def plain_canny(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The four steps, one pixel after another."""
-    height, width, _ = pixels.shape
-    value = lambda y, x: pixels[min(max(y, 0), height - 1), min(max(x, 0), width - 1)].astype(int)  # noqa: E731
-    kernel = {-1: 1, 0: 2, 1: 1}
-    slopes, size = {}, {}
-    for y in range(height):
-        for x in range(width):
-            dx = sum(k * (value(y + i, x + 1) - value(y + i, x - 1)) for i, k in kernel.items())
-            dy = sum(k * (value(y + 1, x + i) - value(y - 1, x + i)) for i, k in kernel.items())
-            most = int((abs(dx) + abs(dy)).argmax())
-            slopes[y, x], size[y, x] = (dx[most], dy[most]), abs(dx[most]) + abs(dy[most])
-    lines = set()
-    for (y, x), (dx, dy) in slopes.items():
-        angle = np.degrees(np.arctan2(dy, dx)) % 180
-        if angle < 22.5 or angle > 157.5:
-            step, ties = (0, 1), True
-        elif 67.5 < angle < 112.5:
-            step, ties = (1, 0), True
-        else:
-            step, ties = (1, 1) if angle < 90 else (1, -1), False
-        before, after = (size.get((y + s * step[0], x + s * step[1]), 0) for s in (-1, 1))
-        own = size[y, x]
-        if own > low and own > before and (own >= after if ties else own > after):
-            lines.add((y, x))
-    found, front = set(), [p for p in lines if size[p] > high]
-    while front:
-        y, x = front.pop()
-        if (y, x) in lines and (y, x) not in found:
-            found.add((y, x))
-            front += [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    edges = np.zeros((height, width), dtype=np.uint8)
-    for p in found:
-        edges[p] = 255
-    return edges
-
-
-@pytest.mark.parametrize("size, low, high", [((40, 32), 100, 200), ((33, 21), 20, 300), ((9, 1), 50, 60)])
-def test_canny_is_its_four_steps(size, low, high):
-    noise = np.random.default_rng(0).integers(-40, 40, (size[1], size[0], 3))
-    pixels = np.clip(np.asarray(photo(1, size)) + noise, 0, 255).astype(np.uint8)
-    found = np.asarray(canny(Image.fromarray(pixels), low, high))
-    assert found.shape == pixels.shape and (found == found[..., :1]).all()
-    expected = plain_canny(pixels, low, high)
-    assert 0 < (expected > 0).mean() < 0.5 and np.array_equal(found[..., 0], expected)
-
-
-def test_canny_as_published_programs_draw_it():
-    """All the edges that OpenCV 5.0.0's Canny(image, 100, 200) finds here, by number and place."""
-    y, x = np.mgrid[:48, :64]
-    wave = 128 + 100 * np.sin(x * y / 90) + 20 * np.cos(x / 3)
-    pixels = np.stack([wave, 255 - wave / 2, (x * 3 + y * 7) % 200], axis=2).clip(0, 255).astype(np.uint8)
-    found = np.asarray(canny(Image.fromarray(pixels)))[..., 0] > 0
-    places = np.flatnonzero(found)
-    assert (len(places), int(places.sum())) == (615, 1034137)
-
-
-def test_edges_are_thin_and_in_place():
-    image = Image.new("RGB", (32, 32), "black")
-    ImageDraw.Draw(image).rectangle((8, 8, 23, 23), fill="white")
-    found = np.asarray(canny(image))[..., 0] > 0
-    assert (found.sum(axis=0)[10:22] == 2).all() and (found.sum(axis=1)[10:22] == 2).all()
-    assert not found[:6].any() and not found[12:20, 12:20].any()
-    assert not np.asarray(canny(Image.new("RGB", (32, 32), "red"))).any()
-    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (8, 1)))
-    assert not np.asarray(canny(ramp)).any() and gradient(np.asarray(ramp.convert("RGB")))[0].max() == 8

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from minisd.data import images
 from minisd.models import unet
-from minisd.sampling.generate import Settings, pictures
-from minisd.sampling.guidance import Denoiser, image_branches
+from minisd.sampling.generate import Denoiser, Settings, image_branches, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests import pairs
 from tests.helpers import TINY_UNET, assert_close
@@ -139,14 +138,14 @@ def test_what_it_leaves_draws_the_same_in_diffusers(opts):
     originals = torch.stack([images.to_tensor(i) for i in shown])
     settings = Settings(width=32, height=32, steps=6, guidance_scale=5.0, image_guidance_scale=2.0)
     prompts = ["make it red", "at night"]
-    drawn = list(pictures(sd, prompts, [3, 4], settings, originals=originals))
+    drawn = list(pictures(sd, prompts, [3, 4], settings, init_images=originals))
     expected = theirs(
         prompts, shown, num_inference_steps=6, guidance_scale=5.0, image_guidance_scale=2.0,
         generator=[torch.Generator().manual_seed(s) for s in (3, 4)],
     ).images  # fmt: skip
     assert all(psnr(a, b) >= 50 for a, b in zip(drawn, expected, strict=True))
     without = replace(settings, guidance_scale=1.0)
-    drawn = list(pictures(sd, prompts, [3, 4], without, originals=originals, batch_size=1))
+    drawn = list(pictures(sd, prompts, [3, 4], without, init_images=originals, batch_size=1))
     expected = theirs(
         prompts, shown, num_inference_steps=6, guidance_scale=1.0,
         generator=[torch.Generator().manual_seed(s) for s in (3, 4)],

@@ -7,12 +7,21 @@ from minisd.adapters import token_embedding
 from minisd.sampling import prompt
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.test_sample import psnr
+from tests.pairs import psnr
 
 
 @pytest.fixture(scope="module")
 def sd(model):
     return StableDiffusion.load(model)
+
+
+def chunks(sd, text, plain=False):
+    return prompt.tokenize(sd.tokenizer, prompt.parse(text, plain))
+
+
+def contexts(sd, texts, **settings):
+    settings = Settings(**settings)
+    return prompt.contexts(sd, prompt.prepare(sd, texts, settings), settings)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +51,7 @@ def sd(model):
     ],
 )
 def test_spans(text, sections):
-    got = prompt.parse(text)
+    got = prompt.parse(text).sections
     assert [[t for t, _ in s] for s in got] == [[t for t, _ in s] for s in sections]
     weights = [w for s in got for _, w in s]
     assert weights == pytest.approx([w for s in sections for _, w in s])
@@ -57,11 +66,11 @@ def test_spans(text, sections):
         ("<hypernet:x:1> a", "<hypernet:"),
     ],
 )
-def test_what_is_not_known_is_refused(sd, text, named):
+def test_what_is_not_supported_is_refused(sd, text, named):
     with pytest.raises(ValueError) as e:
         prompt.parse(text)
     assert named in str(e.value) and "--plain_prompt" in str(e.value)
-    assert prompt.chunks(sd.tokenizer, text, plain=True)
+    assert chunks(sd, text, plain=True)
 
 
 CAT, COMMA, START, END = 2368, 267, 49406, 49407
@@ -96,16 +105,16 @@ def ids(chunk):
     ],
 )  # fmt: skip
 def test_chunks(sd, text, expected):
-    got = prompt.chunks(sd.tokenizer, text)
+    got = chunks(sd, text)
     assert [ids(chunk) for chunk in got] == [
         [START, *content, *[END] * (75 - len(content)), END] for content in expected
     ]
 
 
 def test_weights_stay_with_their_tokens(sd):
-    (chunk,) = prompt.chunks(sd.tokenizer, "a (cat:1.5), [dog")
+    (chunk,) = chunks(sd, "a (cat:1.5), [dog")
     assert [w for _, w in chunk] == pytest.approx([1, 1, 1.5, 1, 1 / 1.1, *[1] * 72])
-    first, second = prompt.chunks(sd.tokenizer, f"{W * 70}, (b b b b b b:2)")
+    first, second = chunks(sd, f"{W * 70}, (b b b b b b:2)")
     # The comma is the 71st token: four of the weighted ones stood behind it in the first chunk.
     assert [w for _, w in first] == [1] * 77
     assert [w for _, w in second] == [1, *[2] * 6, *[1] * 70]
@@ -117,18 +126,18 @@ def test_embeddings_are_not_cut_apart(model, tmp_path):
     token_embedding.save(tmp_path / "toy.safetensors", "<toy>", rows, {})
     sd.attach(tmp_path / "toy.safetensors")
     toy = [49408 + i for i in range(5)]
-    (chunk,) = prompt.chunks(sd.tokenizer, "(a <toy>:1.5)")
+    (chunk,) = chunks(sd, "(a <toy>:1.5)")
     assert ids(chunk)[:7] == [START, 320, *toy] and [w for _, w in chunk][:8] == [1, *[1.5] * 6, 1]
-    first, second = prompt.chunks(sd.tokenizer, f"{W * 71} <TOY> cat")
+    first, second = chunks(sd, f"{W * 71} <TOY> cat")
     assert ids(first) == [START, *[CAT] * 71, *[END] * 5]
     assert ids(second)[:8] == [START, *toy, CAT, END]
-    assert len(prompt.chunks(sd.tokenizer, f"{W * 70} <toy>")) == 1
+    assert len(chunks(sd, f"{W * 70} <toy>")) == 1
     # Full, and a comma near: what stands behind it goes along.
-    _, second = prompt.chunks(sd.tokenizer, f"{W * 72}, {W * 2} <toy>")
+    _, second = chunks(sd, f"{W * 72}, {W * 2} <toy>")
     assert ids(second)[:9] == [START, CAT, CAT, *toy, END]
     sd.tokenizer.add_placeholder("<long>", 76)
     with pytest.raises(ValueError, match="76 vectors.*75"):
-        prompt.chunks(sd.tokenizer, "<long>")
+        chunks(sd, "<long>")
 
 
 def reference(sd, text_chunks, skip=1):
@@ -155,7 +164,7 @@ def test_context_equals_the_reference(sd):
     dark = 1 / 1.1
     written = [([320, CAT, CAT, *[CAT] * 72], [1, 1.4, dark, *[1] * 72]), ([CAT] * 8, [1] * 8)]
     for skip in (1, 2):
-        context, negative = prompt.contexts(sd, [text, "(cat:0.5)"], "bad", clip_skip=skip)
+        context, negative = contexts(sd, [text, "(cat:0.5)"], negative_prompt="bad", clip_skip=skip)
         assert context.shape == negative.shape == (2, 154, 32)
         assert torch.allclose(context[:1], reference(sd, written, skip), atol=1e-5)
         # The shorter ones are filled up with an empty chunk.
@@ -168,17 +177,19 @@ def test_context_equals_the_reference(sd):
 def test_without_syntax_nothing_changes(sd):
     texts = ["a photo of a cat, 4k!", "", W * 75]
     for plain in (False, True):
-        context, negative = prompt.contexts(sd, texts, "ugly: bad", plain=plain)
+        context, negative = contexts(sd, texts, negative_prompt="ugly: bad", plain_prompt=plain)
         assert torch.equal(context, sd.encode_text(texts))
         assert torch.equal(negative, sd.encode_text(["ugly: bad"] * 3))
-    context, _ = prompt.contexts(sd, ["a (cat:1.5)" + W * 100], None, plain=True)
-    assert torch.equal(context, sd.encode_text(["a (cat:1.5)" + W * 100]))
+    context, none = contexts(sd, ["a (cat:1.5)" + W * 100], plain_prompt=True, guidance_scale=1.0)
+    assert torch.equal(context, sd.encode_text(["a (cat:1.5)" + W * 100])) and none is None
 
 
-@pytest.mark.parametrize("skip", [0, 3])
-def test_clip_skip_out_of_range(sd, skip):
-    with pytest.raises(ValueError, match=f"--clip_skip {skip}: .*2 layers"):
-        prompt.contexts(sd, ["a"], None, clip_skip=skip)
+@pytest.mark.parametrize(
+    "skip, message", [(0, "--clip_skip must be positive"), (3, "--clip_skip 3: .*2 layers")]
+)
+def test_clip_skip_out_of_range(sd, skip, message):
+    with pytest.raises(ValueError, match=message):
+        contexts(sd, ["a"], clip_skip=skip)
 
 
 @pytest.mark.parity
@@ -225,11 +236,12 @@ def test_a_picture_does_not_depend_on_longer_neighbours(sd):
     ],
 )
 def test_loras_are_taken_out(text, rest, loras):
-    assert prompt.take_loras(text) == (rest, loras)
+    parsed = prompt.parse(text)
+    assert ("".join(span for span, _ in parsed.sections[0]), parsed.loras) == (rest, loras)
 
 
 @pytest.mark.parametrize("inside", ["x:much", ":1", "x:1:2:3", "x:dyn=4"])
 def test_wrong_loras(inside):
     with pytest.raises(ValueError, match="<lora:NAME:SCALE>") as e:
-        prompt.take_loras(f"a <lora:{inside}>")
+        prompt.parse(f"a <lora:{inside}>")
     assert f"<lora:{inside}>" in str(e.value)

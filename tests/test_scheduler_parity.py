@@ -231,7 +231,7 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
     pipe.scheduler = getattr(diffusers, name).from_config(config, **further)
     prompts = ["a cat", "a dog"]
     expected = pipe(prompts, width=32, height=32, generator=seeded(3, 4), num_inference_steps=4).images
-    settings = Settings(width=32, height=32, steps=4, scheduler=kind, karras=karras or None)
+    settings = Settings(width=32, height=32, steps=4, scheduler=kind, use_karras_sigmas=karras or None)
     for a, b in zip(pictures(sd, prompts, [3, 4], settings), expected, strict=True):
         error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
         assert np.asarray(a).std() > 3
@@ -241,15 +241,15 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
 @pytest.mark.parametrize(
     "scheduler, flags, message",
     [
-        ("ddim", {"karras": True}, "--karras has no meaning for --scheduler ddim"),
-        ("lcm", {"karras": False}, "--karras has no meaning for --scheduler lcm"),
-        ("PLMS", {"eta": 0.5}, "--eta has no meaning for --scheduler PLMS"),
+        ("ddim", {"use_karras_sigmas": True}, "--use_karras_sigmas has no effect with --scheduler ddim"),
+        ("lcm", {"use_karras_sigmas": False}, "--use_karras_sigmas has no effect with --scheduler lcm"),
+        ("PLMS", {"eta": 0.5}, "--eta has no effect with --scheduler pndm"),
         ("eulr", {}, "unknown scheduler 'eulr'; did you mean 'euler'"),
     ],
 )
 def test_flags_that_a_scheduler_does_not_have(both, scheduler, flags, message):
     from minisd.sampling.generate import Settings, denoise
 
-    settings = Settings(width=32, height=32, steps=2, scheduler=scheduler, **flags)
     with pytest.raises(ValueError, match=message):
+        settings = Settings(width=32, height=32, steps=2, scheduler=scheduler, **flags)
         next(denoise(both[0], ["a cat"], [1], settings))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minisd.adapters import lora
 from minisd.models import controlnet, layers, unet, unet2d, vae
 from minisd.models.layers import TransformerBlock, to_channels_last
-from minisd.sampling.guidance import Control, Denoiser, text_branches
+from minisd.sampling.generate import Control, Denoiser, text_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import checkpoint
 from tests.helpers import TINY_UNET, TINY_VAE

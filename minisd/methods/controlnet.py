@@ -100,6 +100,6 @@ class ControlNet(Method):
         return 2 * self.data.extras(view)["conditioning"] - 1
 
     def sampling_kwargs(self, images: Tensor) -> dict:
-        from minisd.sampling.guidance import Control
+        from minisd.sampling.generate import Control
 
         return {"controls": [Control(network=self.controlnet, hint=images / 2 + 0.5)]}

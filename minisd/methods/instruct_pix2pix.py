@@ -103,4 +103,4 @@ class InstructPix2Pix(Method):
         return self.data.extras(view)["original"]
 
     def sampling_kwargs(self, images: Tensor) -> dict:
-        return {"originals": images}
+        return {"init_images": images}

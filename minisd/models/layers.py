@@ -12,6 +12,7 @@ h is never heads. Networks take and give images as (b, c, h, w), tokens as (b, n
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -136,13 +137,13 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, causal: bool 
     return ops.attention(q, k, v, causal=causal).flatten(-2)  # (b, n, d)
 
 
+@dataclass(eq=False)
 class CachedContext:
     """Text states (b, s, d), and the keys and values that cross-attention makes of them, each computed once:
     for sampling, where neither the text nor a layer changes from step to step."""
 
-    def __init__(self, states: Tensor):
-        self.states = states
-        self.cache: dict[nn.Module, Tensor] = {}
+    states: Tensor
+    cache: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def project(self, layer: nn.Module) -> Tensor:
         """The states through a layer's projection to keys or values."""

@@ -1,242 +1,279 @@
-"""Prompts to pictures."""
+"""Prompts to pictures: guidance, denoising, and the batches in which pictures are drawn.
 
-import itertools
+Classifier-free guidance is Ho and Salimans 2022 (arXiv 2207.12598).
+"""
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from pathlib import Path
+from itertools import count, groupby
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from minisd import registry
 from minisd.data import images
-from minisd.noise import NoiseSchedule, randn
+from minisd.models import controlnet
+from minisd.models.layers import CachedContext
+from minisd.noise import randn
 from minisd.sampling import prompt
-from minisd.sampling.guidance import Branch, Control, Denoiser, image_branches, text_branches
+from minisd.sampling.options import Settings
+from minisd.sampling.prompt import Prompt
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.schedulers._problem import InitImage, Problem, read_settings
 
 
 @dataclass(kw_only=True)
-class Settings:
-    """Everything about a picture but its prompt and its seed."""
+class Branch:
+    """One of the predictions whose weighted sum is taken, and what the UNet gets for it."""
 
-    width: int
-    height: int
-    negative_prompt: str = ""
-    scheduler: str = "ddim"
-    steps: int = 50
-    guidance_scale: float = 7.5
-    eta: float | None = None  # what the scheduler says by default
-    karras: bool | None = None  # what the model says by default
-    image_guidance_scale: float = 1.5  # how far an edit stays with its original
-    strength: float = 1.0  # the part of the steps that is taken, if there is a picture to begin with
-    clip_skip: int = 1
-    plain_prompt: bool = False  # the prompts are text, without A1111's syntax
-    lora_dir: Path | None = None  # where the prompts' LoRAs lie
+    weight: float
+    context: Tensor  # (b, s, d)
+    channels: Tensor | None = None  # (b, c, h, w), input channels behind those of x
 
-    @property
-    def first_step(self) -> int:
-        """So many steps are left out, if there is a picture to begin with."""
-        return self.steps - int(self.steps * self.strength)
+
+@dataclass(kw_only=True)
+class Control:
+    """A ControlNet, its conditioning images, and how strongly and when it acts."""
+
+    network: nn.Module
+    hint: Tensor  # (b, 3, H, W) in [0, 1]
+    scale: float = 1.0
+    start: float = 0.0  # it acts between these shares of the steps
+    end: float = 1.0
+    guess: bool = False  # only on the branch with the prompt, and on the coarse levels most
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in step `step` of `steps`."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
+def text_branches(
+    context: Tensor, negative: Tensor | None, guidance_scale: float, channels: Tensor | None = None
+) -> list[Branch]:
+    """pred = negative + scale (text - negative), as weights; at a scale of 1 or less the text alone."""
+    text = Branch(weight=guidance_scale, context=context, channels=channels)
+    if guidance_scale <= 1 or negative is None:
+        return [replace(text, weight=1.0)]
+    return [Branch(weight=1 - guidance_scale, context=negative, channels=channels), text]
+
+
+def image_branches(
+    context: Tensor,
+    negative: Tensor | None,
+    channels: Tensor,
+    guidance_scale: float,
+    image_guidance_scale: float,
+) -> list[Branch]:
+    """pred = e(0, 0) + s_img (e(img, 0) - e(0, 0)) + s_txt (e(img, txt) - e(img, 0)), as weights (Brooks et
+    al. 2022, arXiv 2211.09800, equation 3); with s_txt at most 1 or s_img below 1, e(img, txt) alone."""
+    full = Branch(weight=guidance_scale, context=context, channels=channels)
+    if guidance_scale <= 1 or image_guidance_scale < 1:
+        return [replace(full, weight=1.0)]
+    return [
+        Branch(weight=1 - image_guidance_scale, context=negative, channels=torch.zeros_like(channels)),
+        Branch(weight=image_guidance_scale - guidance_scale, context=negative, channels=channels),
+        full,
+    ]
 
 
 def branches_of(
     sd: StableDiffusion,
-    context: Tensor,
-    negative: Tensor | None,
+    prompts: Sequence[Prompt],
     settings: Settings,
-    originals: Tensor | None,
+    init_images: Tensor | None,
     masks: Tensor | None,
 ) -> list[Branch]:
-    """What guides the model: the prompts (b, s, d), and the pictures too if its UNet has channels for them.
-    ValueError, naming the flag, if those are missing."""
-    taken, own = sd.unet.config.in_channels, sd.vae.config.latent_channels
-    if taken > own and originals is None:
-        raise ValueError(f"{sd.name} takes {taken} channels: it needs a picture (--image)")
-    if taken == 2 * own:  # instruct-pix2pix
-        scales = settings.guidance_scale, settings.image_guidance_scale
-        return image_branches(context, negative, sd.encode_original(originals), *scales)
-    seen = None
-    if taken == 2 * own + 1:  # inpainting
+    """The branches for the model: with the image and the mask if its UNet has channels for them. ValueError,
+    naming the flag, if those are missing."""
+    context, negative = prompt.contexts(sd, prompts, settings)
+    needs = f"{sd.name} takes {sd.unet.config.in_channels} channels: it needs"
+    if (sd.is_pix2pix or sd.is_inpainting) and init_images is None:
+        raise ValueError(f"{needs} a picture (--image)")
+    if sd.is_pix2pix:
+        scales = settings.guidance_scale, settings.image_guidance_scale or 1.5
+        return image_branches(context, negative, sd.encode_original(init_images), *scales)
+    channels = None
+    if sd.is_inpainting:
         if masks is None:
-            raise ValueError(f"{sd.name} takes {taken} channels: it needs a mask of what to redraw (--mask)")
-        outside = sd.encode_images(originals * (1 - masks))[0]
+            raise ValueError(f"{needs} a mask of what to redraw (--mask)")
+        outside = sd.encode_images(init_images * (1 - masks))[0]
         mask = F.interpolate(masks, outside.shape[-2:]).to(outside)  # (b, 1, h, w), the nearest pixel's
-        seen = torch.cat([mask, outside], dim=1)  # (b, 1 + c, h, w)
-    return text_branches(context, negative, settings.guidance_scale, seen)
+        channels = torch.cat([mask, outside], dim=1)  # (b, 1 + c, h, w)
+    return text_branches(context, negative, settings.guidance_scale, channels)
 
 
-def beginning(
-    sd: StableDiffusion, settings: Settings, originals: Tensor | None, masks: Tensor | None
+class Denoiser:
+    """denoise(x, t): the weighted sum of all branches, computed in one batch. x and the result are fp32.
+
+    ControlNets act on every branch, unless they guess. `step` is the current one of the `steps` that their
+    starts and ends are shares of; the caller counts it.
+    """
+
+    def __init__(
+        self, unet: nn.Module, branches: list[Branch], controls: Sequence[Control] = (), steps: int = 1
+    ):
+        self.unet = unet
+        self.weights = [branch.weight for branch in branches]
+        states = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
+        self.context = CachedContext(states)
+        channels = [branch.channels for branch in branches if branch.channels is not None]
+        self.channels = torch.cat(channels) if channels else None  # (branches * b, c, h, w)
+        self.controls = []  # each with its hints and contexts, (branches * b or b, ...)
+        for control in controls:
+            hint = control.hint.to(states)  # (b, 3, H, W)
+            if control.guess:  # the prompt's rows are the last
+                self.controls.append((control, hint, CachedContext(states[-len(hint) :])))
+            else:
+                self.controls.append((control, torch.cat([hint] * len(branches)), self.context))
+        self.step, self.steps = 0, steps
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        inputs = torch.cat([x] * len(self.weights))
+        if self.channels is not None:
+            inputs = torch.cat([inputs, self.channels.to(inputs)], dim=1)  # (branches * b, c + more, h, w)
+        inputs = inputs.to(self.context.states.dtype)
+        timesteps = torch.full((len(inputs),), t, device=x.device)
+        residuals = self._residuals(inputs, timesteps)
+        preds = self.unet(inputs, timesteps, self.context, **residuals).float().chunk(len(self.weights))
+        return sum(weight * pred for weight, pred in zip(self.weights, preds, strict=True))
+
+    def _residuals(self, inputs: Tensor, timesteps: Tensor) -> dict:
+        """The sum of what the ControlNets add in this step, as the UNet's keywords."""
+        residuals = []
+        for control, hint, context in self.controls:
+            if control.acts(self.step, self.steps):
+                rows, channels = slice(-len(hint), None), control.network.config.in_channels
+                seen = inputs[rows, :channels], timesteps[rows], context, hint
+                residuals.append(control.network(*seen, control.scale, control.guess))
+        return controlnet.total(residuals, len(inputs)) if residuals else {}
+
+
+def init_image(
+    sd: StableDiffusion, settings: Settings, init_images: Tensor | None, masks: Tensor | None
 ) -> InitImage | None:
-    """What the scheduler begins with and keeps: nothing, if the model sees the picture and all is redrawn."""
-    if originals is None:
+    """What the scheduler starts from and keeps: nothing, if the UNet takes the image and all is redrawn."""
+    if init_images is None:
         return None
-    more = sd.unet.config.in_channels - sd.vae.config.latent_channels
-    latents, mask = sd.encode_images(originals)[0], None
-    if masks is not None and more != latents.shape[1] + 1:  # inpainting models have learned to keep the rest
-        mask = F.interpolate(masks, latents.shape[-2:])
-    if more and settings.first_step == 0 and mask is None:
+    keeps = masks is not None and not sd.is_inpainting  # inpainting models have learned to keep the rest
+    if (sd.is_pix2pix or sd.is_inpainting) and settings.first_step == 0 and not keeps:
         return None
+    latents = sd.encode_images(init_images)[0]  # (b, c, h, w)
+    mask = F.interpolate(masks, latents.shape[-2:]) if keeps else None  # (b, 1, h, w)
     return InitImage(latents=latents, first_step=settings.first_step, mask=mask)
 
 
+@torch.no_grad()
 def denoise(
     sd: StableDiffusion,
-    prompts: list[str],
-    seeds: list[int],
+    prompts: Sequence[str | Prompt],
+    seeds: Sequence[int],
     settings: Settings,
     *,
-    originals: Tensor | None = None,
+    init_images: Tensor | None = None,
     masks: Tensor | None = None,
     controls: Sequence[Control] = (),
     watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """The latents (b, 4, h, w) after each step. Picture i depends on prompts[i] and seeds[i] alone: its noise
-    comes from a CPU generator of its own, so that neither the device nor the batch changes it.
+    """Yield the latents (b, 4, h, w) after each step. Picture i depends on prompts[i] and seeds[i] alone: its
+    noise comes from a CPU generator of its own, so that neither the device nor the batch changes it.
 
-    `originals` (b, 3, height, width) in [-1, 1] are what to begin with, and what an instruct-pix2pix model
-    edits; of them, only what is 1 in `masks` (b, 1, height, width), not 0, is redrawn. Each of `controls` has
-    a hint for each picture. `watch` hears what latents the network sees behind the noise, each time it runs.
+    `init_images` (b, 3, height, width) in [-1, 1] are what to start from, and what an instruct-pix2pix model
+    edits; only where `masks` (b, 1, height, width) are 1, not 0, they are redrawn. Each of `controls` has
+    a hint for each picture. `watch` is called with the latents that each prediction amounts to, without the
+    noise. All prompts name the same LoRAs.
     """
-    downscale = sd.vae.config.downscale
     for side in ("width", "height"):
-        if getattr(settings, side) <= 0 or getattr(settings, side) % downscale:
-            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {downscale}")
+        if getattr(settings, side) % sd.downscale:
+            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {sd.downscale}")
     scheduler = registry.load("schedulers", settings.scheduler)
     # Clipping is for pixels; latents have no such range, whatever the file says.
     config = sd.scheduler | {"clip_sample": False}
-    for flag, key in {"eta": "eta", "karras": "use_karras_sigmas"}.items():
-        value = getattr(settings, flag)
-        if value is not None and key not in scheduler.SETTINGS:
-            raise ValueError(f"--{flag} has no meaning for --scheduler {settings.scheduler}")
-        config |= {key: value} if value is not None else {}
+    for name in ("eta", "use_karras_sigmas"):
+        value = getattr(settings, name)
+        if value is not None and name not in scheduler.SETTINGS:
+            raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
+        config |= {name: value} if value is not None else {}
 
-    negative = settings.negative_prompt if settings.guidance_scale > 1 else None
-    context, negative = prompt.contexts(
-        sd, prompts, negative, clip_skip=settings.clip_skip, plain=settings.plain_prompt
-    )
-    branches = branches_of(sd, context, negative, settings, originals, masks)
-    init_image = beginning(sd, settings, originals, masks)
-    steps = settings.steps - (init_image.first_step if init_image else 0)
-    denoiser = Denoiser(sd.unet, branches, controls, steps)
-    seen = watched(denoiser, sd.schedule, watch) if watch else denoiser
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = (sd.vae.config.latent_channels, settings.height // downscale, settings.width // downscale)
-    noise = randn(shape, generators).to(sd.device)
-    problem = Problem(
-        denoise=seen,
-        noise=noise,
-        schedule=sd.schedule,
-        steps=settings.steps,
-        generators=generators,
-        settings=read_settings(scheduler, config),
-        init_image=init_image,
-    )
-    for x in scheduler.sample(problem):
-        denoiser.step += 1
-        yield x
+    prompts = prompt.prepare(sd, prompts, settings)
+    with prompt.loras_on(sd, prompts[0].loras, settings.lora_dir):
+        branches = branches_of(sd, prompts, settings, init_images, masks)
+        start = init_image(sd, settings, init_images, masks)
+        denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (start.first_step if start else 0))
 
+        def predict(x: Tensor, t: float) -> Tensor:
+            pred = denoiser(x, t)
+            if watch:
+                watch(sd.schedule.split(pred, x, sd.schedule.alphas_cumprod[round(t)].to(x.device))[0])
+            return pred
 
-def watched(denoiser: Denoiser, schedule: NoiseSchedule, watch: Callable[[Tensor], None]):
-    """The denoiser, which tells `watch` what x_0 it comes to each time."""
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        pred = denoiser(x, t)
-        watch(schedule.split(pred, x, schedule.alphas_cumprod[round(t)].to(x.device))[0])
-        return pred
-
-    return denoise
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        height, width = settings.height // sd.downscale, settings.width // sd.downscale
+        problem = Problem(
+            denoise=predict,
+            noise=randn((sd.vae.config.latent_channels, height, width), generators).to(sd.device),
+            schedule=sd.schedule,
+            steps=settings.steps,
+            generators=generators,
+            settings=read_settings(scheduler, config),
+            init_image=start,
+        )
+        for x in scheduler.sample(problem):
+            denoiser.step += 1
+            yield x
 
 
 @torch.no_grad()
 def pictures(
     sd: StableDiffusion,
-    prompts: list[str],
-    seeds: list[int],
+    prompts: Sequence[str | Prompt],
+    seeds: Sequence[int],
     settings: Settings,
     *,
     batch_size: int = 4,
-    originals: Tensor | None = None,
+    init_images: Tensor | None = None,
     masks: Tensor | None = None,
     controls: Sequence[Control] = (),
     on_step: Callable[[int], None] = lambda n: None,
     on_preview: Callable[[list[Image.Image]], None] | None = None,
     preview: int = 1,
 ) -> Iterator[Image.Image]:
-    """One picture for each pair of prompt and seed; `on_step(n)` hears of every step that n pictures took,
-    and `on_preview` gets what they are about to be, every `preview` runs of the network.
-    `originals`, `masks` and `controls` are as in `denoise`, with one for each picture."""
-
-    runs = itertools.count(1)
+    """Yield one picture for each pair of prompt and seed. `on_step(n)` is called after each step of n
+    pictures, and `on_preview` with previews of them at every `preview`-th run of the network.
+    `init_images`, `masks` and `controls` are as in `denoise`, with one for each picture."""
+    runs = count(1)
 
     def show(latents: Tensor) -> None:
         if next(runs) % preview == 0:
             on_preview([images.to_pil(p) for p in sd.decode(latents)])
 
-    further = {"originals": originals, "masks": masks, "controls": controls}
-    watch = show if on_preview else None
-    for steps in drawing(sd, prompts, seeds, settings, batch_size=batch_size, watch=watch, **further):
-        for x in steps:
+    prompts = prompt.prepare(sd, prompts, settings)
+    for part in batches(prompts, batch_size):
+        for x in denoise(
+            sd,
+            prompts[part],
+            seeds[part],
+            settings,
+            init_images=None if init_images is None else init_images[part],
+            masks=None if masks is None else masks[part],
+            controls=[replace(control, hint=control.hint[part]) for control in controls],
+            watch=show if on_preview else None,
+        ):
             on_step(len(x))
         for latents in x:
             yield images.to_pil(sd.decode(latents[None])[0])
 
 
-def drawing(
-    sd: StableDiffusion,
-    prompts: list[str],
-    seeds: list[int],
-    settings: Settings,
-    *,
-    batch_size: int,
-    originals: Tensor | None = None,
-    masks: Tensor | None = None,
-    controls: Sequence[Control] = (),
-    watch: Callable[[Tensor], None] | None = None,
-) -> Iterator[Iterator[Tensor]]:
-    """The batches in which these are drawn, each to be gone through before the next. As in `denoise`, with
-    the LoRAs of the prompts."""
-    if not settings.plain_prompt:
-        prompt.attach_loras(sd, prompts, settings.lora_dir)
-        if prompt.take_loras(settings.negative_prompt)[1]:
-            raise ValueError("--negative_prompt has a <lora:...>: it acts on both, and belongs into --prompt")
-    for part, texts, loras in batches(sd, prompts, settings, batch_size):
-        further = {
-            "originals": None if originals is None else originals[part],
-            "masks": None if masks is None else masks[part],
-            "controls": [replace(control, hint=control.hint[part]) for control in controls],
-        }
-        steps = denoise(sd, texts, seeds[part], settings, watch=watch, **further)
-        yield with_loras(sd, loras, settings.lora_dir, steps)
-
-
-def with_loras(
-    sd: StableDiffusion, loras: dict[str, tuple[float, float]], folder: Path | None, steps: Iterator[Tensor]
-) -> Iterator[Tensor]:
-    """The steps, gone through with a prompt's LoRAs on."""
-    with prompt.loras_on(sd, loras, folder):
-        yield from steps
-
-
-def batches(
-    sd: StableDiffusion, prompts: list[str], settings: Settings, size: int
-) -> Iterator[tuple[slice, list[str], dict[str, tuple[float, float]]]]:
+def batches(prompts: Sequence[Prompt], size: int) -> Iterator[slice]:
     """Which pictures can be drawn at once: at most `size` neighbours with the same LoRAs and contexts of the
-    same length, so that none depends on another. With each batch its prompts without the LoRAs, and these."""
-    plain = settings.plain_prompt
-    taken = [(p, {}) if plain else prompt.take_loras(p) for p in prompts]
+    same length, so that none depends on another."""
 
     def alike(i: int) -> tuple:
-        text, loras = taken[i]
-        return loras, len(prompt.chunks(sd.tokenizer, text, plain))
+        return prompts[i].loras, len(prompts[i].chunks)
 
-    for (loras, _), run in groupby(range(len(prompts)), key=alike):
-        numbers = list(run)
-        for start in range(numbers[0], numbers[-1] + 1, size):
-            part = slice(start, min(start + size, numbers[-1] + 1))
-            yield part, [text for text, _ in taken[part]], loras
+    for _, run in groupby(range(len(prompts)), key=alike):
+        first, *rest = run
+        end = rest[-1] + 1 if rest else first + 1
+        yield from (slice(start, min(start + size, end)) for start in range(first, end, size))

@@ -1,67 +1,44 @@
 """How a picture was made, as the text that A1111 puts into its PNG files: written, and read again.
 
-The prompt's lines, those of the negative prompt, and a last line of `Key: value`. A flag that A1111 has a key
-for is under that, and any other that differs from its default under its own name.
+The prompt's lines, those of the negative prompt, and a last line of `Key: value`. Each option's key is
+declared with it (sampling/options.py); an option that A1111 has no key for goes by its own name.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from minisd import registry
 from minisd.options import TINY
+from minisd.sampling.options import Sample, Settings, default_of
 
-# Flags and A1111's keys.
-KEYS = {
-    "steps": "Steps",
-    "scheduler": "Sampler",
-    "guidance_scale": "CFG scale",
-    "seed": "Seed",
-    "strength": "Denoising strength",
-    "image_guidance_scale": "Image CFG scale",
-    "clip_skip": "Clip skip",
-    "eta": "Eta",
-    "model": "Model path",
-}
-# Flags that are written in another way, or say where and how to draw and not what.
-NOT_BY_NAME = (
-    "prompt prompt_file negative_prompt width height plain_prompt karras num_images batch_size output device "
-    "kernels cache_dir like csv preview export"
-).split()
+FIRST = "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model"  # in this order
+ALWAYS = "Steps", "Sampler", "CFG scale"  # others only where they are not the default
 NEGATIVE = "Negative prompt: "
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
-def write(prompt: str, seed: int, model: str, *sources) -> str:
-    """The text for a picture by the model of that name. `sources` are dataclasses with the flags' names: what
-    the later ones say counts."""
-    said, unusual = {}, {}
-    for source in sources:
-        for f in dataclasses.fields(source):
-            said[f.name] = getattr(source, f.name)
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            if said[f.name] != default:
-                unusual[f.name] = said[f.name]
-    pairs = [
-        ("Steps", said["steps"]),
-        ("Sampler", registry.load("schedulers", said["scheduler"]).A1111),
-        ("CFG scale", said["guidance_scale"]),
-        ("Seed", seed),
-        ("Size", f"{said['width']}x{said['height']}"),
-        ("Model", model),
-    ]
-    if said.get("karras") is not None:
-        pairs.insert(2, ("Schedule type", "Karras" if said["karras"] else "Uniform"))
-    for name, value in unusual.items():
-        key = KEYS.get(name, name)
-        if name not in NOT_BY_NAME and key not in dict(pairs) and value not in (None, str(TINY)):
-            pairs += [(key, v) for v in (value if isinstance(value, list) else [value])]
-    if said["plain_prompt"]:
-        pairs.append(("Emphasis", "None"))
+def key_of(f: Field) -> str | None:
+    """The key of an option; None if it has none."""
+    return f.metadata.get("infotext", f.name)
+
+
+def write(prompt: str, seed: int, model: str, settings: Settings) -> str:
+    """The text for a picture by the model of that name."""
+    pairs = [("Seed", seed), ("Size", f"{settings.width}x{settings.height}"), ("Model", model)]
+    for f in fields(settings):
+        key, value = key_of(f), getattr(settings, f.name)
+        if key in ALWAYS or key not in (None, "Seed") and value not in (None, str(TINY), default_of(f)):
+            words = {value: word for word, value in f.metadata.get("words", {}).items()}
+            values = value if isinstance(value, list) else [words[value] if words else value]
+            pairs += [(key, v) for v in values]
+    pairs.sort(key=lambda pair: FIRST.index(pair[0]) if pair[0] in FIRST else len(FIRST))
+    pairs[1] = "Sampler", registry.load("schedulers", settings.scheduler).A1111
     pairs += [("RNG", "CPU"), ("Version", "minisd")]
-    negative = said["negative_prompt"]
+    negative = settings.negative_prompt
     text = _joined(prompt, negative, pairs)
     if parse(text)[:2] != (prompt, negative):  # a line of it looks like another part of this text
         text = _joined(prompt, negative, [("Prompts", json.dumps([prompt, negative])), *pairs])
@@ -81,18 +58,17 @@ def _quoted(value: object) -> str:
 
 
 def parse(text: str) -> tuple[str, str, list[tuple[str, str]]]:
-    """(prompt, negative prompt, the keys and their values) of such a text, whoever wrote it. A key may be
-    there more than once. A last line of fewer than three pairs is part of the prompts."""
+    """(prompt, negative prompt, the keys and their values) of such a text, whoever wrote it. A key may occur
+    more than once. A last line of fewer than three pairs is part of the prompts."""
     lines = text.split("\n")
-    pairs = PAIR.findall(lines[-1].rstrip())
+    pairs = [(key, _unquoted(value)) for key, value in PAIR.findall(lines[-1].rstrip())]
     if len(pairs) < 3:
         pairs = []
     else:
         lines.pop()
-    pairs = [(key, _unquoted(value)) for key, value in pairs]
-    begins = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE.rstrip())), len(lines))
-    prompt = "\n".join(lines[:begins])
-    negative = "\n".join(lines[begins:]).removeprefix(NEGATIVE.rstrip()).removeprefix(" ")
+    start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE.rstrip())), len(lines))
+    prompt = "\n".join(lines[:start])
+    negative = "\n".join(lines[start:]).removeprefix(NEGATIVE.rstrip()).removeprefix(" ")
     if "Prompts" in dict(pairs):
         prompt, negative = json.loads(dict(pairs)["Prompts"])
     return prompt, negative, pairs
@@ -112,36 +88,37 @@ def read(path: Path) -> str:
 
     try:
         with Image.open(path) as image:
-            image.load()  # text may stand behind the pixels
+            image.load()  # the text may come after the pixels
             text = image.info.get("parameters")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"--like {path} cannot be read: {e}") from None
+        raise ValueError(f"cannot be read: {e}") from None
     if not isinstance(text, str):
-        raise ValueError(f"--like {path} does not say how it was made: it has no `parameters`")
+        raise ValueError("does not say how it was made: it has no `parameters`")
     return text
 
 
-def flags(text: str, known: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
-    """What such a text says by the names of our flags (those `known`), each with its value or values; what it
-    says in all; and the keys in it that have no meaning here."""
+class Said(NamedTuple):
+    """What a text says."""
+
+    flags: dict[str, list[str]]  # the values of each flag, as on a command line
+    about: dict[str, str]  # all keys, with their last values
+    ignored: list[str]  # the keys that are not supported
+
+
+def flags(text: str) -> Said:
+    """What a text says, by the names of our flags."""
     prompt, negative, pairs = parse(text)
-    found: dict[str, list[str]] = {"prompt": [prompt], "negative_prompt": [negative]}
-    by_key = {key: name for name, key in KEYS.items()}
-    karras = {"Karras": ["True"], "Uniform": ["False"]}
-    ignored = []
+    said = Said({"prompt": [prompt], "negative_prompt": [negative]}, dict(pairs), [])
+    options = {key_of(f): f for f in fields(Sample)}
     for key, value in pairs:
-        name = by_key.get(key, key)
-        if name == "scheduler":  # older texts have it all in one
-            found[name] = [value.removesuffix(" Karras")]
-            found |= {"karras": ["True"]} if value.endswith(" Karras") else {}
-        elif key == "Schedule type" and value in karras:
-            found["karras"] = karras[value]
-        elif key == "Size" and (size := re.fullmatch(r"(\d+)x(\d+)", value)):
-            found["width"], found["height"] = [size[1]], [size[2]]
-        elif (key, value) == ("Emphasis", "None"):
-            found["plain_prompt"] = ["True"]
-        elif name in known and name not in NOT_BY_NAME:
-            found.setdefault(name, []).append(value)
+        f = options.get(key)
+        if key == "Sampler" and value.endswith(" Karras"):  # older texts have both in one
+            value = value.removesuffix(" Karras")
+            said.flags["use_karras_sigmas"] = ["True"]
+        if key == "Size" and (size := re.fullmatch(r"(\d+)x(\d+)", value)):
+            said.flags["width"], said.flags["height"] = [size[1]], [size[2]]
+        elif f and value in (words := f.metadata.get("words", {value: value})):
+            said.flags.setdefault(f.name, []).append(str(words[value]))
         elif key not in ("Model", "RNG", "Version", "Prompts"):
-            ignored.append(key)
-    return found, dict(pairs), ignored
+            said.ignored.append(key)
+    return said

@@ -1,168 +1,199 @@
-"""The options of sample.py. Standard library only, like config.py."""
+"""The options of sample.py, most of which are keywords of `sd.generate` too. Standard library only.
 
-from dataclasses import MISSING, dataclass, fields
+Each is declared once, here: its flag, its keyword, its column in a --csv table, and its key in the text of a
+picture, which is `infotext` (A1111's key), or else the flag's name. `words` are the values there, if they are
+words. Options with `infotext=None` say where or how to draw, or are written there in a way of their own.
+"""
+
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisd import registry
 from minisd.options import KERNELS, Group, Model, flag, require
-from minisd.sampling import sweep
+
+unwritten = partial(flag, infotext=None)
+SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
 
 @dataclass(kw_only=True)
-class Pictures(Group):
-    """Pictures in"""
-
-    image: list[Path] = flag([], "begin with it, or edit it: one for all prompts, one for each, or a folder")
-    strength: float | None = flag(
-        None,
-        "the part of the steps that --image goes through; 0.8 alone, 1 with --mask or a model that sees it",
-    )
-    mask: list[Path] = flag([], "redraw only the white part of --image: one for all, or one for each")
-    image_guidance_scale: float | None = flag(
-        None, "how far an edit by an instruct-pix2pix model stays with --image; 1.5 by default"
-    )
-    controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
-    control_image: list[Path] = flag([], "what they go by; one for each")
-    control_preprocess: list[Literal["canny", "none"]] = flag(
-        [], "canny draws the edges of --control_image; one for all, or one for each"
-    )
-    control_start: list[float] = flag(
-        [], "from which part of the steps on; 0 by default; one or one for each"
-    )
-    control_end: list[float] = flag([], "up to which part of the steps; 1 by default; one or one for each")
-    guess_mode: bool = flag(False, "ControlNets steer the part with the prompt alone, and fine detail less")
-
-    def check(self):
-        for name in ("strength", "mask", "image_guidance_scale"):
-            require(getattr(self, name) in (None, []) or self.image, f"--{name} needs --image")
-        require(self.strength is None or 0 < self.strength <= 1, "--strength must be above 0, and at most 1")
-        nets, hints = len(self.controlnet), len(self.control_image)
-        require(nets == hints, f"{nets} --controlnet and {hints} --control_image: give one for each")
-        for name in ("control_preprocess", "control_start", "control_end"):
-            given = len(getattr(self, name))
-            require(nets or not given, f"--{name} needs --controlnet")
-            require(given in (0, 1, nets), f"{given} --{name} and {nets} --controlnet: one, or one for each")
-        require(nets or not self.guess_mode, "--guess_mode needs --controlnet")
-        ranges = zip(*(self.for_each(name) for name in ("control_start", "control_end")), strict=True)
-        for start, end in ranges:
-            require(
-                0 <= start < end <= 1,
-                f"--control_start {start:g} must be below --control_end {end:g}, and both from 0 to 1",
-            )
-
-    def for_each(self, name: str) -> list:
-        """A flag's value for each ControlNet."""
-        default = {"control_preprocess": "none", "control_start": 0.0, "control_end": 1.0}[name]
-        given = getattr(self, name) or [default]
-        return given * len(self.controlnet) if len(given) == 1 else given
-
-
-@dataclass(kw_only=True)
-class Sample(Model, Pictures):
+class Settings(Group):
     """Sampling"""
 
-    prompt: list[str] = flag([], "what to draw; several draw several")
-    prompt_file: Path | None = flag(None, "a text file with a prompt on each line")
-    negative_prompt: str = flag("", "what to stay away from")
-    plain_prompt: bool = flag(False, "prompts are mere text: no weights, no <lora:...>, 75 tokens at most")
-    clip_skip: int = flag(1, "which layer of the text encoder counts, from the end, as in A1111; 1 is none")
-    lora_dir: Path | None = flag(
-        None, "where <lora:NAME:SCALE> in a prompt is looked up: files, or runs' folders"
-    )
-    adapter: list[str] = flag([], "PATH or PATH:SCALE of a file, or of the folder a training run left")
-    scheduler: str = flag("ddim", f"how the noise is removed: {', '.join(registry.names('schedulers'))}")
-    karras: bool | None = flag(
+    steps: int = flag(50, "number of denoising steps", also=("num_inference_steps",), infotext="Steps")
+    scheduler: str = flag("ddim", "sampler, by A1111's name or", listing="schedulers", infotext="Sampler")
+    use_karras_sigmas: bool | None = flag(
         None,
-        "noise levels of Karras et al., for the euler and dpmpp schedulers; what the model says by default",
+        "noise levels of Karras et al., for euler and dpmpp; by default what the model's scheduler says",
+        also=("karras",),
+        infotext="Schedule type",
+        words={"Karras": True, "Uniform": False},
     )
-    steps: int = flag(50, "steps of it", also=("num_inference_steps",))
-    guidance_scale: float = flag(7.5, "how far to follow the prompt; 1 and below run without guidance")
+    guidance_scale: float = flag(7.5, "classifier-free guidance; none at 1 or less", infotext="CFG scale")
+    negative_prompt: str = unwritten("", "what the pictures should not show")
+    plain_prompt: bool = flag(
+        False,
+        "take prompts as plain text: no weights, no <lora:...>, and only the first 75 tokens",
+        infotext="Emphasis",
+        words={"None": True},
+    )
+    clip_skip: int = flag(1, "layer of the text encoder, counted from the last one", infotext="Clip skip")
+    lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
     eta: float | None = flag(
-        None, "noise that each step adds again, from 0 to 1; each scheduler's own by default"
+        None, "noise added in each step, 0 to 1; by default the scheduler's", infotext="Eta"
     )
-    seed: int = flag(0, "of the first picture; the next have seed + 1, ...")
-    num_images: int = flag(1, "pictures of each prompt")
-    width: int | None = flag(
-        None, "in pixels, a multiple of 8; as --image or --control_image by default, or the model's own"
-    )
-    height: int | None = flag(
-        None, "in pixels, a multiple of 8; as --image or --control_image by default, or the model's own"
-    )
-    like: Path | None = flag(None, "draw as this PNG was drawn, but for the other flags given")
-    csv: Path | None = flag(None, "a table whose header names flags: draw each row, and a labelled sheet")
-    batch_size: int | None = flag(
-        None, "pictures drawn at the same time; 4, but 1 on a CPU, where none then changes another's last bit"
-    )
-    export: Path | None = flag(
+    width: int | None = unwritten(None, SIDE)
+    height: int | None = unwritten(None, SIDE)
+    strength: float | None = flag(
         None,
-        "write the model with --adapter merged in, to a folder or a .safetensors file; needs no --prompt",
+        "share of the steps that --image goes through; 1 by default with --mask or a model that takes images "
+        "as an input, otherwise 0.8",
+        infotext="Denoising strength",
     )
-    output: Path = flag(Path("samples"), "folder for the pictures, or the name of a .png file")
-    preview: int | None = flag(None, "every so many steps, write what it is about to be to preview.png there")
-    device: str | None = flag(None, "cuda, cpu, ...; cuda by default where there is one")
-    kernels: KERNELS = flag("auto", "who computes attention and norms; auto is triton where it was measured")
+    image_guidance_scale: float | None = flag(
+        None, "weight of the image in an instruct-pix2pix edit; 1.5 by default", infotext="Image CFG scale"
+    )
+
+    def check(self):
+        self.positive("steps", "clip_skip")
+        self.scheduler = registry.find("schedulers", self.scheduler)
+        require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
+        require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            require(side is None or side > 0 and side % 8 == 0, f"--{name} {side}: a positive multiple of 8")
+        require(self.strength is None or 0 < self.strength <= 1, "--strength must be above 0, and at most 1")
+        left = self.steps - self.first_step
+        require(left > 0, f"--strength {self.strength} leaves none of the {self.steps} steps")
+
+    @property
+    def first_step(self) -> int:
+        """The number of steps that are left out at the beginning, where there is an initial image."""
+        return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
+
+
+@dataclass(kw_only=True)
+class Drawing(Settings):
+    """What to draw"""
+
+    prompt: list[str] = unwritten([], "what the pictures should show; one picture for each prompt")
+    seed: int = flag(0, "seed of the first picture; the next one has seed + 1, and so on", infotext="Seed")
+    num_images: int = unwritten(1, "number of pictures for each prompt")
+    batch_size: int | None = unwritten(
+        None,
+        "pictures drawn at the same time; by default 4, but 1 on a CPU, where no batch changes the result",
+    )
+    image: list[Path] = flag(
+        [], "initial images (img2img), or images to edit: one for all, one for each, or a folder"
+    )
+    mask: list[Path] = flag([], "redraw only where this is white (inpainting): one for all, or one for each")
+    controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
+    control_image: list[Path] = flag([], "conditioning images, one for each --controlnet")
+    control_preprocess: list[Literal["canny", "none"]] = flag(
+        [], "canny takes the edges of --control_image; one for all, or one for each; none by default"
+    )
+    control_start: list[float] = flag(
+        [], "share of the steps before a ControlNet acts; one for all, or one for each; 0 by default"
+    )
+    control_end: list[float] = flag(
+        [], "share of the steps after which it no longer acts; one for all, or one for each; 1 by default"
+    )
+    guess_mode: bool = flag(False, "apply ControlNets to the conditional branch only, and less to details")
+
+    def check(self):
+        self.positive("num_images", "batch_size")
+        for name in ("strength", "mask", "image_guidance_scale"):
+            require(getattr(self, name) in (None, []) or self.image, f"--{name} needs --image")
+        guided = self.image_guidance_scale is None or self.guidance_scale > 1
+        require(guided, f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}")
+        nets, images = len(self.controlnet), len(self.control_image)
+        require(nets == images, f"{nets} --controlnet and {images} --control_image: give one for each")
+        for name in ("control_preprocess", "control_start", "control_end"):
+            count = len(getattr(self, name))
+            require(nets or not count, f"--{name} needs --controlnet")
+            require(count in (0, 1, nets), f"{count} --{name} and {nets} --controlnet: one, or one for each")
+        require(nets or not self.guess_mode, "--guess_mode needs --controlnet")
+        for _, start, end in self.control_ranges():
+            problem = f"--control_start {start:g} must be below --control_end {end:g}, and both from 0 to 1"
+            require(0 <= start < end <= 1, problem)
+
+    def control_ranges(self) -> list[tuple[str, float, float]]:
+        """For each ControlNet its preprocessing, and the shares of the steps at which it begins and ends."""
+        values = (self.control_preprocess or ["none"], self.control_start or [0.0], self.control_end or [1.0])
+        count = len(self.controlnet)
+        return list(zip(*(v * count if len(v) == 1 else v for v in values), strict=True))
+
+
+@dataclass(kw_only=True)
+class Loading(Model):
+    """Adapters, device and precision"""
+
+    adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
+    device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
+    kernels: KERNELS = unwritten(
+        "auto", "implementation of attention and norms; auto is triton where it was measured"
+    )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
-        "auto", "auto is fp16 on cuda and fp32 elsewhere, and as it was in what --export writes"
+        "auto", "precision; auto is fp16 on a GPU, fp32 elsewhere, and for --export that of the model's files"
+    )
+
+
+@dataclass(kw_only=True)
+class Sample(Drawing, Loading):
+    """Input and output"""
+
+    prompt_file: Path | None = unwritten(None, "a text file with a prompt on each line")
+    like: Path | None = unwritten(None, "draw with the settings in this PNG, except for the flags given")
+    csv: Path | None = unwritten(
+        None, "a table whose header names flags: draw each row, and a labelled sheet"
+    )
+    export: Path | None = unwritten(
+        None, "write the model with --adapter merged in, to a folder or .safetensors file; needs no --prompt"
+    )
+    output: Path = unwritten(Path("samples"), "folder for the pictures, or the name of a .png file")
+    preview: int | None = unwritten(
+        None, "every so many steps, write a preview to preview.png in that folder"
     )
 
     def check(self):
         require(not (self.prompt and self.prompt_file), "give --prompt or --prompt_file")
-        drawn = self.prompt or self.prompt_file
-        require(drawn or self.export, "give --prompt or --prompt_file")
-        if not drawn:
-            self.only_exports()
+        draws = self.prompt or self.prompt_file
+        require(draws or self.export, "give --prompt or --prompt_file")
         require(not (self.export and self.csv), "--export is of one model: it cannot go with --csv")
-        self.positive("steps", "num_images", "batch_size", "clip_skip", "preview")
-        require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            require(side is None or side > 0 and side % 8 == 0, f"--{name} {side}: a positive multiple of 8")
-        require(
-            not self.strength or int(self.steps * self.strength) > 0,
-            f"--strength {self.strength} leaves none of the {self.steps} steps",
-        )
-        self.scheduler = registry.find("schedulers", self.scheduler)
-        require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
-        require(
-            self.image_guidance_scale is None or self.guidance_scale > 1,
-            f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}",
-        )
-
-    def only_exports(self) -> None:
-        """ValueError naming a flag that says how to draw. The tiny model has defaults of its own for two."""
-        meant = {"export", "adapter", "device", "dtype", "kernels", "steps", "guidance_scale", "csv"}
+        self.positive("preview")
+        # What --export makes use of; the model in the box has defaults of its own for steps and guidance.
+        used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
         for f in fields(self):
-            default = f.default_factory() if f.default is MISSING else f.default
-            of_model = f.name in Model.__dataclass_fields__ or f.name in meant
-            require(
-                of_model or getattr(self, f.name) == default, f"--{f.name} draws nothing without --prompt"
-            )
+            unused = not draws and f.name not in used and getattr(self, f.name) != default_of(f)
+            require(not unused, f"--{f.name} draws nothing without --prompt")
 
-    @property
-    def prompts(self) -> list[str]:
-        """Those of the command line, or of the file. ValueError if that cannot be read."""
-        if not self.prompt_file:
-            return self.prompt
+    def read_prompts(self) -> list[str]:
+        """The prompts of the command line, or of the file. ValueError if that cannot be read."""
         try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines() if self.prompt_file else []
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"--prompt_file {self.prompt_file}: {e}") from None
-        return [line.strip() for line in lines if line.strip()]
+        return self.prompt or [line.strip() for line in lines if line.strip()]
+
+
+def default_of(f: Field) -> object:
+    """A flag's default."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 class Job(NamedTuple):
-    """What sample.py draws at once: all, or a row of --csv."""
+    """What sample.py draws at once: everything, or one row of --csv."""
 
     options: Sample
-    row: sweep.Row
-    where: str  # what its errors begin with
+    row: dict[str, list[str]]  # the row's values by flag
+    where: str  # how its error messages begin
 
 
-def split_scale(adapter: str) -> tuple[Path, float]:
+def split_scale(adapter: str) -> tuple[str, float]:
     """PATH or PATH:SCALE."""
     path, colon, scale = adapter.rpartition(":")
     try:
-        return (Path(path), float(scale)) if colon else (Path(adapter), 1.0)
+        return (path, float(scale)) if colon else (adapter, 1.0)
     except ValueError:
-        return Path(adapter), 1.0  # the colon belongs to the path
+        return adapter, 1.0  # the colon belongs to the path

@@ -1,6 +1,6 @@
 """The model without a text encoder or a VAE: the pixel UNet and its noise schedule (arXiv 2006.11239)."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +31,9 @@ class PixelDiffusion:
 
     @classmethod
     def new(cls, side: int, config: Path | None, **scheduler) -> "PixelDiffusion":
-        """Random weights for pictures of `side` pixels: the field's network, or that of a config.json or its
-        folder; `scheduler` is what differs in scheduler_config.json. ValueError for a side that the network
-        cannot halve."""
+        """Random weights for pictures of `side` pixels: the network of diffusers' example script, or that of
+        a config.json or its folder. `scheduler` changes scheduler_config.json. ValueError for a side that the
+        network cannot halve."""
         network = replace(DDPM, sample_size=side)
         if config:
             network = config_json.read(config.parent if config.name == "config.json" else config, "unet2d")
@@ -43,7 +43,7 @@ class PixelDiffusion:
         return cls(UNet2D(network), scheduler_config(**scheduler))
 
     def save(self, folder: Path, changed: Collection[str] = ("unet",)) -> None:
-        """Write a DDPMPipeline's folder; all there is of it trains."""
+        """Write a DDPMPipeline's folder, all of it: the whole network trains."""
         diffusers.save_ddpm(folder, self.unet, self.scheduler)
 
     @property
@@ -55,33 +55,30 @@ class PixelDiffusion:
     def sample(
         self, generators: list[torch.Generator], steps: int, on_step: Callable[[int], None] = lambda n: None
     ) -> Tensor:
-        """(b, c, h, w), about [-1, 1]: one picture for each generator, by DDPM."""
-        for x in self.denoise(generators, steps):
-            on_step(len(x))
-        return x
-
-    def denoise(self, generators: list[torch.Generator], steps: int) -> Iterator[Tensor]:
-        """The noisy pictures (b, c, h, w) after each step, in fp32."""
-        config, device = self.unet.config, self.unet.conv_in.weight.device
+        """(b, c, h, w), about [-1, 1]: one picture for each generator, by DDPM. `on_step(b)` is called after
+        each step."""
+        config, weight = self.unet.config, self.unet.conv_in.weight
 
         def predict(x: Tensor, t: float) -> Tensor:
-            timesteps = torch.full((len(x),), t, device=device)
-            return self.unet(x.to(self.unet.conv_in.weight.dtype), timesteps).float()
+            timesteps = torch.full((len(x),), t, device=weight.device)
+            return self.unet(x.to(weight.dtype), timesteps).float()
 
         shape = (config.in_channels, config.sample_size, config.sample_size)
         problem = Problem(
             denoise=predict,
-            noise=randn(shape, generators).to(device),
+            noise=randn(shape, generators).to(weight.device),
             schedule=self.schedule,
             steps=steps,
             generators=generators,
             settings=read_settings(ddpm, self.scheduler),
         )
-        yield from ddpm.sample(problem)
+        for x in ddpm.sample(problem):
+            on_step(len(x))
+        return x
 
 
 def scheduler_config(**changes) -> dict:
-    """scheduler_config.json as the field's script leaves it, but for `changes`."""
+    """scheduler_config.json as diffusers' example script leaves it, except for `changes`."""
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": config_json.DIFFUSERS_VERSION,

@@ -1,7 +1,8 @@
 """What sample.py does with options: load the model that they name, draw, and save."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -10,18 +11,42 @@ from tqdm import tqdm
 
 from minisd import ops
 from minisd.data import images
-from minisd.sampling import infotext, prompt, sweep
+from minisd.sampling import infotext, sweep
 from minisd.sampling.generate import pictures
-from minisd.sampling.input_images import Inputs
-from minisd.sampling.options import Job, Sample, split_scale
+from minisd.sampling.input_images import InputImages
+from minisd.sampling.options import Drawing, Job, Loading, split_scale
+from minisd.sampling.prompt import lora_names, parse_all
 from minisd.sampling.stable_diffusion import StableDiffusion
 
-# A change in one of these needs the model anew.
-LOADING = "model revision variant load_ema tokenizer_name cache_dir device dtype kernels adapter".split()
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load(options: Sample) -> StableDiffusion:
+class Request:
+    """What to draw, as far as it is known without the model: prompts parsed and input images opened."""
+
+    def __init__(self, options: Drawing, texts: list[str]):
+        self.options = options
+        self.images = InputImages(options) if options.image or options.controlnet else None
+        texts = self.images.prompts(texts) if self.images else texts
+        self.prompts = [prompt for prompt in parse_all(texts, options) for _ in range(options.num_images)]
+
+    def arguments(self, sd: StableDiffusion) -> dict:
+        """The keywords of `generate.pictures`."""
+        settings, count = copy(self.options), len(self.prompts)
+        if self.images:
+            self.images.complete(settings, sd)
+        settings.width = settings.width or sd.default_size
+        settings.height = settings.height or sd.default_size
+        return {
+            "prompts": self.prompts,
+            "seeds": [settings.seed + i for i in range(count)],
+            "settings": settings,
+            "batch_size": settings.batch_size or (1 if sd.device.type == "cpu" else 4),
+            **(self.images.tensors(sd, settings, count) if self.images else {}),
+        }
+
+
+def load(options: Loading) -> StableDiffusion:
     """The model, with its adapters."""
     ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,29 +68,25 @@ def load(options: Sample) -> StableDiffusion:
 
 
 def draw(
-    sd: StableDiffusion, inputs: Inputs, taken: int, several: bool
+    sd: StableDiffusion, request: Request, taken: int, several: bool
 ) -> Iterator[tuple[Path, Image.Image]]:
-    """Draw and save the pictures; `taken` and `several` are as in `output_paths`."""
-    options = inputs.options
-    arguments = inputs.arguments(sd)
+    """Draw, save and yield the pictures; `taken` and `several` are as in `output_paths`."""
+    arguments = request.arguments(sd)
     prompts, seeds, settings = (arguments[name] for name in ("prompts", "seeds", "settings"))
-    if not settings.plain_prompt:
-        for line in prompt.attach_loras(sd, prompts, settings.lora_dir):
-            print(line)
-    paths = output_paths(options.output, seeds, taken, several or len(seeds) > 1)
+    count = len(prompts)
+    paths = output_paths(settings.output, seeds, taken, several or count > 1)
 
     def preview(drawn: list[Image.Image]) -> None:
         images.save_png(images.grid(drawn), paths[0].with_name("preview.png"))
 
-    if options.preview:
-        arguments |= {"on_preview": preview, "preview": options.preview}
-    steps = len(prompts) * (settings.steps - settings.first_step)
+    if settings.preview:
+        arguments |= {"on_preview": preview, "preview": settings.preview}
+    steps = count * (settings.steps - settings.first_step)
     with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
-        made = pictures(sd, **arguments, on_step=bar.update)
-        for i, (text, path, image) in enumerate(zip(prompts, paths, made, strict=True)):
-            about = replace(options, **inputs.of(i, len(prompts)))
-            images.save_png(image, path, infotext.write(text, seeds[i], sd.name, about, settings))
-            yield path, image
+        for i, image in enumerate(pictures(sd, **arguments, on_step=bar.update)):
+            of_this = replace(settings, **request.images.of(i, count)) if request.images else settings
+            images.save_png(image, paths[i], infotext.write(prompts[i].text, seeds[i], sd.name, of_this))
+            yield paths[i], image
 
 
 def output_paths(output: Path, seeds: list[int], taken: int, several: bool) -> list[Path]:
@@ -80,32 +101,30 @@ def output_paths(output: Path, seeds: list[int], taken: int, several: bool) -> l
 
 
 def run(jobs: list[Job]) -> list[Path]:
-    """Everything that was asked for, and a sheet if that is several pictures; returns where all that is."""
+    """Draw everything, and a contact sheet if that is several pictures; returns the paths of all that."""
     sd, loaded, paths, cells, exported = None, None, [], [], []
-    for job in jobs:
+    for options, _, where in jobs:
         try:
-            inputs = Inputs(job.options)
+            request = Request(options, options.read_prompts())
             # LoRAs add in the order in which they came: with others, that would change the last bits.
-            named = [] if job.options.plain_prompt else prompt.lora_names(job.options.prompts)
-            wanted = [*(getattr(job.options, name) for name in LOADING), named]
-            if wanted != loaded:
+            needed = [*(getattr(options, f.name) for f in fields(Loading)), lora_names(request.prompts)]
+            if needed != loaded:
                 sd = None  # before there are two of them
-                sd, loaded = load(job.options), wanted
-            if job.options.export:
-                sd.export(job.options.export, DTYPES.get(job.options.dtype))
-                exported = [job.options.export]
-            drawn = list(draw(sd, inputs, len(paths), len(jobs) > 1)) if job.options.prompts else []
+                sd, loaded = load(options), needed
+            if options.export:
+                sd.export(options.export, DTYPES.get(options.dtype))
+                exported = [options.export]
+            drawn = list(draw(sd, request, len(paths), len(jobs) > 1)) if request.prompts else []
         except ValueError as e:
-            raise ValueError(f"{job.where}{e}") from e
+            raise ValueError(f"{where}{e}") from e
         paths += [path for path, _ in drawn]
         cells.append([image for _, image in drawn])
     if len(paths) > 1:
+        sheet = images.grid(cells[0])
+        if len(jobs) > 1:
+            sheet = sweep.sheet([job.row for job in jobs], [images.grid(cell) for cell in cells])
         output = jobs[0].options.output
         named = output.suffix.lower() == ".png"
         paths.append(output if named else paths[0].with_name(f"{paths[0].name[:5]}-grid.png"))
-        if len(jobs) > 1:
-            sheet = sweep.sheet([job.row for job in jobs], [images.grid(cell) for cell in cells])
-        else:
-            sheet = images.grid(cells[0])
         images.save_png(sheet, paths[-1])
     return [*exported, *paths]

@@ -1,4 +1,4 @@
-"""The assembled model: networks, tokenizer and noise schedule, loaded from whatever they lie in."""
+"""The assembled model: networks, tokenizer and noise schedule, loaded from a file of any format."""
 
 import tempfile
 from collections.abc import Collection, Iterator
@@ -20,10 +20,11 @@ from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.noise import NoiseSchedule
+from minisd.options import require
 
 
 class StableDiffusion:
-    """unet, vae and text_encoder on one device; prompts and pixels in, latents out, and back."""
+    """unet, vae and text_encoder on one device: from prompts and pixels to latents, and back."""
 
     def __init__(
         self,
@@ -34,17 +35,18 @@ class StableDiffusion:
         scheduler: dict,
         name: str,
     ):
-        self.unet = unet
-        self.vae = vae
-        self.text_encoder = text_encoder
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer = tokenizer
-        self.scheduler = scheduler  # what scheduler_config.json says
+        self.scheduler = scheduler  # the content of scheduler_config.json
         self.set_schedule()
-        self.name = name
-        self.original: dict[str, dict[str, Tensor]] = {}  # the tensors of the files, still on the disk
-        self.source: Path | None = None  # their folder, or the file
+        self.name = name  # of the folder or file, without its suffix
+        self.original: dict[str, dict[str, Tensor]] = {}  # the files' tensors by part, still on the disk
+        self.source: Path | None = None  # the folder, or the file
+        self.cache_dir: str | None = None  # for files from the hub
         self.attached: dict[Path, Attached] = {}
-        self.controlnets: dict[str, ControlNet] = {}  # read so far, by what names them
+        self.controlnets: dict[str, ControlNet] = {}  # loaded so far, by the names they were asked for by
+        self.downscale = vae.config.downscale  # the side of a latent, in pixels
+        self.default_size = unet.config.sample_size * self.downscale  # of the pictures in training, in pixels
 
     @classmethod
     def load(
@@ -79,7 +81,7 @@ class StableDiffusion:
                 f"{config.vocab_size}: they do not belong together"
             )
         sd = cls(**networks, tokenizer=words, scheduler=pipeline.scheduler, name=path.stem)
-        sd.original, sd.source = original, path
+        sd.original, sd.source, sd.cache_dir = original, path, cache_dir
         return sd
 
     def set_schedule(self, **changes) -> None:
@@ -89,7 +91,7 @@ class StableDiffusion:
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
-        """Its networks."""
+        """The networks by name."""
         return {part: getattr(self, part) for part in PARTS}
 
     @property
@@ -97,21 +99,24 @@ class StableDiffusion:
         return self.unet.conv_in.weight.device
 
     @property
-    def default_size(self) -> int:
-        """Side of the pictures that the model was trained on, in pixels."""
-        return self.unet.config.sample_size * self.vae.config.downscale
+    def is_pix2pix(self) -> bool:
+        """Whether the UNet takes the latents of an image to edit (instruct-pix2pix)."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet takes a mask, and the latents of what is outside it."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Context (b, s, d) of prompts as they are, each cut off where it is too long."""
+        """Context (b, s, d) of prompts as plain text, each truncated where it is too long."""
         return self.encode_ids(self.tokenizer(prompts))
 
     def encode_ids(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
         """Context (b, s, d) of token ids (b, s); `clip_skip` counts layers from the end, 1 is the last."""
         layers = self.text_encoder.config.num_layers
         if not 1 <= clip_skip <= layers:
-            raise ValueError(
-                f"--clip_skip {clip_skip}: this text encoder has {layers} layers, from 1 (the last)"
-            )
+            raise ValueError(f"--clip_skip {clip_skip}: this text encoder has {layers} layers, 1 is the last")
         return self.text_encoder(ids.to(self.device), clip_skip - 1)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +141,9 @@ class StableDiffusion:
         return pixels.float()
 
     def attach(self, path: str | Path, scale: float = 1.0, text_scale: float | None = None) -> list[str]:
-        """Use the adapter in a file, or those in a folder; returns what each was, for people. Several add. At
-        `scale` 0 the model is what it was, to the bit; its text encoder has `text_scale` if that is given.
+        """Add the adapter in a file, or those in a folder, to the ones attached before; returns a description
+        of each. At `scale` 0 the model is what it was, to the bit. `text_scale` is the text encoder's scale,
+        by default the same.
 
         ValueError, naming the file and changing nothing, if it does not fit, or is attached already.
         """
@@ -158,8 +164,8 @@ class StableDiffusion:
         return [adapter.description for adapter in adapters]
 
     def rescale(self, name: str | Path, scale: float, text_scale: float | None = None) -> None:
-        """Set the scale of what `attach` was given as `name`, or a path whose last part is `name`, with or
-        without its suffix. ValueError if there is no such, or if it has none to set."""
+        """Set the scale of the adapter that was attached as `name`, or from a path that ends in `name`, with
+        or without its suffix. ValueError if there is none, or if it has no scale."""
         found = [Path(name).resolve()] if Path(name).resolve() in self.attached else []
         found = found or [path for path in self.attached if str(name) in (path.name, path.stem)]
         if len(found) != 1:
@@ -168,25 +174,26 @@ class StableDiffusion:
             raise ValueError(f"{name} is {is_what}: {known}")
         self.attached[found[0]].rescale(scale, text_scale, str(name))
 
-    def controlnet(self, source: str, cache_dir: str | None = None) -> ControlNet:
+    def controlnet(self, source: str) -> ControlNet:
         """The ControlNet of a folder, a single file or a hub id, read once. ValueError, naming it, if there
         is none, or if it does not belong to this UNet."""
         if source not in self.controlnets:
             dtype = self.unet.conv_in.weight.dtype
-            network = controlnet.load(source, device=self.device, dtype=dtype, cache_dir=cache_dir)
+            network = controlnet.load(source, device=self.device, dtype=dtype, cache_dir=self.cache_dir)
             controlnet.check(network, self.unet.config, source)
             self.controlnets[source] = network
         return self.controlnets[source]
 
     def exact(self, part: str, name: str, tensor: Tensor) -> Tensor:
-        """A network's tensor as the model's file has it, if it is no other but for its precision."""
-        found = self.original.get(part, {}).get(name)
-        same = found is not None and found.shape == tensor.shape and torch.equal(found.to(tensor), tensor)
-        return found if same else tensor
+        """A network's tensor as the model's file has it, if the two differ in precision alone."""
+        original = self.original.get(part, {}).get(name)
+        if original is None or original.shape != tensor.shape or not torch.equal(original.to(tensor), tensor):
+            return tensor
+        return original
 
     def save(self, folder: Path, changed: Collection[str] = PARTS) -> None:
         """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it.
-        Parts that are not `changed` are written as they were read, whatever precision they run in."""
+        Parts that are not `changed` are written as they were loaded, whatever precision they run in."""
         tensors = {part: lora.merged(module) for part, module in self.parts.items()}
         for part, original in self.original.items():
             tensors[part] |= original if part not in changed else {}
@@ -203,17 +210,17 @@ class StableDiffusion:
         """
         path = Path(path)
         single = path.suffix.lower() == files.SAFETENSORS
-        if path.suffix in files.PICKLES:
-            raise ValueError(f"cannot write {path}: a model is a {files.SAFETENSORS} file, or a folder")
-        if self.source and path.resolve() == self.source.resolve():
-            raise ValueError(f"cannot write {path}: it is the model itself")
-        if any(path.resolve() in attached.files for attached in self.attached.values()):
-            raise ValueError(f"cannot write {path}: it is one of the adapters")
-        if single and self.tokenizer.placeholders:
-            tokens = ", ".join(self.tokenizer.placeholders)
-            raise ValueError(f"cannot write {path}: a single file has no place for {tokens}; a folder has")
-        if path.is_dir() and any(path.iterdir()) and not (path / diffusers.INDEX).is_file():
-            raise ValueError(f"cannot write {path}: it holds other things than a model")
+        tokens = ", ".join(self.tokenizer.placeholders)
+        adapters = [file for attached in self.attached.values() for file in attached.files]
+        foreign = path.is_dir() and any(path.iterdir()) and not (path / diffusers.INDEX).is_file()
+        for reason, holds in {
+            f"a model is a {files.SAFETENSORS} file, or a folder": path.suffix in files.PICKLES,
+            "it is the model itself": self.source and path.resolve() == self.source.resolve(),
+            "it is one of the adapters": path.resolve() in adapters,
+            f"a single file has no place for {tokens}; a folder has": single and tokens,
+            "it holds other things than a model": foreign,
+        }.items():
+            require(not holds, f"cannot write {path}: {reason}")
         tensors = {}
         for part, module in self.parts.items():
             own = {n: self.exact(part, n, t) for n, t in lora.own_state(module).items()}

@@ -1,14 +1,20 @@
-"""A table of settings, each row of which is drawn, and the labelled sheet of what came out."""
+"""A table of settings, each row of which is drawn, and the labelled sheet of the results."""
+
+from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Row = dict[str, list[str]]  # values by flag; several where the table has its column several times
 
 
 def read(path: Path) -> list[tuple[int, Row]]:
-    """The rows and their lines in a CSV file whose header names flags; an empty cell says nothing.
+    """The rows and their lines in a CSV file whose header names flags; an empty cell sets nothing.
     ValueError, naming the line, if a row is not as long as the header."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -31,18 +37,18 @@ def read(path: Path) -> list[tuple[int, Row]]:
 
 
 def axes(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """The flags that differ between rows, each with its values as they come."""
-    values = {name: list(dict.fromkeys(_value(row, name) for row in rows)) for name in rows[0]}
-    return [(name, found) for name, found in values.items() if len(found) > 1]
+    """The flags that differ between rows, each with its values in the order of the rows."""
+    columns = {name: list(dict.fromkeys(_value(row, name) for row in rows)) for name in rows[0]}
+    return [(name, values) for name, values in columns.items() if len(values) > 1]
 
 
 def _value(row: Row, name: str) -> str:
     return " ".join(row[name]) or "-"
 
 
-def sheet(rows: Sequence[Row], cells: Sequence):
-    """An image of all cells, one for each row: a table if two flags differ and every pair of their values is
-    there once, the first going down; else a list, each with a label of what differs."""
+def sheet(rows: Sequence[Row], cells: Sequence[Image.Image]) -> Image.Image:
+    """An image of all cells, one for each row: a table if two flags differ and every pair of their values
+    occurs once, the first flag going down; else a list, where each cell has a label of what differs."""
     from minisd.data import images
 
     varying = axes(rows)

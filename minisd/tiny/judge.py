@@ -26,7 +26,7 @@ from minisd.data import images
 from minisd.formats import config_json
 from minisd.models.unet2d import UNet2DConfig
 from minisd.options import TINY
-from minisd.sampling.guidance import Control
+from minisd.sampling.generate import Control
 from minisd.sampling.pixel_diffusion import PixelDiffusion
 from minisd.tiny import bank, measures
 from minisd.tiny.data import TURQUOISE, loose, plain
@@ -200,7 +200,7 @@ def instruct_pix2pix(t: Trial) -> None:
     inputs, wanted = ([row[k] for row in rows] for k in ("input_image", "edited_image"))
     originals = torch.stack([images.to_tensor(image) for image in inputs])
     asked, little = [row["edit_prompt"] for row in rows], {"guidance_scale": 1.5, "image_guidance_scale": 1.0}
-    drawn = t.draw(t.load(out), asked, sampling=little, originals=originals)
+    drawn = t.draw(t.load(out), asked, sampling=little, init_images=originals)
     before, after = (measures.distance(d, wanted).mean() for d in (inputs, drawn))
     other = measures.distance(drawn, wanted[count:] + wanted[:count]).mean()  # the same edit of another thing
     t.measure("distance from the true edit", before, other, after, 0.85 * before)
