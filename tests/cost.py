@@ -2,6 +2,7 @@
 
     python tests/cost.py                    SD v1.5's shapes with random weights; 10 GB of disk
     python tests/cost.py --model FOLDER     a model of one's own, in the diffusers layout
+    python tests/cost.py --before CHECKOUT  beside another commit of minisd, checked out there, instead
 
 Loading and drawing are measured in a process for each tool, in turns. Loading is done when every weight has
 been read once, so that mapping a file without reading it gains nothing; what is drawn is the second picture
@@ -292,9 +293,13 @@ def make_model(folder: Path) -> None:
     gc.collect()
 
 
-def run(*flags: str) -> dict:
-    command = [sys.executable, __file__, *flags]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COST_BEGUN": str(time.time())}
+def run(*flags: str, root: Path = ROOT) -> dict:
+    command = [sys.executable, str(root / "tests" / "cost.py"), *flags]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "COST_BEGUN": str(time.time()),
+        "PYTHONPATH": str(root),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(flags)} failed:\n{done.stderr[-3000:]}")
@@ -306,6 +311,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder in the diffusers layout; without it one is made")
     parser.add_argument("--tasks", nargs="+", choices=ALONE | TOGETHER, default=list(ALONE | TOGETHER))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="checkout of another commit, to compare with that")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--tool", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -318,10 +324,14 @@ def main() -> None:
         if not args.model and not all(task.startswith("tiny_") for task in args.tasks):
             code = f"import cost, pathlib; cost.make_model(pathlib.Path({model!r}))"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-        report(model, args.tasks, args.rounds)
+        if args.before and (together := set(args.tasks) & set(TOGETHER)):
+            parser.error(
+                f"--before: {', '.join(sorted(together))} are measured in one process with diffusers"
+            )
+        report(model, args.tasks, args.rounds, args.before)
 
 
-def report(model: str, tasks: list[str], rounds: int) -> None:
+def report(model: str, tasks: list[str], rounds: int, before: Path | None) -> None:
     import diffusers
     import torch
 
@@ -329,7 +339,8 @@ def report(model: str, tasks: list[str], rounds: int) -> None:
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     machine = f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
     print(f"{versions}, {machine}; the model is {size:.2f} GB\n")
-    print(f"| median of {rounds} | minisd | diffusers | ratio |\n|---|---|---|---|")
+    peer = "before" if before else "diffusers"
+    print(f"| median of {rounds} | minisd | {peer} | ratio |\n|---|---|---|---|")
     for task in tasks:
         tiny = task.startswith("tiny_")
         flags = ("--task", task, "--model", TINY if tiny else model)
@@ -338,13 +349,14 @@ def report(model: str, tasks: list[str], rounds: int) -> None:
             seen = run(*flags)
         else:
             for _ in range(rounds):
-                for tool in ("minisd", "diffusers"):
-                    for name, value in run(*flags, "--tool", tool).items():
+                for tool in ("minisd", peer):
+                    where = ("minisd", before.resolve()) if tool == "before" else (tool, ROOT)
+                    for name, value in run(*flags, "--tool", where[0], root=where[1]).items():
                         seen.setdefault(name, {}).setdefault(tool, []).append(value)
         for name, times in seen.items():
             name = f"the tiny model, {name}" if tiny else name
-            ours, theirs = (statistics.median(times[tool]) for tool in ("minisd", "diffusers"))
-            ratio = statistics.median(b / a for a, b in zip(times["minisd"], times["diffusers"], strict=True))
+            ours, theirs = (statistics.median(times[tool]) for tool in ("minisd", peer))
+            ratio = statistics.median(b / a for a, b in zip(times["minisd"], times[peer], strict=True))
             print(f"| {name} | {ours:.3g} | {theirs:.3g} | {ratio:.2f} x |", flush=True)
     print("\nratio: the median of the rounds' ratios; above 1 minisd is faster or smaller")
 

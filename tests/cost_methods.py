@@ -2,6 +2,7 @@
 
     git clone https://github.com/huggingface/diffusers
     python tests/cost_methods.py --scripts diffusers/examples
+    python tests/cost_methods.py --before CHECKOUT              beside another commit of minisd instead
 
 Both get the same flags, model, data and batch, each in a process of its own, in turns. Steps are timed where
 the tool's own bar passes them, so that neither starting nor saving counts; start is the time until the first.
@@ -147,7 +148,9 @@ def measure(command: list[str], folder: Path, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--scripts", type=Path, required=True, help="the folder examples of diffusers")
+    peer = parser.add_mutually_exclusive_group(required=True)
+    peer.add_argument("--scripts", type=Path, help="the folder examples of diffusers")
+    peer.add_argument("--before", type=Path, help="checkout of another commit, to compare with that")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=113)
@@ -166,19 +169,24 @@ def main() -> None:
 def report(args, folder: Path) -> None:
     threads = os.environ["OMP_NUM_THREADS"]
     print(f"{args.side}x{args.side}, batch {args.batch}, {threads} threads, {time.strftime('%Y-%m-%d')}\n")
-    print("| method | steps/s | diffusers | ratio | of CPU time | peak MB | diffusers | ratio | start s |")
+    peer = "before" if args.before else "diffusers"
+    print(f"| method | steps/s | {peer} | ratio | of CPU time | peak MB | {peer} | ratio | start s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for row in args.methods:
         script, flags = METHODS[row]
         method = row.partition(",")[0]
         common = flags.format(steps=args.steps).split()
         common += [f"--resolution={args.side}", f"--train_batch_size={args.batch}"]
-        tools = {"minisd": [str(ROOT / "train.py"), "--method", method], "diffusers": [args.scripts / script]}
+        tools = {"minisd": [str(ROOT / "train.py"), "--method", method]}
+        if args.before:
+            tools[peer] = [str(args.before.resolve() / "train.py"), "--method", method]
+        else:
+            tools[peer] = [str(args.scripts / script)]
         seen: dict[str, list[dict]] = {tool: [] for tool in tools}
         for turn in range(args.turns):
             for tool in tools if turn % 2 else reversed(tools):
                 own = [f"--output_dir={folder / f'{row}-{tool}-{turn}'}"]
-                command = [sys.executable, *map(str, tools[tool]), *common, *own]
+                command = [sys.executable, *tools[tool], *common, *own]
                 seen[tool].append(measure(command, folder, args.steps))
         ours, theirs = ({k: statistics.median(s[k] for s in seen[t]) for k in seen[t][0]} for t in tools)
         print(
@@ -187,7 +195,7 @@ def report(args, folder: Path) -> None:
             f"| {ours['peak'] / theirs['peak']:.2f} | {ours['start']:.0f}, {theirs['start']:.0f} |",
             flush=True,
         )
-    print("\nratio: minisd to diffusers; of steps above 1 is faster, of the peak below 1 is smaller")
+    print(f"\nratio: minisd to {peer}; of steps above 1 is faster, of the peak below 1 is smaller")
 
 
 if __name__ == "__main__":

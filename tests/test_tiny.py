@@ -56,7 +56,7 @@ def packages(tmp_path_factory):
 
 @pytest.fixture
 def built(packages, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "WORLD", WORLD)
+    monkeypatch.setattr(bank, "world", lambda: WORLD)
     data.build(tmp_path / "data", packages, "small")
     return tmp_path / "data"
 
@@ -112,7 +112,7 @@ def test_the_folders_are_what_train_reads(built):
 
 
 def test_the_bank_in_one_file_is_the_bank(built):
-    tiles = bank.read(built / "bank.webp", WORLD)
+    tiles = bank.read(built / "bank.webp")
     rows = [json.loads(line) for line in (built / "bank/metadata.jsonl").read_text().splitlines()]
     assert len(tiles) == len(rows) == 15
     for row in rows:
@@ -176,25 +176,25 @@ def test_without_npm_one_line_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_what_is_drawn_is_found_in_the_bank(built):
-    bank = metrics.Bank.load(built)
-    numbers = [bank.find("cat", "3d"), bank.find("lion", "flat"), bank.find("camel", "noto")]
-    drawn = [pictures.on(bank.pictures[n]) for n in numbers]
-    distances = bank.distances(drawn)
-    assert distances.shape == (3, len(bank.rows))
+    things = metrics.Things.load(built)
+    numbers = [things.find("cat", "3d"), things.find("lion", "flat"), things.find("camel", "noto")]
+    drawn = [pictures.on(things.pictures[n]) for n in numbers]
+    distances = things.distances(drawn)
+    assert distances.shape == (3, len(things.rows))
     assert [distances[i, n].item() for i, n in enumerate(numbers)] == pytest.approx([0] * 3, abs=1e-3)
-    assert bank.ranks(distances, numbers) == [0, 0, 0]
+    assert things.ranks(distances, numbers) == [0, 0, 0]
     # The rank counts nearer things of the same style alone.
-    far = bank.find("camel", "3d")
+    far = things.find("camel", "3d")
     row = distances[0]
-    nearer = [i for i, r in enumerate(bank.rows) if r["style"] == "3d" and row[i] < row[far]]
-    assert bank.ranks(distances[:1], [far]) == [len(nearer)] and nearer
+    nearer = [i for i, r in enumerate(things.rows) if r["style"] == "3d" and row[i] < row[far]]
+    assert things.ranks(distances[:1], [far]) == [len(nearer)] and nearer
     with pytest.raises(ValueError, match="no 3d picture of 'dodo'"):
-        bank.find("dodo", "3d")
+        things.find("dodo", "3d")
 
 
 @pytest.mark.parametrize("ground", [*pictures.GROUNDS, "white"])
 def test_the_ground_of_a_picture_is_named(built, ground):
-    thing = metrics.Bank.load(built).pictures[0]
+    thing = metrics.Things.load(built).pictures[0]
     assert (
         metrics.ground_name(pictures.on(thing, {"white": pictures.WHITE, **pictures.GROUNDS}[ground]))
         == ground
@@ -240,15 +240,14 @@ def test_every_default_is_a_flag():
 
 
 def test_a_model_that_draws_the_truth_is_told_from_one_that_does_not_listen(built, monkeypatch):
-    bank = metrics.Bank.load(built)
-    monkeypatch.setattr(metrics, "WORLD", WORLD)
+    things = metrics.Things.load(built)
 
     def truth(sd, prompts, seed):
         drawn = []
         for prompt in prompts:
             style = prompt.split()[0]
-            row = next(r for r in bank.rows if r["style"] == style and data.uncoloured(r["name"]) in prompt)
-            picture = bank.pictures[bank.find(row["name"], style)]
+            row = next(r for r in things.rows if r["style"] == style and data.uncoloured(r["name"]) in prompt)
+            picture = things.pictures[things.find(row["name"], style)]
             words = prompt.split(" on ")[0].split()
             hue = next((w for w in words if w in pictures.HUES and w not in row["name"]), None)
             picture = pictures.recoloured(picture, pictures.HUES[hue]) if hue else picture
@@ -257,13 +256,13 @@ def test_a_model_that_draws_the_truth_is_told_from_one_that_does_not_listen(buil
         return drawn
 
     monkeypatch.setattr(metrics, "draw", truth)
-    figures, rows = metrics.evaluate(None, bank, [])
+    figures, rows = metrics.evaluate(None, things, [])
     assert all(figures["seen"][k] == 1 for k in ("top1", "top5", "style"))
     assert figures["right hue, held out"] == figures["right ground (chance is 1 in 9)"] == 1
     assert all(0 < len(row) <= 8 for _, row in rows)
     same = truth(None, ["3d emoji of a camel"], 0)
     monkeypatch.setattr(metrics, "draw", lambda sd, prompts, seed: same * len(prompts))
-    figures, _ = metrics.evaluate(None, bank, [])
+    figures, _ = metrics.evaluate(None, things, [])
     assert figures["seen"]["top1"] < 0.3 and figures["right hue, held out"] < 1
     assert figures["right ground (chance is 1 in 9)"] == 0
 

@@ -33,7 +33,6 @@ from PIL import Image
 
 from minisd import cli
 from minisd.tiny import bank
-from minisd.tiny.bank import WORLD
 from minisd.tiny.pictures import (
     GROUNDS,
     HUES,
@@ -257,70 +256,94 @@ def write_cat(folder: Path, image: Image.Image) -> None:
         (folder / f"{number}.txt").write_text(text + "\n")
 
 
+def things_of(size: str, emoji: Emoji) -> dict[str, list[str]]:
+    """Kind -> names of the things of a world: "core", "small" or "wide"."""
+    kinds = {kind: names.split() for kind, names in bank.world()["concepts"].items()}
+    if size == "core":
+        few = {*bank.world()["held_out"]["concepts"].split(), *bank.world()["core"].split()}
+        kinds = {kind: [n for n in names if n in few] for kind, names in kinds.items()}
+    elif size == "wide":
+        listed = {name for names in kinds.values() for name in names}
+        kinds |= {k: [n for n in names if n not in listed] for k, names in emoji.wide().items()}
+    return kinds
+
+
+class Writer:
+    """Writes what is drawn of one thing after another into the folders that the docstring above lists."""
+
+    PARTS = "train noto control edits bank held_out/styles held_out/hues held_out/control held_out/edits"
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.folders = {part: Folder(out / part) for part in self.PARTS.split()}
+        self.tiles: bank.Tiles = {}
+        held = bank.world()["held_out"]
+        self.unseen = set(held["concepts"].split())
+        self.styles, self.hues = set(map(tuple, held["style"])), [tuple(pair) for pair in held["hue"]]
+
+    def add(self, name: str, kind: str, drawn: dict[str, Image.Image]) -> None:
+        """All pictures of a thing, of which `drawn` has one in each style."""
+        for style, image in drawn.items():
+            self.tiles[name, style] = image
+            self._add_style(name, kind, style, image)
+        known = name not in self.unseen
+        seen = known and not {(name, s) for s in STYLES} & self.styles
+        if seen or not known:
+            self._add_pairs(name, drawn, "" if seen else "held_out/")
+        if not known:
+            concept = Folder(self.out / "held_out" / "concepts" / name)
+            for picture, text in five(drawn["3d"]):
+                concept.add({"": picture}, text=text)
+            concept.close()
+
+    def _add_style(self, name: str, kind: str, style: str, image: Image.Image) -> None:
+        """The pictures of a thing in one style: trained, or held out."""
+        known, usual = name not in self.unseen, captions(style, plain(name))[0]
+        seen = known and style != "noto" and (name, style) not in self.styles
+        about = {"name": plain(name), "kind": kind, "style": style, "seen": seen}
+        self.folders["bank"].add({"": image}, text=usual, **about)
+        if seen:
+            # A wide world's categories are no words for a thing.
+            said = kind if kind in bank.world()["concepts"] else ""
+            for picture, texts in variants(name, said, style, image, set(self.hues)):
+                self.folders["train"].add({"": picture}, text=texts)
+        elif known:
+            part = "noto" if style == "noto" else "held_out/styles"
+            self.folders[part].add({"": on(image)}, text=usual)
+        for hue in [h for n, h in self.hues if n == name and style != "noto"]:
+            text = captions(style, f"{hue} {uncoloured(name)}")[0]
+            self.folders["held_out/hues"].add({"": on(recoloured(image, HUES[hue]))}, text=text)
+
+    def _add_pairs(self, name: str, drawn: dict[str, Image.Image], part: str) -> None:
+        """Silhouettes with their pictures, and pictures before and after an edit."""
+        chance = random.Random(f"{name} pairs")
+        for turn in range(3):
+            shape = loose(drawn["3d"], chance) if turn else drawn["3d"]
+            pair = {"": on(shape), "conditioning_image": silhouette(shape)}
+            self.folders[f"{part}control"].add(pair, text=captions("3d", plain(name))[0])
+        ground = chance.choice(list(GROUNDS.values()))
+        for behind in (WHITE, ground):
+            before, after = (on(drawn[style], behind) for style in STYLES)
+            pair = {"input_image": before, "edited_image": after}
+            self.folders[f"{part}edits"].add(pair, edit_prompt="make it flat")
+
+
 def build(out: Path, packages: Path, world: str) -> str:
     """Write all folders below `out`, which must be new; returns what was written, for people."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
-    emoji = Emoji(packages)
-    kinds = {kind: names.split() for kind, names in WORLD["concepts"].items()}
-    held = WORLD["held_out"]
-    unseen = set(held["concepts"].split())
-    if world == "core":
-        few = unseen | set(WORLD["core"].split())
-        kinds = {kind: [n for n in names if n in few] for kind, names in kinds.items()}
-    elif world == "wide":
-        listed = {name for names in kinds.values() for name in names}
-        kinds |= {k: [n for n in names if n not in listed] for k, names in emoji.wide().items()}
-    combinations, held_hues = set(map(tuple, held["style"])), set(map(tuple, held["hue"]))
-
-    parts = "train noto control edits bank held_out/styles held_out/hues held_out/control held_out/edits"
-    folders = {part: Folder(out / part) for part in parts.split()}
-    tiles = {}
-    for kind, names in kinds.items():
+    emoji, writer = Emoji(packages), Writer(out)
+    for kind, names in things_of(world, emoji).items():
         for name in names:
-            known, chance = name not in unseen, random.Random(f"{name} pairs")
-            # A wide world's categories are no words for a thing.
-            said = kind if kind in WORLD["concepts"] else ""
             in_style = {s: emoji.draw(s, name) for s in (*STYLES, "noto") if name in emoji.files[s]}
-            for style, image in in_style.items():
-                tiles[name, style] = image
-                seen = known and style != "noto" and (name, style) not in combinations
-                about = {"name": plain(name), "kind": kind, "style": style, "seen": seen}
-                folders["bank"].add({"": image}, text=captions(style, plain(name))[0], **about)
-                if seen:
-                    for picture, texts in variants(name, said, style, image, held_hues):
-                        folders["train"].add({"": picture}, text=texts)
-                elif style == "noto" and known:
-                    folders["noto"].add({"": on(image)}, text=captions(style, plain(name))[0])
-                elif known:
-                    folders["held_out/styles"].add({"": on(image)}, text=captions(style, plain(name))[0])
-                for hue in [h for n, h in held["hue"] if n == name and style != "noto"]:
-                    text = captions(style, f"{hue} {uncoloured(name)}")[0]
-                    folders["held_out/hues"].add({"": on(recoloured(image, HUES[hue]))}, text=text)
-            seen = known and not {(name, s) for s in STYLES} & combinations
-            if seen or not known:
-                part = "" if seen else "held_out/"
-                for turn in range(3):
-                    shape = loose(in_style["3d"], chance) if turn else in_style["3d"]
-                    pair = {"": on(shape), "conditioning_image": silhouette(shape)}
-                    folders[f"{part}control"].add(pair, text=captions("3d", plain(name))[0])
-                ground = chance.choice(list(GROUNDS.values()))
-                for behind in (WHITE, ground):
-                    before, after = (on(in_style[style], behind) for style in STYLES)
-                    pair = {"input_image": before, "edited_image": after}
-                    folders[f"{part}edits"].add(pair, edit_prompt="make it flat")
-            if not known:
-                concept = Folder(out / "held_out" / "concepts" / name)
-                for picture, text in five(in_style["3d"]):
-                    concept.add({"": picture}, text=text)
-                concept.close()
+            writer.add(name, kind, in_style)
     write_cat(out / "cat", emoji.draw("3d", "cat"))
-    for folder in folders.values():
+    for folder in writer.folders.values():
         folder.close()
-    bank.write(out / "bank.webp", tiles, WORLD)
+    bank.write(out / "bank.webp", writer.tiles)
     (out / "NOTICE.md").write_text(NOTICE + "".join(f"- {name}\n" for name in PACKAGES.values()))
     (out / "names.txt").write_text("\n".join(sorted(set(map(plain, emoji.names.values())))) + "\n")
-    return ", ".join(f"{part}: {len(folder.rows)}" for part, folder in folders.items())
+    return ", ".join(f"{part}: {len(folder.rows)}" for part, folder in writer.folders.items())
 
 
 def main() -> None:

@@ -165,7 +165,7 @@ def controlnet(t: Trial) -> None:
     asked = [pair(n) for n in clear[:16]]
     prompts, hints = [p["text"] for p in asked], [p["conditioning_image"] for p in asked]
     shapes = [images.to_tensor(h)[0] > 0 for h in hints]
-    control = registry.load("adapters", "control").load(out, device="cpu", dtype=torch.float32)
+    control = registry.load("adapters", "controlnet").load(out, device="cpu", dtype=torch.float32)
     hint = torch.stack([images.to_tensor(h) for h in hints]) / 2 + 0.5
     before = t.draw(base, prompts)
     after = t.draw(base, prompts, controls=[Control(network=control, hint=hint)])

@@ -23,7 +23,8 @@ from minisd.data import images
 from minisd.options import TINY
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from minisd.tiny.data import STYLES, WORLD, captions, plain, uncoloured
+from minisd.tiny import bank
+from minisd.tiny.data import STYLES, captions, plain, uncoloured
 from minisd.tiny.pictures import GROUNDS, HUES, WHITE, on, recoloured
 
 SETTINGS = Settings(width=64, height=64, steps=20, guidance_scale=3.0)
@@ -36,14 +37,14 @@ def features(drawn: list[Image.Image]) -> Tensor:
 
 
 @dataclass
-class Bank:
+class Things:
     """Every thing of the data once in every style: rows of metadata, and pictures with transparency."""
 
     rows: list[dict]
     pictures: list[Image.Image]
 
     @classmethod
-    def load(cls, data: Path) -> "Bank":
+    def load(cls, data: Path) -> "Things":
         """The bank of a folder that minisd.tiny.data wrote. ValueError if there is none."""
         path = data / "bank" / "metadata.jsonl"
         if not path.is_file():
@@ -92,15 +93,17 @@ def draw(sd: StableDiffusion, prompts: list[str], seed: int) -> list[Image.Image
     return list(pictures(sd, prompts, range(seed, seed + len(prompts)), SETTINGS, batch_size=8))
 
 
-def recall(sd: StableDiffusion, bank: Bank, numbers: list[int], seed: int) -> tuple[dict, list[Image.Image]]:
+def recall(
+    sd: StableDiffusion, things: Things, numbers: list[int], seed: int
+) -> tuple[dict, list[Image.Image]]:
     """What the model draws for things by their captions, against all things of the same style: the share that
     is nearest to the right one, or has it among the nearest 5, the share that is nearer to it than to the
     same thing in the other style, and the mean distance."""
-    drawn = draw(sd, [bank.rows[n]["text"] for n in numbers], seed)
-    distances = bank.distances(drawn)
-    ranks = bank.ranks(distances, numbers)
+    drawn = draw(sd, [things.rows[n]["text"] for n in numbers], seed)
+    distances = things.distances(drawn)
+    ranks = things.ranks(distances, numbers)
     own = [row[n].item() for row, n in zip(distances, numbers, strict=True)]
-    other = [row[bank.find(bank.rows[n]["name"], _other(bank.rows[n]["style"]))].item()
+    other = [row[things.find(things.rows[n]["name"], _other(things.rows[n]["style"]))].item()
              for row, n in zip(distances, numbers, strict=True)]  # fmt: skip
     count = len(numbers)
     return {
@@ -116,13 +119,13 @@ def _other(style: str) -> str:
     return STYLES[1 - STYLES.index(style)]
 
 
-def hues(sd: StableDiffusion, bank: Bank, seed: int) -> tuple[float, list[Image.Image]]:
+def hues(sd: StableDiffusion, things: Things, seed: int) -> tuple[float, list[Image.Image]]:
     """Things in hues that were held out for them, in 3d: the share of pictures that are nearer to the thing
     in that hue than to the thing as it is. A model that does not hear the hue has 0."""
-    known = {row["name"] for row in bank.rows if row["seen"]}
-    pairs = [(name, hue) for name, hue in WORLD["held_out"]["hue"] if plain(name) in known]
+    known = {row["name"] for row in things.rows if row["seen"]}
+    pairs = [(name, hue) for name, hue in bank.world()["held_out"]["hue"] if plain(name) in known]
     drawn = draw(sd, [captions("3d", f"{hue} {uncoloured(name)}")[0] for name, hue in pairs], seed)
-    own = [bank.pictures[bank.find(plain(name), "3d")] for name, _ in pairs]
+    own = [things.pictures[things.find(plain(name), "3d")] for name, _ in pairs]
     other = [recoloured(picture, HUES[hue]) for picture, (_, hue) in zip(own, pairs, strict=True)]
     to_own, to_other = (
         (features(drawn) - features([on(picture) for picture in truth])).norm(dim=1) for truth in (own, other)
@@ -130,39 +133,41 @@ def hues(sd: StableDiffusion, bank: Bank, seed: int) -> tuple[float, list[Image.
     return (to_other < to_own).float().mean().item(), drawn
 
 
-def evaluate(sd: StableDiffusion, bank: Bank, kinds: list[str], count: int = 32, seed: int = 11):
+def evaluate(sd: StableDiffusion, things: Things, kinds: list[str], count: int = 32, seed: int = 11):
     """Figures by name, and rows of pictures to look at: of things that were trained, of combinations of thing
     and style and of thing and hue that were held out, and of grounds."""
-    size = sum(row["style"] == STYLES[0] for row in bank.rows)
+    size = sum(row["style"] == STYLES[0] for row in things.rows)
     figures, rows = {"things of a style (chance is 1 in as many)": size}, []
     wanted = [
-        i for i, r in enumerate(bank.rows) if r["style"] in STYLES and r["kind"] in (kinds or r["kind"])
+        i for i, r in enumerate(things.rows) if r["style"] in STYLES and r["kind"] in (kinds or r["kind"])
     ]
-    names = {r["name"] for r in bank.rows if r["seen"]}
+    names = {r["name"] for r in things.rows if r["seen"]}
     pools = {
-        "seen": [i for i in wanted if bank.rows[i]["seen"]],
-        "held-out style": [i for i in wanted if not bank.rows[i]["seen"] and bank.rows[i]["name"] in names],
+        "seen": [i for i in wanted if things.rows[i]["seen"]],
+        "held-out style": [
+            i for i in wanted if not things.rows[i]["seen"] and things.rows[i]["name"] in names
+        ],
     }
     for label, pool in pools.items():
         numbers = random.Random(3).sample(pool, min(count, len(pool)))
         if not numbers:
             continue
-        figures[label], drawn = recall(sd, bank, numbers, seed)
+        figures[label], drawn = recall(sd, things, numbers, seed)
         for start in range(0, min(16, len(numbers)), 8):
             part = numbers[start : start + 8]
-            said = ", ".join(f"{bank.rows[n]['style']} {bank.rows[n]['name']}" for n in part)
-            rows.append((f"the data's, {label}", [on(bank.pictures[n]) for n in part]))
+            said = ", ".join(f"{things.rows[n]['style']} {things.rows[n]['name']}" for n in part)
+            rows.append((f"the data's, {label}", [on(things.pictures[n]) for n in part]))
             rows.append((said, drawn[start : start + 8]))
-    figures["right hue, held out"], drawn = hues(sd, bank, seed)
+    figures["right hue, held out"], drawn = hues(sd, things, seed)
     rows.append(("3d, in hues that were held out for them", drawn[:8]))
     chance = random.Random(5)
     grounds = [list(GROUNDS)[i % len(GROUNDS)] for i in range(16)]
-    things = [bank.rows[chance.choice(pools["seen"])] for _ in grounds]
-    prompts = [captions(t["style"], t["name"], g)[0] for t, g in zip(things, grounds, strict=True)]
+    shown = [things.rows[chance.choice(pools["seen"])] for _ in grounds]
+    prompts = [captions(t["style"], t["name"], g)[0] for t, g in zip(shown, grounds, strict=True)]
     drawn = draw(sd, prompts, seed)
     right = sum(ground_name(image) == ground for image, ground in zip(drawn, grounds, strict=True))
     figures["right ground (chance is 1 in 9)"] = right / len(grounds)
-    said = ", ".join(f"{t['style']} {t['name']} on {g}" for t, g in zip(things[:8], grounds[:8], strict=True))
+    said = ", ".join(f"{t['style']} {t['name']} on {g}" for t, g in zip(shown[:8], grounds[:8], strict=True))
     rows.append((said, drawn[:8]))
     return figures, rows
 
@@ -176,8 +181,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=[], metavar="X", help="only things of these kinds")
     parser.add_argument("--sheet", type=Path, help="write what was drawn here, beside the data's")
     o = parser.parse_args()
-    bank = Bank.load(o.data)
-    figures, rows = evaluate(StableDiffusion.load(o.model), bank, o.kinds)
+    things = Things.load(o.data)
+    figures, rows = evaluate(StableDiffusion.load(o.model), things, o.kinds)
     for label, value in figures.items():
         shown = {k: v for k, v in value.items() if k != "ranks"} if isinstance(value, dict) else {"": value}
         print(f"{label}:", ", ".join(f"{k} {v:.3g}".strip() for k, v in shown.items()))

@@ -1,6 +1,7 @@
 """One method's training by the judge, and what is measured of it."""
 
 import contextlib
+import functools
 import json
 import random
 import shutil
@@ -24,9 +25,14 @@ from minisd.tiny.pictures import GROUNDS, SIDE, WHITE, on, recoloured
 from minisd.training import loop
 from minisd.training.run_folder import Run
 
-DEFAULTS = json.loads((TINY / "defaults.json").read_text())
 # Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
+
+
+@functools.cache
+def defaults() -> dict[str, dict]:
+    """The flags that suit the tiny model, by method; "sample" has those of sample.py."""
+    return json.loads((TINY / "defaults.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Trial:
         """Run train.py's code; returns the folder of the result. What it prints goes to train.log."""
         out = self.folder / "result"
         flags = (
-            DEFAULTS.get(self.method, {})
+            defaults().get(self.method, {})
             | {"output_dir": out, "report_to": "none", "checkpointing_steps": 0}
             | flags
         )
@@ -116,7 +122,7 @@ class Trial:
     def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, sampling: dict | None = None,
              **further) -> list[Image.Image]:  # fmt: skip
         """A picture for each prompt, with the seeds from `seed` on; `sampling` changes the defaults."""
-        settings = Settings(width=SIDE, height=SIDE, **DEFAULTS["sample"] | (sampling or {}))
+        settings = Settings(width=SIDE, height=SIDE, **defaults()["sample"] | (sampling or {}))
         seeds = range(seed, seed + len(prompts))
         return list(pictures(sd, prompts, seeds, settings, batch_size=8, **further))
 
@@ -169,7 +175,7 @@ class Trial:
 
     def known(self, seed: str) -> list[str]:
         """The things that the model was trained on, shuffled."""
-        names = bank.WORLD["core"].split()
+        names = bank.world()["core"].split()
         random.Random(seed).shuffle(names)
         return names
 
