@@ -179,9 +179,9 @@ def test_the_proposed_method(proposed, tmp_path):
     """Exactly the modules that it names train."""
     from minisd.data.batches import Stream, collate
 
-    module = proposed("attention")
+    module = proposed("part_of_unet")
     options = module.Options(data=ROOT / "cat", model=str(TINY), resolution=64, output_dir=tmp_path / "out")
-    method = module.Method(options)
+    method = module.PartOfUNet(options, torch.device("cpu"))
     trained = method.build()
     assert trained and all(".attn2." in name for name in trained)
     method.loss(collate([Stream(method.dataset(), 0)[0]])).backward()
