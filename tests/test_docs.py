@@ -119,7 +119,7 @@ def known_flags() -> set[str]:
 @pages
 def test_flags_in_the_text_exist(page):
     for flag in re.findall(r"`(--[\w-]+)", prose(page)):
-        assert flag in known_flags() or f"--{flag.removeprefix('--no-')}" in known_flags(), flag
+        assert {flag, flag.replace("--no-", "--", 1)} & known_flags(), flag
 
 
 # --- Code --------------------------------------------------------------------------------------------------
@@ -182,9 +182,9 @@ def test_the_proposed_method(proposed, tmp_path):
     module = proposed("part_of_unet")
     options = module.Options(data=ROOT / "cat", model=str(TINY), resolution=64, output_dir=tmp_path / "out")
     method = module.PartOfUNet(options, torch.device("cpu"))
-    trained = method.build()
+    trained = method.setup()
     assert trained and all(".attn2." in name for name in trained)
-    method.loss(collate([Stream(method.dataset(), 0)[0]])).backward()
+    method.loss(collate([Stream(method.datasets()[0], 0)[0]])).backward()
     assert all(p.grad is not None for p in trained.values())
     assert sum(p.requires_grad for part in method.parts.values() for p in part.parameters()) == len(trained)
     method.save(tmp_path / "out")
