@@ -99,6 +99,14 @@ def pipe(model):
     return pipe
 
 
+@pytest.fixture
+def sd(model):
+    """Our model of the same files, without adapters."""
+    from tests.lora_helpers import fresh
+
+    return fresh(model)
+
+
 @pytest.fixture(scope="session")
 def cat(tmp_path_factory) -> Path:
     """A folder named cat with five small pictures of different sizes."""

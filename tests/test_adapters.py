@@ -1,25 +1,35 @@
 """Adapters of every format draw what diffusers draws with them, or with the weights that they amount to."""
 
 import itertools
-from functools import cache
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from minisd import cli, files
-from minisd.adapters import custom_diffusion, lora
-from minisd.formats import lora_names, single_file
+from minisd.adapters import lora
+from minisd.formats import lora_names
 from minisd.models import layers
-from minisd.sampling.generate import Settings, pictures
-from minisd.sampling.options import Sample
-from minisd.sampling.stable_diffusion import StableDiffusion
-from tests import test_lora
-from tests.test_lora import PROJECTIONS, fresh, new, weights
-from tests.test_sample import draw_theirs, psnr
+from minisd.sampling import run
+from tests.lora_helpers import (
+    PROJECTIONS,
+    PROMPT,
+    custom,
+    draw,
+    draw_plain,
+    draw_with,
+    fresh,
+    named,
+    new,
+    peft_adapters,
+    save_peft,
+    weights,
+)
+from tests.pairs import psnr
 
 pytestmark = pytest.mark.parity
-PROMPT = "a photo of a cat"
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0."
 
 
 @pytest.fixture(autouse=True)
@@ -29,33 +39,14 @@ def shared_tokenizer(model):
     fresh(model).tokenizer.placeholders.clear()
 
 
-def draw(sd, prompt=PROMPT):
-    return next(pictures(sd, [prompt], [3], Settings(width=32, height=32, steps=2)))
-
-
-@cache
-def draw_plain(model):
-    return draw(fresh(model))
-
-
-def draw_with(pipe, prompt=PROMPT):
-    return draw_theirs(pipe, [prompt], [3], 32, 32, num_inference_steps=2, guidance_scale=7.5)[0]
-
-
 # --- A matrix of formats, scales and sums ----------------------------------------------------------------
 
 
 def generation(name, model, folder):
     """By the published names of a generation of the diffusers format, PEFT's or kohya's."""
     targets = ["attn1.to_q", "attn2.to_k", "attn2.to_v", "to_out.0", *(PROJECTIONS if name != "g0" else ())]
-    tensors = {}
     updates = new(model, targets, 4, 4.0)[1]
-    for layer, update in updates.items():
-        part, _, path = layer.partition(".")
-        key = test_lora.unet_key if part == "unet" else test_lora.text_key
-        tensors[key(name, path, "down")] = update.lora_A.detach().clone()
-        tensors[key(name, path, "up")] = update.lora_B.detach().clone()
-    save_file(tensors, folder / "x.safetensors")
+    save_file(named(updates, name), folder / "x.safetensors")
     if name in ("g0", "g1"):  # which diffusers no longer reads
         return {f"{layer}.weight": update.delta() for layer, update in updates.items()}
 
@@ -66,8 +57,8 @@ def by_diffusers(name, model, folder):
     from diffusers.utils import convert_state_dict_to_kohya
 
     other = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    test_lora.peft_adapters(other, rank=3, alpha=6)
-    test_lora.save_peft(other, folder, metadata=True)
+    peft_adapters(other, rank=3, alpha=6)
+    save_peft(other, folder, metadata=True)
     file = folder / "pytorch_lora_weights.safetensors"
     if name == "convert_to_kohya":
         state = {
@@ -92,69 +83,10 @@ def sd_scripts(name, model, folder):
     save_file({k: v.half() for k, v in tensors.items()}, folder / "x.safetensors")
 
 
-CONV, STRIDED = "down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv"
-ATTENTION = "mid_block.attentions.0.transformer_blocks.0."
-
-
-def relative(name, model, folder):
-    """What diffusers does not read: it gets the weights with the change in them, written out by itself."""
-    generator, tensors, deltas = torch.Generator().manual_seed(1), {}, {}
-    base = weights(fresh(model))
-    paths = [CONV, STRIDED, "mid_block.resnets.0.conv1"]
-    paths += (
-        [] if name == "tucker" else [f"{ATTENTION}{p}" for p in ("attn1.to_q", "attn2.to_k", "attn2.to_v")]
-    )
-    for path in paths:
-        t, delta = test_lora.relatives(name, base[f"unet.{path}.weight"], generator)
-        tensors |= {f"lora_unet_{path.replace('.', '_')}.{k}": v.contiguous() for k, v in t.items()}
-        deltas[f"unet.{path}.weight"] = delta
-    save_file(tensors, folder / "x.safetensors")
-    return deltas
-
-
-def custom(name, model, folder):
-    """Custom Diffusion's matrices in diffusers' form and in its authors' two, one of them compressed."""
-    generator, deltas, sd = torch.Generator().manual_seed(2), {}, fresh(model)
-    projections = [n for n in lora.layers(sd.unet) if ".attn2." in n]
-    ends = (".to_k", ".to_v") if name != "custom.safetensors" else (".to_k", ".to_v", ".to_q", ".to_out.0")
-    for layer in projections:
-        if layer.endswith(ends):
-            shape = sd.unet.get_submodule(layer).weight.shape
-            u, v = (torch.randn(s, generator=generator) for s in ((shape[0], 3), (3, shape[1])))
-            deltas[f"{layer}.weight"] = 0.2 * u @ v
-            if layer.endswith("to_out.0"):
-                deltas[f"{layer}.bias"] = torch.randn(shape[0], generator=generator)
-    changed = {k: sd.unet.state_dict()[k] + d for k, d in deltas.items()}
-    word = torch.randn(32, generator=generator)
-    if name.startswith("custom"):
-        theirs = {f"{custom_diffusion.stem(k.rpartition('.')[0])}.{k.rpartition('.')[2]}": v
-                  for k, v in changed.items()}  # fmt: skip
-        if name.endswith("safetensors"):
-            save_file(theirs, folder / name)
-        else:
-            torch.save(
-                theirs | {"mid_block.attentions.0.transformer_blocks.0.attn1.processor": {}}, folder / name
-            )
-    elif name == "delta.bin":
-        torch.save({"unet": changed, "modifier_token": {"<new1>": word}}, folder / name)
-    elif name == "compressed.bin":
-        factors = {}
-        for k, delta in deltas.items():
-            u, s, v = torch.linalg.svd(delta, full_matrices=False)
-            factors[k] = {"u": (u * s)[:, :3], "v": v[:3]}
-        torch.save({"unet": factors, "modifier_token": {"<new1>": word}}, folder / name)
-    else:
-        table = single_file.table("unet", sd.unet.config, "x")
-        theirs = {table[k]: v for k, v in changed.items()}
-        torch.save({"state_dict": theirs | {"embed": word[None]}}, folder / "delta.bin")
-    return {f"unet.{k}": delta for k, delta in deltas.items()}
-
-
 MATRIX = {
     **dict.fromkeys(["g0", "g1", "g2", "g3", "g4", "peft", "te1"], generation),
     **dict.fromkeys(["save_lora_weights", "convert_to_kohya"], by_diffusers),
     "sd_scripts": sd_scripts,
-    **dict.fromkeys(["locon", "tucker", "loha", "lokr", "lokr_full", "dora_out", "dora_in"], relative),
     **dict.fromkeys(
         ["custom.safetensors", "custom.bin", "delta.bin", "compressed.bin", "delta.ckpt"], custom
     ),
@@ -226,11 +158,21 @@ def test_a_folder_of_peft_s_relatives(model, pipe, tmp_path, kind):
     assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max())
 
 
-def test_dora_by_kohya_s_names(model, pipe, tmp_path):
-    """diffusers leaves out the norms of such a file, but has PEFT's, which are the same numbers."""
-    test_lora.peft_adapters(pipe, use_dora=True)
-    test_lora.save_peft(pipe, tmp_path / "peft", metadata=True)
-    sd = fresh(model)
+def test_a_folder_of_peft(sd, pipe, tmp_path):
+    """adapter_model.safetensors, with alpha in adapter_config.json alone."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "ff.net.2"], init_lora_weights=False)
+    get_peft_model(pipe.unet, config).save_pretrained(tmp_path)
+    sd.attach(tmp_path)
+    assert psnr(draw(sd), draw_with(pipe)) >= 50
+
+
+def test_dora(model, sd, pipe, tmp_path):
+    """By PEFT's names, and by kohya's, whose norms diffusers leaves out: they are the same numbers."""
+    peft_adapters(pipe, use_dora=True)
+    save_peft(pipe, tmp_path / "peft", metadata=True)
     table = lora_names.table(lora.layers(lora.networks(sd)), sd.unet.config)
     names = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
     tensors = {}
@@ -240,8 +182,11 @@ def test_dora_by_kohya_s_names(model, pipe, tmp_path):
         tensors[f"{stem}.{names[kind]}"] = tensor[:, None] if kind == "magnitude" else tensor
         tensors[f"{stem}.alpha"] = torch.tensor(6.0)
     save_file(tensors, tmp_path / "x.safetensors")
-    sd.attach(tmp_path / "x.safetensors")
-    assert psnr(draw(sd), draw_with(pipe)) >= 50 and psnr(draw(sd), draw_plain(model)) < 45
+    expected = draw_with(pipe)
+    for path in (tmp_path / "peft", tmp_path / "x.safetensors"):
+        sd = fresh(model)
+        assert "multiplied out" in sd.attach(path)[0]
+        assert psnr(draw(sd), expected) >= 50 and psnr(draw(sd), draw_plain(model)) < 45
 
 
 def test_nothing_is_left_where_the_weights_are_laid_out_as_on_a_gpu(model, tmp_path):
@@ -320,14 +265,14 @@ def test_a_lora_with_its_words(model, tmp_path):
         ({"string_to_param.*": ROWS, "string_to_param.b": ROWS + 1}, "b .2, 32. is no embedding"),
         ({"bundle_emb.a.string_to_param.*": ROWS[None] * 1}, r"\(1, 2, 32\) is no embedding"),
         ({"cat": ROWS}, "'cat' is a token already"),
-        ({"unet.x.attn2.to_k.weight": ROWS, "modifier_token.x": ROWS + 1}, "1 of its 2 names .*unet.x.attn2"),
+        ({"unet.x.attn2.to_k.weight": ROWS, "modifier_token.x": ROWS + 1}, "1 of its 1 keys .*unet.x.attn2"),
         (
             {f"unet.{ATTENTION}attn2.to_k.weight": torch.ones(64, 33)},
-            "to_k is .64, 33., this model's is .64, 32.",
+            "to_k .64, 32. does not fit this model: weight .64, 33.",
         ),
-        ({f"unet.{ATTENTION}attn2.to_k.bias": torch.ones(64)}, "this model's is None"),
-        ({f"unet.{ATTENTION}attn2.to_k.weight.u": torch.ones(64, 3)}, "weight.u .64, 3. is no change of"),
-        ({"first_stage_model.x.weight": torch.ones(3, 3, 3)}, "is no adapter that is known here"),
+        ({f"unet.{ATTENTION}attn2.to_k.bias": torch.ones(64)}, "to_k .64, 32. has no u: bias .64,."),
+        ({f"unet.{ATTENTION}attn2.to_k.weight.u": torch.ones(64, 3)}, "to_k .64, 32. has no v: u .64, 3."),
+        ({"first_stage_model.x.weight": torch.ones(3, 3, 3)}, "is no adapter of a known kind"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -339,113 +284,17 @@ def test_mistakes(model, tmp_path, content, message):
     assert not sd.attached and not sd.tokenizer.placeholders
 
 
-# --- Merged into a model of its own ----------------------------------------------------------------------
+def test_an_lcm_lora_draws_in_four_steps(model, pipe, tmp_path):
+    """A plain LoRA of the UNet, convolutions included; the rest is what the command says."""
+    from diffusers import LCMScheduler
 
-
-@pytest.fixture
-def attached(model, tmp_path):
-    """attached(dtype): a model with two LoRAs at their scales, and Custom Diffusion's matrices."""
-    lora.save(tmp_path / "a.safetensors", new(model, ["attention", "resnet"], 2, 3.0, seed=9)[1], "kohya")
-    lora.save(tmp_path / "b.safetensors", new(model, ["q_proj", "to_q"], 4, 2.0, seed=8)[1])
-    (tmp_path / "c").mkdir()
-    custom("custom.safetensors", model, tmp_path / "c")
-
-    def make(dtype=torch.float32):
-        sd = StableDiffusion.load(model, dtype=dtype)
-        sd.attach(tmp_path / "a.safetensors", 0.7, text_scale=0.4)
-        sd.attach(tmp_path / "b.safetensors", -0.5)
-        sd.attach(tmp_path / "c", 0.5)
-        return sd
-
-    return make
-
-
-def test_export(model, attached, tmp_path):
-    """A folder and a single file draw the same in diffusers, and are the same again here."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    sd = attached()
-    expected = draw(sd)
-    sd.export(tmp_path / "out")
-    sd.export(tmp_path / "out.safetensors")
-    for path in (tmp_path / "out", tmp_path / "out.safetensors"):
-        assert psnr(draw(StableDiffusion.load(path)), expected) >= 60
-        if path.is_dir():
-            pipe = StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
-        else:
-            kwargs = {"config": str(model), "local_files_only": True, "safety_checker": None}
-            pipe = StableDiffusionPipeline.from_single_file(str(path), **kwargs)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-        pipe.set_progress_bar_config(disable=True)
-        assert psnr(draw_with(pipe), expected) >= 50 and psnr(expected, draw_plain(model)) < 45
-    # Whatever precision it runs in: merged from what the files have, and rounded once.
-    low = attached(torch.bfloat16)
-    low.export(tmp_path / "low")
-    low.export(tmp_path / "half", torch.float16)
-    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        whole, same, half = (files.read(tmp_path / n / f"{part}.safetensors") for n in ("out", "low", "half"))
-        for name, tensor in whole.items():
-            assert tensor.dtype == same[name].dtype and torch.allclose(same[name], tensor, atol=1e-6)
-            assert half[name].dtype == torch.float16
-            assert torch.allclose(half[name].float(), tensor, atol=1e-6, rtol=1e-3)
-
-
-def test_export_has_the_tokens(model, tmp_path):
-    save_file({"<zw>": ROWS}, tmp_path / "word.safetensors")
-    sd = fresh(model)
-    sd.attach(tmp_path / "word.safetensors")
-    sd.export(tmp_path / "out")
-    prompt = "a photo of <zw> <zw>_1 here"
-    assert draw(StableDiffusion.load(tmp_path / "out"), prompt) == draw(sd, "a photo of <zw> here")
-    with pytest.raises(ValueError, match="word.safetensors: it is one of the adapters"):
-        sd.export(tmp_path / "word.safetensors")
-    with pytest.raises(
-        ValueError, match="out.safetensors: a single file has no place for <zw>; a folder has"
-    ):
-        sd.export(tmp_path / "out.safetensors")
-
-
-def test_where_an_export_may_go(model, tmp_path):
-    sd = StableDiffusion.load(model)
-    before = sorted((p, p.stat().st_mtime_ns) for p in model.rglob("*"))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
-    for path, message in [
-        (model, "it is the model itself"),
-        (tmp_path / "mine", "it holds other things"),
-        (tmp_path / "x.ckpt", "a model is a .safetensors file, or a folder"),
-    ]:
-        with pytest.raises(ValueError, match=f"cannot write {path}: {message}"):
-            sd.export(path)
-    assert sorted((p, p.stat().st_mtime_ns) for p in model.rglob("*")) == before
-    for _ in range(2):  # over its own
-        sd.export(tmp_path / "out")
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"] and not (
-        tmp_path / "x.ckpt"
-    ).exists()
-
-
-def test_the_command_exports(model, script, tmp_path):
-    lora.save(tmp_path / "a.safetensors", new(model, ["attention"], 2, 3.0, seed=9)[1], "kohya")
-    save_file({"<zw>": ROWS}, tmp_path / "word.safetensors")
-    base = ["--model", model, "--device", "cpu", "--adapter", f"{tmp_path / 'a.safetensors'}:0.7"]
-    sd, out = fresh(model), tmp_path / "out.safetensors"
-    sd.attach(tmp_path / "a.safetensors", 0.7)
-    status, stdout, stderr = script("sample.py", *base, "--export", out)
-    assert status == 0 and stdout.splitlines()[-1] == str(out), stderr
-    assert not (tmp_path / "samples").exists()
-    assert psnr(draw(StableDiffusion.load(out)), draw(sd)) >= 60
-
-    def run(*flags):
-        return run.run(cli.parse_sample(list(map(str, [*base, *flags]))))
-
-    draws = ["--prompt", "x", "--steps", 1, "--output", tmp_path / "x.png", "--dtype", "bf16"]
-    assert run(*draws, "--export", tmp_path / "half") == [tmp_path / "half", tmp_path / "x.png"]
-    half = files.read(tmp_path / "half" / "vae" / "diffusion_pytorch_model.safetensors")
-    assert {t.dtype for t in half.values()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match="--num_images draws nothing without --prompt"):
-        Sample(model=str(model), export=out, num_images=2)
-    with pytest.raises(ValueError, match="cannot go with --csv"):
-        Sample(model=str(model), export=out, csv=tmp_path / "x.csv")
-    with pytest.raises(ValueError, match="x.safetensors: a single file has no place for <zw>"):
-        run("--adapter", tmp_path / "word.safetensors", "--export", tmp_path / "x.safetensors")
+    updates = {n: u for n, u in new(model, alpha=0.5)[1].items() if n.startswith("unet.")}
+    lora.save(tmp_path / "pytorch_lora_weights.safetensors", updates, "kohya")
+    flags = ["--model", model, "--adapter", tmp_path, "--prompt", PROMPT, "--output", tmp_path / "x.png"]
+    flags += ["--scheduler", "lcm", "--steps", 4, "--guidance_scale", 1, "--seed", 3, "--device", "cpu"]
+    run.run(cli.parse_sample(list(map(str, flags))))
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.load_lora_weights(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe(PROMPT, num_inference_steps=4, guidance_scale=1, generator=generator).images[0]
+    assert psnr(Image.open(tmp_path / "x.png"), expected) >= 50

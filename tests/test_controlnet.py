@@ -200,6 +200,16 @@ def test_diffusers_reads_the_single_file_alike(tmp_path):
     assert found.keys() == own.keys() and all(torch.equal(found[n], own[n]) for n in own)
 
 
+def test_one_is_not_attached(model, network, tmp_path):
+    """Neither a folder nor a single file: it needs an image, and so a flag of its own."""
+    adapter.save(tmp_path / "folder", network)
+    single_file.save_controlnet(tmp_path / "one.safetensors", network.config, network.state_dict())
+    sd = StableDiffusion.load(model)
+    for path, file in (("folder", "diffusion_pytorch_model"), ("one.safetensors", "one")):
+        with pytest.raises(ValueError, match=f"{file}.safetensors is a ControlNet.*--control_image"):
+            sd.attach(tmp_path / path)
+
+
 def test_a_repository_that_is_one_part():
     names = ["README.md", "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"]
     assert hub.needed(names, None, "org/control") == ["config.json", "diffusion_pytorch_model.safetensors"]

@@ -43,8 +43,13 @@ def layer(module: str) -> int:
 
 
 def imported(path: Path) -> set[str]:
+    """What a file imports when it runs, at its top or in a function; `if TYPE_CHECKING:` never runs."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

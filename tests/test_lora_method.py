@@ -195,7 +195,7 @@ def test_defaults_follow_the_kind(cat):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--target", "attn3"], "--target 'attn3' means no layer"),
+        (["--target", "attn3"], "--target_modules 'attn3' means no layer"),
         (["--target", "conv_in", "--train_text_encoder"], "--train_text_encoder: --target conv_in"),
         (["--init_lora", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],

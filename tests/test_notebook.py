@@ -17,7 +17,7 @@ from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.options import Sample
 from minisd.sampling.run import LOADING
 from tests.conftest import ROOT
-from tests.test_lora import new
+from tests.lora_helpers import new
 
 SIZE = {"width": 32, "height": 32, "steps": 3}
 

@@ -17,8 +17,8 @@ from minisd.sampling.guidance import Control
 from minisd.sampling.input_images import Inputs
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import make_pipeline
+from tests.lora_helpers import new
 from tests.pairs import psnr, shake
-from tests.test_lora import new
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),

@@ -52,9 +52,10 @@ def test_a_1x1_convolution_is_a_product_in_the_layout_of_its_input(memory, biase
 def test_a_1x1_convolution_that_may_carry_a_lora_is_the_same_product(monkeypatch):
     """To the bit: at scale 0 nothing changes."""
     layer, x = layers.Conv1x1(64, 96), torch.randn(2, 64, 16, 16)
-    carrier = lora.LoRAConv2d.of(layer)
     monkeypatch.setattr(torch.nn.functional, "conv2d", None)
-    assert torch.equal(carrier(x), layer(x))
+    before = layer(x)
+    lora.insert(torch.nn.ModuleDict({"layer": layer}), ["layer"], 2, 2.0)["layer"].scale = 0.0
+    assert isinstance(layer, lora.UpdatedConv2d) and torch.equal(layer(x), before)
 
 
 # The text, once a picture

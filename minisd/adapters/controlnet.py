@@ -1,8 +1,16 @@
-"""ControlNets beside the model: read from a folder, a single file or the hub; written as a folder."""
+"""ControlNets: read from a folder, a single file or the hub; written as a folder.
 
+A ControlNet acts on an image of its own, so it is not attached: sampling takes it together with that image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from torch import Tensor
 
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import build, fill
@@ -10,23 +18,37 @@ from minisd.models.controlnet import ControlNet
 from minisd.models.layers import place
 from minisd.models.unet import UNetConfig
 
+if TYPE_CHECKING:
+    from minisd.sampling.stable_diffusion import StableDiffusion
+
+PREFIXES = ("controlnet_", single_file.CONTROLNET, "zero_convs.", "input_hint_block.")
+
+
+def matches(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(PREFIXES) for name in tensors)
+
+
+def read(
+    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
+) -> NoReturn:
+    """ValueError that says how it is used."""
+    raise ValueError(f"{source} is a ControlNet: give it as --controlnet, with its --control_image")
+
 
 def load(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    variant: str | None = None,
     cache_dir: str | None = None,
 ) -> ControlNet:
     """The ControlNet in a folder of diffusers' layout, in a single file, or of a hub id; frozen.
 
     ValueError, naming the file, if there is none, or if it is of another base than SD v1.x.
     """
-    path = hub.resolve(path, revision=revision, variant=variant, cache_dir=cache_dir)
+    path = hub.resolve(path, cache_dir=cache_dir)
     if path.is_dir():
-        config, tensors = diffusers.load_part(path, "controlnet", variant)
+        config, tensors = diffusers.load_part(path, "controlnet")
     else:
         config, tensors = single_file.load_controlnet(path)
     network = fill(build("controlnet", config, path), tensors, path)
@@ -36,9 +58,9 @@ def load(
 def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:
     """ValueError, naming the path, if the network does not belong to such a UNet."""
     for name in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
-        own, wanted = getattr(network.config, name), getattr(unet, name)
-        if own != wanted:
-            raise ValueError(f"{path}: a ControlNet with {name} {own}, and the model has {wanted}")
+        theirs, ours = getattr(network.config, name), getattr(unet, name)
+        if theirs != ours:
+            raise ValueError(f"{path}: a ControlNet with {name} {theirs}, and the model has {ours}")
     if network.config.in_channels > unet.in_channels:
         raise ValueError(f"{path}: a ControlNet of a model with {network.config.in_channels} channels")
 

@@ -4,10 +4,14 @@ y = W x + scale * alpha / rank * B (A x). A layer may carry several updates, eac
 they add. The names of files are in formats/lora_names.py; a module's name here is its path in `networks(sd)`.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -15,44 +19,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd import files
-from minisd.adapters import lycoris, token_embedding
-from minisd.adapters._adapter import Adapter
+from minisd.adapters import _lycoris, token_embedding
+from minisd.adapters._adapter import network_name
 from minisd.formats import lora_names
 from minisd.models.layers import conv1x1
 
-# Ends of module names, by the groups that have a name of their own.
+if TYPE_CHECKING:
+    from minisd.sampling.stable_diffusion import StableDiffusion
+
+# Groups of layers that have a name, as ends of module names.
 TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
     "projections": ("proj_in", "proj_out"),
     "resnet": (
-        "conv1",
-        "conv2",
-        "conv_shortcut",
-        "time_emb_proj",
-        "downsamplers.0.conv",
-        "upsamplers.0.conv",
+        "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
     ),
-}
+}  # fmt: skip
 
 
-# --- Modules ---------------------------------------------------------------------------------------------
+# --- Updates ---------------------------------------------------------------------------------------------
 
 
 class LowRank(nn.Module):
     """One update of a layer with weight (c_out, c_in, ...): A (r, c_in, ...) and B (c_out, r, ...), in fp32
-    whatever the layer is in. `dropout` is on the input, and only where gradients are wanted."""
+    whatever the layer's type. `dropout` acts on the input, and only while gradients are recorded."""
 
-    def __init__(self, a: Tensor, b: Tensor, alpha: float, *, dropout: float = 0.0, scale: float = 1.0):
+    lora_bias = None
+
+    def __init__(self, a: Tensor, b: Tensor, alpha: float, *, dropout: float = 0.0):
         super().__init__()
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
         self.alpha = alpha
         self.dropout = dropout
-        self.scale = scale
+        self.scale = 1.0
 
     @classmethod
-    def new(cls, weight: Tensor, rank: int, alpha: float, dropout: float) -> "LowRank":
+    def new(cls, weight: Tensor, rank: int, alpha: float, dropout: float) -> LowRank:
         """A ~ N(0, 1 / rank^2) and B = 0: an update that changes nothing yet."""
         a = torch.randn(rank, *weight.shape[1:]) / rank
         b = torch.zeros(len(weight), rank, *[1] * (weight.ndim - 2))
@@ -66,7 +70,7 @@ class LowRank(nn.Module):
     def factor(self) -> float:
         return self.scale * self.alpha / self.rank
 
-    def forward(self, layer: "LoRALinear | LoRAConv2d", x: Tensor) -> Tensor:
+    def forward(self, layer: UpdatedLinear | UpdatedConv2d, x: Tensor) -> Tensor:
         if self.dropout:
             # Not self.training: frozen networks are always in evaluation mode.
             x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
@@ -78,87 +82,88 @@ class LowRank(nn.Module):
 
     def delta(self) -> Tensor:
         """What it adds to the weight, in fp32."""
-        return self.factor * lycoris.product(self.lora_B.detach(), self.lora_A.detach())
+        return self.factor * _lycoris.product(self.lora_B.detach(), self.lora_A.detach())
 
 
 class FullDelta(nn.Module):
     """An update that is a whole matrix (c_out, c_in, ...), and may have a bias (c_out,): LoHa, LoKr and DoRA,
-    multiplied out, and Custom Diffusion."""
+    multiplied out, and Custom Diffusion's projections."""
 
-    def __init__(self, delta: Tensor, bias: Tensor | None = None, *, scale: float = 1.0):
+    def __init__(self, delta: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.register_buffer("lora_delta", delta)
         self.register_buffer("lora_bias", bias)
-        self.scale = scale
+        self.scale = 1.0
 
-    @property
-    def factor(self) -> float:
-        return self.scale
-
-    def forward(self, layer: "LoRALinear | LoRAConv2d", x: Tensor) -> Tensor:
+    def forward(self, layer: UpdatedLinear | UpdatedConv2d, x: Tensor) -> Tensor:
         bias = None if self.lora_bias is None else self.lora_bias.to(x.dtype)
         y = layer.apply_weight(x, self.lora_delta.to(x.dtype), bias)
         return y if self.scale == 1 else y * self.scale
 
     def delta(self) -> Tensor:
+        """What it adds to the weight."""
         return self.scale * self.lora_delta
 
 
-class LoRALinear(nn.Linear):
-    """The layer as it was, and its updates."""
+class Updated(nn.Module):
+    """A layer with `updates` beside its weights. `put` turns a layer into one by changing its class, so that
+    its name, its tensors and its hooks stay."""
 
-    @classmethod
-    def of(cls, layer: nn.Linear) -> "LoRALinear":
-        self = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        return _take(self, layer)
+    updates: nn.ModuleList
 
     @property
     def idle(self) -> bool:
-        """Whether it is the layer as it was: no update counts."""
-        return not any(update.factor for update in self.updates)
+        """Whether no update has an effect: the layer computes what it did without them."""
+        return not any(update.scale for update in self.updates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.apply_weight(x, self.weight, self.bias)
+        for update in self.updates:
+            if update.scale:  # at scale 0 the result is that of the layer alone, to the bit
+                y = y + update(self, x)
+        return y
+
+
+class UpdatedLinear(Updated, nn.Linear):
+    """A linear layer with updates."""
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _add_updates(self, x, super().forward(x))
 
-
-class LoRAConv2d(nn.Conv2d):
-    """The layer as it was, and its updates: A has its kernel, stride and padding, B is 1x1."""
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d) -> "LoRAConv2d":
-        shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
-        where = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        return _take(cls(*shape, **where, bias=layer.bias is not None, device="meta"), layer)
+class UpdatedConv2d(Updated, nn.Conv2d):
+    """A convolution with updates: A has the layer's kernel, stride and padding, and B is 1x1."""
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kernel_size == (1, 1):
             return conv1x1(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _add_updates(self, x, self.apply_weight(x, self.weight, self.bias))
 
+@dataclass(kw_only=True)
+class LayerUpdates(token_embedding.Tokens):
+    """Updates of layers, and the new tokens that the file holds beside them."""
 
-def _take(new, layer):
-    new.weight, new.bias, new.updates = layer.weight, layer.bias, nn.ModuleList()
-    return new.train(layer.training)
+    updates: dict[str, nn.Module]  # native name of a layer -> LowRank or FullDelta
 
+    @property
+    def parts(self) -> set[str]:
+        return {name.partition(".")[0] for name in self.updates}
 
-def _add_updates(layer: LoRALinear | LoRAConv2d, x: Tensor, y: Tensor) -> Tensor:
-    for update in layer.updates:
-        if update.factor:  # at scale 0 the layer is what it was, to the bit
-            y = y + update(layer, x)
-    return y
+    def put(self, sd: StableDiffusion) -> None:
+        super().put(sd)
+        put(networks(sd), self.updates)
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        for name, update in self.updates.items():
+            update.scale = scales[name.partition(".")[0]]
 
 
 # --- Putting updates into a network ----------------------------------------------------------------------
 
 
-def networks(sd) -> nn.ModuleDict:
-    """What a LoRA may change, under the names that a module's native name begins with."""
+def networks(sd: StableDiffusion) -> nn.ModuleDict:
+    """The networks that a LoRA may change, by the first part of their modules' native names."""
     return nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
 
 
@@ -171,33 +176,32 @@ def put(module: nn.Module, updates: Mapping[str, nn.Module]) -> None:
     """Add an update to each of the named layers."""
     for name, update in updates.items():
         layer = module.get_submodule(name)
-        if not isinstance(layer, LoRALinear | LoRAConv2d):
-            layer = (LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d).of(layer)
-            parent, _, last = name.rpartition(".")
-            setattr(module.get_submodule(parent), last, layer)
+        if not isinstance(layer, Updated):
+            layer.__class__ = UpdatedLinear if isinstance(layer, nn.Linear) else UpdatedConv2d
+            layer.updates = nn.ModuleList()
         layer.updates.append(update)
 
 
 def insert(
     module: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LowRank]:
-    """Give every layer that a target means a new update; returns these by the layers' names. A target is a
-    key of TARGETS, or the end of a module's name. ValueError naming --target if it means none."""
-    found = layers(module)
-    chosen: dict[str, LowRank] = {}
+    """Add a new update to every layer that a target means; returns the updates by layer. A target is a key of
+    TARGETS, or the end of a module's name. ValueError, naming the flag, if a target means no layer."""
+    known = layers(module)
+    updates: dict[str, LowRank] = {}
     for target in targets:
         ends = TARGETS.get(target, (target,))
-        names = [n for n in found if any(f".{n}".endswith(f".{end}") for end in ends)]
+        names = [n for n in known if any(f".{n}".endswith(f".{end}") for end in ends)]
         if not names:
             raise ValueError(
-                f"--target {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end of a "
-                "name such as attn2.to_k"
+                f"--target_modules {target!r} means no layer; it is one of {', '.join(TARGETS)}, or the end "
+                "of a name such as attn2.to_k"
             )
         for n in names:
-            if n not in chosen:
-                chosen[n] = LowRank.new(found[n].weight, rank, alpha, dropout)
-    put(module, chosen)
-    return chosen
+            if n not in updates:
+                updates[n] = LowRank.new(known[n].weight, rank, alpha, dropout)
+    put(module, updates)
+    return updates
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -208,34 +212,25 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 def merged(
     module: nn.Module, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The state of a network (`tensors`, or its own) as if its updates had been part of the weights: added in
-    fp32, rounded once, to `dtype` or to what each tensor is in."""
+    """The state of a network (`tensors`, or its own) with its updates added to the weights: in fp32, rounded
+    once, to `dtype` or to the type of the weight."""
     tensors = dict(own_state(module) if tensors is None else tensors)
-    for name, layer in layers(module).items():
-        active = [update for update in getattr(layer, "updates", ()) if update.factor]
-        biases = [u.scale * u.lora_bias for u in active if getattr(u, "lora_bias", None) is not None]
+    for name, layer in module.named_modules():
+        active = [update for update in layer.updates if update.scale] if isinstance(layer, Updated) else []
+        biases = [update.scale * update.lora_bias for update in active if update.lora_bias is not None]
         for kind, deltas in (("weight", [update.delta() for update in active]), ("bias", biases)):
             if deltas:
-                own = f"{name}.{kind}".lstrip(".")
-                base = tensors[own]
-                tensors[own] = (base.float() + sum(deltas).to(base.device)).to(dtype or base.dtype)
-    return {n: t.to(dtype) for n, t in tensors.items()} if dtype else tensors
-
-
-def merge(module: nn.Module) -> None:
-    """Make the updates part of the weights, for good."""
-    tensors = merged(module)
-    for layer in module.modules():
-        if isinstance(layer, LoRALinear | LoRAConv2d):
-            layer.updates = nn.ModuleList()
-    module.load_state_dict(tensors)
+                key = f"{name}.{kind}".lstrip(".")
+                base = tensors[key]
+                tensors[key] = (base.float() + sum(deltas).to(base.device)).to(dtype or base.dtype)
+    return tensors
 
 
 # --- Files -----------------------------------------------------------------------------------------------
 
 
 def state_dict(updates: Mapping[str, LowRank], form: str = "diffusers") -> tuple[dict, dict[str, str]]:
-    """Tensors in fp32, and metadata, by the names of a form: `diffusers` or `kohya`."""
+    """Tensors in fp32, and metadata, by the names of a format: `diffusers` or `kohya`."""
     factors = {
         name: (u.lora_A.detach().float(), u.lora_B.detach().float(), u.alpha) for name, u in updates.items()
     }
@@ -248,76 +243,85 @@ def save(
     form: str = "diffusers",
     about: Mapping[str, str] | None = None,
 ) -> None:
+    """Write the updates in a format, with `about` added to its metadata."""
     tensors, metadata = state_dict(updates, form)
     files.write(path, tensors, metadata | dict(about or {}))
 
 
-def matches(tensors: dict[str, Tensor]) -> bool:
-    return lora_names.is_lora(tensors)
+def matches(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are of a LoRA or one of its relatives, known here or not. A token may be called <flora>:
+    what has no dot is none of their keys."""
+    marks = ("lora", "lycoris", "hada_", "lokr_", "oft_")
+    return any(mark in key for key in tensors if "." in key for mark in marks)
 
 
-def load(sd, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
-    """Put the updates in a file into the model, to train on: they are frozen still. ValueError, naming it, if
-    one is not of two low-rank factors."""
-    updates = read(sd, files.read(path), path).updates
+def load(sd: StableDiffusion, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
+    """Put the updates in a file into the model, to train them further; they are still frozen. ValueError,
+    naming the file, if one of them is not a product of two low-rank factors."""
+    updates = read(sd, files.read(path), files.metadata(path), path).updates
     for name, update in updates.items():
         if not isinstance(update, LowRank):
-            raise ValueError(f"{path}: its update of {name} is no plain LoRA, which alone can be trained on")
-        update.requires_grad_(False).dropout = dropout
+            raise ValueError(
+                f"{path}: its update of {name} is not a plain LoRA: it cannot be trained further"
+            )
+        update.dropout = dropout
     put(networks(sd), updates)
     return updates
 
 
-def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
-    """The updates in a file of any kind, by the names of the layers they are for. ValueError, naming the file
-    and the keys, if one of them is unknown, incomplete, or of another model."""
+def read(
+    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
+) -> LayerUpdates:
+    """The updates in a file of any format, by the names of their layers. ValueError, naming the file and the
+    keys, if one of them is unknown, incomplete, or for another model."""
     lora_names.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
     bundled = {key: t for key, t in tensors.items() if key.startswith(token_embedding.BUNDLE)}
+    tokens = token_embedding.read(sd, bundled, metadata, source)
     tensors = {key: t for key, t in tensors.items() if key not in bundled}
-    words = token_embedding.read(sd, bundled, source)
-    found = layers(networks(sd))
-    groups = lora_names.group(tensors, lora_names.table(found, sd.unet.config), source)
-    alpha_of = lora_names.alphas(source)
+    stems = lora_names.table(layers(networks(sd)), sd.unet.config)
+    groups = lora_names.group(tensors, stems, source)
+    alpha = lora_names.alphas(metadata, source)
+    updates = make_updates(sd, groups, partial(_update, alpha), source)
+    description = ", ".join(filter(None, [describe(updates), tokens.description]))
+    return LayerUpdates(description=description, updates=updates, tokens=tokens.tokens)
+
+
+def make_updates(
+    sd: StableDiffusion, groups: Mapping[str, dict[str, Tensor]], make: Callable[..., nn.Module], source: Path
+) -> dict[str, nn.Module]:
+    """The updates that `make(layer, its tensors by kind, its weight)` returns, by layer; all in fp32.
+    ValueError, naming the file and the layer, if a tensor is missing (KeyError in `make`) or does not fit."""
     updates = {}
     for name, t in groups.items():
-        weight = found[name].weight
-        t = {kind: tensor.to(weight.device, torch.float32) for kind, tensor in t.items()}
-        given = t.pop("alpha").item() if "alpha" in t else None
-        alpha = partial(alpha_of, name) if given is None else partial(_given, given)
+        weight = base(sd, name)
+        t = {kind: tensor.to(weight) for kind, tensor in t.items()}
         try:
-            updates[name] = _update(t, alpha, weight, base(sd, name)).requires_grad_(False)
+            updates[name] = make(name, t, weight).requires_grad_(False)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else "does not fit this model"
             shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in t.items())
             raise ValueError(
                 f"{source}: its update of {name} {tuple(weight.shape)} {reason}: {shapes or 'alpha alone'}"
             ) from None
-    about = ", ".join([describe(updates), *filter(None, [words.about])])
-    return Adapter(about=about, updates=updates, tokens=words.tokens)
+    return updates
 
 
-def _given(alpha: float, rank: int) -> float:
-    """A file's own alpha: 0 means the rank, and where there is no rank it does not count."""
-    return (alpha or rank) if rank else 1.0
-
-
-def base(sd, name: str, kind: str = "weight") -> Tensor | None:
-    """A layer's weight, or its bias if it has one, in fp32, without what is added to it."""
+def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
+    """A layer's weight, or its bias if it has one, in fp32, without updates."""
     part, _, path = name.partition(".")
-    tensor = getattr(networks(sd).get_submodule(name), kind)
+    tensor = getattr(sd.parts[part].get_submodule(path), kind)
     if tensor is None:
         return None
     return sd.exact(part, f"{path}.{kind}", tensor.detach()).to(tensor.device, torch.float32)
 
 
-def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor, base: Tensor) -> nn.Module:
-    """Of the tensors of one layer. KeyError if a factor is missing, RuntimeError if a shape is wrong."""
-    if lycoris.is_full(t):
-        return FullDelta(lycoris.delta(t, base, alpha))
-    down, up = t["down"], t["up"]
+def _update(alpha: lora_names.Alpha, name: str, t: dict[str, Tensor], weight: Tensor) -> LowRank | FullDelta:
+    """The update that a LoRA or one of its relatives means for a layer."""
+    alpha = partial(alpha, name, t.pop("alpha", None))
+    if _lycoris.is_full(t):
+        return FullDelta(_lycoris.delta(t, weight, alpha))
+    down, up = _lycoris.inner_factor(t), t["up"]
     rank = len(up[0])
-    if "mid" in t:
-        down = lycoris.fold(t["mid"], down)
     # 1x1 convolutions and linear layers are written as either: the layer here decides.
     a = down.reshape(rank, *weight.shape[1:])  # (r, c_in, ...)
     b = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))  # (c_out, r, ...)
@@ -325,9 +329,9 @@ def _update(t: dict[str, Tensor], alpha: Callable[[int], float], weight: Tensor,
 
 
 def describe(updates: Mapping[str, nn.Module]) -> str:
-    """How many modules of which network, and the ranks."""
-    parts = Counter(name.partition(".")[0] for name in updates)
+    """The ranks, and how many modules of which network are updated."""
+    counts = Counter(name.partition(".")[0] for name in updates)
     ranks = sorted({u.rank for u in updates.values() if isinstance(u, LowRank)})
-    kind = f"LoRA of rank {', '.join(map(str, ranks))}" if ranks else "LoRA's relative, multiplied out,"
-    where = " and ".join(f"{parts[part]} modules of the {part}" for part in sorted(parts, reverse=True))
-    return f"{kind} on {where.replace('unet', 'UNet').replace('_', ' ')}"
+    kind = f"LoRA of rank {', '.join(map(str, ranks))}" if ranks else "LoHa, LoKr or DoRA, multiplied out,"
+    where = [f"{counts[part]} modules of the {network_name(part)}" for part in sorted(counts, reverse=True)]
+    return f"{kind} on {' and '.join(where)}"

@@ -1,13 +1,16 @@
-"""New tokens: rows of their own behind the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
+"""New tokens: extra rows behind the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
 
-The file is {token: (d,) or (n, d)}, as diffusers writes it; or it holds one token, which has the file's
-name: {"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A1111 and the authors write it.
-LoRA files may carry either with `bundle_emb.TOKEN.` before their keys.
+The file is {token: (d,) or (n, d)}, as diffusers writes it; or it holds one token that is called like the
+file: {"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A1111 and the authors write it.
+LoRA files may hold either with `bundle_emb.TOKEN.` before the keys.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -18,17 +21,29 @@ from minisd import files
 from minisd.adapters._adapter import Adapter
 from minisd.models.text import TextConfig, TextEncoder, Tokenizer
 
+if TYPE_CHECKING:
+    from minisd.sampling.stable_diffusion import StableDiffusion
+
 PARAM, BUNDLE = "string_to_param.", "bundle_emb."
 NAMELESS = ("emb_params", "*")  # keys that stand for the file's name
 SDXL = {"clip_l", "clip_g"}
 
 
+@dataclass(kw_only=True)
+class Tokens(Adapter):
+    """New tokens, which have no scale."""
+
+    def put(self, sd: StableDiffusion) -> None:
+        for token, rows in self.tokens.items():
+            add_token(sd.tokenizer, sd.text_encoder, token, rows).requires_grad_(False)
+
+
 class TokenEmbedding(nn.Embedding):
-    """`weight` is the table as it was; ids behind it are rows of the parameter `extra` (n, d), in fp32."""
+    """`weight` is the original table; higher ids are rows of the parameter `extra` (n, d), in fp32."""
 
     @classmethod
-    def of(cls, table: nn.Embedding, extra: Tensor) -> "TokenEmbedding":
-        self = cls(*table.weight.shape, _weight=table.weight)  # drawing one would be for nothing
+    def of(cls, table: nn.Embedding, extra: Tensor) -> TokenEmbedding:
+        self = cls(*table.weight.shape, _weight=table.weight)  # given, so that no random one is drawn
         self.weight = table.weight
         self.extra = nn.Parameter(extra)
         return self
@@ -39,8 +54,9 @@ class TokenEmbedding(nn.Embedding):
         return torch.where((ids >= self.num_embeddings)[..., None], extra, known)  # (b, s, d)
 
 
-def insert(text_encoder: TextEncoder, rows: Tensor) -> nn.Parameter:
-    """Put rows (n, d) behind the table; returns the parameter of all extra rows."""
+def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows: Tensor) -> nn.Parameter:
+    """Add a token to both, with its rows (n, d); returns the parameter of all extra rows."""
+    tokenizer.add_placeholder(token, len(rows))
     embeddings = text_encoder.text_model.embeddings
     table = embeddings.token_embedding
     rows = rows.detach().to(table.weight.device, torch.float32)
@@ -50,17 +66,8 @@ def insert(text_encoder: TextEncoder, rows: Tensor) -> nn.Parameter:
     return embeddings.token_embedding.extra
 
 
-def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows: Tensor) -> nn.Parameter:
-    """Teach both the token, with its rows (n, d)."""
-    tokenizer.add_placeholder(token, len(rows))
-    return insert(text_encoder, rows)
-
-
-def merged(
-    text_encoder: TextEncoder, tensors: dict[str, Tensor] | None = None
-) -> tuple[TextConfig, dict[str, Tensor]]:
-    """Config and tensors (`tensors`, or its own) of the text encoder, the extra rows part of its table."""
-    tensors = text_encoder.state_dict() if tensors is None else tensors
+def merged(text_encoder: TextEncoder, tensors: dict[str, Tensor]) -> tuple[TextConfig, dict[str, Tensor]]:
+    """Config and tensors of the text encoder, with the extra rows as part of its table."""
     name = "text_model.embeddings.token_embedding"
     if (extra := tensors.pop(f"{name}.extra", None)) is not None:
         table = tensors[f"{name}.weight"]
@@ -69,7 +76,7 @@ def merged(
 
 
 def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None:
-    """{token: (n, d)} in fp32; a .bin for tools that read nothing else."""
+    """Write {token: (n, d)} in fp32; as .bin for tools that read nothing else."""
     tensors = {token: rows.detach().float().cpu().contiguous()}
     if path.suffix == files.SAFETENSORS:
         files.write(path, tensors, metadata)
@@ -77,7 +84,7 @@ def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None
         files.write_pickle(path, tensors)
 
 
-def matches(tensors: dict[str, Tensor]) -> bool:
+def matches(tensors: Mapping[str, Tensor]) -> bool:
     if any(name.startswith((PARAM, BUNDLE)) for name in tensors) or SDXL & tensors.keys():
         return True
     return all(t.ndim in (1, 2) for t in tensors.values()) and not any(
@@ -85,32 +92,25 @@ def matches(tensors: dict[str, Tensor]) -> bool:
     )
 
 
-def read(sd, tensors: dict[str, Tensor], source: Path) -> Adapter:
-    """The file's tokens."""
-    tokens = {}
+def read(
+    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
+) -> Tokens:
+    """The tokens in a file. ValueError, naming it, if one of them cannot be added to the model."""
+    tokens: dict[str, Tensor] = {}
     for key, rows in tensors.items():
-        bundled, name, key = key.startswith(BUNDLE), source.stem, key.removeprefix(BUNDLE)
+        bundled, token, key = key.startswith(BUNDLE), source.stem, key.removeprefix(BUNDLE)
         if bundled:
-            name, _, key = key.partition(".")
+            token, _, key = key.partition(".")
         if key in SDXL:
             raise ValueError(f"{source} is an embedding for SDXL ({key}); minisd is for SD v1.x")
-        if key.startswith("string_to_token."):  # an id in the vocabulary of whoever trained it
+        if key.startswith("string_to_token."):  # an id in the vocabulary of the model it was trained with
             continue
-        token = name if bundled or key in NAMELESS or key.startswith(PARAM) else key
+        if not (bundled or key in NAMELESS or key.startswith(PARAM)):
+            token = key
         if rows.ndim not in (1, 2) or token in tokens:
-            raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding that is known here")
+            raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding in a known format")
         tokens[token] = rows[None] if rows.ndim == 1 else rows  # (n, d)
-    check(sd, tokens, source)
-    return Adapter(about=describe(tokens), tokens=tokens)
-
-
-def describe(tokens: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{t} ({len(rows)} vector{'s' if len(rows) > 1 else ''})" for t, rows in tokens.items())
-
-
-def check(sd, tokens: Mapping[str, Tensor], source: Path) -> None:
-    """ValueError, naming the file, if one of the tokens cannot be added to the model."""
-    width = sd.text_encoder.config.hidden_size
+    width, counts = sd.text_encoder.config.hidden_size, []
     for token, rows in tokens.items():
         if rows.shape[-1] != width:
             kind = {768: "SD v1.x", 1024: "SD2", 1280: "SDXL"}.get(rows.shape[-1], "another model")
@@ -119,5 +119,7 @@ def check(sd, tokens: Mapping[str, Tensor], source: Path) -> None:
             )
         try:
             sd.tokenizer.check_placeholder(token)
-        except ValueError as e:
-            raise ValueError(f"{source}: {e}") from None
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        counts.append(f"{token} ({len(rows)} vector{'s' if len(rows) > 1 else ''})")
+    return Tokens(description=", ".join(counts), tokens=tokens)

@@ -18,17 +18,27 @@ from minisd import files
 from minisd.formats import single_file
 from minisd.models.unet import UNetConfig
 
-PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the first is written
+# What may come before a module's path with its dots, or with underscores instead.
+DOTTED = {
+    "unet": ("unet.", "", "base_model.model.", "unet.base_model.model.", single_file.PREFIXES["unet"]),
+    "text_encoder": ("text_encoder.", "base_model.model.", "text_encoder.base_model.model."),
+}
+FLAT = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the first is written
 
-# Ending of a key -> what the tensor is. `down` is A (r, c_in, ...), `up` is B (c_out, r, ...).
+# Endings of the keys of A (r, c_in, ...) and B (c_out, r, ...), by who writes them.
+FACTORS = {
+    "peft": (".lora_A.weight", ".lora_B.weight"),
+    "peft_module": (".lora_A.default.weight", ".lora_B.default.weight"),  # of a module's own state dict
+    "unet": (".lora.down.weight", ".lora.up.weight"),  # diffusers
+    "text_encoder": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "old": ("_lora.down.weight", "_lora.up.weight"),  # up to 0.19
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+}
+
+# Ending of a key -> what the tensor is.
 ENDINGS = {
-    ".lora_A.weight": "down", ".lora_B.weight": "up",  # PEFT
-    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",  # of a module's own state dict
-    ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers, UNet
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",  # text encoder
-    "_lora.down.weight": "down", "_lora.up.weight": "up",  # up to 0.19
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid",  # kohya
-    ".alpha": "alpha", ".dora_scale": "dora_scale",
+    **{down: "down" for down, _ in FACTORS.values()}, **{up: "up" for _, up in FACTORS.values()},
+    ".lora_mid.weight": "mid", ".alpha": "alpha", ".dora_scale": "dora_scale",
     ".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector": "magnitude",  # PEFT's DoRA
     **{f".{name}": name for name in (
         "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a",
@@ -45,84 +55,68 @@ OLD_ATTENTION = {
 METADATA = "lora_adapter_metadata"  # where diffusers puts PEFT's settings
 
 
-def split(key: str) -> tuple[str, str]:
-    """Stem and kind of a key; the kind is empty if the ending is none of those known here."""
-    for ending, kind in ENDINGS.items():
-        if key.endswith(ending):
-            return key[: -len(ending)], kind
-    return key, ""
-
-
 # --- The table -------------------------------------------------------------------------------------------
 
 
 def kohya_stem(name: str) -> str:
     """The stem that kohya's files have for a module, as they are written."""
     part, _, path = name.partition(".")
-    return PREFIXES[part][0] + path.replace(".", "_")
+    return FLAT[part][0] + path.replace(".", "_")
 
 
 def table(names: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
-    """Stem -> native name, for all stems by which a file may mean one of the modules `names`; None for those
-    that never had an effect."""
+    """Stem -> native name, for every stem by which a file may call one of the modules `names`; None for stems
+    whose tensors never had an effect."""
     modules = single_file.unet_modules(unet)
-    found: dict[str, str | None] = {}
+    table: dict[str, str | None] = {}
     for name in names:
-        part, _, path = name.partition(".")
-        if part == "unet":
-            stems = _unet_stems(path)
-            paths = (path, single_file.rename(f"{path}.weight", modules).removesuffix(".weight"))
-        else:
-            stems = _text_stems(path)
-            paths = (path, path.removeprefix("text_model."))  # as diffusers converts a LoRA to kohya's names
-        flat = (prefix + p.replace(".", "_") for prefix in PREFIXES[part] for p in paths)
-        for stem in (*stems, *flat):
-            assert found.setdefault(stem, name) == name, f"{stem} means {found[stem]} and {name}"
-        if part == "text_encoder":
+        for stem in _stems(name, modules):
+            assert table.setdefault(stem, name) == name, f"{stem} means {table[stem]} and {name}"
+        if name.startswith("text_encoder."):
             # 0.16 gave each projection of the text encoder four pairs, and used the one called to_q.
-            found |= dict.fromkeys((f"{name}.{old}" for old in ("to_k", "to_v", "to_out")), None)
-    return found
+            table |= dict.fromkeys((f"{name}.{old}" for old in ("to_k", "to_v", "to_out")), None)
+    return table
 
 
-def _unet_stems(path: str) -> Iterator[str]:
-    for prefix in ("unet.", "", "base_model.model."):
-        yield prefix + path
-        for ours, old in OLD_ATTENTION.items():
-            if path.endswith(f".{ours}"):
-                attention = path.removesuffix(f".{ours}")
-                yield f"{prefix}{attention}.processor.{old}"
-                yield f"{prefix}{attention}.{old}"
-
-
-def _text_stems(path: str) -> Iterator[str]:
-    """With `text_model.` and, as transformers 5 has it, without."""
-    for prefix in ("text_encoder.", "base_model.model."):
-        for p in (path, path.removeprefix("text_model.")):
+def _stems(name: str, modules: Mapping[str, str]) -> Iterator[str]:
+    """All stems of a module: of its path, and of its path in CompVis' UNet (`modules`), or without the
+    `text_model.` that transformers 5 left out."""
+    part, _, path = name.partition(".")
+    other = path.removeprefix("text_model.")
+    if part == "unet":
+        other = single_file.rename(f"{path}.weight", modules).removesuffix(".weight")
+    for p in (path, other):
+        yield from (prefix + p.replace(".", "_") for prefix in FLAT[part])
+        for prefix in DOTTED[part]:
             yield prefix + p
-            parent, _, last = p.rpartition(".")
-            if last in OLD_ATTENTION:
-                yield f"{prefix}{parent}.{OLD_ATTENTION[last]}"
-                yield f"{prefix}{p}.to_q"
+            for projection, old in OLD_ATTENTION.items():
+                if p.endswith(f".{projection}"):
+                    attention = prefix + p.removesuffix(projection)
+                    yield from (f"{attention}{old}", f"{attention}processor.{old}", f"{prefix}{p}.to_q")
 
 
 # --- Reading ---------------------------------------------------------------------------------------------
 
 
-def is_lora(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are of a LoRA or one of its relatives, known here or not. A token may be called <flora>:
-    what has no dot is none of their keys."""
-    marks = ("lora", "lycoris", "hada_", "lokr_", "oft_")
-    return any(mark in key for key in tensors if "." in key for mark in marks)
+def split(key: str, endings: Mapping[str, str] = ENDINGS) -> tuple[str, str]:
+    """Stem and kind of a key; the kind is empty if its ending is unknown."""
+    for ending, kind in endings.items():
+        if key.endswith(ending):
+            return key[: -len(ending)], kind
+    return key, ""
 
 
 def group(
-    tensors: Mapping[str, Tensor], stems: Mapping[str, str | None], source: Path
+    tensors: Mapping[str, Tensor],
+    stems: Mapping[str, str | None],
+    source: Path,
+    endings: Mapping[str, str] = ENDINGS,
 ) -> dict[str, dict[str, Tensor]]:
-    """Native name -> kind -> tensor. ValueError naming the keys that mean nothing in this model."""
+    """Native name -> kind -> tensor. ValueError, naming keys, if some belong to no module of this model."""
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        stem, kind = split(key)
+        stem, kind = split(key, endings)
         if not kind or stem not in stems or kind in modules.get(stems[stem] or "", {}):
             unknown.append(key)
         elif (name := stems[stem]) is not None:
@@ -133,7 +127,7 @@ def group(
             f"{source}: {len(unknown)} of its {len(tensors)} keys are unknown or unsupported: {shown}"
         )
     if not modules:
-        raise ValueError(f"{source}: none of its {len(tensors)} keys means a module of this model")
+        raise ValueError(f"{source}: none of its {len(tensors)} keys belongs to a module of this model")
     return modules
 
 
@@ -141,11 +135,10 @@ def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> No
     """ValueError if the file is for a Stable Diffusion whose text states are not `width` wide."""
     for key, tensor in tensors.items():
         theirs = width
-        if "attn2" in key and ("to_k" in key or "to_v" in key):
-            if split(key)[1] in ("down", "hada_w1_b") and tensor.ndim >= 2:
-                theirs = tensor.shape[1]
         if key.startswith(("lora_te2_", "text_encoder_2.")):
             theirs = 2048
+        elif "attn2" in key and ("to_k" in key or "to_v" in key) and tensor.ndim >= 2:
+            theirs = tensor.shape[1] if split(key)[1] in ("down", "hada_w1_b") else width
         if theirs != width:
             kind = {768: "SD v1.x", 1024: "SD2", 2048: "SDXL"}.get(theirs, "another model")
             raise ValueError(
@@ -153,13 +146,16 @@ def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> No
             )
 
 
-def alphas(source: Path) -> Callable[[str, int], float]:
-    """alpha(native name, rank) for a file whose tensors do not say: from PEFT's settings in its metadata, or
-    beside it in adapter_config.json; else the rank. At rank 0, of what has none, it is the factor itself."""
-    text = files.metadata(source).get(METADATA)
+Alpha = Callable[[str, Tensor | None, int], float]
+
+
+def alphas(metadata: Mapping[str, str], source: Path) -> Alpha:
+    """alpha(native name, what the file stores as alpha, rank). If the file stores none, it is what PEFT's
+    settings say, in the metadata or in adapter_config.json beside the file; else the rank. For an update that
+    has no rank (0) the result is alpha / rank itself."""
     beside = source.with_name("adapter_config.json")
     settings: dict = {}
-    if text:
+    if text := metadata.get(METADATA):
         try:
             settings = json.loads(text)
         except ValueError as error:
@@ -167,24 +163,24 @@ def alphas(source: Path) -> Callable[[str, int], float]:
     elif source.stem.startswith("adapter_model") and beside.is_file():
         settings = files.read_json(beside)
 
-    def alpha(name: str, rank: int) -> float:
+    def alpha(name: str, stored: Tensor | None, rank: int) -> float:
+        if stored is not None:  # 0 stands for the rank, and has no meaning without one
+            return (stored.item() or rank) if rank else 1.0
         part, _, path = name.partition(".")
+        prefix = f"{part}."
+        own = settings | {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
 
-        def setting(key: str):
-            return settings.get(f"{part}.{key}", settings.get(key))
+        def pattern(key: str, value: float | None) -> float | None:
+            """PEFT's exceptions, by the end of a path."""
+            ends = [end for end in own.get(key) or {} if f".{path}".endswith("." + end.lstrip("^"))]
+            return own[key][ends[-1]] if ends else value
 
-        def pattern(key: str, value):
-            for end, other in (setting(key) or {}).items():
-                if f".{path}".endswith("." + end.lstrip("^")):
-                    value = other
-            return value
-
-        value = pattern("alpha_pattern", setting("lora_alpha") or setting("alpha"))
+        value = pattern("alpha_pattern", own.get("lora_alpha") or own.get("alpha"))
         if value is None:
             return float(rank or 1)
         if not rank:
-            return value / pattern("rank_pattern", setting("r"))
-        return value * rank**0.5 if setting("use_rslora") else float(value)
+            return value / pattern("rank_pattern", own.get("r"))
+        return value * rank**0.5 if own.get("use_rslora") else float(value)
 
     return alpha
 
@@ -194,48 +190,45 @@ def alphas(source: Path) -> Callable[[str, int], float]:
 Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # native name -> A, B, alpha
 
 
+def _pair(stem: str, form: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    return dict(zip((stem + ending for ending in FACTORS[form]), (a, b), strict=True))
+
+
 def to_diffusers(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata as diffusers' `save_lora_weights` writes them. Its readers take alpha from the
     metadata; without it they would take the rank."""
     tensors, settings = {}, {}
-    for name, (a, b, _) in factors.items():
-        middle = "lora" if name.startswith("unet.") else "lora_linear_layer"
-        tensors[f"{name}.{middle}.down.weight"] = a
-        tensors[f"{name}.{middle}.up.weight"] = b
-    for part in PREFIXES:
+    by_part: dict[str, dict[str, tuple[int, float]]] = {}  # part -> path -> rank, alpha
+    for name, (a, b, alpha) in factors.items():
+        part, _, path = name.partition(".")
+        tensors |= _pair(name, part, a, b)
         # Without `text_model.`: diffusers compares ends of paths, and not all transformers have it.
-        own = {
-            name.removeprefix(f"{part}.").removeprefix("text_model."): (len(a), alpha)
-            for name, (a, _, alpha) in factors.items()
-            if name.startswith(f"{part}.")
+        by_part.setdefault(part, {})[path.removeprefix("text_model.")] = len(a), alpha
+    for part, modules in by_part.items():
+        (rank, alpha), _ = Counter(modules.values()).most_common(1)[0]
+        config = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {path: r for path, (r, _) in modules.items() if r != rank},
+            "alpha_pattern": {path: a for path, (_, a) in modules.items() if a != alpha},
+            "target_modules": sorted(modules),
         }
-        if own:
-            (rank, alpha), _ = Counter(own.values()).most_common(1)[0]
-            config = {
-                "r": rank,
-                "lora_alpha": alpha,
-                "rank_pattern": {path: r for path, (r, _) in own.items() if r != rank},
-                "alpha_pattern": {path: a for path, (_, a) in own.items() if a != alpha},
-                "target_modules": sorted(own),
-            }
-            settings |= {f"{part}.{key}": value for key, value in config.items()}
+        settings |= {f"{part}.{key}": value for key, value in config.items()}
     return tensors, {METADATA: json.dumps(settings, sort_keys=True)}
 
 
 def to_kohya(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata as kohya's sd-scripts writes them; A1111 and ComfyUI read them."""
-    tensors = {}
+    tensors, linear, convolutions = {}, Counter(), Counter()
     for name, (a, b, alpha) in factors.items():
         stem = kohya_stem(name)
-        tensors[f"{stem}.lora_down.weight"] = a
-        tensors[f"{stem}.lora_up.weight"] = b
-        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-    ranks = Counter((len(a), alpha) for a, _, alpha in factors.values() if a.shape[2:] in ((), (1, 1)))
-    wide = Counter((len(a), alpha) for a, _, alpha in factors.values() if a.shape[2:] not in ((), (1, 1)))
-    rank, alpha = (ranks or wide).most_common(1)[0][0]
+        tensors |= _pair(stem, "kohya", a, b) | {f"{stem}.alpha": torch.tensor(float(alpha))}
+        kind = linear if a.shape[2:] in ((), (1, 1)) else convolutions
+        kind[len(a), alpha] += 1
+    rank, alpha = (linear or convolutions).most_common(1)[0][0]
     args = {}
-    if wide:
-        conv_rank, conv_alpha = wide.most_common(1)[0][0]
+    if convolutions:
+        conv_rank, conv_alpha = convolutions.most_common(1)[0][0]
         args = {"conv_dim": str(conv_rank), "conv_alpha": f"{conv_alpha:g}"}
     return tensors, {
         "ss_network_module": "networks.lora",

@@ -79,8 +79,8 @@ class Method(Method):
         o = self.options
         everything = o.freeze_model == "crossattn"
         projections = custom_diffusion.ALL if everything else custom_diffusion.KEYS_AND_VALUES
-        self.layers = custom_diffusion.insert(sd.unet, projections)
-        trained = dict(custom_diffusion.parameters(self.layers))
+        self.projections = custom_diffusion.insert(sd.unet, projections)
+        trained = dict(self.projections)
         for word, start in zip(self.words, o.initializer_token.split("+"), strict=False):
             self.rows = self.teach(word, start, flag="--modifier_token")
             trained["modifier_tokens"] = self.rows  # one parameter for all words so far
@@ -117,7 +117,7 @@ class Method(Method):
 
         extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
         path = folder / f"pytorch_custom_diffusion_weights{extension}"
-        custom_diffusion.save(path, self.sd.unet, self.layers, {"format": "pt", "model": self.sd.name})
+        custom_diffusion.save(path, self.sd.unet, self.projections, {"format": "pt", "model": self.sd.name})
         for i, word in enumerate(self.words):
             row = self.rows[i : i + 1]
             token_embedding.save(folder / f"{word}{extension}", word, row, {"format": "pt"})

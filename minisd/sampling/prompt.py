@@ -195,7 +195,7 @@ def attach_loras(sd, prompts: Iterable[str], folder: Path | None) -> list[str]:
         path = find_lora(folder, name)
         if path.resolve() not in sd.attached:
             said += [f"<lora:{name}>: {line}" for line in sd.attach(path, 0.0)]
-        if not sd.attached[path.resolve()].updates:
+        if not sd.attached[path.resolve()].parts:
             raise ValueError(f"prompt: <lora:{name}>: {path} is no LoRA, and has no scale")
     return said
 
@@ -205,11 +205,12 @@ def loras_on(sd, loras: Mapping[str, tuple[float, float]], folder: Path | None) 
     """Attached LoRAs at these scales of the text encoder and the UNet, added to what theirs were."""
     before = []
     for name, (text, unet) in loras.items():
-        for layer, update in sd.attached[find_lora(folder, name).resolve()].updates:
-            before.append((update, update.scale))
-            update.scale += text if layer.startswith("text_encoder.") else unet
+        attached = sd.attached[find_lora(folder, name).resolve()]
+        before.append((attached, attached.scales))
+        more = {"unet": unet, "text_encoder": text}
+        attached.set_scales({part: scale + more[part] for part, scale in attached.scales.items()})
     try:
         yield
     finally:
-        for update, scale in reversed(before):
-            update.scale = scale
+        for attached, scales in reversed(before):
+            attached.set_scales(scales)

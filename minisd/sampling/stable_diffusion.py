@@ -4,14 +4,13 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minisd import files, registry
-from minisd.adapters import controlnet, lora, token_embedding
-from minisd.adapters._adapter import Adapter, Updates, set_scale
+from minisd.adapters import _adapter, controlnet, lora, token_embedding
+from minisd.adapters._adapter import Attached
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import PARTS, PIPELINES, Checkpoint, build, fill
 from minisd.models.controlnet import ControlNet
@@ -20,13 +19,6 @@ from minisd.models.text import TextEncoder, Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.noise import NoiseSchedule, settings_for
-
-
-class Attached(NamedTuple):
-    """What one call of `attach` added."""
-
-    files: list[Path]
-    updates: Updates
 
 
 class StableDiffusion:
@@ -151,19 +143,16 @@ class StableDiffusion:
         taken = {file for attached in self.attached.values() for file in attached.files}
         if again := [file for file in found if file.resolve() in taken]:
             raise ValueError(f"{again[0]} is attached already (`rescale` sets a scale anew)")
-        adapters = [self._read_adapter(file) for file in found]
-        updates = [item for adapter in adapters for item in adapter.updates.items()]
-        set_scale(updates, scale, text_scale, str(path))
-        tokens = [item for adapter in adapters for item in adapter.tokens.items()]
-        if len({token.lower() for token, _ in tokens}) < len(tokens):
+        adapters = [_adapter.read(self, file) for file in found]
+        attached = Attached(files=[file.resolve() for file in found], adapters=adapters)
+        attached.rescale(scale, text_scale, str(path))
+        tokens = [token.lower() for adapter in adapters for token in adapter.tokens]
+        if len({*tokens}) < len(tokens):
             raise ValueError(f"{path} has the same token in several files")
         for adapter in adapters:
-            lora.put(lora.networks(self), adapter.updates)
-        for token, rows in tokens:
-            rows = token_embedding.add_token(self.tokenizer, self.text_encoder, token, rows)
-            rows.requires_grad_(False)
-        self.attached[path.resolve()] = Attached([file.resolve() for file in found], updates)
-        return [adapter.about for adapter in adapters]
+            adapter.put(self)
+        self.attached[path.resolve()] = attached
+        return [adapter.description for adapter in adapters]
 
     def rescale(self, name: str | Path, scale: float, text_scale: float | None = None) -> None:
         """Set the scale of what `attach` was given as `name`, or a path whose last part is `name`, with or
@@ -174,7 +163,7 @@ class StableDiffusion:
             known = ", ".join(map(str, found or self.attached)) or "nothing"
             is_what = "the name of several adapters" if found else "no adapter that is attached"
             raise ValueError(f"{name} is {is_what}: {known}")
-        set_scale(self.attached[found[0]].updates, scale, text_scale, str(name))
+        self.attached[found[0]].rescale(scale, text_scale, str(name))
 
     def controlnet(self, source: str, cache_dir: str | None = None) -> ControlNet:
         """The ControlNet of a folder, a single file or a hub id, read once. ValueError, naming it, if there
@@ -185,15 +174,6 @@ class StableDiffusion:
             controlnet.check(network, self.unet.config, source)
             self.controlnets[source] = network
         return self.controlnets[source]
-
-    def _read_adapter(self, file: Path) -> Adapter:
-        tensors = files.read(file)
-        try:
-            kind = registry.match("adapters", tensors)
-        except ValueError:
-            names = ", ".join(list(tensors)[:3])
-            raise ValueError(f"{file} is no adapter that is known here; it holds {names}, ...") from None
-        return kind.read(self, tensors, file)
 
     def exact(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """A network's tensor as the model's file has it, if it is no other but for its precision."""
