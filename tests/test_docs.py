@@ -186,6 +186,8 @@ def test_the_proposed_method(proposed, tmp_path):
     assert trained and all(".attn2." in name for name in trained)
     method.loss(collate([Stream(method.datasets()[0], 0)[0]])).backward()
     assert all(p.grad is not None for p in trained.values())
-    assert sum(p.requires_grad for part in method.sd.parts.values() for p in part.parameters()) == len(trained)
+    assert sum(p.requires_grad for part in method.sd.parts.values() for p in part.parameters()) == len(
+        trained
+    )
     method.save(tmp_path / "out")
     assert (tmp_path / "out" / "model_index.json").is_file()
