@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,3 +207,23 @@ def generator(*names: object) -> torch.Generator:
 def randn(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
     """Standard normal (b, *shape) in fp32 on the CPU, sample i from generators[i]."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def chance(probability: float, generator: torch.Generator) -> bool:
+    """True with that probability."""
+    return torch.rand((), generator=generator).item() < probability
+
+
+def choice(options: Sequence[Any], generator: torch.Generator) -> Any:
+    """One of the options, each equally likely."""
+    return options[torch.randint(len(options), (), generator=generator).item()]
+
+
+def between(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number from low to high, both included."""
+    return torch.randint(low, high + 1, (), generator=generator).item()
+
+
+def subset(total: int, count: int | None, generator: torch.Generator) -> list[int]:
+    """`count` of the numbers below `total`, ascending; all of them if `count` is None."""
+    return sorted(torch.randperm(total, generator=generator)[:count].tolist())

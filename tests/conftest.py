@@ -132,6 +132,16 @@ def captioned(cat) -> Path:
     return folder
 
 
+@pytest.fixture
+def two(tmp_path) -> Path:
+    """A folder with a.png and b.png."""
+    from tests.data_helpers import picture
+
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def script():
     """script("train.py", *flags): run it from the repository root; returns (exit status, stdout, stderr)."""

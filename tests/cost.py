@@ -201,7 +201,7 @@ def measure_ti(model: str, side: int = 256, count: int = 5) -> dict:
 def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
 
     from minisd import cli, registry
-    from minisd.data.batches import Stream, batches
+    from minisd.data.order import Stream, batches
     from minisd.training import loop, optim
     from minisd.training.distributed import Processes
 

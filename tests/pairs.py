@@ -1,4 +1,4 @@
-"""Folders of pairs for ControlNet and InstructPix2Pix, and what their tests share."""
+"""Folders of pairs for ControlNet and InstructPix2Pix, and the helpers that their tests share."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from minisd import cli, registry
-from minisd.data.batches import Stream, collate
+from minisd.data.order import Stream, collate
 from minisd.training import loop
 from minisd.training.run_folder import Run
 
@@ -31,7 +31,7 @@ def make_pairs(folder: Path, count: int = 4) -> Path:
 
 
 def options(method: str, *flags) -> object:
-    """Of a short run that reports to nobody."""
+    """The options of a short run without trackers."""
     argv = ["--method", method, "--train_batch_size", "2", "--report_to", "none", "--max_train_steps", "2"]
     return cli.parse_train([*argv, *map(str, flags)])[1]
 
@@ -62,7 +62,7 @@ def psnr(a, b) -> float:
 
 
 def assert_exactly_these_train(m, trained: dict, batch: dict) -> None:
-    """Gradients reach the declared parameters and no others, and all of the declared ones change."""
+    """Gradients reach the parameters that the method declares and no others, and all of these change."""
     everything = {f"{part}.{n}": p for part, module in m.parts.items() for n, p in module.named_parameters()}
     assert trained.keys() <= everything.keys()
     before = {n: p.detach().clone() for n, p in everything.items()}
@@ -73,7 +73,7 @@ def assert_exactly_these_train(m, trained: dict, batch: dict) -> None:
 
 
 def assert_gradients(trained: dict, theirs: torch.nn.Module, prefix: str, rename=lambda name: name) -> None:
-    """Each within 1e-4 of its own largest value, or of a ten-thousandth of the largest of all."""
+    """Each gradient agrees within 1e-4 of its largest value, or of 1e-4 of the largest of all gradients."""
     floor = 1e-4 * max(p.grad.abs().max() for p in theirs.parameters())
     for name, p in theirs.named_parameters():
         error = (trained[prefix + rename(name)].grad - p.grad).abs().max() / max(p.grad.abs().max(), floor)

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from minisd import cli, registry
-from minisd.data.batches import Stream, collate
+from minisd.data.order import Stream, collate
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop
 from minisd.training.run_folder import Run

@@ -1,4 +1,4 @@
-"""Pictures, folders, and the stream of samples."""
+"""Pictures in and out, and the examples of textual inversion."""
 
 import numpy as np
 import pytest
@@ -6,26 +6,33 @@ import torch
 from PIL import Image
 
 from minisd.data import images
-from minisd.data.batches import Stream, batches
-from minisd.data.datasets import ConceptPictures, View, read_folder
+from minisd.data.datasets import ConceptPictures
+from minisd.data.source import read
 
 
 def concept(folder, **changes):
     options = {"style": False, "resolution": 16, "center_crop": False, "flip_p": 0.5, "repeats": 3} | changes
-    return ConceptPictures(read_folder(folder, flag="--data"), "<cat>", **options)
+    return ConceptPictures(read(folder, flag="--data", subfolders="none"), "<cat>", **options)
 
 
-def test_pixels_equal_the_field_s(cat):
+def first_pixels(dataset, flipped=False):
+    """The pixels of the first picture."""
+    return next(dataset.pixels(view) for view in dataset.views() if view.flipped is flipped)
+
+
+def test_pixels_equal_diffusers_example_script_s(cat):
     """Squashed bicubically to a square, from the centred square if asked."""
     path = sorted(cat.iterdir())[0]
     image = Image.open(path).convert("RGB")
     squashed = np.array(image.resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float32) / 127.5 - 1
-    got = concept(cat).pixels(View(path, False))
+    got = first_pixels(concept(cat))
     assert np.array_equal(got.permute(1, 2, 0).numpy(), squashed)
-    assert np.array_equal(concept(cat).pixels(View(path, True)).permute(1, 2, 0).numpy(), squashed[:, ::-1])
+    assert np.array_equal(
+        first_pixels(concept(cat), flipped=True).permute(1, 2, 0).numpy(), squashed[:, ::-1]
+    )
     assert image.size == (48, 40)
     cropped = image.crop((4, 0, 44, 40)).resize((16, 16), Image.Resampling.BICUBIC)
-    assert torch.equal(concept(cat, center_crop=True).pixels(View(path, False)), images.to_tensor(cropped))
+    assert torch.equal(first_pixels(concept(cat, center_crop=True)), images.to_tensor(cropped))
 
 
 def test_exif_and_transparency(tmp_path):
@@ -45,39 +52,18 @@ def test_tensor_round_trip():
     assert np.array_equal(np.asarray(images.to_pil(images.to_tensor(image))), np.asarray(image))
 
 
-def test_folder_lists_what_it_passes_over(cat, tmp_path):
+def test_a_folder_lists_what_it_skips(cat, tmp_path):
     for path in cat.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / ".DS_Store").write_text("x")
     (tmp_path / "notes.pdf").write_text("x")
     (tmp_path / "0.txt").write_text("my {} at home")
     (tmp_path / "sub").mkdir()
-    folder = read_folder(tmp_path, flag="--data")
-    assert len(folder.pictures) == 5
-    assert folder.skipped == ["notes.pdf: not a picture"]
-    dataset = ConceptPictures(
-        folder, "<cat>", style=False, resolution=16, center_crop=False, flip_p=0, repeats=1
-    )
+    dataset = concept(tmp_path, repeats=1)
+    assert len(dataset) == len(dataset.source) == 5
+    assert dataset.source.skipped == ("notes.pdf: not a picture",)
     assert dataset.examples(0, torch.Generator())[0].prompt == "my <cat> at home"
     assert "<cat>" in dataset.examples(1, torch.Generator())[0].prompt
-
-
-@pytest.mark.parametrize("content", [b"not a picture", None], ids=["text", "truncated"])
-def test_bad_pictures_are_named(cat, tmp_path, content):
-    good = sorted(cat.iterdir())[0].read_bytes()
-    (tmp_path / "good.png").write_bytes(good)
-    (tmp_path / "bad.png").write_bytes(content or good[: len(good) // 2])
-    with pytest.raises(ValueError, match="--data: .*bad.png"):
-        read_folder(tmp_path, flag="--data")
-    folder = read_folder(tmp_path, flag="--data", skip_bad_images=True)
-    assert [p.name for p in folder.pictures] == ["good.png"] and "bad.png" in folder.skipped[0]
-
-
-def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(ValueError, match="--data: no picture"):
-        read_folder(tmp_path, flag="--data")
-    with pytest.raises(ValueError, match="--data: there is no"):
-        read_folder(tmp_path / "x", flag="--data")
 
 
 def test_a_caption_without_the_token_is_an_error(cat, tmp_path):
@@ -85,43 +71,3 @@ def test_a_caption_without_the_token_is_an_error(cat, tmp_path):
     (tmp_path / "0.txt").write_text("a dog")
     with pytest.raises(ValueError, match="0.png.*a dog"):
         concept(tmp_path)
-
-
-def numbers(stream, **kwargs):
-    return [b["number"] for b in batches(stream, **kwargs)]
-
-
-def test_stream_is_a_function_of_the_seed_and_the_number(cat):
-    stream, again, other = (Stream(concept(cat), seed) for seed in (1, 1, 2))
-    assert len(stream.dataset) == 15
-    first = [stream[k][0] for k in range(40)]
-    for k in (33, 2, 17):  # in any order
-        assert torch.equal(again[k][0]["pixels"], first[k]["pixels"])
-        assert again[k][0]["prompt"] == first[k]["prompt"]
-    assert [other[k][0]["prompt"] for k in range(40)] != [s["prompt"] for s in first]
-    # Every epoch shows each picture as often as the others, in an order of its own.
-    orders = [
-        [stream.dataset.examples(i, torch.Generator())[0].view.path for i in stream_order(stream, e)]
-        for e in (0, 1)
-    ]
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-
-
-def stream_order(stream, epoch):
-    return stream.order.epoch(epoch).tolist()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_go_on_where_they_stopped(cat, workers):
-    stream = Stream(concept(cat), 0)
-    whole = list(batches(stream, first=0, count=6, batch_size=4, workers=workers))
-    rest = list(batches(stream, first=12, count=3, batch_size=4))
-    for a, b in zip(whole[3:], rest, strict=True):
-        assert a["prompt"] == b["prompt"] and torch.equal(a["pixels"], b["pixels"])
-
-
-def test_two_processes_share_a_batch(cat):
-    stream = Stream(concept(cat), 0)
-    one = numbers(stream, first=0, count=3, batch_size=4)
-    two = [numbers(stream, first=0, count=3, batch_size=2, rank=r, world=2) for r in (0, 1)]
-    assert [a + b for a, b in zip(*two, strict=True)] == one

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from minisd import cli, registry
-from minisd.data.batches import Stream, collate
+from minisd.data.order import Stream, collate
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minisd import cli, registry
-from minisd.data.batches import Stream, collate
+from minisd.data.order import Stream, collate
 from minisd.formats import config_json
 from minisd.training import loop
 from minisd.training.run_folder import Run

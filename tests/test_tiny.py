@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from minisd import cli, registry
-from minisd.data import sources
+from minisd.data.source import read as read_source
 from minisd.formats import config_json
 from minisd.options import TINY
 from minisd.sampling.stable_diffusion import StableDiffusion
@@ -105,7 +105,7 @@ def test_the_folders_are_what_train_reads(built):
         "held_out/concepts/bat": ["image", "text"],
     }
     for folder, expected in columns.items():
-        source = sources.read(built / folder, flag="--data")
+        source = read_source(built / folder, flag="--data")
         assert source.columns == expected and not source.skipped
         assert {size for r in source.records for size in r.sizes.values()} == {(64, 64)}
     assert "MIT" in (built / "NOTICE.md").read_text()
@@ -204,7 +204,7 @@ def test_the_ground_of_a_picture_is_named(built, ground):
 def test_a_start_that_has_learned_nothing(built, tmp_path, monkeypatch):
     """The same bytes again, and a tokenizer that takes the words of the data apart and puts them together."""
     monkeypatch.setattr(init, "VOCABULARY", 540)  # as few words as these allow
-    monkeypatch.setattr(init.configs, "read", lambda folder, part: small(read(folder, part)))
+    monkeypatch.setattr(init.config_json, "read", lambda folder, part: small(read(folder, part)))
     for name in ("start", "again"):
         init.write(tmp_path / name, built)
     assert files(tmp_path / "start") == files(tmp_path / "again")
@@ -269,7 +269,7 @@ def test_a_model_that_draws_the_truth_is_told_from_one_that_does_not_listen(buil
 
 def test_the_cat_has_a_hue_without_a_name(built):
     assert min(abs(hue - data.TURQUOISE) for hue in pictures.HUES.values()) > 40
-    folder = sources.read(built / "cat", flag="--data")
+    folder = read_source(built / "cat", flag="--data")
     assert len(folder) == 5 and all("{}" in r.texts["text"] for r in folder.records)
     drawn = Image.open(built / "cat/1.png").convert("RGBA")
     assert pictures.main_hue(drawn)[0] == pytest.approx(data.TURQUOISE, abs=5)

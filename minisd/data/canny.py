@@ -1,9 +1,9 @@
-"""The edges of a picture (Canny 1986), as the published ControlNets for edges were shown them."""
+"""The edges of a picture (Canny 1986), as the published ControlNets for edges were trained on."""
 
 import numpy as np
 from PIL import Image
 
-TANGENT = np.tan(np.pi / 8)  # of 22.5 degrees: from there on, a direction counts as diagonal
+TANGENT = np.tan(np.pi / 8)  # of 22.5 degrees: steeper than that, a direction counts as diagonal
 
 
 def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
@@ -43,12 +43,12 @@ def gradient(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def follow(seeds: np.ndarray, paths: np.ndarray) -> np.ndarray:
     """The parts of `paths` (h, w) that touch `seeds`, corners included."""
-    paths, found = np.pad(paths, 1), np.pad(seeds, 1)
+    paths, reached = np.pad(paths, 1), np.pad(seeds, 1)
     width = paths.shape[1]
     around = [y * width + x for y in (-1, 0, 1) for x in (-1, 0, 1)]
-    front = np.flatnonzero(found)
+    front = np.flatnonzero(reached)
     while len(front):
         near = np.unique(np.add.outer(around, front))
-        front = near[paths.flat[near] & ~found.flat[near]]
-        found.flat[front] = True
-    return found[1:-1, 1:-1]
+        front = near[paths.flat[near] & ~reached.flat[near]]
+        reached.flat[front] = True
+    return reached[1:-1, 1:-1]

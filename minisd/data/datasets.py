@@ -1,193 +1,55 @@
-"""What an example is: a picture, prepared, and its prompt. In which order they come is for batches.py.
+"""What an example of each method is: a view of a picture, its prompt, and further tensors.
 
 A dataset has
-    len(dataset)                  how many examples an epoch has
-    examples(index, generator)    the Examples of one place in it, everything random taken from the generator
-    pixels(view)                  the picture (3, h, w) in [-1, 1] that a view stands for
-    extras(view)                  further tensors that belong to it, by name; {} where there are none
-    views()                       every view there can be, or None if they are endless
-    buckets                       the shape (w, h) of each of its places, or None if all are of one shape
+    len(dataset)                  examples in an epoch
+    examples(index, generator)    the examples at an index; what is random is drawn from the generator
+    pixels(view)                  the picture (3, h, w) in [-1, 1] of a view
+    extras(view)                  further tensors that belong to it, by name
+    views()                       every view there can be, or None if crops are drawn
+    buckets                       the shape (w, h) at each index, or None if all are of one shape
+In which order a run takes the examples, and with which generators, is decided in order.py.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
 
-from minisd.data import buckets as shapes
-from minisd.data import images, sources
-from minisd.data.records import Source
+from minisd import noise
+from minisd.data import crop, images
+from minisd.data.crop import Box, View
+from minisd.data.source import Source
 from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
-
-INTERPOLATION = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-Size = tuple[int, int]  # width, height
-Box = tuple[int, int, int, int]  # left, top, right, bottom
-
-
-def chance(probability: float, generator: torch.Generator) -> bool:
-    return torch.rand((), generator=generator).item() < probability
-
-
-def choice(options, generator: torch.Generator):
-    return options[torch.randint(len(options), (), generator=generator).item()]
-
-
-def between(low: int, high: int, generator: torch.Generator) -> int:
-    """A whole number from low to high, both included."""
-    return torch.randint(low, high + 1, (), generator=generator).item()
-
-
-@dataclass(frozen=True)
-class View:
-    """A picture as it is shown to the model: what a cached latent depends on. `path` is its file, or the
-    number of its record; it is resized to `size`, `box` is cut out of that, and the cut is flipped."""
-
-    path: Path | int
-    flipped: bool = False
-    size: Size | None = None
-    box: Box | None = None
-
-
-@dataclass(frozen=True)
-class PartView:
-    """A view of one of the datasets that stand behind another."""
-
-    part: int
-    view: View
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A view of a picture, its prompt, and what its loss counts."""
+    """A view of a picture, its prompt, and the weight of its loss."""
 
-    view: View | PartView
+    view: View
     prompt: str
     weight: float = 1.0
-
-
-def cover(size: Size, target: Size) -> Size:
-    """The least size of the same shape that covers `target`. The longer side of a square target is cut down
-    to whole pixels, as torchvision does it."""
-    (w, h), (tw, th) = size, target
-    if tw * h >= th * w:  # the width decides
-        return tw, max(th, tw * h // w)
-    return max(tw, th * w // h), th
-
-
-def center(size: Size, target: Size) -> Box:
-    """The centred box of `target` in `size`, rounded as torchvision rounds it: halves to the even."""
-    left, top = (round((s - t) / 2) for s, t in zip(size, target, strict=True))
-    return left, top, left + target[0], top + target[1]
-
-
-def shown(image: Image.Image, view: View, resampling: Image.Resampling) -> Image.Image:
-    """The picture of a view: resized, cut, flipped."""
-    image = image.resize(view.size, resampling).crop(view.box)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flipped else image
-
-
-@dataclass
-class Folder:
-    """The usable pictures of a folder, their captions where they have one, and what was passed over."""
-
-    path: Path
-    pictures: list[Path]
-    captions: dict[Path, str]
-    source: Source
-
-    @property
-    def skipped(self) -> list[str]:
-        return list(self.source.skipped)
-
-    def summary(self) -> str:
-        return self.source.summary()
-
-
-def read_folder(path: Path, *, flag: str, skip_bad_images: bool = False) -> Folder:
-    """The pictures right in a folder, each decoded once. ValueError as by sources.read."""
-    source = sources.read(path, flag=flag, subfolders="none", skip_bad_images=skip_bad_images)
-    source.column("image", flag=flag, of="pictures")
-    texts = {record.pictures["image"]: record.texts.get("text") for record in source.records}
-    return Folder(path, list(texts), {p: text for p, text in texts.items() if text}, source)
-
-
-class ConceptPictures:
-    """The pictures of one concept under prompts made from templates: textual inversion's data.
-
-    A caption beside a picture is used instead of the templates; in it `{}`, or the token, is the concept.
-    """
-
-    buckets = None
-
-    def __init__(
-        self,
-        folder: Folder,
-        token: str,
-        *,
-        style: bool,
-        resolution: int,
-        center_crop: bool,
-        flip_p: float,
-        repeats: int,
-    ):
-        self.folder = folder
-        self.token = token
-        self.templates = STYLE_TEMPLATES if style else OBJECT_TEMPLATES
-        self.resolution = resolution
-        self.center_crop = center_crop
-        self.flip_p = flip_p
-        self.repeats = repeats
-        for path, caption in folder.captions.items():
-            if token.lower() not in caption.lower() and "{}" not in caption:
-                raise ValueError(
-                    f"the caption of {path.name} has neither {token} nor {{}} in it: {caption!r}"
-                )
-
-    def __len__(self) -> int:
-        return len(self.folder.pictures) * self.repeats
-
-    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
-        path = self.folder.pictures[index % len(self.folder.pictures)]
-        template = self.folder.captions.get(path) or choice(self.templates, generator)
-        view = View(path, chance(self.flip_p, generator))
-        return [Example(view=view, prompt=template.replace("{}", self.token))]
-
-    def views(self) -> list[View]:
-        """Every view there can be."""
-        flips = [f for f, possible in ((False, self.flip_p < 1), (True, self.flip_p > 0)) if possible]
-        return [View(path, flipped) for path in self.folder.pictures for flipped in flips]
-
-    def extras(self, view: View) -> dict[str, torch.Tensor]:
-        return {}
-
-    def pixels(self, view: View) -> torch.Tensor:
-        """(3, resolution, resolution) in [-1, 1]."""
-        image = images.open_image(view.path)
-        if self.center_crop:
-            image = images.center_square(image)
-        image = image.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC)
-        if view.flipped:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return images.to_tensor(image)
 
 
 class Captioned:
     """Pictures under their captions: the shorter side resized to `resolution`, a centred or random square cut
     out, flipped with probability 1/2 if `random_flip`.
 
-    A record without a caption has `prompt`, if that is given; with caption_column=None every one has. A
-    caption is left empty with probability `caption_dropout`. With `bucket` each picture is scaled to cover
-    the shape of `step` pixels' multiples that is nearest to its own, and the middle is cut out. ValueError,
-    naming the flag, for a column that is missing.
+    With `squash`, pictures are resized to the square whatever their shape. With `bucket` each is scaled to
+    cover the bucket nearest to its own aspect ratio (sides are multiples of `step` pixels), and the middle is
+    cut out.
+
+    A record without a caption has `prompt`, if that is given (one of them is drawn, if it is several); with
+    caption_column=None every record has. A caption is left empty with probability `caption_dropout`.
+    `pair_column` holds a second picture of each record. ValueError, naming the flag, for a column that is
+    missing and for a pair with different aspect ratios.
     """
 
-    IMAGE_FLAG, CAPTION_FLAG = "--image_column", "--caption_column"
+    IMAGE_FLAG, CAPTION_FLAG, PAIR_FLAG = "--image_column", "--caption_column", ""
 
     def __init__(
         self,
@@ -196,108 +58,175 @@ class Captioned:
         resolution: int,
         center_crop: bool = False,
         random_flip: bool = False,
+        squash: bool = False,
         interpolation: str = "bilinear",
         caption_dropout: float = 0.0,
         caption_column: str | None = "text",
         image_column: str = "image",
-        prompt: str | None = None,
+        pair_column: str | None = None,
+        prompt: str | Sequence[str] | None = None,
         bucket: bool = False,
         step: int = 64,
     ):
         self.prompt = prompt or ""
-        self.caption_column, self.described = None, source
+        self.described = source  # without the prompts
+        self.caption_column = None
         if caption_column is not None:
             source = source if prompt is None else source.with_prompt(prompt, caption_column)
             self.caption_column = source.column(caption_column, flag=self.CAPTION_FLAG)
         self.source = source
         self.image_column = source.column(image_column, flag=self.IMAGE_FLAG, of="pictures")
+        if pair_column is not None:
+            self.pair_column = source.pair_column(pair_column, self.image_column, flag=self.PAIR_FLAG)
+        self.epoch = source.epoch  # the record at each index
         self.flips = (False, True) if random_flip else (False,)
         self.caption_dropout = caption_dropout
-        self.resampling = INTERPOLATION[interpolation]
+        self.resampling = Image.Resampling[interpolation.upper()]
         self.center_crop = center_crop or bucket
-        self.places = source.places
         originals = [record.sizes[self.image_column] for record in source.records]
-        self.shapes = [(resolution, resolution)] * len(originals)
-        if bucket:
-            known = shapes.sizes(resolution, step)
-            self.shapes = [shapes.assign(size, known) for size in originals]
-        pairs = zip(originals, self.shapes, strict=True)
-        self.sizes = [self.scaled(size, shape) for size, shape in pairs]
-        self.buckets = [self.shapes[i] for i in self.places] if bucket else None
-
-    def scaled(self, size: Size, shape: Size) -> Size:
-        """What a picture is resized to before `shape` is cut out."""
-        return cover(size, shape)
+        shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]
+        self.shapes = [crop.nearest_shape(size, shapes) for size in originals]  # what each picture is cut to
+        self.sizes = self.shapes if squash else list(map(crop.cover, originals, self.shapes))
+        self.buckets = [self.shapes[i] for i in self.epoch] if bucket else None
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.epoch)
 
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
-        number, prompt = self.places[index], self.prompt
-        if self.caption_column is not None:
-            prompt = self.source.caption(number, self.caption_column, generator)
-        if self.caption_dropout and chance(self.caption_dropout, generator):
-            prompt = ""
-        box = self._box(number)
-        if box is None:
-            (w, h), (tw, th) = self.sizes[number], self.shapes[number]
-            left, top = between(0, w - tw, generator), between(0, h - th, generator)
-            box = left, top, left + tw, top + th
-        view = View(number, choice(self.flips, generator), self.sizes[number], box)
-        return [Example(view=view, prompt=prompt)]
+        record = self.epoch[index]
+        prompt = self.draw_prompt(record, generator)
+        return [Example(view=self.draw_view(record, generator), prompt=prompt)]
 
-    def _box(self, number: int) -> Box | None:
-        """Where a picture is cut, or None if that is drawn."""
-        size, shape = self.sizes[number], self.shapes[number]
-        return center(size, shape) if self.center_crop or size == shape else None
+    def draw_prompt(self, record: int, generator: torch.Generator) -> str:
+        """The prompt of a record."""
+        prompt = self.prompt
+        if self.caption_column is not None:
+            prompt = self.source.caption(record, self.caption_column, generator)
+        dropped = self.caption_dropout and noise.chance(self.caption_dropout, generator)
+        return "" if dropped else prompt
+
+    def draw_view(self, record: int, generator: torch.Generator) -> View:
+        """How the picture of a record is cut and flipped."""
+        box = self.fixed_box(record)
+        if box is None:
+            (w, h), (tw, th) = self.sizes[record], self.shapes[record]
+            left, top = noise.between(0, w - tw, generator), noise.between(0, h - th, generator)
+            box = left, top, left + tw, top + th
+        return View(record, self.draw_flip(generator), self.sizes[record], box)
+
+    def draw_flip(self, generator: torch.Generator) -> bool:
+        """Whether a picture is flipped."""
+        return noise.choice(self.flips, generator)
+
+    def fixed_box(self, record: int) -> Box | None:
+        """Where the picture of a record is cut, or None if that is drawn."""
+        size, shape = self.sizes[record], self.shapes[record]
+        return crop.center(size, shape) if self.center_crop or size == shape else None
 
     def views(self) -> list[View] | None:
-        """Every view there can be; None if a crop is drawn."""
-        numbers = sorted(range(len(self.sizes)), key=lambda n: self.shapes[n])  # a bucket's stand together
-        boxes = [self._box(n) for n in numbers]
+        """Every view there can be; None if crops are drawn."""
+        records = sorted(range(len(self.shapes)), key=lambda r: self.shapes[r])  # a bucket's stand together
+        boxes = [self.fixed_box(r) for r in records]
         if None in boxes:
             return None
-        pairs = zip(numbers, boxes, strict=True)
-        return [View(n, flip, self.sizes[n], box) for n, box in pairs for flip in self.flips]
+        pairs = zip(records, boxes, strict=True)
+        return [View(r, flipped, self.sizes[r], box) for r, box in pairs for flipped in self.flips]
 
-    def extras(self, view: View) -> dict[str, torch.Tensor]:
-        return {}
-
-    def pixels(self, view: View) -> torch.Tensor:
+    def pixels(self, view: View) -> Tensor:
         """(3, h, w) in [-1, 1]."""
         return self.tensor(view, self.image_column)
 
-    def tensor(self, view: View, column: str) -> torch.Tensor:
+    def extras(self, view: View) -> dict[str, Tensor]:
+        """Further tensors that belong to a view, by name."""
+        return {}
+
+    def open(self, record: int, column: str) -> Image.Image:
+        """A picture, before it is resized."""
+        return self.source.open(record, column)
+
+    def tensor(self, view: View, column: str) -> Tensor:
         """(3, h, w) in [-1, 1]: the picture in a column, cut as the view says."""
-        return images.to_tensor(shown(self.source.open(view.path, column), view, self.resampling))
+        image = self.open(view.record, column).resize(view.size, self.resampling).crop(view.box)
+        return images.to_tensor(ImageOps.mirror(image) if view.flipped else image)
 
     def summary(self) -> str:
-        """What stands in the source, and how many pictures each bucket has."""
+        """What is in the source, and how many pictures each bucket has."""
         text = self.described.summary(self.caption_column)
         if self.buckets:
-            count = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sorted(Counter(self.buckets).items()))
-            text += f"\n  buckets: {count}"
+            counts = sorted(Counter(self.buckets).items())
+            text += "\n  buckets: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in counts)
         return text
 
 
-class InstancePictures(Captioned):
-    """DreamBooth's pictures, of the instance or of its class: under the caption of each, else under
-    `prompt`."""
+class ConceptPictures(Captioned):
+    """The pictures of one concept, squashed to a square (with `center_crop` after cutting out the largest
+    one), flipped with probability `flip_p`, each `repeats` times in an epoch: textual inversion's data.
 
-    def __init__(self, source: Source, prompt: str, *, resolution: int, **kwargs):
-        super().__init__(source, prompt=prompt, resolution=resolution, **kwargs)
+    Prompts are made from templates; a caption beside a picture is used instead of these. In both, `{}` stands
+    for the concept's token. ValueError, naming the record, for a caption with neither `{}` nor the token.
+    """
+
+    IMAGE_FLAG = CAPTION_FLAG = "--data"
+
+    def __init__(
+        self, source: Source, token: str, *, style: bool, flip_p: float, repeats: int, **kwargs: Any
+    ):
+        records = (replace(r, texts={c: t for c, t in r.texts.items() if t}) for r in source.records)
+        source = replace(source, records=tuple(records))
+        templates = STYLE_TEMPLATES if style else OBJECT_TEMPLATES
+        super().__init__(source, squash=True, interpolation="bicubic", prompt=templates, **kwargs)
+        self.token, self.flip_p = token, flip_p
+        self.epoch = list(range(len(source))) * repeats
+        self.flips = [flip for flip, p in ((False, 1 - flip_p), (True, flip_p)) if p > 0]
+        for record in self.source.records:
+            texts = record.texts["text"]
+            for text in [texts] if isinstance(texts, str) else texts:
+                if token.lower() not in text.lower() and "{}" not in text:
+                    raise ValueError(f"the caption of {record.name} has neither {token} nor {{}}: {text!r}")
+
+    def draw_prompt(self, record: int, generator: torch.Generator) -> str:
+        return super().draw_prompt(record, generator).replace("{}", self.token)
+
+    def draw_flip(self, generator: torch.Generator) -> bool:
+        return noise.chance(self.flip_p, generator)
+
+    def open(self, record: int, column: str) -> Image.Image:
+        image = super().open(record, column)
+        return images.center_square(image) if self.center_crop else image
+
+
+class Conditioned(Captioned):
+    """ControlNet's pictures, each with its conditioning image as the extra "conditioning", (3, h, w) in
+    [0, 1]: the one in `pair_column`, cut in the same way."""
+
+    PAIR_FLAG = "--conditioning_image_column"
+
+    def extras(self, view: View) -> dict[str, Tensor]:
+        return {"conditioning": self.tensor(view, self.pair_column) / 2 + 0.5}
+
+
+class EditPairs(Captioned):
+    """InstructPix2Pix's pictures after the edit, each with the one before it as the extra "original",
+    (3, h, w) in [-1, 1]: the one in `pair_column`, cut and flipped in the same way."""
+
+    IMAGE_FLAG, CAPTION_FLAG = "--edited_image_column", "--edit_prompt_column"
+    PAIR_FLAG = "--original_image_column"
+
+    def extras(self, view: View) -> dict[str, Tensor]:
+        return {"original": self.tensor(view, self.pair_column)}
 
 
 class Prior:
-    """Two datasets side by side: at each place an example of the instances and one of their class.
+    """Two datasets side by side (prior preservation): at each index an example of the instances and one of
+    their class. An epoch is as long as the longer of the two.
 
-    Their weights, 2 and 2 * `weight`, make the mean over both, weighted, the mean error of the instances plus
-    `weight` times that of the class. An epoch is as long as the longer of the two.
+    With the weights 2 and 2 * `weight`, the mean over both is the mean loss of the instances plus `weight`
+    times that of the class.
     """
 
     buckets = None
 
-    def __init__(self, instances, classes, weight: float):
+    def __init__(self, instances: Captioned, classes: Captioned, weight: float):
         assert instances.buckets is None and classes.buckets is None  # their pictures share a batch
         self.parts = instances, classes
         self.weights = 2.0, 2.0 * weight
@@ -307,22 +236,22 @@ class Prior:
 
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         return [
-            replace(example, view=PartView(i, example.view), weight=example.weight * self.weights[i])
+            replace(example, view=replace(example.view, part=i), weight=example.weight * self.weights[i])
             for i, part in enumerate(self.parts)
             for example in part.examples(index % len(part), generator)
         ]
 
-    def views(self) -> list[PartView] | None:
+    def views(self) -> list[View] | None:
         views = [part.views() for part in self.parts]
         if None in views:
             return None
-        return [PartView(i, view) for i, part in enumerate(views) for view in part]
+        return [replace(view, part=i) for i, part in enumerate(views) for view in part]
 
-    def extras(self, view: PartView) -> dict[str, torch.Tensor]:
-        return self.parts[view.part].extras(view.view)
+    def pixels(self, view: View) -> Tensor:
+        return self.parts[view.part].pixels(view)
 
-    def pixels(self, view: PartView) -> torch.Tensor:
-        return self.parts[view.part].pixels(view.view)
+    def extras(self, view: View) -> dict[str, Tensor]:
+        return self.parts[view.part].extras(view)
 
     def summary(self) -> str:
         return "\n".join(part.summary() for part in self.parts)

@@ -1,10 +1,13 @@
 """Pictures in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -15,22 +18,43 @@ from torch import Tensor
 from minisd import files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # pictures that would fill the memory
 
 
-def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures of a folder in the order of their names, and the other files. Hidden files are neither."""
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A picture in a dataset of the package `datasets`."""
+
+    table: Any
+    row: int
+    column: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}, column {self.column}"
+
+    def read_bytes(self) -> bytes:
+        """The encoded picture, as Path.read_bytes; nothing where the table has none."""
+        value = self.table[self.row][self.column] or b""
+        if isinstance(value, bytes):
+            return value
+        return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The pictures in a folder, by name, without hidden files. ValueError if it is not a folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
-    return pictures, [p for p in files if p.suffix.lower() not in SUFFIXES]
+    visible = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
 
 
-def open_image(path: Path, content: bytes | None = None, behind: str = "white") -> Image.Image:
-    """An RGB image, turned as its EXIF says, with transparency laid on `behind`. ValueError if it is not one.
-    `content` is read instead of the file, if given; `path` is its name then."""
+def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "white") -> Image.Image:
+    """An RGB image, rotated as its EXIF says, with transparency laid on `behind`. ValueError, naming `path`,
+    if it is not one. `content` is read instead of the file, if it is given."""
     try:
-        file = path if content is None else io.BytesIO(content)
+        file = io.BytesIO(path.read_bytes() if content is None else content)
+        if not file.getbuffer():
+            raise ValueError("it is empty")
         with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = ImageOps.exif_transpose(image)
@@ -40,13 +64,7 @@ def open_image(path: Path, content: bytes | None = None, behind: str = "white") 
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombWarning,
-        Image.DecompressionBombError,
-    ) as e:
+    except (OSError, SyntaxError, ValueError, *BOMBS) as e:
         raise ValueError(f"{path} cannot be decoded: {e}") from None
 
 
@@ -111,13 +129,19 @@ def label(text: str, width: int, height: int = 0) -> Image.Image:
     return image
 
 
+def stack(parts: Sequence[Image.Image], across: bool = False, gap: int = 0) -> Image.Image:
+    """Pictures of any size on white, one below the other, or with `across` side by side."""
+    ends = list(itertools.accumulate((i.width if across else i.height) + gap for i in parts))
+    length, breadth = ends[-1] - gap, max(i.height if across else i.width for i in parts)
+    sheet = Image.new("RGB", (length, breadth) if across else (breadth, length), "white")
+    for image, start in zip(parts, [0, *ends], strict=False):
+        sheet.paste(image, (start, 0) if across else (0, start))
+    return sheet
+
+
 def labelled(image: Image.Image, text: str) -> Image.Image:
     """The picture under its label."""
-    above = label(text, image.width)
-    sheet = Image.new("RGB", (image.width, above.height + image.height), "white")
-    sheet.paste(above, (0, 0))
-    sheet.paste(image, (0, above.height))
-    return sheet
+    return stack([label(text, image.width), image])
 
 
 def table(
@@ -126,37 +150,20 @@ def table(
     """Pictures in rows and columns, with the labels of these to the left and above."""
     flat = [image for row in cells for image in row]
     width, height = max(i.width for i in flat), max(i.height for i in flat)
-    above = [label(text, width) for text in columns]
     fitting = (w for w in (64, 96, 160, 240) if all(label(text, w).height <= height for text in rows))
-    wide = next(fitting, 320)
-    left = [label(text, wide, height).crop((0, 0, wide, height)) for text in rows]
-    body = grid(flat, len(columns), gap)
-    sheet = Image.new(
-        "RGB", (left[0].width + body.width, max(i.height for i in above) + body.height), "white"
-    )
-    for number, image in enumerate(above):
-        sheet.paste(image, (left[0].width + number * (width + gap), 0))
-    for number, image in enumerate(left):
-        sheet.paste(image, (0, sheet.height - body.height + number * (height + gap)))
-    sheet.paste(body, (left[0].width, sheet.height - body.height))
-    return sheet
+    margin = next(fitting, 320)
+    above = [
+        Image.new("RGB", (margin, 1), "white"),
+        stack([label(text, width) for text in columns], True, gap),
+    ]
+    left = stack([label(text, margin, height).crop((0, 0, margin, height)) for text in rows], gap=gap)
+    return stack([stack(above, across=True), stack([left, grid(flat, len(columns), gap)], across=True)])
 
 
 def labelled_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 256) -> Image.Image:
-    """One row of pictures under each label: how results are shown beside what they should look like."""
-    header = 20
-    strips = [
-        (text, grid([i.resize((size, size)) for i in row], columns=len(row))) for text, row in rows if row
-    ]
-    sheet = Image.new(
-        "RGB", (max(s.width for _, s in strips), sum(s.height + header for _, s in strips)), "white"
-    )
-    top, draw = 0, ImageDraw.Draw(sheet)
-    for text, strip in strips:
-        draw.text((4, top + 4), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
-        sheet.paste(strip, (0, top + header))
-        top += header + strip.height
-    return sheet
+    """One row of pictures under each label, to compare results with what they should look like."""
+    strips = [(text, [i.resize((size, size)) for i in row]) for text, row in rows if row]
+    return stack([labelled(grid(row, columns=len(row)), text) for text, row in strips])
 
 
 def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:

@@ -1,26 +1,50 @@
-"""Rows of text columns: metadata.jsonl, .csv and .parquet beside pictures, and the package `datasets`."""
+"""Tables: metadata.jsonl, .csv and .parquet beside pictures, and datasets of the package `datasets`."""
 
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minisd.data import images
 
-# Files whose rows describe the pictures of their folder and of those below it; the first that is there
-# counts. prompt.json holds ControlNet's {"source", "target", "prompt"} lines.
-NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "prompt.jsonl")
+# Files whose rows describe the pictures of their folder and of its subfolders; the first one that exists is
+# read. prompt.json holds ControlNet's {"source", "target", "prompt"} lines.
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "prompt.jsonl")
 
-SAVED = ("dataset_info.json", "dataset_dict.json")  # what the package `datasets` leaves in a folder
+SAVED = ("dataset_info.json", "dataset_dict.json")  # what the package `datasets` writes into a folder
 
-Row = tuple[str, dict]  # where it stands ("metadata.csv, line 3"), and its columns
+Row = tuple[str, dict[str, Any]]  # its location ("metadata.csv, line 3"), and its columns
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, with or without a byte order mark. ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not in UTF-8: {e.reason} at byte {e.start}") from None
+
+
+# Metadata files
+
+
+def find(folder: Path) -> Path | None:
+    """The metadata file of a folder, if there is one."""
+    files = [folder / name for name in METADATA if (folder / name).is_file()]
+    return next((path for path in files if path.name.startswith("metadata") or _is_controlnet(path)), None)
+
+
+def _is_controlnet(path: Path) -> bool:
+    """Whether a prompt.json is ControlNet's: the name is a common one."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline(100_000)
+    return '"source"' in first and '"target"' in first
 
 
 def read(path: Path) -> list[Row]:
     """All rows of a metadata file. ValueError, naming file and line, where it is broken."""
-    readers: dict[str, Callable] = {".csv": _csv, ".parquet": _parquet}
-    rows = readers.get(path.suffix, _jsonl)(path)
+    rows = list({".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)(path))
     if not rows:
         raise ValueError(f"{path} has no rows")
     where, first = rows[0]
@@ -32,18 +56,9 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def text(path: Path) -> str:
-    """The content of a file in UTF-8, with or without a byte order mark. ValueError if it is not."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not in UTF-8: {e.reason} at byte {e.start}") from None
-
-
-def _jsonl(path: Path) -> list[Row]:
-    rows = []
+def _jsonl(path: Path) -> Iterator[Row]:
     # Not splitlines: a caption may hold U+2028, which ends no line of JSON.
-    for number, line in enumerate(text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -52,19 +67,15 @@ def _jsonl(path: Path) -> list[Row]:
             raise ValueError(f"{path}, line {number}: bad JSON: {e.msg} at column {e.colno}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:40]}")
-        rows.append((f"{path}, line {number}", row))
-    return rows
+        yield f"{path}, line {number}", row
 
 
-def _csv(path: Path) -> list[Row]:
-    reader = csv.reader(io.StringIO(text(path), newline=""), strict=True)
-    header, rows, line = None, [], 1
+def _csv(path: Path) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    header, line = None, 1
     try:
-        for cells in reader:
-            # A quoted cell may span lines: the row is named by its first one.
+        for cells in filter(None, reader):
             where, line = f"{path}, line {line}", reader.line_num + 1
-            if not cells:
-                continue
             if header is None:
                 header = cells
                 if len(set(header)) < len(header):
@@ -75,66 +86,63 @@ def _csv(path: Path) -> list[Row]:
                     "a text with a comma in it stands in double quotes"
                 )
             else:
-                rows.append((where, dict(zip(header, cells, strict=True))))
+                yield where, dict(zip(header, cells, strict=True))
     except csv.Error as e:
         raise ValueError(f"{path}, line {line}: {e}") from None
-    return rows
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     except ImportError:
         raise ValueError(f"{path} needs pyarrow: pip install 'minisd[datasets]'") from None
-    try:
-        table = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
-    return [(f"{path}, row {number}", row) for number, row in enumerate(table)]
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
 
 
-def find(files: list[Path]) -> tuple[Path | None, list[Path]]:
-    """The metadata file among the files of a folder, and the further ones, which do not count."""
-    by_name = {p.name: p for p in files}
-    found = [
-        by_name[n] for n in NAMES if n in by_name and (n.startswith("metadata") or _is_pairs(by_name[n]))
-    ]
-    return (found[0], found[1:]) if found else (None, [])
+def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path], dict[str, Any]]:
+    """The picture files that a row names and its texts, both by column. "file_name" is the column "image",
+    "x_file_name" the column "x", and ControlNet's "source" and "target" are files if the row has both.
+    ValueError, naming the row's location `where`, if it names no file, or one that is missing."""
+    pictures, texts = {}, {}
+    for key, value in row.items():
+        if key in ("source", "target") and {"source", "target"} <= row.keys():
+            column = key
+        elif key == "file_name" or key.endswith("_file_name"):
+            column = key.removesuffix("file_name").removesuffix("_") or "image"
+        else:
+            texts[key] = value
+            continue
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{where}: no file is named for the column {column}")
+        pictures[column] = folder / value
+        if not pictures[column].is_file():
+            raise ValueError(f"{where}: there is no {pictures[column]}")
+    if not pictures:
+        raise ValueError(f"{where}: no column file_name, but {', '.join(row)}")
+    return pictures, texts
 
 
-def _is_pairs(path: Path) -> bool:
-    """Whether a prompt.json is ControlNet's: it may be anybody's."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline(100_000)
-    return '"source"' in first and '"target"' in first
-
-
-def split(row: dict) -> tuple[dict, dict]:
-    """The file names of a row by the column of their pictures, and its texts by column."""
-    names = {}
-    for column, value in row.items():
-        if column == "file_name":
-            names["image"] = value
-        elif column.endswith("_file_name"):
-            names[column.removesuffix("_file_name")] = value
-        elif column in ("source", "target") and {"source", "target"} <= row.keys():
-            names[column] = value
-    files = {"file_name", *(f"{n}_file_name" for n in names)} | ({"source", "target"} & names.keys())
-    return names, {column: value for column, value in row.items() if column not in files}
+# The package `datasets`
 
 
 def needs_datasets(folder: Path) -> bool:
-    """Whether a folder is one of the package `datasets`: saved by it, or with parquet files and no
-    pictures."""
-    if any((folder / n).is_file() for n in SAVED):
+    """Whether a folder was saved by the package `datasets`, or holds parquet files and no pictures."""
+    if any((folder / name).is_file() for name in SAVED):
         return True
-    kinds = {p.suffix.lower() for p in folder.rglob("*") if p.name != "metadata.parquet"}
-    return ".parquet" in kinds and not kinds & set(images.SUFFIXES)
+    suffixes = {p.suffix.lower() for p in folder.rglob("*") if p.name != "metadata.parquet"}
+    return ".parquet" in suffixes and not suffixes & set(images.SUFFIXES)
 
 
-def load_dataset(name: str, config: str | None, cache_dir: str | None, *, flag: str):
-    """The split "train" of a dataset on the hub, of one saved in a folder, or of a local parquet file, its
-    pictures left undecoded; the names of its columns of pictures, and of those of texts."""
+def load_dataset(
+    name: str, config: str | None, cache_dir: str | None, *, flag: str
+) -> tuple[dict[str, Any], dict[str, list]]:
+    """The split "train" of a dataset on the hub, of one saved in a folder, or of a local parquet file: for
+    each column of pictures a table of it alone, undecoded; for each column of texts its values. ValueError,
+    naming `flag`, if it cannot be loaded or has no pictures."""
     try:
         import datasets
     except ImportError:
@@ -152,22 +160,22 @@ def load_dataset(name: str, config: str | None, cache_dir: str | None, *, flag: 
             data = data["train"] if isinstance(data, dict) else data
         else:
             data = datasets.load_dataset(name, config, split="train", cache_dir=cache_dir)
-    except Exception as e:  # of many kinds: its own, the network's, the hub's
+    except Exception as e:  # of the package, the network or the hub
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ValueError(f"{flag} {name}: {lines[0]}") from e
-    pictures, texts = [], []
+    pictures, texts = {}, {}
     for column, kind in data.features.items():
+        alone = data.select_columns(column)  # so that reading it reads no other column
+        inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)  # of lists: their items
+        dtype = getattr(inner, "dtype", None)
         if isinstance(kind, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
-            pictures.append(column)
-        elif (isinstance(kind, dict) and "bytes" in kind) or _dtype(kind) in ("binary", "large_binary"):
-            pictures.append(column)  # parquet that something else has written
-        elif _dtype(kind) in ("string", "large_string"):
-            texts.append(column)
-    return data, pictures, texts
-
-
-def _dtype(kind) -> str | None:
-    """That of a column, or of what its lists hold."""
-    inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)
-    return getattr(inner, "dtype", None)
+            pictures[column] = alone.cast_column(column, datasets.Image(decode=False))
+        elif (isinstance(kind, dict) and "bytes" in kind) or dtype in ("binary", "large_binary"):
+            pictures[column] = alone  # parquet that was written by another program
+        elif dtype in ("string", "large_string"):
+            texts[column] = alone[:][column]
+    if not pictures:
+        raise ValueError(
+            f"{flag} {name}: no column holds pictures; the columns are {', '.join(data.features)}"
+        )
+    return pictures, texts

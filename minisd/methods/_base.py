@@ -63,9 +63,10 @@ class Method:
 
     def dataset(self):
         """What is trained on: see minisd/data/datasets.py."""
-        from minisd.data import sources
+        from minisd.data.source import from_options
 
-        o, source = self.options, sources.from_options(self.options)
+        o = self.options
+        source = from_options(o, cache_dir=o.cache_dir)
         if o.validation_split:
             source, held = source.split(o.validation_split, o.seed)
             self.held_out = self.examples(held)
@@ -287,7 +288,7 @@ class Method:
         schedule; its noise, crop and caption are those of its number."""
         import torch
 
-        from minisd.data.batches import Stream, collate
+        from minisd.data.order import Stream, collate
 
         stream, count, losses = Stream(self.held_out, self.options.seed), len(self.held_out), []
         total = self.sd.schedule.num_train_timesteps

@@ -26,12 +26,12 @@ class Method(Method):
         return self.captioned(source, self.options.instance_prompt)
 
     def dataset(self):
-        from minisd.data import datasets, sources
+        from minisd.data import datasets, source
 
         o, instances = self.options, super().dataset()
         if o.with_prior_preservation:
-            pictures = sources.read(o.class_data_dir, flag="--class_data_dir")
-            classes = datasets.InstancePictures(pictures, o.class_prompt, **self.shown())
+            pictures = source.read(o.class_data_dir, flag="--class_data_dir")
+            classes = datasets.Captioned(pictures, prompt=o.class_prompt, **self.shown())
             self.data = datasets.Prior(instances, classes, o.prior_loss_weight)
         return self.data
 
@@ -77,4 +77,4 @@ def _count(folder: Path) -> int:
     from minisd.data import images
 
     found = [f for f in (folder, folder / "images") if f.is_dir()]
-    return sum(len(images.list_images(f)[0]) for f in found)
+    return sum(len(images.list_images(f)) for f in found)

@@ -73,13 +73,14 @@ class Method(Method):
         return self.sd.parts | {"controlnet": self.controlnet}
 
     def examples(self, source):
-        from minisd.data import pairs
+        from minisd.data import datasets
 
         o = self.options
-        return pairs.Conditioned(
+        return datasets.Conditioned(
             source,
             resolution=o.resolution,
-            conditioning_column=o.conditioning_image_column,
+            center_crop=True,
+            pair_column=o.conditioning_image_column,
             image_column=o.image_column,
             caption_column=o.caption_column,
             caption_dropout=o.proportion_empty_prompts,

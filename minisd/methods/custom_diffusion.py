@@ -62,10 +62,19 @@ class Method(Method):
     """Trains whole matrices beside the base's, and a row for each new word."""
 
     def __init__(self, options: Options):
-        from minisd.data import custom
+        from minisd.data.concepts import Concept, read_concepts
 
         super().__init__(options)
-        self.concepts = custom.concepts_of(options)
+        if options.concepts_list:
+            self.concepts = read_concepts(options.concepts_list, options.with_prior_preservation)
+        else:
+            concept = Concept(
+                instance_prompt=options.instance_prompt,
+                instance_data_dir=options.data,
+                class_prompt=options.class_prompt,
+                class_data_dir=options.class_data_dir,
+            )
+            self.concepts = [concept]
         self.words = options.modifier_token.split("+") if options.modifier_token else []
         if options.with_prior_preservation:
             self.lr_scale = 2.0  # twice the pictures, as the field's script counts them
@@ -87,17 +96,17 @@ class Method(Method):
         return trained
 
     def dataset(self):
-        from minisd.data import custom, datasets
+        from minisd.data import concepts, datasets
 
         o = self.options
         size = {"resolution": o.resolution, "factor": self.sd.vae.config.downscale}
-        source = custom.read_instances(self.concepts, flag="--data", skip_bad_images=o.skip_bad_images)
-        self.data = custom.CustomConcepts(source, augment=not o.noaug, hflip=o.hflip, **size)
+        source = concepts.read_instances(self.concepts, flag="--data", skip_bad_images=o.skip_bad_images)
+        self.data = concepts.CustomConcepts(source, augment=not o.noaug, hflip=o.hflip, **size)
         if o.with_prior_preservation:
-            source = custom.read_classes(
+            source = concepts.read_classes(
                 self.concepts, flag="--class_data_dir", skip_bad_images=o.skip_bad_images
             )
-            classes = custom.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
+            classes = concepts.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
             share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
             self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)
         return self.data

@@ -57,17 +57,19 @@ class Method(Method):
         return super().insert(sd)
 
     def examples(self, source):
-        from minisd.data import pairs
+        from minisd.data import datasets
 
         o = self.options
-        return pairs.EditPairs(
+        return datasets.EditPairs(
             source,
             resolution=o.resolution,
-            center_crop=o.center_crop,
+            squash=not o.center_crop,
+            center_crop=True,
             random_flip=o.random_flip,
-            original_column=o.original_image_column,
-            edited_column=o.edited_image_column,
-            prompt_column=o.edit_prompt_column,
+            interpolation="bicubic",
+            image_column=o.edited_image_column,
+            caption_column=o.edit_prompt_column,
+            pair_column=o.original_image_column,
         )
 
     def dropped(self, batch: dict) -> tuple[Tensor, Tensor]:

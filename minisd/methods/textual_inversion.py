@@ -57,12 +57,11 @@ class Method(Method):
         return {"rows": self.rows}
 
     def dataset(self):
-        from minisd.data import datasets
+        from minisd.data import datasets, source
 
         o = self.options
-        self.folder = datasets.read_folder(o.data, flag="--data", skip_bad_images=o.skip_bad_images)
-        return datasets.ConceptPictures(
-            self.folder,
+        self.data = datasets.ConceptPictures(
+            source.read(o.data, flag="--data", subfolders="none", skip_bad_images=o.skip_bad_images),
             self.token,
             style=o.learnable_property == "style",
             resolution=o.resolution,
@@ -70,9 +69,10 @@ class Method(Method):
             flip_p=o.flip_p,
             repeats=o.repeats,
         )
+        return self.data
 
     def describe(self) -> str:
-        return f"{self.token} starts from {self.word!r}\n{self.folder.summary()}"
+        return f"{self.token} starts from {self.word!r}\n{self.data.summary()}"
 
     def save(self, folder: Path, suffix: str = "") -> None:
         from minisd.adapters import token_embedding
@@ -95,7 +95,7 @@ class Method(Method):
         """What it was shown, what the model draws for the word it began with, and what for the token."""
         from minisd.data import images
 
-        shown = [images.open_image(p) for p in self.folder.pictures[:8]]
+        shown = [self.data.source.open(i, self.data.image_column) for i in range(len(self.data.source))[:8]]
         before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
         before = before.replace(self.token, self.word)
         rows = [("trained on", shown), (f"before: {before}", self.samples(before))]

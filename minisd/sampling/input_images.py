@@ -125,7 +125,7 @@ def listed(paths: list[Path]) -> list[Path]:
     """Files as they are, and for a folder the pictures in it."""
     found = []
     for path in paths:
-        inside = images.list_images(path)[0] if isinstance(path, Path) and path.is_dir() else [path]
+        inside = images.list_images(path) if isinstance(path, Path) and path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path} holds no pictures")
         found += inside

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd import noise
-from minisd.data.batches import Stream, batches
+from minisd.data.order import Stream, batches
 from minisd.training import optim
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Hub, Interrupt, Run, State, memory

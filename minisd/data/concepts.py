@@ -1,0 +1,191 @@
+"""Custom Diffusion's pictures: concepts at random scales, and real or generated pictures of their classes."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import ImageOps
+from torch import Tensor
+from torch.nn.functional import pad
+
+from minisd import noise
+from minisd.data import images, source, tables
+from minisd.data.crop import View
+from minisd.data.datasets import Captioned, Example
+from minisd.data.source import Record, Source
+
+FAR = ("a far away ", "very small ")
+NEAR = ("zoomed in ", "close up ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """One concept and its class, as in a --concepts_list."""
+
+    instance_prompt: str
+    instance_data_dir: Path
+    class_prompt: str | None = None
+    class_data_dir: Path | None = None
+
+
+def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
+    """The concepts of a --concepts_list file. ValueError, naming the file, if it holds none, or if
+    `with_classes` and one has no class."""
+    if not path.is_file():
+        raise ValueError(f"--concepts_list: there is no {path}")
+    try:
+        entries = json.loads(tables.read_text(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"--concepts_list: {path}, line {e.lineno}: bad JSON: {e.msg}") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        raise ValueError(f"--concepts_list: {path} is not a list of objects")
+    known = {f.name for f in fields(Concept)}
+    concepts = []
+    for number, entry in enumerate(entries, 1):
+        where = f"--concepts_list: {path}, concept {number}"
+        if unknown := ", ".join(sorted(entry.keys() - known)):
+            raise ValueError(f"{where}: unknown {unknown}; known: {', '.join(sorted(known))}")
+        for name in ("instance_prompt", "instance_data_dir"):
+            if not entry.get(name):
+                raise ValueError(f"{where} has no {name}")
+        if not all(isinstance(v, str) for v in entry.values() if v is not None):
+            raise ValueError(f"{where}: every value is a text")
+        if with_classes and not (entry.get("class_prompt") and entry.get("class_data_dir")):
+            raise ValueError(f"{where}: --with_prior_preservation needs class_prompt and class_data_dir")
+        paths = {k: Path(v) for k, v in entry.items() if k.endswith("_dir") and v}
+        concepts.append(Concept(**entry | paths))
+    return concepts
+
+
+def read_instances(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
+    """The pictures of all concepts, each under its caption or its concept's prompt."""
+    return source.join(
+        [_read(c.instance_data_dir, c.instance_prompt, flag, skip_bad_images) for c in concepts]
+    )
+
+
+def read_classes(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
+    """The pictures of the classes of all concepts: under their captions where images.txt and caption.txt list
+    them line by line (a retrieved set: --real_prior), else those in the folder under the class's prompt."""
+    return source.join(
+        [
+            _read_retrieved(c.class_data_dir, flag, skip_bad_images)
+            if (c.class_data_dir / "images.txt").is_file()
+            else _read(c.class_data_dir, c.class_prompt, flag, skip_bad_images)
+            for c in concepts
+        ]
+    )
+
+
+def _read(folder: Path, prompt: str, flag: str, skip_bad_images: bool) -> Source:
+    pictures = source.read(folder, flag=flag, subfolders="repeated", skip_bad_images=skip_bad_images)
+    return pictures.with_prompt(prompt)
+
+
+def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
+    """What a retrieval wrote: images.txt with paths, and caption.txt with as many lines."""
+    lists = folder / "images.txt", folder / "caption.txt"
+    for path in lists:
+        if not path.is_file():
+            raise ValueError(f"{flag}: there is no {path}")
+    paths, captions = (tables.read_text(path).strip("\n").split("\n") for path in lists)
+    if len(paths) != len(captions):
+        raise ValueError(f"{flag}: {lists[0]} has {len(paths)} lines, and {lists[1]} has {len(captions)}")
+    records = []
+    for number, (name, caption) in enumerate(zip(map(str.strip, paths), captions, strict=True), 1):
+        # The paths are usually relative to where the retrieval ran; the file itself is in the folder.
+        candidates = Path(name), folder / name, folder / "images" / Path(name).name
+        path = next((p for p in candidates if p.is_file()), None)
+        if path is None:
+            raise ValueError(f"{flag}: {lists[0]}, line {number}: there is no {name}")
+        records.append(Record(path.name, {"image": path}, {"text": caption.strip()}))
+    return source.verified(str(folder), records, flag=flag, skip_bad_images=skip_bad_images)
+
+
+class CustomConcepts(Captioned):
+    """Instances of the concepts, squashed to a square of a random side s, two thirds of them up to
+    `resolution` and one third beyond it, with the extra "mask", (1, h, w) of the latents, 1 where there is
+    picture.
+
+    A smaller square stands anywhere on mid-grey, and its mask leaves out one latent pixel on each side; a
+    larger one is cut anywhere, and its mask is all ones. The prompt says whether it is far away or close up.
+    Without `augment`, s is `resolution`, which counts as a smaller one: the mask leaves out the border.
+    `factor` is the number of pixels along one latent pixel.
+    """
+
+    IMAGE_FLAG = CAPTION_FLAG = "--data"
+
+    def __init__(
+        self, source: Source, *, resolution: int, augment: bool = True, hflip: bool = False, factor: int = 8
+    ):
+        super().__init__(source, resolution=resolution, random_flip=hflip, squash=True)
+        self.resolution, self.augment, self.factor = resolution, augment, factor
+
+    def draw_side(self, generator: torch.Generator) -> int:
+        """The side s that a picture is squashed to."""
+        full = self.resolution
+        if not self.augment:
+            return full
+        if noise.chance(0.66, generator):
+            return noise.between(full // 3, full, generator)
+        return noise.between(int(1.2 * full), int(1.4 * full) - 1, generator)
+
+    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
+        record, full = self.epoch[index], self.resolution
+        prompt = self.draw_prompt(record, generator)
+        side = self.draw_side(generator)
+        margin = abs(full - side)
+        left, top = noise.between(0, margin, generator), noise.between(0, margin, generator)
+        if side <= full:  # the box of a smaller one reaches beyond it
+            left, top = -left, -top
+        if side < 0.6 * full:
+            prompt = noise.choice(FAR, generator) + prompt
+        elif side > full:
+            prompt = noise.choice(NEAR, generator) + prompt
+        box = left, top, left + full, top + full
+        return [Example(view=View(record, self.draw_flip(generator), (side, side), box), prompt=prompt)]
+
+    def views(self) -> list[View] | None:
+        return None if self.augment else super().views()
+
+    def tensor(self, view: View, column: str) -> Tensor:
+        """(3, resolution, resolution) in [-1, 1], 0 around a smaller picture."""
+        image = self.open(view.record, column)
+        image = ImageOps.mirror(image) if view.flipped else image  # before it is placed
+        picture = images.to_tensor(image.resize(view.size, self.resampling))  # (3, s, s)
+        (left, top, right, bottom), side = view.box, view.size[0]
+        return pad(picture, (-left, right - side, -top, bottom - side))  # negative padding crops
+
+    def extras(self, view: View) -> dict[str, Tensor]:
+        """The mask, (1, h, w) of the latents."""
+        side, latent = view.size[0], self.resolution // self.factor
+        if side > self.resolution:
+            return {"mask": torch.ones(1, latent, latent)}
+        mask = torch.zeros(1, latent, latent)
+        rows, columns = (self._inner(-start, side) for start in (view.box[1], view.box[0]))
+        mask[:, rows, columns] = 1
+        return {"mask": mask}
+
+    def _inner(self, start: int, side: int) -> slice:
+        """The latent pixels within a picture's rows or columns, less one at each end. A picture too small for
+        that keeps the one in its middle: the loss divides by how many there are."""
+        first, end = start // self.factor + 1, (start + side) // self.factor - 1
+        if first < end:
+            return slice(first, end)
+        middle = min((start + side // 2) // self.factor, self.resolution // self.factor - 1)
+        return slice(middle, middle + 1)
+
+
+class ClassPictures(Captioned):
+    """Pictures of the classes, with a mask of ones."""
+
+    IMAGE_FLAG = CAPTION_FLAG = "--class_data_dir"
+
+    def __init__(self, source: Source, *, resolution: int, factor: int = 8, **kwargs: Any):
+        super().__init__(source, resolution=resolution, **kwargs)
+        self.mask = torch.ones(1, resolution // factor, resolution // factor)
+
+    def extras(self, view: View) -> dict[str, Tensor]:
+        return {"mask": self.mask}

@@ -1,0 +1,58 @@
+"""Where a picture is cut: resizing, crops, and the shapes of aspect-ratio buckets."""
+
+from dataclasses import dataclass
+
+Size = tuple[int, int]  # width, height
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class View:
+    """A record's picture as the model sees it, which is all that a cached latent depends on: resized to
+    `size`, cut to `box` in that, then flipped. `part` is the dataset's number where a Prior joins several."""
+
+    record: int
+    flipped: bool = False
+    size: Size | None = None
+    box: Box | None = None
+    part: int = 0
+
+    @property
+    def shape(self) -> Size | None:
+        """Width and height of the cut."""
+        return self.box and (self.box[2] - self.box[0], self.box[3] - self.box[1])
+
+
+def cover(size: Size, target: Size) -> Size:
+    """The smallest size with the aspect ratio of `size` that covers `target`. The longer side is rounded down
+    to whole pixels, as torchvision does it."""
+    (w, h), (tw, th) = size, target
+    if tw * h >= th * w:  # the width decides
+        return tw, max(th, tw * h // w)
+    return max(tw, th * w // h), th
+
+
+def center(size: Size, target: Size) -> Box:
+    """The centred box of `target` in `size`, rounded as torchvision rounds it: halves to the even."""
+    left, top = (round((s - t) / 2) for s, t in zip(size, target, strict=True))
+    return left, top, left + target[0], top + target[1]
+
+
+def bucket_shapes(resolution: int, step: int = 64) -> list[Size]:
+    """The shapes of at most resolution^2 pixels with sides that are multiples of `step`, from half to twice
+    the resolution: at 512, kohya's from 256 to 1024. ValueError if the resolution is below the step."""
+    if resolution < step:
+        raise ValueError(f"--bucket needs a --resolution of at least {step}")
+    area, low, high = resolution**2, -(-resolution // 2 // step) * step, 2 * resolution
+    square = resolution // step * step
+    shapes = {(square, square)}
+    for width in range(max(low, step), high + 1, step):
+        height = min(high // step * step, area // width // step * step)
+        if height >= low and height > 0:
+            shapes |= {(width, height), (height, width)}
+    return sorted(shapes)
+
+
+def nearest_shape(size: Size, shapes: list[Size]) -> Size:
+    """The bucket of a picture: its own size if that is one, else the one of the nearest aspect ratio."""
+    return size if size in shapes else min(shapes, key=lambda s: abs(size[0] / size[1] - s[0] / s[1]))

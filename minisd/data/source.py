@@ -1,0 +1,333 @@
+"""What there is to train on: records of pictures and texts, read from a folder, a file or the hub.
+
+    source = read(Path("pictures"), flag="--data")           a folder, with or without metadata
+    source = read("user/name", flag="--dataset_name")        the hub, a saved dataset, a parquet file
+    source = from_options(options, cache_dir=None)           whichever of these the flags name
+    print(source.summary())
+
+Whatever is wrong with the data raises a one-line ValueError that names the flag and the file, before any
+training.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from minisd import noise
+from minisd.data import images, tables
+
+if TYPE_CHECKING:
+    from minisd.options import Dataset
+
+Subfolders = Literal["all", "repeated", "none"]
+
+REPEATED = re.compile(r"(\d+)_([^/]+)/")  # kohya's folders, such as 10_sks dog/: repeats and caption
+CAPTION_SUFFIXES = (".txt", ".caption")  # of a caption beside its picture; the first one that exists is read
+PROGRESS_BAR_FROM = 200  # pictures to check
+MAX_REASONS = 20  # of skipped files in a summary
+CAPTIONS_HINT = "; captions come from metadata.csv, metadata.jsonl, or .txt files beside the pictures"
+
+# Other names of a column, tried where it is missing: those of ControlNet's lines, and of pairs with
+# file_name.
+ALIASES = {
+    "image": ("target",),
+    "conditioning_image": ("source",),
+    "text": ("prompt",),
+    "input_image": ("source", "original_image"),
+    "edited_image": ("target", "image"),
+    "edit_prompt": ("prompt", "text"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The pictures of one example and its texts, both by column. `sizes` are the (width, height) of the
+    pictures in pixels, after their EXIF rotation; `repeats` is how often the record occurs in an epoch."""
+
+    name: str
+    pictures: dict[str, Path | images.Cell]
+    texts: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records in a fixed order, where they come from, and the files that were skipped, with the reasons."""
+
+    name: str
+    records: tuple[Record, ...]
+    skipped: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of pictures, then columns of texts."""
+        pictures = [column for record in self.records for column in record.pictures]
+        return list(dict.fromkeys(pictures + [column for record in self.records for column in record.texts]))
+
+    @property
+    def epoch(self) -> list[int]:
+        """The number of the record at each index of an epoch; one with repeats occurs several times."""
+        return [i for i, record in enumerate(self.records) for _ in range(record.repeats)]
+
+    def column(self, name: str, *, flag: str, of: Literal["texts", "pictures"] = "texts") -> str:
+        """The column called `name`, or by one of its aliases. ValueError, naming `flag`, if there is none, or
+        if a record has nothing in it."""
+        known = {c for r in self.records for c in getattr(r, of)}
+        column = next((c for c in (name, *ALIASES.get(name, ())) if c in known), None)
+        if column is None:
+            message = f"{flag} {name}: {self.name} has no such column, but {', '.join(self.columns)}"
+            uncaptioned = of == "texts" and self.columns == ["image"]
+            raise ValueError(message + CAPTIONS_HINT if uncaptioned else message)
+        for record in self.records:
+            if column not in getattr(record, of):
+                raise ValueError(f"{flag} {name}: {record.name} in {self.name} has none")
+            value = getattr(record, of)[column]
+            texts = value if isinstance(value, list | tuple) else [value]
+            if of == "texts" and not (texts and all(isinstance(t, str) for t in texts)):
+                raise ValueError(f"{flag} {column}: that of {record.name} is not text or texts: {value!r}")
+        return column
+
+    def pair_column(self, name: str, other: str, *, flag: str) -> str:
+        """As `column`, of pictures that have the aspect ratio of those in the column `other`. ValueError too,
+        naming `flag` and the files, if two have not."""
+        column = self.column(name, flag=flag, of="pictures")
+        for record in self.records:
+            (w, h), (ow, oh) = record.sizes[other], record.sizes[column]
+            if abs(w * oh - h * ow) > max(w, h, ow, oh):  # further apart than rounding to pixels explains
+                raise ValueError(
+                    f"{flag}: an unequal pair in {self.name}: {record.pictures[other]} is {w}x{h}, "
+                    f"{record.pictures[column]} is {ow}x{oh}"
+                )
+        return column
+
+    def open(self, number: int, column: str) -> Image.Image:
+        """The RGB picture of record `number` in `column`."""
+        return images.open_image(self.records[number].pictures[column])
+
+    def caption(self, number: int, column: str, generator: torch.Generator) -> str:
+        """The text of record `number`; if it has several, one of them is drawn."""
+        text = self.records[number].texts[column]
+        return text if isinstance(text, str) else noise.choice(text, generator)
+
+    def with_prompt(self, prompt: str | Sequence[str], column: str = "text") -> Source:
+        """The same records, with `prompt` as the text of those that have none."""
+        records = (replace(r, texts={column: prompt} | r.texts) for r in self.records)
+        return replace(self, records=tuple(records))
+
+    def split(self, share: float, seed: int) -> tuple[Source, Source]:
+        """The records to train on, and those held out, drawn by the seed: a `share` of them if that is below
+        1, but at least one, else that number of them. ValueError if none is left to train on."""
+        count = max(1, round(len(self) * share)) if share < 1 else int(share)
+        if count >= len(self):
+            raise ValueError(f"--validation_split {share:g} leaves none of {len(self)} examples to train on")
+        held_out = noise.subset(len(self), count, noise.generator(seed, "held out"))
+        training = sorted(set(range(len(self))) - set(held_out))
+        return tuple(replace(self, records=tuple(self.records[i] for i in n)) for n in (training, held_out))
+
+    def summary(self, caption_column: str | None = None) -> str:
+        """Numbers of pictures and captions, columns, sizes, and which files were skipped and why."""
+        sizes = Counter(size for r in self.records for size in r.sizes.values())
+        pictures, repeated = sum(len(r.pictures) for r in self.records), len(self.epoch)
+        column = caption_column or next((c for c in ("text", "prompt") if c in self.columns), None)
+        captions = sum(column in r.texts for r in self.records)
+        lines = [f"{pictures} pictures in {self.name}, {captions} with a caption"]
+        if not pictures == len(self) == repeated:
+            epoch = f", {repeated} in an epoch" if repeated > len(self) else ""
+            lines.append(f"  examples: {len(self)}{epoch}")
+        lines.append(f"  columns: {', '.join(self.columns)}")
+        lines.append(f"  sizes: {_first_four([f'{w}x{h} ({n})' for (w, h), n in sizes.most_common()])}")
+        if self.hidden:
+            lines.append(f"  hidden: {_first_four(self.hidden)}")
+        lines += [f"  skipped: {reason}" for reason in self.skipped[:MAX_REASONS]]
+        if len(self.skipped) > MAX_REASONS:
+            lines.append(f"  skipped: {len(self.skipped) - MAX_REASONS} more")
+        return "\n".join(lines)
+
+
+def _first_four(words: Sequence[str]) -> str:
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+
+def from_options(options: Dataset, cache_dir: str | None) -> Source:
+    """What --data or --dataset_name names, read as the options say."""
+    return read(
+        options.data or options.dataset_name,
+        flag="--data" if options.data else "--dataset_name",
+        config=options.dataset_config_name,
+        cache_dir=cache_dir,
+        skip_bad_images=options.skip_bad_images,
+        max_samples=options.max_train_samples,
+        seed=options.seed,
+    )
+
+
+def read(
+    location: Path | str,
+    *,
+    flag: str,
+    subfolders: Subfolders = "all",
+    config: str | None = None,
+    cache_dir: str | None = None,
+    skip_bad_images: bool = False,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> Source:
+    """The pictures of a folder; or, through the package `datasets`, the split "train" of a parquet file, of a
+    folder that this package saved, or, if `location` is a str, of a dataset on the hub (`config` is its
+    configuration).
+
+    A folder yields first the pictures of metadata files in the order of the rows, then the others by name;
+    those of its subfolders too: of all, of those in kohya's layout N_name alone ("repeated"), or of none.
+    Texts are the columns of the nearest metadata file at or above a picture; without one, "text" is that of a
+    .txt or .caption file beside the picture, or else kohya's name.
+
+    If there are more than `max_samples` records, the seed draws that many. ValueError if anything does not
+    fit together, or, unless `skip_bad_images`, if a picture cannot be decoded.
+    """
+    path, skipped, hidden = Path(location), [], []
+    samples = noise.generator(seed, "samples")
+    local = path.is_dir() or (isinstance(location, Path) and path.suffix != ".parquet")
+    if local and not tables.needs_datasets(path):
+        try:
+            folder = _Folder(path, subfolders)
+            records, skipped, hidden = folder.records(), folder.skipped, folder.hidden
+        except ValueError as e:
+            raise ValueError(f"{flag}: {e}") from None
+        records = [records[i] for i in noise.subset(len(records), max_samples, samples)]
+    else:
+        pictures, texts = tables.load_dataset(str(location), config, cache_dir, flag=flag)
+        records = [
+            Record(
+                name=f"row {i}",
+                pictures={c: images.Cell(table, i, c) for c, table in pictures.items()},
+                texts={c: values[i] for c, values in texts.items()},
+            )
+            for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples)
+        ]
+    source = verified(str(location), records, flag=flag, skip_bad_images=skip_bad_images)
+    return replace(source, skipped=(*skipped, *source.skipped), hidden=tuple(hidden))
+
+
+def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bool) -> Source:
+    """A source of the records, each picture decoded once. ValueError if one cannot be, or if none is left."""
+    good, bad = [], []
+    size = functools.cache(lambda picture: images.open_image(picture).size)  # several records may share one
+    for record in tqdm(records, desc="checking", leave=False, disable=len(records) < PROGRESS_BAR_FROM):
+        try:
+            good.append(replace(record, sizes={c: size(picture) for c, picture in record.pictures.items()}))
+        except ValueError as e:
+            if not skip_bad_images:
+                raise ValueError(f"{flag}: {e}; --skip_bad_images goes on without it") from None
+            bad.append(str(e))
+    if not good:
+        raise ValueError(f"{flag}: none of the {len(bad)} pictures can be decoded; the first: {bad[0]}")
+    return Source(name, tuple(good), tuple(bad))
+
+
+def join(sources: Sequence[Source]) -> Source:
+    """Several sources as one."""
+    return Source(
+        name=", ".join(s.name for s in sources),
+        records=tuple(record for s in sources for record in s.records),
+        skipped=tuple(reason for s in sources for reason in s.skipped),
+        hidden=tuple(name for s in sources for name in s.hidden),
+    )
+
+
+class _Folder:
+    """The files in a folder and below it, and the records that they make."""
+
+    def __init__(self, root: Path, subfolders: Subfolders):
+        if not root.is_dir():
+            raise ValueError(f"{root} is not a folder" if root.exists() else f"there is no {root}")
+        self.root, self.subfolders = root, subfolders
+        self.skipped: list[str] = []
+        self.hidden: list[str] = []
+
+    def records(self) -> list[Record]:
+        """Those of metadata files, then those of other pictures. ValueError if a picture has no row in the
+        metadata, if a row has no picture, or if there are no pictures at all."""
+        files = list(self._files(self.root))
+        folders = sorted({self.root, *(path.parent for path in files)})
+        metadata = {folder: path for folder in folders if (path := tables.find(folder))}
+        rows = [(folder, *row) for folder, path in metadata.items() for row in tables.read(path)]
+        records = [self._record(*tables.split(row, folder, where)) for folder, where, row in rows]
+        described = {os.path.normpath(p) for record in records for p in record.pictures.values()}
+        stems = {p.with_suffix("") for p in files if p.suffix.lower() in images.SUFFIXES}
+        for path in files:
+            if path.suffix.lower() in images.SUFFIXES:
+                nearest = next((metadata[f] for f in path.parents if f in metadata), None)
+                if os.path.normpath(path) in described:
+                    continue
+                if nearest:
+                    raise ValueError(f"{path} has no row in {nearest}")
+                records.append(self._record({"image": path}, {}))
+            elif path.suffix in CAPTION_SUFFIXES:
+                if path.with_suffix("") not in stems:
+                    self._skip(path, "no picture of that name")
+            elif (read := metadata.get(path.parent)) != path:
+                self._skip(
+                    path, f"{read.name} counts" if read and path.name in tables.METADATA else "not a picture"
+                )
+        if not records:
+            others = len(self.skipped) + len(self.hidden)
+            raise ValueError(
+                f"no picture in {self.root} ({f'{others} other entries' if others else 'empty'})"
+            )
+        return records
+
+    def _files(self, folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+        """The files in a folder and below it, by name; `above` are the folders that led here."""
+        real = os.path.realpath(folder)
+        if real in above:  # a link that leads back up
+            return
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or path.name == "__MACOSX":
+                self.hidden.append(self._short(path))
+            elif not path.is_dir():
+                yield path
+            elif reason := self._exclusion(path):
+                self._skip(path, reason)
+            else:
+                yield from self._files(path, above | {real})
+
+    def _exclusion(self, folder: Path) -> str | None:
+        """Why a folder is not read, if it is not. Only those right in the root can be excluded."""
+        kohya = REPEATED.match(f"{folder.name}/")
+        if folder.parent != self.root or not any(folder.iterdir()):
+            return None
+        if self.subfolders == "none" or (self.subfolders == "repeated" and not kohya):
+            return "a folder"
+        return "repeated 0 times" if kohya and int(kohya[1]) == 0 else None
+
+    def _record(self, pictures: dict[str, Path], texts: dict[str, Any]) -> Record:
+        """A record; without texts it has the caption beside its first picture, or kohya's."""
+        path = next(iter(pictures.values()))
+        kohya = REPEATED.match(self._short(path)) if self.subfolders != "none" else None
+        if not texts:
+            file = next((f for f in map(path.with_suffix, CAPTION_SUFFIXES) if f.is_file()), None)
+            caption = tables.read_text(file).strip() if file else kohya and kohya[2]
+            texts = {} if caption is None else {"text": caption}
+        return Record(self._short(path), pictures, texts, repeats=int(kohya[1]) or 1 if kohya else 1)
+
+    def _skip(self, path: Path, reason: str) -> None:
+        self.skipped.append(f"{self._short(path)}: {reason}")
+
+    def _short(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
