@@ -8,6 +8,7 @@ exit status is 1 for spills beyond `ALLOWED_SPILLS`, too much shared memory, or 
 
 import argparse
 import collections
+import functools
 import json
 import os
 import re
@@ -15,126 +16,72 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
-import minisd.kernels.attention as attention
-import minisd.kernels.cross_attention as cross_attention
-import minisd.kernels.geglu as geglu
-import minisd.kernels.group_norm as group_norm
+import minisd.kernels.checks as checks
 import minisd.kernels.launch as L
-import minisd.kernels.layer_norm as layer_norm
 import torch
 import triton
+from minisd.kernels.kernel import discover
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-ARCHES = (80, 86, 89, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block
+# architecture -> bytes of shared memory that a block may have
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ALLOWED_SPILLS: dict[tuple[str, str, int], int] = {}  # (kernel, shape, architecture) -> bytes a thread
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-
-# ------------------------------ What is shipped
-
-
-low = torch.bfloat16  # the type of the activations: --dtype
-
-
-def meta(*shape: int, dtype=None, layout=torch.contiguous_format) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype or low, device="meta", memory_format=layout)
-
-
-def run_attention(n: int, m: int, hd: int) -> None:
-    q, k = meta(2, n, 8, hd), meta(2, m, 8, hd)
-    attention.backward(q, q, k, k, *attention.forward(q, k, k))
-
-
-def run_cross(n: int, m: int, hd: int) -> None:
-    q, k = meta(2, n, 8, hd), meta(2, m, 8, hd)
-    cross_attention.backward(q, q, k, k, *cross_attention.forward(q, k, k))
-
-
-def run_group_norm(c: int, side: int, layout=torch.channels_last, add=True) -> None:
-    x, w = meta(2, c, side, side, layout=layout), meta(c, dtype=torch.float32)
-    add = meta(2, c) if add else None
-    _, mean, rstd = group_norm._forward(x, w, w, add, 32, 1e-5, True)
-    group_norm._backward(x, x, w, w, add, mean, rstd, 32, True)
-
-
-def run_geglu(d: int) -> None:
-    geglu.backward(meta(2, 4096, d), meta(2, 4096, 2 * d))
-    geglu.forward(meta(2, 4096, 2 * d))
-
-
-def run_layer_norm(d: int) -> None:
-    x, w = meta(2, 4096, d), meta(d, dtype=torch.float32)
-    y, s, stats = layer_norm.forward(x, x, w, w, 1e-5)
-    layer_norm.backward(y, y, s, w, stats)
-
-
-# shape -> call: SD v1.5's UNet at 512 and 768 pixels and its VAE, and the head widths of other models
-SHIPPED = {
-    "self 4096 hd40": lambda: run_attention(4096, 4096, 40),
-    "self 1024 hd80": lambda: run_attention(1024, 1024, 80),
-    "self 256 hd160": lambda: run_attention(256, 256, 160),
-    "self 144 hd160": lambda: run_attention(144, 144, 160),
-    "self 1024 hd32": lambda: run_attention(1024, 1024, 32),
-    "self 1024 hd64": lambda: run_attention(1024, 1024, 64),
-    "self 1024 hd128": lambda: run_attention(1024, 1024, 128),
-    "cross 4096 x 77 hd40": lambda: run_cross(4096, 77, 40),
-    "cross 1024 x 77 hd80": lambda: run_cross(1024, 77, 80),
-    "cross 256 x 77 hd160": lambda: run_cross(256, 77, 160),
-    "cross 1024 x 77 hd32": lambda: run_cross(1024, 77, 32),
-    "cross 1024 x 77 hd64": lambda: run_cross(1024, 77, 64),
-    "cross 1024 x 77 hd128": lambda: run_cross(1024, 77, 128),
-    "320 at 64": lambda: run_group_norm(320, 64),
-    "640 at 32": lambda: run_group_norm(640, 32),
-    "1280 at 16": lambda: run_group_norm(1280, 16),
-    "1280 at 8": lambda: run_group_norm(1280, 8),
-    "2560 at 8": lambda: run_group_norm(2560, 8),
-    "320 at 64 contiguous": lambda: run_group_norm(320, 64, torch.contiguous_format),
-    "geglu 1280": lambda: run_geglu(1280),
-    "layer norm 320": lambda: run_layer_norm(320),
-    "layer norm 640": lambda: run_layer_norm(640),
-    "layer norm 1280": lambda: run_layer_norm(1280),
-    "128 at 512": lambda: run_group_norm(128, 512, add=False),
-}
 
 # ------------------------------ Compiling
 
 
-def specialise(kernel, args: tuple, more: dict):
-    """The signature that Triton's launcher would make of these arguments, and a key to know it again."""
-    constants, options = L.compile_options(more)
-    signature, attributes = {}, {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + L.TRITON_NAMES[value.dtype]
-            aligned = True
-        elif isinstance(value, float):
-            signature[name], aligned = "fp32", False
-        elif value == 1:  # Triton makes a constant of it
-            signature[name], constants[name], aligned = "constexpr", 1, False
-        else:
-            signature[name], aligned = "i32", value % 16 == 0
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys((n for n in kernel.arg_names if n in constants), "constexpr")
-    key = (kernel.fn.__name__, str(signature), str(constants), str(options), str(sorted(attributes)))
-    return ASTSource(kernel, signature, constants, attributes), options | {"enable_fp_fusion": True}, key
+class Chip:
+    """All that Triton asks of a driver before it compiles; one device for each architecture."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def calls(arch: int, only: str):
-    """(kernel name, shape, source, options, constants), each distinct compilation once."""
+def calls(arch: int, only: str, dtype: torch.dtype) -> Iterator[tuple]:
+    """(shape, kernel, arguments, constants) of every launch of the kernels' `compiled` cases."""
+    for kernel in discover().values():
+        for case in kernel.compiled:
+            if only in f"{kernel.name} {case.name}":
+                tensors, constants = case.make(functools.partial(torch.randn, device="meta"))
+                tensors = checks.place(tensors, dtype, "meta", case.layout, weights=torch.float32)
+                with L.record(arch) as recorded:
+                    _, backward = kernel.launchers(*tensors.values(), *constants.values())
+                    backward()
+                yield from ((case.name, *call) for call in recorded)
+
+
+def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> Iterator[dict]:
+    """Compile each distinct launch once, and yield what it takes of the chip."""
+    triton.runtime.driver.set_active(Chip(arch))
     seen = set()
-    for shape, run in SHIPPED.items():
-        if only and only not in shape:
+    for shape, kernel, args, meta in calls(arch, only, dtype):
+        start = time.time()
+        compiled = kernel.warmup(*args, grid=(1,), **meta)
+        if compiled.hash in seen:
             continue
-        with L.record(arch) as recorder:
-            run()
-        for kernel, args, more in recorder.calls:
-            source, options, key = specialise(kernel, args, more)
-            if key not in seen:
-                seen.add(key)
-                yield kernel.fn.__name__.strip("_"), shape, source, options, more
+        seen.add(compiled.hash)
+        registers, stack, lines = disassemble(compiled.asm["cubin"])
+        whole = count(lines)
+        yield dict(
+            arch=arch, kernel=kernel.fn.__name__.strip("_"), shape=shape,
+            tile={name: value for name, value in meta.items() if type(value) is int},
+            registers=registers, spills=stack, shared=compiled.metadata.shared,
+            warps=compiled.metadata.num_warps, whole=whole, loop=inner_loop(lines),
+            wgmma="HGMMA" in "".join(lines), serialised=serialised(whole),
+            seconds=round(time.time() - start, 2),
+        )  # fmt: skip
 
 
 # ------------------------------ Reading the machine code
@@ -151,9 +98,9 @@ def disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
             ).stdout
             for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     lines = [line for line in sass.split("\n") if re.search(r"/\*[0-9a-f]{4,}\*/|^\s*\.L_\w+:", line)]
-    return int(found[1]), int(found[2]), lines
+    return int(registers), int(stack), lines
 
 
 def loops(lines: list[str]) -> list[list[str]]:
@@ -176,32 +123,19 @@ COUNTED = {
 
 
 def count(body: list[str]) -> dict[str, int]:
-    found = {name: sum(bool(re.search(p, line)) for line in body) for name, p in COUNTED.items()}
-    return {"n": len(body)} | {k: v for k, v in found.items() if v}
+    counts = {name: sum(bool(re.search(p, line)) for line in body) for name, p in COUNTED.items()}
+    return {"n": len(body)} | {name: number for name, number in counts.items() if number}
 
 
 def inner_loop(lines: list[str]) -> dict[str, int]:
     """The loop with the most matrix instructions, or the longest; of equals the shortest, the innermost."""
-    found = [count(body) for body in loops(lines) if len(body) > 1]  # every kernel ends in a jump to itself
-    return max(found, key=lambda c: (c.get("mma", 0), -c["n"] if c.get("mma") else c["n"]), default={})
+    counts = [count(body) for body in loops(lines) if len(body) > 1]  # every kernel ends in a jump to itself
+    return max(counts, key=lambda c: (c.get("mma", 0), -c["n"] if c.get("mma") else c["n"]), default={})
 
 
 def serialised(whole: dict[str, int]) -> bool:
     """Whether ptxas gave up on asynchronous wgmma (warning C7510): every one is then fenced and awaited."""
     return whole.get("sync", 0) >= 2 * whole.get("mma", 1)
-
-
-def measure(name, shape, source, options, more, arch: int) -> dict:
-    start = time.time()
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, stack, lines = disassemble(compiled.asm["cubin"])
-    whole = count(lines)
-    return dict(
-        arch=arch, kernel=name, shape=shape, tile={k: v for k, v in more.items() if type(v) is int},
-        registers=registers, spills=stack, shared=compiled.metadata.shared, warps=options.get("num_warps", 4),
-        whole=whole, loop=inner_loop(lines), wgmma="HGMMA" in "".join(lines),
-        serialised=serialised(whole), seconds=round(time.time() - start, 2),
-    )  # fmt: skip
 
 
 def faults(row: dict) -> list[str]:
@@ -215,45 +149,35 @@ def faults(row: dict) -> list[str]:
 
 def show(row: dict) -> str:
     blocks = " ".join(f"{v}" for k, v in row["tile"].items() if k.startswith("BLOCK"))
-    mma = (
-        "serial"
-        if row["serialised"]
-        else "wgmma"
-        if row["wgmma"]
-        else "mma"
-        if "mma" in row["whole"]
-        else "-"
-    )
+    mma = "wgmma" if row["wgmma"] else "mma" if "mma" in row["whole"] else "-"
+    mma = "serial" if row["serialised"] else mma
     loop = " ".join(f"{k}={v}" for k, v in (row["loop"] or {"no loop": "", **row["whole"]}).items())
     return (
-        f"sm_{row['arch']:<4}{row['kernel']:<18}{row['shape']:<22}{blocks:>9} w{row['warps']}"
+        f"sm_{row['arch']:<4}{row['kernel']:<18}{row['shape']:<26}{blocks:>9} w{row['warps']}"
         f"{row['registers']:>5}{row['spills']:>6}{row['shared'] / 1024:>8.1f}  {mma:<7}{loop}"
     )
 
 
+HEADING = f"arch   {'kernel':<18}{'shape':<26}{'tile':>9}    regs spills  smem K  mma    inner loop"
+
+
 def main() -> int:
-    global low
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", nargs="+", default=[f"sm_{a}" for a in ARCHES], help="sm_80 sm_86 ...")
+    known = [f"sm_{arch}" for arch in SHARED_LIMIT]
+    parser.add_argument("--arch", nargs="+", default=known, help="sm_80 sm_86 ...")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    parser.add_argument("--only", default="", help="only the shapes whose name contains this")
+    parser.add_argument("--only", default="", help="only the kernels or shapes whose name contains this")
     parser.add_argument("--json", help="write the rows to this file")
     options = parser.parse_args()
-    low = getattr(torch, options.dtype)
-    unknown = [a for a in options.arch if a.removeprefix("sm_") not in map(str, ARCHES)]
-    if unknown:
-        parser.error(
-            f"--arch {unknown[0]}: the kernels are checked for " + ", ".join(f"sm_{a}" for a in ARCHES)
-        )
-    print(
-        "arch   kernel            shape                      tile    regs spills  smem K  mma    inner loop"
-    )
+    arches = [f"sm_{arch.removeprefix('sm_')}" for arch in options.arch]
+    if unknown := [arch for arch in arches if arch not in known]:
+        parser.error(f"--arch {unknown[0]}: the kernels are checked for {', '.join(known)}")
+    print(HEADING)
     start, rows, bad = time.time(), [], collections.Counter()
-    for arch in (int(a.removeprefix("sm_")) for a in options.arch):
-        for call in calls(arch, options.only):
-            row = measure(*call, arch)
+    for arch in arches:
+        for row in measure(int(arch.removeprefix("sm_")), options.only, getattr(torch, options.dtype)):
             rows.append(row)
             print(show(row), flush=True)
             for fault in faults(row):

@@ -8,26 +8,17 @@ The backward takes two kernels, queries then keys, so that each sum stays in reg
 bits in every run. The price is a second computation of the scores.
 """
 
-import math
+import functools
 
+import minisd.kernels.heads as heads
 import minisd.kernels.launch as L
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from minisd.kernels.heads import (
-    LOG2E,
-    arguments,
-    dot_heads,
-    dot_onto,
-    heads_dense,
-    load_head,
-    shape_class,
-    split,
-    store_head,
-    zeros,
-)
+from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ------------------------------ Reference
 
@@ -46,54 +37,32 @@ def _scores(q0, q1, k_ptr, start, m, stride_kn, HD: tl.constexpr, D0: tl.constex
             EVEN: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """q k^T for one tile of keys, unscaled; minus infinity where there is no key."""
     cols = start + tl.arange(0, BLOCK_N)
-    k0, k1 = load_head(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN)
-    s = dot_heads(q0, q1, k0, k1, D1)
+    k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN)
+    s = heads.dot(q0, q1, k0, k1, D1)
     if not EVEN:
         s = tl.where(cols[None, :] < m, s, float("-inf"))
     return s
 
 
 @triton.jit
-def _fwd_kernel(
-    q_ptr,  # (b, n, nh, hd): strides (stride_qb, stride_qn, hd, 1)
-    k_ptr,  # (b, m, nh, hd)
-    v_ptr,  # (b, m, nh, hd)
-    o_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32: log2 of the sum of exp2(scaled scores)
-    scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
-    HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
-    ANCHOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += b.to(tl.int64) * stride_qb + h * HD
-    k_ptr += b.to(tl.int64) * stride_kb + h * HD
-    v_ptr += b.to(tl.int64) * stride_vb + h * HD
-    q0, q1 = load_head(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
-    acc0, acc1 = zeros(BLOCK_M, D0, D1)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    tl.assume(m > 0)  # without it the compiler keeps a path around the loop, and wgmma is serialised
-    redo = True
+def _attend(q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD: tl.constexpr, D0: tl.constexpr,
+            D1: tl.constexpr, EVEN: tl.constexpr, ANCHOR: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """P V before the division by the row sums of P, these sums, and the row maxima that P is relative to.
+
+    With ANCHOR the maximum is that of the first tile of keys, which saves the running maximum, its shuffles
+    and the rescaling. bf16 has fp32's range, so the result is right unless a sum overflows.
+    """
+    acc0, acc1 = heads.zeros(q0.shape[0], D0, D1)
+    total = tl.zeros((q0.shape[0],), tl.float32)
+    top = tl.full((q0.shape[0],), float("-inf"), tl.float32)
     if ANCHOR:
-        # bf16 reaches as far as fp32, so scores need not be taken from the running maximum: that of the first
-        # keys will do, and the loop loses its maximum, shuffles and rescaling. Only overflow can go wrong.
-        s = _scores(q0, q1, k_ptr, 0, m, stride_kn, HD, D0, D1, EVEN_M, BLOCK_N)
-        top = tl.max(s, 1) * scale
-        for start in range(0, m, BLOCK_N):
-            s = _scores(q0, q1, k_ptr, start, m, stride_kn, HD, D0, D1, EVEN_M, BLOCK_N)
+        top = tl.max(_scores(q0, q1, k_ptr, 0, m, stride_kn, HD, D0, D1, EVEN, BLOCK_N), 1) * scale
+    for start in range(0, m, BLOCK_N):
+        s = _scores(q0, q1, k_ptr, start, m, stride_kn, HD, D0, D1, EVEN, BLOCK_N)
+        if ANCHOR:
             p = tl.exp2(s * scale - top[:, None])
             total += tl.sum(p, 1)
-            v0, v1 = load_head(v_ptr, start + tl.arange(0, BLOCK_N), m, stride_vn, HD, D0, D1, EVEN_M)
-            acc0, acc1 = dot_onto(p.to(v0.dtype), v0, v1, acc0, acc1, D1)
-        redo = tl.max(tl.where(total < 1e30, 0, 1), 0) > 0  # also true for inf and nan
-        if redo:
-            acc0, acc1 = zeros(BLOCK_M, D0, D1)
-            total = tl.zeros((BLOCK_M,), tl.float32)
-            top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if redo:
-        for start in range(0, m, BLOCK_N):
-            s = _scores(q0, q1, k_ptr, start, m, stride_kn, HD, D0, D1, EVEN_M, BLOCK_N)
+        else:
             new_top = tl.maximum(top, tl.max(s, 1) * scale)
             p = tl.exp2(s * scale - new_top[:, None])
             old = tl.exp2(top - new_top)
@@ -101,14 +70,36 @@ def _fwd_kernel(
             acc0 *= old[:, None]
             if D1 > 0:
                 acc1 *= old[:, None]
-            v0, v1 = load_head(v_ptr, start + tl.arange(0, BLOCK_N), m, stride_vn, HD, D0, D1, EVEN_M)
-            acc0, acc1 = dot_onto(p.to(v0.dtype), v0, v1, acc0, acc1, D1)
             top = new_top
+        v0, v1 = heads.load(v_ptr, start + tl.arange(0, BLOCK_N), m, stride_vn, HD, D0, D1, EVEN)
+        acc0, acc1 = heads.dot_onto(p.to(v0.dtype), v0, v1, acc0, acc1, D1)
+    return acc0, acc1, total, top
+
+
+@triton.jit
+def _fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
+    scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
+    HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
+    ANCHOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
+    q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
+    tl.assume(m > 0)  # without it the compiler keeps a path around the loop, and wgmma is serialised
+    acc0, acc1, total, top = _attend(
+        q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD, D0, D1, EVEN_M, ANCHOR, BLOCK_N
+    )
+    if ANCHOR:
+        if tl.max(tl.where(total < 1e30, 0, 1), 0) > 0:  # also true for inf and nan
+            acc0, acc1, total, top = _attend(
+                q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD, D0, D1, EVEN_M, False, BLOCK_N
+            )
     lse_ptr += tl.program_id(1) * n
     tl.store(lse_ptr + rows, top + tl.log2(total), mask=rows < n)
-    o_ptr += b.to(tl.int64) * n * nh * HD + h * HD
+    o_ptr += heads.dense_offset(n, nh, HD)
     over = (1.0 / total)[:, None]
-    store_head(o_ptr, acc0 * over, acc1 * over, rows, n, nh * HD, HD, D0, D1)
+    heads.store(o_ptr, acc0 * over, acc1 * over, rows, n, nh * HD, HD, D0, D1)
 
 
 # ------------------------------ Backward
@@ -119,197 +110,120 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_dq_kernel(
-    q_ptr,  # (b, n, nh, hd) by strides, as in the forward
-    k_ptr,  # (b, m, nh, hd) by strides
-    v_ptr,  # (b, m, nh, hd) by strides
-    o_ptr,  # (b, n, nh, hd) dense
-    do_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32
-    delta_ptr,  # (b, nh, n) fp32, written for the other kernel
-    dq_ptr,  # (b, n, nh, hd) dense
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
+    """dq, and delta for the other kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += b.to(tl.int64) * stride_qb + h * HD
-    k_ptr += b.to(tl.int64) * stride_kb + h * HD
-    v_ptr += b.to(tl.int64) * stride_vb + h * HD
-    dense = b.to(tl.int64) * n * nh * HD + h * HD
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
+    dense = heads.dense_offset(n, nh, HD)
     stats = tl.program_id(1) * n + rows
-    q0, q1 = load_head(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
-    do0, do1 = load_head(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
-    o0, o1 = load_head(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
-    delta = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), 1)
-    if D1 > 0:
-        delta += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
+    q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
+    do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
+    o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
+    delta = heads.row_sums(do0, do1, o0, o1, D1)
     tl.store(delta_ptr + stats, delta, mask=rows < n)
     lse = tl.load(lse_ptr + stats, mask=rows < n, other=float("inf"))
-    dq0, dq1 = zeros(BLOCK_M, D0, D1)
+    dq0, dq1 = heads.zeros(BLOCK_M, D0, D1)
     tl.assume(m > 0)
     for start in range(0, m, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k0, k1 = load_head(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
-        v0, v1 = load_head(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
-        p = tl.exp2(dot_heads(q0, q1, k0, k1, D1) * scale - lse[:, None])
+        k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
+        v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
+        p = tl.exp2(heads.dot(q0, q1, k0, k1, D1) * scale - lse[:, None])
         if not EVEN_M:
             p = tl.where(cols[None, :] < m, p, 0.0)  # exp2(0 - lse) may be infinite, and inf * 0 is nan
-        ds = p * (dot_heads(do0, do1, v0, v1, D1) - delta[:, None])
-        dq0, dq1 = dot_onto(ds.to(k0.dtype), k0, k1, dq0, dq1, D1)
-    store_head(dq_ptr + dense, dq0 * sm_scale, dq1 * sm_scale, rows, n, nh * HD, HD, D0, D1)
+        ds = p * (heads.dot(do0, do1, v0, v1, D1) - delta[:, None])
+        dq0, dq1 = heads.dot_onto(ds.to(k0.dtype), k0, k1, dq0, dq1, D1)
+    heads.store(dq_ptr + dense, dq0 * sm_scale, dq1 * sm_scale, rows, n, nh * HD, HD, D0, D1)
 
 
 @triton.jit
 def _bwd_dkdv_kernel(
-    q_ptr,  # (b, n, nh, hd) by strides, as in the forward
-    k_ptr,  # (b, m, nh, hd) by strides
-    v_ptr,  # (b, m, nh, hd) by strides
-    do_ptr,  # (b, n, nh, hd) dense
-    lse_ptr,  # (b, nh, n) fp32
-    delta_ptr,  # (b, nh, n) fp32
-    dk_ptr,  # (b, m, nh, hd) dense
-    dv_ptr,  # (b, m, nh, hd) dense
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All transposed, (keys, queries): P^T and dS^T go from one product to the next in registers."""
-    b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_ptr += b.to(tl.int64) * stride_qb + h * HD
-    k_ptr += b.to(tl.int64) * stride_kb + h * HD
-    v_ptr += b.to(tl.int64) * stride_vb + h * HD
-    do_ptr += b.to(tl.int64) * n * nh * HD + h * HD
+    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
+    do_ptr += heads.dense_offset(n, nh, HD)
     stats = tl.program_id(1) * n
-    k0, k1 = load_head(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
-    v0, v1 = load_head(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
-    dk0, dk1 = zeros(BLOCK_N, D0, D1)
-    dv0, dv1 = zeros(BLOCK_N, D0, D1)
+    k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
+    v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
+    dk0, dk1 = heads.zeros(BLOCK_N, D0, D1)
+    dv0, dv1 = heads.zeros(BLOCK_N, D0, D1)
     tl.assume(n > 0)
     for start in range(0, n, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q0, q1 = load_head(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
-        do0, do1 = load_head(do_ptr, rows, n, nh * HD, HD, D0, D1, EVEN_N)
+        q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
+        do0, do1 = heads.load(do_ptr, rows, n, nh * HD, HD, D0, D1, EVEN_N)
         if EVEN_N:
             lse, delta = tl.load(lse_ptr + stats + rows), tl.load(delta_ptr + stats + rows)
         else:
             lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))  # no such row: P = 0
             delta = tl.load(delta_ptr + stats + rows, mask=rows < n, other=0.0)
-        p = tl.exp2(dot_heads(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
-        dv0, dv1 = dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
-        ds = p * (dot_heads(v0, v1, do0, do1, D1) - delta[None, :])
-        dk0, dk1 = dot_onto(ds.to(q0.dtype), q0, q1, dk0, dk1, D1)
-    dense = b.to(tl.int64) * m * nh * HD + h * HD
-    store_head(dk_ptr + dense, dk0 * sm_scale, dk1 * sm_scale, cols, m, nh * HD, HD, D0, D1)
-    store_head(dv_ptr + dense, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
+        p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
+        dv0, dv1 = heads.dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
+        ds = p * (heads.dot(v0, v1, do0, do1, D1) - delta[None, :])
+        dk0, dk1 = heads.dot_onto(ds.to(q0.dtype), q0, q1, dk0, dk1, D1)
+    dense = heads.dense_offset(m, nh, HD)
+    heads.store(dk_ptr + dense, dk0 * sm_scale, dk1 * sm_scale, cols, m, nh * HD, HD, D0, D1)
+    heads.store(dv_ptr + dense, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
 
 
 # ------------------------------ Launchers
 
 
+def new_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    b, n, nh, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(b, nh, n, dtype=torch.float32)
+
+
+def new_gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = (heads_dense(t) for t in (q, k, v))
+    """o (b, n, nh, hd) dense, and the log-sum-exp (b, nh, n) in fp32 that the backward needs."""
+    q, k, v = (heads.dense(t) for t in (q, k, v))
     b, n, nh, hd = q.shape
-    m = k.shape[1]
-    o, lse = q.new_empty(q.shape), q.new_empty(b, nh, n, dtype=torch.float32)
-    tile = L.tile("attention_fwd", shape_class(hd), q.device)
-    even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
-    args = (q, k, v, o, lse, LOG2E / math.sqrt(hd), *arguments(q, k, v))
+    o, lse = new_outputs(q, k, v)
+    tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
+    even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
+    args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
     # fp16 ends at 65504: weights above the anchor would overflow where bf16 and fp32 do not
     tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
-    L.launch(_fwd_kernel, (L.cdiv(n, tile["BLOCK_M"]), b * nh), *args, **split(hd), **even, **tile)
+    grid = (L.cdiv(n, tile["BLOCK_M"]), b * nh)
+    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **even, **tile)
     return o, lse
 
 
-def backward(do, q, k, v, o, lse) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (heads_dense(t) for t in (q, k, v))
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (heads.dense(t) for t in (q, k, v))
     do = do.contiguous()
     b, n, nh, hd = q.shape
     m = k.shape[1]
     delta = torch.empty_like(lse)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    scalars = (LOG2E / math.sqrt(hd), 1 / math.sqrt(hd), *arguments(q, k, v))
-    for op, kernel, tensors in (
-        ("attention_bwd_dq", _bwd_dq_kernel, (q, k, v, o, do, lse, delta, dq)),
-        ("attention_bwd_dkdv", _bwd_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv)),
+    dq, dk, dv = new_gradients(do, q, k, v, o, lse)
+    scalars = (*heads.scales(hd), *heads.scalars(q, k, v))
+    for tiles, kernel, tensors in (
+        (DQ_TILES, _bwd_dq_kernel, (q, k, v, o, do, lse, delta, dq)),
+        (DKDV_TILES, _bwd_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv)),
     ):
-        tile = L.tile(op, shape_class(hd), q.device)
+        tile = tiles.pick(heads.shape_class(hd), q.device)
         even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
-        blocks = L.cdiv(n, tile["BLOCK_M"]) if kernel is _bwd_dq_kernel else L.cdiv(m, tile["BLOCK_N"])
-        L.launch(kernel, (blocks, b * nh), *tensors, *scalars, **split(hd), **even, **tile)
+        blocks = L.cdiv(n, tile["BLOCK_M"]) if tiles is DQ_TILES else L.cdiv(m, tile["BLOCK_N"])
+        L.launch(kernel, (blocks, b * nh), *tensors, *scalars, **heads.split(hd), **even, **tile)
     return dq, dk, dv
 
 
-# ------------------------------ The torch operator
-
-
-@torch.library.custom_op("minisd::attention", mutates_args=(), device_types="cuda")
-def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o (b, n, nh, hd) dense, and the log-sum-exp (b, nh, n) that the backward needs."""
-    return forward(q, k, v)
-
-
-@attention_op.register_kernel("cpu")
-def _(q, k, v):
-    if L.INTERPRET:
-        return forward(q, k, v)
-    s = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) * (LOG2E / math.sqrt(q.shape[-1]))
-    return reference(q, k, v).contiguous(), torch.logsumexp(s / LOG2E, -1) * LOG2E
-
-
-@attention_op.register_fake
-def fake(q, k, v):
-    b, n, nh, hd = q.shape
-    return q.new_empty(q.shape), q.new_empty(b, nh, n, dtype=torch.float32)
-
-
-@torch.library.custom_op("minisd::attention_bwd", mutates_args=(), device_types="cuda")
-def attention_bwd_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(do, q, k, v, o, lse)
-
-
-@attention_bwd_op.register_kernel("cpu")
-def _(do, q, k, v, o, lse):
-    if L.INTERPRET:
-        return backward(do, q, k, v, o, lse)
-    do_, q_, k_, v_, o_ = (t.float().transpose(1, 2) for t in (do, q, k, v, o))  # (b, nh, n, hd)
-    scale = 1 / math.sqrt(q.shape[-1])
-    p = torch.exp2(q_ @ k_.mT * (scale * LOG2E) - lse[..., None])  # (b, nh, n, m)
-    ds = p * (do_ @ v_.mT - (do_ * o_).sum(-1, True)) * scale
-    grads = ds @ k_, ds.mT @ q_, p.mT @ do_
-    return tuple(g.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format) for g in grads)
-
-
-@attention_bwd_op.register_fake
-def _(do, q, k, v, o, lse):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
-
-
-def setup_context(ctx, inputs, output):
-    # no zeros for outputs without a gradient: each would be a launch
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _autograd(ctx, do, dlse):
-    return attention_bwd_op(do, *ctx.saved_tensors)
-
-
-attention_op.register_autograd(_autograd, setup_context=setup_context)
-_eager = L.function(forward, setup_context, _autograd)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(hd)) v: q (b, n, nh, hd), k and v (b, m, nh, hd) to (b, n, nh, hd)."""
-    return L.call(attention_op, _eager, q, k, v)[0]
-
-
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """An empty string if the kernels take these, else the reason."""
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
     hd = q.shape[-1]
     if hd % 8 or hd > 160:
         return f"head width {hd}, the kernels take multiples of 8 up to 160"
@@ -317,4 +231,106 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
         return "q, k and v differ in type"
     if q.shape[0] * q.shape[2] > 65535:
         return "more than 65535 heads in the batch"
-    return L.why_not(q, k, v)
+    return ""
+
+
+# ------------------------------ Tiles and cases
+
+
+def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int = 2) -> dict:
+    """BLOCK_M queries, BLOCK_N keys."""
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+
+
+# The shape class is the head width. Found by compiling, not yet by timing: aot.py prints what each takes.
+CANDIDATES = [Tile(64, 32, 4), Tile(32, 64, 4), Tile(64, 64, 4)]
+CANDIDATES += [Tile(64, 128, 4), Tile(128, 64, 8), Tile(128, 128, 8)]
+FWD_TILES = L.Tiles(
+    "attention_fwd",
+    {
+        **{hd: {80: Tile(64, 64, 4), 90: Tile(128, 64, 8)} for hd in (32, 40, 64)},
+        80: {80: Tile(64, 64, 4)},
+        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (128, 160)},
+    },
+    CANDIDATES + [tile | dict(ANCHOR=True) for tile in CANDIDATES],  # in bf16 alone
+)
+DQ_TILES = L.Tiles(
+    "attention_bwd_dq",
+    {
+        **{hd: {80: Tile(64, 64, 4)} for hd in (32, 40, 64)},
+        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (80, 128, 160)},
+    },
+    CANDIDATES,
+    backward=True,
+)
+DKDV_TILES = L.Tiles(
+    "attention_bwd_dkdv",
+    {
+        **{hd: {80: Tile(32, 64, 4), 90: Tile(64, 64, 4)} for hd in (32, 40, 64, 80)},
+        128: {80: Tile(32, 64, 8), 90: Tile(32, 64, 4)},
+        160: {80: Tile(32, 64, 4), 86: Tile(16, 64, 8), 90: Tile(32, 64, 8)},
+    },
+    CANDIDATES,
+    backward=True,
+)
+
+
+def case(
+    name: str, b: int, n: int, m: int, nh: int, hd: int, *, scale=1.0, equal=False, late=1.0, apart=0.0
+) -> Case:
+    """`equal`: all logits the same; `late`: keys after the first hundred are this much larger; `apart`:
+    queries and keys point away from each other, so that all logits are far below zero."""
+
+    def make(randn):
+        q, k, v = randn(b, n, nh, hd) * scale, randn(b, m, nh, hd), randn(b, m, nh, hd)
+        k[:, 100:] *= late
+        q, k = q + apart, k - apart
+        return dict(q=q, k=k[:, :1].expand_as(k) if equal else k, v=v), {}
+
+    return Case(name, make, flops=4.0 * b * nh * n * m * hd, elements=2 * b * nh * hd * (n + m))
+
+
+def square(b: int, n: int, hd: int) -> Case:
+    """Self-attention of 8 heads, as in SD."""
+    return case(f"self b{b} {n}x{n} hd{hd}", b, n, n, 8, hd)
+
+
+def by_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
+    """The reference by one of torch's own kernels."""
+    with sdpa_kernel(backend):
+        return reference(q, k, v)
+
+
+PEERS = {
+    "flash": functools.partial(by_backend, backend=SDPBackend.FLASH_ATTENTION),
+    "cudnn": functools.partial(by_backend, backend=SDPBackend.CUDNN_ATTENTION),
+    "efficient": functools.partial(by_backend, backend=SDPBackend.EFFICIENT_ATTENTION),
+}
+KERNEL = Kernel(
+    name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF, peers=PEERS,
+    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
+    tiles=(FWD_TILES, DQ_TILES, DKDV_TILES), typical=lambda hd: square(4, heads.TOKENS[hd], hd),
+    cases=[
+        case("40 = 32 + 16, two heads", 1, 64, 128, 2, 40),
+        case("80 = 64 + 16, ragged, batch 3", 3, 33, 70, 1, 80),
+        case("160 = 128 + 32", 1, 64, 64, 1, 160),
+        case("64, one tile", 1, 128, 64, 1, 64),
+        case("32", 1, 64, 100, 2, 32),
+        case("8, padded to 16", 1, 70, 9, 2, 8),
+        case("96 = 64 + 32", 1, 20, 77, 1, 96),
+        case("128", 1, 64, 33, 1, 128),
+        case("one query, one key", 2, 1, 1, 3, 40),
+        case("one query row", 1, 1, 130, 2, 40),
+        case("peaked logits", 1, 64, 128, 1, 40, scale=30.0),
+        case("all logits equal", 1, 64, 100, 1, 40, equal=True),
+        case("all logits far below zero", 1, 70, 77, 1, 40, apart=5.0),
+    ],
+    timed=[
+        *(square(b, n, hd) for b in (2, 8) for n, hd in ((4096, 40), (1024, 80), (256, 160))),
+        *(square(2, n, hd) for n, hd in ((9216, 40), (2304, 80), (576, 160), (144, 160))),  # 768 pixels
+    ],
+    compiled=[
+        case(f"self {n} hd{hd}", 2, n, n, 8, hd)
+        for n, hd in ((4096, 40), (1024, 80), (256, 160), (144, 160), (1024, 32), (1024, 64), (1024, 128))
+    ],
+)  # fmt: skip

@@ -4,11 +4,13 @@ Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202. Eag
 and reads it back, the largest tensor of a transformer block; here x is read once, and x alone is kept.
 """
 
+import math
+
 import minisd.kernels.launch as L
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
 
 # ------------------------------ Reference
@@ -70,77 +72,61 @@ def _bwd_kernel(
 # ------------------------------ Launchers
 
 
+def new_outputs(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def new_gradients(dy, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
-    d = x.shape[-1] // 2
-    y = x.new_empty(*x.shape[:-1], d)
-    tile = L.tile("geglu", "any", x.device)
+    y, d = new_outputs(x), x.shape[-1] // 2
+    tile = TILES.pick("any", x.device)
     L.launch(_fwd_kernel, (y.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, y, d, **tile)
     return y
 
 
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
-    d = x.shape[-1] // 2
-    dx = torch.empty_like(x)
-    tile = L.tile("geglu", "any", x.device)
+    dx, d = new_gradients(dy, x), x.shape[-1] // 2
+    tile = TILES.pick("any", x.device)
     L.launch(_bwd_kernel, (dy.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, dy, dx, d, **tile)
     return dx
 
 
-# ------------------------------ The torch operator
+def unsupported(x: Tensor) -> str:
+    return f"{x.shape[-1]} columns do not divide in two" if x.shape[-1] % 2 else ""
 
 
-@torch.library.custom_op("minisd::geglu", mutates_args=(), device_types="cuda")
-def geglu_op(x: Tensor) -> Tensor:
-    return forward(x)
+# ------------------------------ Tiles and cases
+
+CANDIDATES = [dict(BLOCK_N=n, num_warps=w) for n, w in ((512, 2), (512, 4), (1024, 4), (2048, 8))]
+TILES = L.Tiles("geglu", {"any": {80: dict(BLOCK_N=1024, num_warps=4)}}, CANDIDATES)
 
 
-@geglu_op.register_kernel("cpu")
-def _(x):
-    return forward(x) if L.INTERPRET else reference(x)
+def case(name: str, *shape: int, scale: float = 1.0) -> Case:
+    def make(randn):
+        return dict(x=randn(*shape) * scale), {}
+
+    return Case(name, make, elements=3 * math.prod(shape) // 2, back=5 / 3)
 
 
-@geglu_op.register_fake
-def _(x):
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@torch.library.custom_op("minisd::geglu_bwd", mutates_args=(), device_types="cuda")
-def geglu_bwd_op(dy: Tensor, x: Tensor) -> Tensor:
-    return backward(dy, x)
-
-
-@geglu_bwd_op.register_kernel("cpu")
-def _(dy, x):
-    if L.INTERPRET:
-        return backward(dy, x)
-    a, g = x.chunk(2, dim=-1)
-    return torch.cat((dy * F.gelu(g), torch.ops.aten.gelu_backward(dy * a, g)), dim=-1)
-
-
-@geglu_bwd_op.register_fake
-def _(dy, x):
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd(ctx, dy):
-    return geglu_bwd_op(dy, *ctx.saved_tensors)
-
-
-geglu_op.register_autograd(_autograd, setup_context=_setup_context)
-_eager = L.function(forward, _setup_context, _autograd)
-
-
-def geglu(x: Tensor) -> Tensor:
-    """a * gelu(g) for x = [a, g] (..., 2 d), as (..., d)."""
-    return L.call(geglu_op, _eager, x)
-
-
-def why_not(x: Tensor) -> str:
-    """An empty string if the kernel takes this, else the reason."""
-    return f"{x.shape[-1]} columns do not divide in two" if x.shape[-1] % 2 else L.why_not(x, dtypes=L.FLOAT)
+KERNEL = Kernel(
+    name="geglu", reference=reference, unsupported=unsupported,
+    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
+    save=lambda inputs, outputs: inputs,
+    tiles=(TILES,), typical=lambda shape_class: case("", 4, 4096, 2560),
+    cases=[
+        case("tokens", 2, 5, 128),
+        case("wider than a tile, ragged", 3, 2 * 1300),
+        case("one row of one", 1, 2),
+        case("far out on both sides", 4, 64, scale=6.0),
+    ],
+    timed=[
+        case(f"b{b} {n}x{d}", b, n, 2 * d)
+        for b in (2, 8) for n, d in ((4096, 1280), (1024, 2560), (256, 5120))
+    ],
+    compiled=[case("geglu 1280", 2, 4096, 2 * 1280)],
+)  # fmt: skip

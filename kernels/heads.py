@@ -3,9 +3,18 @@
 Stable Diffusion's head widths, 40, 80 and 160, are not powers of two, and a tile must be one. Padding to 64,
 128 and 256 would waste a third of every product, so a head is cut in two tiles (32 + 16, 64 + 16, 128 + 32):
 the pairs (x0, x1) everywhere. With D1 = 0 there is one tile; x1 is then x0 and unused.
+
+Pointers, the same in every kernel:
+
+    q                   (b, n, nh, hd): strides (stride_qb, stride_qn, hd, 1)
+    k, v                (b, m, nh, hd): likewise
+    o, do, dq, dk, dv   like q or k, and dense
+    lse                 (b, nh, n) fp32: log2 of the sum of exp2(scaled scores)
+    delta               (b, nh, n) fp32: row sums of dO * O
 """
 
 import functools
+import math
 
 import minisd.kernels.launch as L
 import triton
@@ -18,16 +27,27 @@ LOG2E = 1.4426950408889634  # the kernels work in powers of two: exp2 is one ins
 
 
 @triton.jit
+def at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD: tl.constexpr):
+    """The pointers moved to this program's head: the grid's second axis counts batch x heads."""
+    b, h = (tl.program_id(1) // nh).to(tl.int64), tl.program_id(1) % nh
+    q_ptr += b * stride_qb + h * HD
+    k_ptr += b * stride_kb + h * HD
+    v_ptr += b * stride_vb + h * HD
+    return q_ptr, k_ptr, v_ptr
+
+
+@triton.jit
+def dense_offset(rows, nh, HD: tl.constexpr):
+    """Where this program's head begins in a dense tensor (b, rows, nh, hd)."""
+    b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
+    return b.to(tl.int64) * rows * nh * HD + h * HD
+
+
+@triton.jit
 def load_part(
-    ptr,
-    rows,
-    num_rows,
-    stride,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HD: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    ptr, rows, num_rows, stride,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """Columns FIRST to FIRST + WIDTH of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
     cols = FIRST + tl.arange(0, WIDTH)
     at = ptr + rows[:, None] * stride + cols[None, :]
@@ -41,9 +61,10 @@ def load_part(
 
 
 @triton.jit
-def load_head(
+def load(
     ptr, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN: tl.constexpr
 ):
+    """Both parts of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
     x0 = load_part(ptr, rows, num_rows, stride, 0, D0, HD, EVEN)
     x1 = x0
     if D1 > 0:
@@ -59,14 +80,14 @@ def store_part(ptr, x, rows, num_rows, stride, FIRST: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def store_head(ptr, x0, x1, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def store(ptr, x0, x1, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     store_part(ptr, x0, rows, num_rows, stride, 0, D0, HD)
     if D1 > 0:
         store_part(ptr, x1, rows, num_rows, stride, D0, D1, HD)
 
 
 @triton.jit
-def dot_heads(a0, a1, b0, b1, D1: tl.constexpr):
+def dot(a0, a1, b0, b1, D1: tl.constexpr):
     """a b^T over the whole head width: (rows of a, rows of b) fp32."""
     s = tl.dot(a0, b0.T)
     if D1 > 0:
@@ -84,6 +105,15 @@ def dot_onto(p, x0, x1, acc0, acc1, D1: tl.constexpr):
 
 
 @triton.jit
+def row_sums(a0, a1, b0, b1, D1: tl.constexpr):
+    """The sum of a * b over the head width, (rows,) fp32."""
+    total = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), 1)
+    if D1 > 0:
+        total += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
+    return total
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     x0 = tl.zeros((ROWS, D0), tl.float32)
     x1 = x0
@@ -96,23 +126,39 @@ def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 
 @functools.cache
+def two_tiles(size: int) -> tuple[int, int]:
+    """Two tiles that hold `size`: 40 is 32 + 16, 8 idle; (tile, 0) where two are not shorter (64, 56)."""
+    whole = L.power_of_two(size, 16)
+    first = max(16, whole // 2)
+    second = L.power_of_two(size - first, 16) if size > first else 0
+    return (first, second) if 0 < second < whole - first else (whole, 0)
+
+
+@functools.cache
 def split(hd: int) -> dict:
-    """The tiles of a head: 40 is 32 + 16, 8 columns idle; one where two would not be shorter (64, 56)."""
-    whole = L.power_of_two(hd, 16)
-    d0 = max(16, whole // 2)
-    d1 = L.power_of_two(hd - d0, 16) if hd > d0 else 0
-    return dict(HD=hd, D0=d0, D1=d1) if 0 < d1 < whole - d0 else dict(HD=hd, D0=whole, D1=0)
+    """The tiles of a head, as the kernels' constants."""
+    return dict(zip(("HD", "D0", "D1"), (hd, *two_tiles(hd)), strict=True))
+
+
+# Shape classes of the tile tables: head width -> number of tokens of a typical layer with such heads
+TOKENS = {32: 1024, 40: 4096, 64: 4096, 80: 1024, 128: 1024, 160: 256}
 
 
 def shape_class(hd: int) -> int:
-    return next(c for c in (32, 40, 64, 80, 128, 160) if hd <= c)
+    """hd rounded up to a head width of the tile tables."""
+    return next(c for c in TOKENS if hd <= c)
 
 
-def heads_dense(t: Tensor) -> Tensor:
+def dense(t: Tensor) -> Tensor:
     """t, copied only where its heads do not lie side by side (a slice of a fused QKV product is fine)."""
     return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
 
 
-def arguments(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    """The scalars that all kernels take: n, m, nh and the strides."""
+def scalars(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """What all kernels take after their tensors: n, m, nh and the strides of batch and tokens."""
     return q.shape[1], k.shape[1], q.shape[2], *(s for t in (q, k, v) for s in t.stride()[:2])
+
+
+def scales(hd: int) -> tuple[float, float]:
+    """1 / sqrt(hd) for scores in powers of two, and for gradients."""
+    return LOG2E / math.sqrt(hd), 1 / math.sqrt(hd)

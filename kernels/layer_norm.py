@@ -6,13 +6,25 @@ Ba et al., Layer Normalization, https://arxiv.org/abs/1607.06450. A transformer 
 fused, the sum is written once and not read back: four passes over the tokens instead of five. Statistics are
 fp32 from registers, so that a mean far from zero costs no digits. The backward's sums over tokens are partial
 sums of a fixed set of programs, added in a fixed order.
+
+Pointers, the same in both kernels:
+
+    x, y, dy, dx    (rows, d)
+    residual, sum   (rows, d), read and written if HAS_RESIDUAL; sum is x + residual
+    s, dsum         (rows, d): x + residual or x alone, and the gradient of sum, read if HAS_RESIDUAL
+    weight, bias    (d,)
+    mean, rstd      (rows,) fp32
+    part            (programs, 2, d) fp32: dbias and dweight of each program's rows
 """
+
+import math
 
 import minisd.kernels.launch as L
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
 
 PROGRAMS = 264  # of the backward, each with its own partial sums: two a multiprocessor of an H100
@@ -21,10 +33,13 @@ MAX_WIDTH = 8192  # a row must fit in the registers of one program
 # ------------------------------ Reference
 
 
-def reference(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float):
-    """y and x + residual for x (..., d), weight and bias (d,)."""
+def reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y and x + residual for x (..., d), weight and bias (d,); without a residual the second is empty."""
     s = x if residual is None else x + residual
-    return F.layer_norm(s, s.shape[-1:], weight.to(s.dtype), bias.to(s.dtype), eps), s
+    y = F.layer_norm(s, s.shape[-1:], weight.to(s.dtype), bias.to(s.dtype), eps)
+    return y, x.new_empty(0) if residual is None else s
 
 
 # ------------------------------ Forward
@@ -32,14 +47,7 @@ def reference(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, 
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr,  # (rows, d)
-    residual_ptr,  # (rows, d), read if HAS_RESIDUAL
-    weight_ptr,  # (d,)
-    bias_ptr,  # (d,)
-    y_ptr,  # (rows, d)
-    sum_ptr,  # (rows, d), written if HAS_RESIDUAL
-    mean_ptr,  # (rows,) fp32
-    rstd_ptr,  # (rows,) fp32
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     d, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -67,14 +75,7 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr,  # (rows, d)
-    dsum_ptr,  # (rows, d), gradient of x + residual, read if HAS_RESIDUAL
-    s_ptr,  # (rows, d): x + residual
-    weight_ptr,  # (d,)
-    mean_ptr,  # (rows,) fp32
-    rstd_ptr,  # (rows,) fp32
-    dx_ptr,  # (rows, d)
-    part_ptr,  # (programs, 2, d) fp32: dbias and dweight of each program's rows
+    dy_ptr, dsum_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, part_ptr,
     rows, d,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -104,118 +105,88 @@ def _bwd_kernel(
 # ------------------------------ Launchers
 
 
-def _tile(d: int) -> dict:
+def tile(d: int) -> dict:
     """A row in one program, about 8 elements a thread."""
     block = L.power_of_two(d, 128)
     return dict(BLOCK_N=block, num_warps=min(16, max(1, block // 256)))
 
 
-def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float):
-    x, d = x.contiguous(), x.shape[-1]
-    y, stats = torch.empty_like(x), x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
-    s = x.new_empty(0) if residual is None else torch.empty_like(x)
-    residual_arg = x if residual is None else residual.contiguous()
-    args = (x, residual_arg, weight, bias, y, s, stats[0], stats[1], d, eps)
-    L.launch(_fwd_kernel, (x.numel() // d,), *args, HAS_RESIDUAL=residual is not None, **_tile(d))
-    return y, s, stats
-
-
-def backward(
-    dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor]:
-    s, dy, d = s.contiguous(), dy.contiguous(), s.shape[-1]
-    rows = s.numel() // d
-    programs = min(PROGRAMS, rows)
-    dx, part = torch.empty_like(s), s.new_empty(programs, 2, d, dtype=torch.float32)
-    dsum_arg = dy if dsum is None else dsum.contiguous()
-    args = (dy, dsum_arg, s, weight, stats[0], stats[1], dx, part, rows, d)
-    L.launch(_bwd_kernel, (programs,), *args, HAS_RESIDUAL=dsum is not None, **_tile(d))
-    return dx, part.sum(0)
-
-
-# ------------------------------ The torch operator
-
-
-@torch.library.custom_op("minisd::layer_norm", mutates_args=(), device_types="cuda")
-def layer_norm_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
-    return forward(x, residual, weight, bias, eps)
-
-
-@layer_norm_op.register_kernel("cpu")
-def _(x, residual, weight, bias, eps):
-    if L.INTERPRET:
-        return forward(x, residual, weight, bias, eps)
-    y, s = reference(x.contiguous(), residual, weight, bias, eps)
-    wide = s.float()
-    stats = torch.stack((wide.mean(-1), (wide.var(-1, unbiased=False) + eps).rsqrt()))
-    return y, x.new_empty(0) if residual is None else s, stats
-
-
-@layer_norm_op.register_fake
-def _(x, residual, weight, bias, eps):
-    s = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+def new_outputs(x: Tensor, residual: Tensor | None, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
+    s = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(x.shape), s, x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("minisd::layer_norm_bwd", mutates_args=(), device_types="cuda")
-def layer_norm_bwd_op(
-    dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dx, which is also the gradient of the residual, and (dbias, dweight) as (2, d) fp32."""
-    return backward(dy, dsum, s, weight, stats)
-
-
-@layer_norm_bwd_op.register_kernel("cpu")
-def _(dy, dsum, s, weight, stats):
-    if L.INTERPRET:
-        return backward(dy, dsum, s, weight, stats)
-    g = dy.float()
-    xhat = (s.float() - stats[0][..., None]) * stats[1][..., None]
-    dxhat = g * weight.float()
-    dx = dxhat - dxhat.mean(-1, True) - xhat * (dxhat * xhat).mean(-1, True)
-    dx = dx * stats[1][..., None] + (0.0 if dsum is None else dsum.float())
-    sums = torch.stack((g, g * xhat)).flatten(1, -2).sum(1)
-    return dx.to(s.dtype, memory_format=torch.contiguous_format), sums
-
-
-@layer_norm_bwd_op.register_fake
-def _(dy, dsum, s, weight, stats):
+def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor]:
     return s.new_empty(s.shape), s.new_empty(2, s.shape[-1], dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, _ = inputs
-    _, s, stats = output
-    ctx.has_residual, ctx.bias_type = residual is not None, bias.dtype
-    ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient: each would be a launch
-    ctx.mark_non_differentiable(stats, *(() if ctx.has_residual else (s,)))
-    ctx.save_for_backward(s if ctx.has_residual else x, weight, stats)
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
+    x, d = x.contiguous(), x.shape[-1]
+    y, s, stats = new_outputs(x, residual, weight, bias, eps)
+    residual_arg = x if residual is None else residual.contiguous()
+    args = (x, residual_arg, weight, bias, y, s, stats[0], stats[1], d, eps)
+    L.launch(_fwd_kernel, (x.numel() // d,), *args, HAS_RESIDUAL=residual is not None, **tile(d))
+    return y, s, stats
 
 
-def _autograd(ctx, dy, dsum, dstats):
-    s, weight, stats = ctx.saved_tensors
-    dy = torch.zeros_like(s) if dy is None else dy
-    dx, sums = layer_norm_bwd_op(dy, dsum, s, weight, stats)
-    dresidual = dx if ctx.has_residual else None
-    return dx, dresidual, sums[1].to(weight.dtype), sums[0].to(ctx.bias_type), None
+def save(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, weight, _, _ = inputs
+    _, s, stats = outputs
+    return x if residual is None else s, weight, stats
 
 
-layer_norm_op.register_autograd(_autograd, setup_context=_setup_context)
-_eager = L.function(forward, _setup_context, _autograd)
+def backward(
+    dy: Tensor | None, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx, which is also the gradient of the residual, and (dbias, dweight) as (2, d) fp32."""
+    s, d = s.contiguous(), s.shape[-1]
+    dy = torch.zeros_like(s) if dy is None else dy.contiguous()
+    rows = s.numel() // d
+    programs = min(PROGRAMS, rows)
+    dx, sums = new_gradients(dy, dsum, s, weight, stats)
+    part = s.new_empty(programs, 2, d, dtype=torch.float32)
+    dsum_arg = dy if dsum is None else dsum.contiguous()
+    args = (dy, dsum_arg, s, weight, stats[0], stats[1], dx, part, rows, d)
+    L.launch(_bwd_kernel, (programs,), *args, HAS_RESIDUAL=dsum is not None, **tile(d))
+    return dx, torch.sum(part, 0, out=sums)
 
 
-def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float):
-    """The reference's y and x + residual by the kernels; without a residual the second is empty."""
-    return L.call(layer_norm_op, _eager, x, residual, weight, bias, eps)[:2]
-
-
-def why_not(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> str:
-    """An empty string if the kernels take these, else the reason."""
+def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> str:
     if x.shape[-1] > MAX_WIDTH:
         return f"rows of {x.shape[-1]}, the kernels take up to {MAX_WIDTH}"
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return "x and residual differ in shape or type"
-    return L.why_not(x, weight, bias, dtypes=L.FLOAT)
+    return ""
+
+
+# ------------------------------ Cases
+
+
+def case(name: str, *shape: int, residual: bool = True, shift: float = 0.0) -> Case:
+    def make(randn):
+        tensors = dict(x=randn(*shape) + shift, residual=randn(*shape) if residual else None)
+        return tensors | dict(weight=randn(shape[-1]), bias=randn(shape[-1])), dict(eps=1e-5)
+
+    return Case(name, make, elements=4 * math.prod(shape), back=1.0)
+
+
+KERNEL = Kernel(
+    name="layer_norm", reference=reference, unsupported=unsupported,
+    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
+    save=save, gradients=lambda dx, sums: (dx, dx, sums[1], sums[0]), differentiable=2,
+    cases=[
+        case("320, tokens", 2, 7, 320),
+        case("no residual", 5, 64, residual=False),
+        case("one row", 1, 1, 640),
+        case("odd width", 9, 77),
+        case("more rows than programs", 300, 16, residual=False),
+        case("mean 100 deviations", 6, 128, residual=False, shift=100.0),
+    ],
+    timed=[
+        case(f"add b{b} {n}x{d}", b, n, d) for b in (2, 8) for n, d in ((4096, 320), (1024, 640), (256, 1280))
+    ],
+    compiled=[case(f"layer norm {d}", 2, 4096, d) for d in (320, 640, 1280)],
+)  # fmt: skip

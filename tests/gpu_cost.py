@@ -21,22 +21,22 @@ from minisd import ops  # noqa: E402
 from minisd.models import unet, vae  # noqa: E402
 from minisd.models.layers import Attention, lay_out  # noqa: E402
 from minisd.sampling.guidance import Denoiser, text_branches
-from tests.test_kernel_unet import DEVICE, GPU, INTERPRET, TINY, graph  # noqa: E402
+from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY, graph  # noqa: E402
 from tests.test_models import TINY_VAE  # noqa: E402
 
-CONFIG, VAE, SIDE, COUNT = (unet.SD15, vae.SD15, 64, 20) if GPU else (TINY, TINY_VAE, 4, 1)
-TRIPLES = [("torch", "torch"), ("kernels", "triton")] if GPU or INTERPRET else [("torch", "torch")]
+CONFIG, VAE, SIDE, REPEATS = (unet.SD15, vae.SD15, 64, 20) if GPU else (TINY, TINY_VAE, 4, 1)
+CHOICES = [("torch", "torch")] + [("kernels", "triton")] * (GPU or INTERPRET)  # label, --kernels
 
 
-def milliseconds(call: Callable, count: int = COUNT) -> tuple[float, float, float]:
+def milliseconds(call: Callable, repeats: int = REPEATS) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     times = []
-    for _ in range(count + 3 * GPU):
+    for _ in range(repeats + 3 * GPU):
         torch.cuda.synchronize() if GPU else None
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         torch.cuda.synchronize() if GPU else None
-        times.append(1e3 * (time.perf_counter() - begun))
+        times.append(1e3 * (time.perf_counter() - start))
     times = sorted(times[3 * GPU :])
     return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
 
@@ -53,7 +53,7 @@ def steps(dtype) -> Iterator[tuple[str, str, Callable]]:
     text, none = (torch.randn(1, 77, CONFIG.cross_attention_dim, device=DEVICE, dtype=dtype) for _ in "ab")
     x = torch.randn(1, 4, SIDE, SIDE, device=DEVICE)
     what = f"UNet, step with guidance, {8 * SIDE} pixels"
-    for name, choice in TRIPLES:
+    for name, choice in CHOICES:
         ops.choose(choice)
         net = network(lambda: unet.UNet(CONFIG), dtype, arranged=False)
         yield what, f"{name}, contiguous", sampling(net, text, none, x)
@@ -66,14 +66,14 @@ def steps(dtype) -> Iterator[tuple[str, str, Callable]]:
             layer.to_k.weight.data = layer.to_k.weight.data.clone()
         yield what, f"{name}, q k v apart", sampling(net, text, none, x)
         yield what, f"{name}, q k v apart, text every step", lambda net=net: plain(net, text, none, x)
-    for name, choice in TRIPLES:
+    for name, choice in CHOICES:
         ops.choose(choice)
         decode = network(lambda: vae.AutoencoderKL(VAE), dtype).decode
         yield "VAE, decode", name, lambda decode=decode: no_grad(decode, x.to(dtype))
     size = 8 if GPU else 1
     timesteps = torch.arange(size, device=DEVICE)
     noisy, context = x.expand(size, -1, -1, -1).to(dtype), text.expand(size, -1, -1)
-    for name, choice in TRIPLES:
+    for name, choice in CHOICES:
         ops.choose(choice)
         net = network(lambda: unet.UNet(CONFIG), torch.float32).requires_grad_(True)
 
@@ -108,17 +108,17 @@ def graphed(call: Callable, x) -> Callable:
 
 def profile(dtype) -> str:
     """Where the time of one step goes, by kernel."""
-    ops.choose(TRIPLES[-1][1])
+    ops.choose(CHOICES[-1][1])
     net = network(lambda: unet.UNet(CONFIG), dtype)
     text = torch.randn(1, 77, CONFIG.cross_attention_dim, device=DEVICE, dtype=dtype)
     call = sampling(net, text, text, torch.randn(1, 4, SIDE, SIDE, device=DEVICE))
     call()
     activities = [torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as trace:
         call()
         torch.cuda.synchronize() if GPU else None
     order = "self_device_time_total" if GPU else "self_cpu_time_total"
-    return found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80)
+    return trace.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80)
 
 
 def main() -> None:

@@ -9,16 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from minisd import ops
+from tests.kernel_helpers import automatic, interpreter, ordinary  # noqa: F401
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRET, reason="test_kernels.py runs it in the interpreter")
-ordinary = pytest.mark.skipif(INTERPRET, reason="the ordinary session runs it")
-
-
-@pytest.fixture(autouse=True)
-def default():
-    yield
-    ops.choose("auto")
+pytestmark = pytest.mark.usefixtures("automatic")
 
 
 def sdpa(q, k):
@@ -95,6 +88,17 @@ def test_a_forced_choice_that_cannot_run_says_why():
         ops.group_norm(torch.randn(1, 8, 2, 2), 2, torch.ones(8), torch.ones(8), 1e-5)
     with pytest.raises(ValueError, match="choose from auto, triton, torch"):
         ops.choose("cuda")
+
+
+@ordinary
+def test_what_auto_asks_of_a_gpu_compiles_without_a_break():
+    pytest.importorskip("triton")
+
+    def step(x):
+        return x + ops._measured(x.device)
+
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(x), x)
 
 
 @ordinary

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from minisd.kernels import aot, bench, geglu, launch, tune  # noqa: E402
+from tests.kernel_helpers import interpreter, ordinary
 
-interpreter = pytest.mark.skipif(not launch.INTERPRET, reason="test_kernels.py runs it in the interpreter")
-ordinary = pytest.mark.skipif(launch.INTERPRET, reason="the interpreter compiles nothing")
+pytest.importorskip("triton")
+from minisd.kernels import aot, attention, bench, cross_attention, geglu, launch, tune  # noqa: E402
 
 
 @ordinary
@@ -30,40 +29,30 @@ def test_aot_finds_a_sound_kernel_sound():
 @ordinary
 def test_aot_finds_spills_and_serial_wgmma(monkeypatch):
     """A tile that is known to be too large for its registers is reported, for both reasons."""
-    monkeypatch.setitem(launch.TILES["attention_fwd"], 40, {80: launch.T(128, 128, 4)})
-    call = next(c for c in aot.calls(90, "self 4096") if c[0] == "fwd_kernel")
-    row = aot.measure(*call, 90)
+    monkeypatch.setitem(attention.FWD_TILES.table, 40, {80: attention.Tile(128, 128, 4)})
+    row = next(aot.measure(90, "self 4096"))
+    assert row["kernel"] == "fwd_kernel"
     assert any("spills" in f for f in aot.faults(row)) and "wgmma serialised" in aot.faults(row)
     assert any("shared" in f for f in aot.faults(row | dict(shared=228 * 1024)))
 
 
-def test_every_family_has_a_tile():
-    for op, classes in launch.TILES.items():
-        for shape_class, families in classes.items():
-            assert 80 in families and set(families) <= {80, 86, 90, 100}, (op, shape_class)
-    assert [launch.family(c) for c in (80, 86, 87, 89, 90, 100, 103, 120)] == [
-        80,
-        86,
-        86,
-        86,
-        90,
-        100,
-        100,
-        86,
-    ]
+def test_gpu_families():
+    chips = {80: 80, 86: 86, 87: 86, 89: 86, 90: 90, 100: 100, 103: 100, 120: 86}
+    assert {chip: launch.family(chip) for chip in chips} == chips
 
 
-@ordinary
+@interpreter
 def test_bench_table(monkeypatch):
-    """The timed half with a clock that always says 1 ms, on the CPU references."""
+    """The timed half with a clock that always says 1 ms."""
     monkeypatch.setattr(bench, "quantiles", lambda call: (call(), (1.0, 0.9, 1.1))[1])
-    row = bench.attention_row(1, 16, 77, 40)
-    table = bench.time_row(row, torch.float32, dict(flops=1e12, bytes=1e12), device="cpu")
+    case = attention.case("cross b1 16x77 hd40", 1, 16, 77, 8, 40)
+    limits = dict(flops=1e12, bytes=1e12)
+    table = bench.time_case(cross_attention.KERNEL, case, torch.float32, limits, device="cpu")
     assert [r["mode"] for r in table] == ["forward", "backward", "both"]
     assert all(r["ratio"] == 1.0 and r["best"] == "flash" for r in table)
     text = bench.markdown(table, dict(device="none"))
-    assert "| attention | cross b1 16x77 hd40 | forward | 1.0000 (0.9000-1.1000) |" in text
-    assert "attention both: geometric mean ratio 1.00" in text
+    assert "| cross_attention | cross b1 16x77 hd40 | forward | 1.0000 (0.9000-1.1000) |" in text
+    assert "cross_attention both: geometric mean ratio 1.00" in text
 
 
 @interpreter
@@ -72,20 +61,39 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     tune.stored.cache_clear()
-    small = torch.zeros(2, 64)
+    small, tiles, cpu = torch.zeros(2, 64), geglu.TILES, torch.device("cpu")
     monkeypatch.setattr(tune, "sample", lambda *_: lambda: geglu.forward(small))
     seen, run = [], launch.launch
     monkeypatch.setattr(launch, "launch", lambda *a, **meta: (seen.append(meta["BLOCK_N"]), run(*a, **meta)))
     monkeypatch.setattr(tune, "milliseconds", lambda call: (call(), abs(seen[-1] - 512))[1])
-    table = dict(launch.TILES["geglu"]["any"])
-    assert tune.winner("geglu", "any", torch.device("cpu")) == dict(BLOCK_N=512, num_warps=2)
-    assert launch.TILES["geglu"]["any"] == table and set(seen) == {512, 1024, 2048}
+    before = tiles.pick("any", cpu)
+    assert tune.winner(tiles, "any", cpu) == dict(BLOCK_N=512, num_warps=2)
+    assert tiles.pick("any", cpu) == before and set(seen) == {512, 1024, 2048}
     tune.stored.cache_clear()  # another process
     monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched again"))
-    assert tune.winner("geglu", "any", torch.device("cpu")) == dict(BLOCK_N=512, num_warps=2)
+    assert tune.winner(tiles, "any", cpu) == dict(BLOCK_N=512, num_warps=2)
     assert list(json.loads((tmp_path / "sub" / "tiles.json").read_text())) == ["a chip/geglu/any"]
     assert os.listdir(tmp_path / "sub") == ["tiles.json"]
     tune.stored.cache_clear()
+
+
+def test_tuning_leaves_out_what_does_not_fit(monkeypatch):
+    """And nothing of a search remains, however it ends."""
+    tiles, cpu = attention.DQ_TILES, torch.device("cpu")
+    table, fitting = tiles.pick(40, cpu), tiles.candidates[1]
+
+    def milliseconds(call):
+        if tiles.pick(40, cpu) not in (table, fitting):
+            raise tune.OutOfResources(1, 0, "shared memory")
+        return 1.0 if tiles.pick(40, cpu) == fitting else 2.0
+
+    monkeypatch.setattr(tune, "sample", lambda *_: None)
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    assert tune.search(tiles, 40, cpu) == fitting and tiles.pick(40, cpu) == table
+    monkeypatch.setattr(tune, "milliseconds", lambda call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune.search(tiles, 40, cpu)
+    assert tiles.pick(40, cpu) == table
 
 
 @ordinary

@@ -3,34 +3,20 @@
 The same tests, so that the second has proven the first by the time there is a GPU.
 """
 
-import os
-
 import pytest
 import torch
 
 from minisd import ops
 from minisd.models import unet
 from minisd.models.layers import lay_out
+from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY, automatic, graph  # noqa: F401
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRET
-DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (GPU or INTERPRET), reason="needs a CUDA device or Triton's interpreter"),
+    pytest.mark.usefixtures("automatic"),
 ]
-
-TINY = unet.UNetConfig(
-    in_channels=4, out_channels=4, block_out_channels=(32, 64), attention=(True, False), num_heads=(1, 2),
-    layers_per_block=1, cross_attention_dim=24, norm_num_groups=2, norm_eps=1e-5, sample_size=4,
-)  # fmt: skip
 CONFIG, SIDE, SIZE, STEPS = (unet.SD15, 32, 2, 200) if GPU else (TINY, 2, 1, 2)
-
-
-@pytest.fixture(autouse=True)
-def default():
-    yield
-    ops.choose("auto")
 
 
 def network(config, dtype=torch.float32) -> unet.UNet:
@@ -118,25 +104,6 @@ def test_a_whole_unet_compiles_without_a_break():
     inputs = batch(TINY, 0, dtype)
     for ours, theirs in zip(gradients(compiled, *inputs), gradients(net, *inputs), strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-4
-
-
-def graph(run, x):
-    """run(x) as a CUDA graph: a function that copies its argument in and replays. On a CPU, run itself."""
-    if not GPU:
-        return run
-    static = x.clone()
-    run(static)  # compiles what is not compiled yet
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        out = run(static)
-
-    def replay(x):
-        static.copy_(x)
-        captured.replay()
-        return out.clone()
-
-    return replay
 
 
 @torch.no_grad()

@@ -1,0 +1,116 @@
+"""What a kernel file offers, in one object, and the torch operators made of it.
+
+A file of this folder that defines `KERNEL = Kernel(...)` is a kernel, and nothing else lists it:
+minisd/ops.py, aot.py, bench.py, tune.py and the tests all go through `discover`.
+"""
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+import minisd.kernels.launch as L
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """Named inputs of a kernel, and the work they are.
+
+    `make(randn)` returns tensors by name (None allowed) and constants by name, both in the order of the
+    kernel's parameters; `randn(*shape)` decides on type, device and generator.
+    """
+
+    name: str
+    make: Callable[[Callable[..., Tensor]], tuple[dict[str, Tensor | None], dict]]
+    layout: torch.memory_format = torch.contiguous_format  # of the 4-d tensors
+    flops: float = 0.0  # of the forward's matrix products, 0 where bytes count; backward: 2.5 times
+    elements: int = 0  # read and written by the forward
+    back: float = 2.0  # elements that the backward moves, relative to the forward
+
+
+@dataclass(kw_only=True, eq=False)
+class Kernel:
+    """One operation: call it with the parameters of `reference`, tensors (or None) first, then constants."""
+
+    name: str
+    reference: Callable  # the same in plain torch
+    forward: Callable  # launcher; its outputs after the first `differentiable` are for the backward alone
+    backward: Callable  # launcher: the gradients of the differentiable outputs, then what `save` returned
+    new_outputs: Callable  # what forward returns, not yet computed: all that torch.compile sees of it
+    new_gradients: Callable  # the same for backward
+    save: Callable = lambda inputs, outputs: (*inputs, *outputs)  # tensors, then constants, for the backward
+    gradients: Callable = lambda *results: results  # of backward, as one gradient for each tensor parameter
+    differentiable: int = 1  # number of outputs that the caller gets
+    unsupported: Callable = lambda *arguments: ""  # a reason that is this kernel's own, or an empty string
+    dtypes: tuple[torch.dtype, ...] = L.FLOAT
+
+    cases: Sequence[Case]  # small ones, each checked against float64 in the tests
+    timed: Sequence[Case]  # Stable Diffusion's: what bench.py times
+    compiled: Sequence[Case]  # what aot.py compiles
+    tiles: Sequence[L.Tiles] = ()
+    typical: Callable[[int | str], Case] | None = None  # the case on which tune.py times a shape class
+    peers: Mapping[str, Callable] = field(default_factory=dict)  # torch's ways, if not eager and compiled
+
+    def __post_init__(self):
+        options = dict(mutates_args=(), device_types=("cuda", "cpu"))
+        name = f"minisd::{self.name}"
+        self.operator = torch.library.custom_op(name, self.forward, **options)
+        self.operator.register_fake(self.new_outputs)
+        self.operator.register_autograd(self._backward, setup_context=self._setup_context)
+        self._backward_operator = torch.library.custom_op(f"{name}_bwd", self.backward, **options)
+        self._backward_operator.register_fake(self.new_gradients)
+        pieces = dict(forward=self.forward, setup_context=self._setup_context, backward=self._backward)
+        pieces = {name: staticmethod(piece) for name, piece in pieces.items()}
+        self._function = type(self.name, (torch.autograd.Function,), pieces)
+
+    def __call__(self, *arguments):
+        """The differentiable output, or a tuple of them."""
+        # Both run the same launchers; an operator's autograd costs some 80 us a call more, 150 times a UNet
+        plain = type(arguments[0]) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        outputs = self._function.apply(*arguments) if plain else self.operator(*arguments)
+        outputs = as_tuple(outputs)[: self.differentiable]
+        return outputs if self.differentiable > 1 else outputs[0]
+
+    def _setup_context(self, ctx, inputs, output):
+        outputs = as_tuple(output)
+        unused = [y for y in outputs[: self.differentiable] if not y.numel()]
+        ctx.mark_non_differentiable(*unused, *outputs[self.differentiable :])
+        ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient: each would be a launch
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        saved = self.save(inputs, outputs)
+        ctx.constants = [value for value in saved if not isinstance(value, Tensor | None)]
+        ctx.save_for_backward(*saved[: len(saved) - len(ctx.constants)])
+
+    def _backward(self, ctx, *grads):
+        # saved_tensors once: under gradient checkpointing a second reading is an error
+        arguments = (*grads[: self.differentiable], *ctx.saved_tensors, *ctx.constants)
+        results = self.gradients(*as_tuple(self._backward_operator(*arguments)))
+        return tuple(g if is_tensor else None for g, is_tensor in zip_longest(results, ctx.is_tensor))
+
+    def launchers(self, *arguments) -> tuple[Callable, Callable]:
+        """The forward's and the backward's launches as calls without arguments, past autograd."""
+        outputs = as_tuple(self.forward(*arguments))
+        saved = (*outputs[: self.differentiable], *self.save(arguments, outputs))
+        return functools.partial(self.forward, *arguments), functools.partial(self.backward, *saved)
+
+    def why_not(self, *arguments) -> str:
+        """An empty string if the kernel can run on these arguments, else the reason."""
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        return self.unsupported(*arguments) or L.why_not(*tensors, dtypes=self.dtypes)
+
+
+def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else values
+
+
+@functools.cache
+def discover() -> dict[str, Kernel]:
+    """The kernels of this folder by name: the files that define KERNEL."""
+    paths = sorted(Path(__file__).parent.glob("*.py"))
+    names = [p.stem for p in paths if re.search(r"^KERNEL = ", p.read_text(encoding="utf-8"), re.MULTILINE)]
+    return {name: importlib.import_module(f"minisd.kernels.{name}").KERNEL for name in names}

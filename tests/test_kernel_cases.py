@@ -1,0 +1,124 @@
+"""Every kernel of the folder on every case that its file names; what only one kernel has is elsewhere."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernel_helpers import INTERPRET, interpreter, needs_gpu
+
+pytest.importorskip("triton")
+from minisd.kernels import checks, kernel, launch  # noqa: E402
+
+KERNELS = list(kernel.discover().values())
+CASES = [(k, case) for k in KERNELS for case in k.cases]
+FEW = [(k, case) for k in KERNELS for case in k.cases[:2]]
+every_case = pytest.mark.parametrize("kernel, case", CASES, ids=lambda value: value.name)
+few_cases = pytest.mark.parametrize("kernel, case", FEW, ids=lambda value: value.name)
+
+
+def gradients(ys, tensors, dys=None, **more) -> tuple[torch.Tensor, ...]:
+    """The gradients of all tensors that there are, for outputs that there are; dys is ones if not given."""
+    dys = [torch.ones_like(y) for y in ys] if dys is None else dys
+    return torch.autograd.grad(ys, [t for t in tensors.values() if t is not None], dys, **more)
+
+
+def equal(ours, theirs) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@every_case
+def test_outputs_and_gradients(kernel, case, dtype):
+    assert checks.faults(kernel, case, dtype, "cpu") == []
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", launch.FLOAT, ids=str)
+@every_case
+def test_outputs_and_gradients_on_the_gpu(kernel, case, dtype):
+    if dtype not in kernel.dtypes:
+        pytest.skip(f"the kernel does not take {dtype}")
+    assert checks.faults(kernel, case, dtype, "cuda") == []
+
+
+@interpreter
+@few_cases
+def test_same_bits_again_and_nothing_written(kernel, case):
+    """Twice forward, twice backward through one graph: equal bits, and the inputs stay as they were."""
+    tensors, constants = checks.inputs(case)
+    before = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
+    ys = checks.outputs(kernel, tensors, constants)
+    assert equal(ys, checks.outputs(kernel, tensors, constants))
+    dys = [torch.randn_like(y) for y in ys]
+    assert equal(gradients(ys, tensors, dys, retain_graph=True), gradients(ys, tensors, dys))
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+@interpreter
+@few_cases
+def test_gradient_in_any_layout(kernel, case):
+    """An expanded gradient (a mean behind the op) gives the bits of a dense one; so does a transposed one."""
+    tensors, constants = checks.inputs(case)
+    ys = checks.outputs(kernel, tensors, constants)
+    expanded = [torch.ones(()).expand_as(y) for y in ys]
+    transposed = [torch.randn_like(y.mT.contiguous()).mT for y in ys]
+    for dys in (expanded, transposed):
+        dense = [launch.dense(dy.clone(), like=y) for dy, y in zip(dys, ys, strict=True)]
+        ours = gradients(ys, tensors, dys, retain_graph=True)
+        assert equal(ours, gradients(ys, tensors, dense, retain_graph=True))
+
+
+@interpreter
+@few_cases
+def test_under_gradient_checkpointing(kernel, case):
+    tensors, constants = checks.inputs(case)
+    ys = checks.outputs(kernel, tensors, constants)
+    again = checks.outputs(
+        lambda *arguments: checkpoint(kernel, *arguments, use_reentrant=False), tensors, constants
+    )
+    assert equal(gradients(again, tensors), gradients(ys, tensors))
+
+
+@interpreter
+@few_cases
+def test_operator(kernel, case):
+    """The operator keeps every rule of torch.library."""
+    tensors, constants = checks.inputs(case)
+    torch.library.opcheck(kernel.operator, (*tensors.values(), *constants.values()))
+
+
+@interpreter
+@pytest.mark.parametrize("kernel, case", FEW[::2], ids=lambda value: value.name)
+def test_compiles_without_a_break(kernel, case):
+    tensors, constants = checks.inputs(case)
+
+    def step(x, *arguments):
+        return [y.square() for y in checks.outputs(kernel, dict(x=x * 2), dict(enumerate(arguments)))]
+
+    torch.compiler.reset()  # each kernel is another graph, and their number is limited
+    arguments = (*tensors.values(), *constants.values())
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*arguments)
+    ys = step(*arguments)
+    torch.testing.assert_close(ys, compiled)
+    torch.testing.assert_close(gradients(ys, tensors), gradients(compiled, tensors))
+
+
+@few_cases
+def test_why_not(kernel, case):
+    tensors, constants = checks.inputs(case)
+    reason = kernel.why_not(*tensors.values(), *constants.values())
+    assert reason == ("" if INTERPRET else "the tensors are on cpu, the kernels run on CUDA")
+
+
+@pytest.mark.parametrize("name", kernel.discover())
+def test_every_file_is_complete(name):
+    """A kernel is called like its file; it has cases for every tool; each row of a table has a tile for the
+    oldest GPU family, and each shape class a case to be tuned on."""
+    found = kernel.discover()[name]
+    assert found.name == name and found.cases and found.timed and found.compiled
+    for tiles in found.tiles:
+        for shape_class, row in tiles.table.items():
+            assert 80 in row and set(row) <= set(launch.FAMILIES), (tiles.name, shape_class)
+            assert found.typical(shape_class).elements > 0
