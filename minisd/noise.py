@@ -4,10 +4,9 @@ Ho et al. 2020 (arXiv 2006.11239); v-prediction: Salimans and Ho 2022 (arXiv 220
 """
 
 import hashlib
-import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -40,46 +39,47 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alphas
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b, 1, 1, ...) on the device of `like`."""
-    return values.to(like.device).view(-1, *[1] * (like.ndim - 1))
-
-
+@dataclass(kw_only=True, eq=False)
 class NoiseSchedule:
-    """alphas_cumprod (num_train_timesteps,), what the network predicts, and the algebra between the two.
+    """alphas_cumprod (num_train_timesteps,), what the network predicts, and the algebra between the two. The
+    fields are keys of scheduler_config.json, with diffusers' defaults.
 
-    `timesteps` is an int64 tensor (b,), one per sample. Every method computes and returns fp32.
+    `timesteps` is an int64 tensor (b,), one per sample. What is computed of these is fp32.
     """
 
-    def __init__(
-        self,
-        *,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-    ):
-        if prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type {prediction_type!r}: one of epsilon, v_prediction, sample")
-        if rescale_betas_zero_snr and prediction_type == "epsilon":
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: list[float] | None = None
+    rescale_betas_zero_snr: bool = False
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self):
+        kinds = ("epsilon", "v_prediction", "sample")
+        if self.prediction_type not in kinds:
+            raise ValueError(f"prediction_type {self.prediction_type!r}: one of {', '.join(kinds)}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: pure noise says nothing"
             )
-        if trained_betas is not None:
-            betas = torch.tensor(trained_betas, dtype=torch.float32)
+        if self.trained_betas is not None:
+            betas = torch.tensor(self.trained_betas, dtype=torch.float32)
         else:
-            betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
-        if rescale_betas_zero_snr:
+            betas = make_betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps)
+        if self.rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
-        self.prediction_type = prediction_type
         self.num_train_timesteps = len(betas)
         self.alphas_cumprod = (1 - betas).cumprod(0)
 
-    def spaced(self, steps: int, spacing: str, offset: int) -> Tensor:
-        """The timesteps that inference in `steps` steps visits, descending and in fp64; those of "linspace"
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
+        """The schedule of a scheduler_config.json, whose other keys are settings of the schedulers."""
+        names = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in config.items() if key in names and value is not None})
+
+    def inference_timesteps(self, steps: int, spacing: str, offset: int) -> Tensor:
+        """The timesteps (steps,) that inference visits, descending and in fp64; with spacing "linspace" they
         may lie between two of training (Lin et al. 2023, table 2)."""
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
@@ -89,19 +89,16 @@ class NoiseSchedule:
             descending = i.flip(0) * (total // steps) + offset
         elif spacing == "linspace":
             descending = i.flip(0) * ((total - 1) / max(1, steps - 1))
-        elif spacing == "trailing":  # in numpy's words, so that halves are rounded as they were elsewhere
+        elif spacing == "trailing":  # by the formula of numpy's arange: halves are rounded as in diffusers
             descending = (total + i * ((total - total / steps) - total)).round() - 1
         else:
             raise ValueError(f"timestep_spacing {spacing!r}: one of leading, linspace, trailing")
         return descending.clamp(0, total - 1)
 
-    def timesteps(self, steps: int, spacing: str, offset: int) -> list[int]:
-        """These, rounded to those of training."""
-        return self.spaced(steps, spacing, offset).round().long().tolist()
-
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like` (b, ...)."""
-        alphas_cumprod = _column(self.alphas_cumprod[timesteps.cpu()], like)
+        alphas_cumprod = self.alphas_cumprod[timesteps.cpu()].to(like.device)  # (b,)
+        alphas_cumprod = alphas_cumprod.view(-1, *[1] * (like.ndim - 1))  # (b, 1, 1, ...)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -123,75 +120,15 @@ class NoiseSchedule:
         alphas_cumprod = self.alphas_cumprod[timesteps.cpu()]
         return alphas_cumprod / (1 - alphas_cumprod)
 
-    def denoised(self, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> Tensor:
-        """x_0 as `pred` has it for x at the noise level `alpha_cumprod` (a scalar tensor)."""
-        if self.prediction_type == "sample":
-            return pred.float()
+    def split(self, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 and the noise in x as `pred` has them, at the noise level `alpha_cumprod` (a scalar tensor)."""
+        pred, x = pred.float(), x.float()
         signal, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
         if self.prediction_type == "epsilon":
-            return (x.float() - sigma * pred.float()) / signal
-        return signal * x.float() - sigma * pred.float()
-
-    def noise_in(self, denoised: Tensor, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> Tensor:
-        """The noise as `pred` has it for x at the noise level `alpha_cumprod`; `denoised` is its x_0."""
-        if self.prediction_type == "epsilon":
-            return pred.float()
-        signal, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
+            return (x - sigma * pred) / signal, pred
         if self.prediction_type == "v_prediction":
-            return signal * pred.float() + sigma * x.float()
-        return (x.float() - signal * denoised) / sigma
-
-
-@dataclass(kw_only=True)
-class Original:
-    """A picture to begin with instead of noise alone (Meng et al. 2021, arXiv 2108.01073), and the part of it
-    to keep (Lugmayr et al. 2022, arXiv 2201.09865, equation 8)."""
-
-    latents: Tensor  # (b, c, h, w)
-    start: int = 0  # so many steps are left out
-    mask: Tensor | None = None  # (b or 1, 1, h, w): 1 is drawn anew, 0 is kept
-
-
-class Canvas:
-    """What a scheduler draws on: `x` to begin with, the numbers of the `steps` to take, `keep` after each.
-
-    `noise` (b, c, h, w) is standard normal. Step i of n begins at signal[i] x_0 + sigma[i] noise, (n,) each;
-    without an original, or with a mask and no step left out, the first begins at `scale` times the noise.
-    """
-
-    def __init__(
-        self,
-        original: Original | None,
-        noise: Tensor,
-        signal: Sequence[float] | Tensor,
-        sigma: Sequence[float] | Tensor,
-        scale: float = 1.0,
-    ):
-        self.original, self.noise = original, noise
-        self.levels = [*zip(map(float, signal), map(float, sigma), strict=True), (1.0, 0.0)]
-        start = original.start if original else 0
-        if not 0 <= start < len(signal):
-            raise ValueError(f"--strength leaves none of the {len(signal)} steps")
-        self.steps = range(start, len(signal))
-        alone = original is None or (original.mask is not None and start == 0)
-        self.x = noise * scale if alone else self._noised(start)
-
-    def _noised(self, step: int) -> Tensor:
-        signal, sigma = self.levels[step]
-        return signal * self.original.latents.to(self.noise) + sigma * self.noise
-
-    def keep(self, x: Tensor, step: int) -> Tensor:
-        """x after `step`, with the original outside the mask, as noisy as the next step wants it."""
-        if self.original is None or self.original.mask is None:
-            return x
-        mask = self.original.mask.to(x)
-        return mask * x + (1 - mask) * self._noised(step + 1)
-
-
-def settings_for(function, config: dict) -> dict:
-    """The entries of a scheduler_config.json that `function` has keywords for; the rest is for others."""
-    known = inspect.signature(function).parameters
-    return {k: v for k, v in config.items() if k in known and v is not None}
+            return signal * x - sigma * pred, signal * pred + sigma * x
+        return pred, (x - signal * pred) / sigma
 
 
 def generator(*names: object) -> torch.Generator:

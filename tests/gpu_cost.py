@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minisd import ops  # noqa: E402
 from minisd.models import unet, vae  # noqa: E402
-from minisd.models.layers import Attention, lay_out  # noqa: E402
+from minisd.models.layers import Attention, to_channels_last  # noqa: E402
 from minisd.sampling.guidance import Denoiser, text_branches
+from tests.helpers import TINY_VAE  # noqa: E402
 from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY, graph  # noqa: E402
-from tests.test_models import TINY_VAE  # noqa: E402
 
 CONFIG, VAE, SIDE, REPEATS = (unet.SD15, vae.SD15, 64, 20) if GPU else (TINY, TINY_VAE, 4, 1)
 CHOICES = [("torch", "torch")] + [("kernels", "triton")] * (GPU or INTERPRET)  # label, --kernels
@@ -45,7 +45,7 @@ def network(build: Callable, dtype, arranged: bool = True) -> torch.nn.Module:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         net = build().to(dtype).eval().requires_grad_(False)
-    return lay_out(net) if arranged else net
+    return to_channels_last(net) if arranged else net
 
 
 def steps(dtype) -> Iterator[tuple[str, str, Callable]]:
@@ -57,7 +57,7 @@ def steps(dtype) -> Iterator[tuple[str, str, Callable]]:
         ops.choose(choice)
         net = network(lambda: unet.UNet(CONFIG), dtype, arranged=False)
         yield what, f"{name}, contiguous", sampling(net, text, none, x)
-        sample = sampling(lay_out(net), text, none, x)
+        sample = sampling(to_channels_last(net), text, none, x)
         yield what, name, sample
         if GPU:
             yield what, f"{name}, CUDA graph", graphed(sample, x)

@@ -193,17 +193,17 @@ def test_nothing_is_left_where_the_weights_are_laid_out_as_on_a_gpu(model, tmp_p
     """There, three products are one, and a product of another shape may round otherwise."""
     lora.save(tmp_path / "x.safetensors", new(model, ["to_q", "to_v"])[1])
     sd = fresh(model)
-    layers.lay_out(sd.unet)
+    layers.to_channels_last(sd.unet)
     attention = sd.unet.get_submodule(f"{ATTENTION}attn1")
     weights = attention.to_q, attention.to_k, attention.to_v
     x = torch.randn(1, 5, 64)
     with torch.no_grad():
-        whole = layers.products(x, *weights)
+        whole = layers.fused_qkv(x, *weights)
         sd.attach(tmp_path / "x.safetensors", 0.0)
         weights = attention.to_q, attention.to_k, attention.to_v
         for scale, pieces in ((0.0, 1), (0.5, 3), (0.0, 1)):
             sd.rescale("x", scale)
-            found = layers.products(x, *weights)
+            found = layers.fused_qkv(x, *weights)
             assert len({t.untyped_storage().data_ptr() for t in found}) == pieces
             assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True)) == (scale == 0)
 

@@ -15,6 +15,7 @@ from minisd.models import controlnet, unet
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.guidance import Control
 from minisd.sampling.stable_diffusion import StableDiffusion
+from tests.helpers import TINY_UNET, assert_close, assert_same_gradients, diffusers_unet, same_weights
 from tests.pairs import (
     assert_exactly_these_train,
     assert_gradients,
@@ -25,9 +26,8 @@ from tests.pairs import (
     shake,
     train,
 )
-from tests.test_models import TINY_UNET, assert_close, assert_same_gradients, diffusers_unet, same_weights
 
-TINY = controlnet.ControlNetConfig(**controlnet._of_encoder(TINY_UNET), hint_channels=(4, 8, 12, 16))
+TINY = controlnet.ControlNetConfig.of(TINY_UNET, (4, 8, 12, 16))
 
 
 def diffusers_controlnet(config: controlnet.ControlNetConfig):
@@ -104,7 +104,7 @@ def test_a_fresh_one_is_a_copy_that_changes_nothing():
     residuals = fresh(x, timesteps, context, hint)
     assert all(r.abs().max() == 0 for r in [*residuals["down_residuals"], residuals["mid_residual"]])
     assert torch.equal(base(x, timesteps, context, **residuals), base(x, timesteps, context))
-    with pytest.raises(ValueError, match="a control picture of"):
+    with pytest.raises(ValueError, match="a conditioning image of"):
         fresh(x, timesteps, context, hint[..., :64])
     with pytest.raises(ValueError, match="16 times smaller"):
         controlnet.ControlNet.from_unet(base, 16)

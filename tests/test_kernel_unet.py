@@ -8,7 +8,7 @@ import torch
 
 from minisd import ops
 from minisd.models import unet
-from minisd.models.layers import lay_out
+from minisd.models.layers import to_channels_last
 from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY, automatic, graph  # noqa: F401
 
 pytestmark = [
@@ -22,7 +22,7 @@ CONFIG, SIDE, SIZE, STEPS = (unet.SD15, 32, 2, 200) if GPU else (TINY, 2, 1, 2)
 def network(config, dtype=torch.float32) -> unet.UNet:
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return lay_out(unet.UNet(config).to(dtype))
+        return to_channels_last(unet.UNet(config).to(dtype))
 
 
 def batch(config, seed: int, dtype=torch.float32, size: int = 1, side: int = 2) -> tuple:

@@ -16,8 +16,8 @@ from minisd.data.order import Stream, collate
 from minisd.formats import config_json
 from minisd.training import loop
 from minisd.training.run_folder import Run
+from tests.helpers import TINY_PIXELS
 from tests.pairs import make_pairs
-from tests.test_unet2d import TINY as TINY_PIXELS
 
 METHODS = registry.names("methods")
 # Beside the flags of all.

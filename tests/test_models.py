@@ -4,77 +4,31 @@ import pytest
 import torch
 
 from minisd.models import text, unet, vae
+from tests.helpers import (
+    TINY_UNET,
+    TINY_VAE,
+    assert_close,
+    assert_same_gradients,
+    diffusers_unet,
+    same_fields,
+    same_weights,
+)
 
 pytestmark = pytest.mark.parity
 
-TINY_UNET = unet.UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(32, 64, 64),
-    attention=(True, True, False),
-    num_heads=(2, 4, 4),
-    layers_per_block=2,
-    cross_attention_dim=24,
-    norm_num_groups=8,
-    norm_eps=1e-5,
-    sample_size=16,
-)
-TINY_VAE = vae.VAEConfig(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    block_out_channels=(16, 32, 32),
-    layers_per_block=2,
-    norm_num_groups=8,
-    sample_size=32,
-    scaling_factor=0.5,
-)
 TINY_TEXT = text.TextConfig(
-    vocab_size=99,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=3,
-    num_heads=4,
-    max_positions=16,
-    activation="quick_gelu",
-    eps=1e-5,
+    vocab_size=99, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4, max_positions=16
 )
-
-
-def diffusers_unet(config: unet.UNetConfig):
-    diffusers = pytest.importorskip("diffusers")
-    kind = {True: "CrossAttn", False: ""}
-    down = [f"{kind[a]}DownBlock2D" for a in config.attention]
-    up = [f"{kind[a]}UpBlock2D" for a in reversed(config.attention)]
-    return diffusers.UNet2DConditionModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=config.block_out_channels,
-        down_block_types=down,
-        up_block_types=up,
-        attention_head_dim=config.num_heads,
-        layers_per_block=config.layers_per_block,
-        cross_attention_dim=config.cross_attention_dim,
-        norm_num_groups=config.norm_num_groups,
-        norm_eps=config.norm_eps,
-        sample_size=config.sample_size,
-    )
 
 
 def diffusers_vae(config: vae.VAEConfig):
     diffusers = pytest.importorskip("diffusers")
     levels = len(config.block_out_channels)
     return diffusers.AutoencoderKL(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        latent_channels=config.latent_channels,
-        block_out_channels=config.block_out_channels,
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_num_groups,
-        sample_size=config.sample_size,
-        scaling_factor=config.scaling_factor,
+        **same_fields(config, "in_channels", "out_channels", "latent_channels", "block_out_channels"),
+        **same_fields(config, "layers_per_block", "norm_num_groups", "sample_size", "scaling_factor"),
     )
 
 
@@ -92,30 +46,6 @@ def transformers_text(config: text.TextConfig):
             hidden_act=config.activation,
         )
     )
-
-
-def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module, prefix: str = "") -> None:
-    """Random values everywhere, zero biases and unit norms included, then theirs into ours by name."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    state = theirs.state_dict()
-    known = ours.state_dict()
-    ours.load_state_dict({k if k in known else prefix + k: v for k, v in state.items()}, strict=True)
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, floor: float = 0.0) -> None:
-    error = (ours - theirs).abs().max() / max(theirs.abs().max(), floor)
-    assert error <= tolerance, f"off by {error:.1e} of the scale"
-
-
-def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, prefix: str = "") -> None:
-    mine = dict(ours.named_parameters())
-    # The bias of a key shifts all scores alike: its gradient is zero, and all there is of it is rounding.
-    floor = 1e-4 * max(p.grad.abs().max() for p in theirs.parameters())
-    for name, p in theirs.named_parameters():
-        assert_close(mine[name if name in mine else prefix + name].grad, p.grad, 1e-4, floor)
 
 
 def check_unet(config: unet.UNetConfig, height: int, width: int) -> None:

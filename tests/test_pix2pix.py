@@ -11,6 +11,7 @@ from minisd.models import unet
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.guidance import Denoiser, image_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
+from tests.helpers import TINY_UNET, assert_close
 from tests.pairs import (
     assert_exactly_these_train,
     assert_gradients,
@@ -21,7 +22,6 @@ from tests.pairs import (
     shake,
     train,
 )
-from tests.test_models import TINY_UNET, assert_close
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from minisd import registry
-from minisd.noise import NoiseSchedule, Original, randn
+from minisd.noise import NoiseSchedule, randn
+from minisd.schedulers._problem import InitImage
+from tests.helpers import SD, drawn, seeded, toy
 
 pytestmark = pytest.mark.parity
 diffusers = pytest.importorskip("diffusers")
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CLIP = {"clip_sample": True, "clip_sample_range": 3.0}
 
 # Name of ours: name of theirs, what is added to a config for both, to theirs alone, to step() and to ours.
@@ -59,14 +60,6 @@ CASES = [
 ]
 
 
-def toy(x, t):
-    return 0.5 * x.tanh() + 0.1 * t / 1000
-
-
-def seeded():
-    return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-
-
 class Path:
     """The Brownian motion over sigma that diffusers would take from torchsde, of the draws that we make."""
 
@@ -94,7 +87,7 @@ def make_theirs(kind, config, monkeypatch):
 
 def theirs_draws(theirs, kind, steps, strength=1.0, latents=None, mask=None):
     """x after each step, as diffusers' pipelines for text, pictures, and masks with 4 channels compute it."""
-    generators = seeded()
+    generators = seeded(5, 6)
     noise = randn((4, 3, 3), generators)
     theirs.set_timesteps(steps)
     begin = max(steps - int(steps * strength), 0) * theirs.order
@@ -125,13 +118,13 @@ def theirs_draws(theirs, kind, steps, strength=1.0, latents=None, mask=None):
     return [*made[1::2], made[-1]] if theirs.order == 2 else made
 
 
-def ours_draws(kind, prediction_type, config, steps, original=None, **law):
-    generators = seeded()
+def ours_draws(kind, prediction_type, config, steps, init_image=None, **law):
+    generators = seeded(5, 6)
     x = randn((4, 3, 3), generators)
     settings = config | KINDS[kind][1] | KINDS[kind][3]
     schedule = NoiseSchedule(**SD, prediction_type=prediction_type, **law)
-    sample = registry.load("schedulers", kind.split()[0]).sample
-    return list(sample(toy, x, schedule, steps, generators, original=original, **settings))
+    scheduler = registry.load("schedulers", kind.split()[0])
+    return drawn(scheduler, steps, x, generators, schedule=schedule, init_image=init_image, **settings)
 
 
 def compare(got, expected, tolerance=1e-5):
@@ -161,15 +154,15 @@ def test_equals_diffusers(kind, prediction_type, karras, spacing, monkeypatch):
 @pytest.mark.parametrize("strength", [1.0, 0.6, 0.2])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if " " not in kind])
-def test_original_as_in_diffusers_pipelines(kind, spacing, strength, masked, monkeypatch):
+def test_initial_image_as_in_diffusers_pipelines(kind, spacing, strength, masked, monkeypatch):
     """img2img's start and 4-channel inpainting's, which at strength 1 begins with noise alone."""
     config, steps = settings_of(kind, spacing, False), 7
     latents = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(9).view(1, 1, 3, 3) % 2).float() if masked else None
     theirs = make_theirs(kind, config, monkeypatch)
     expected = theirs_draws(theirs, kind, steps, strength, latents, mask)
-    original = Original(latents=latents, start=steps - int(steps * strength), mask=mask)
-    compare(ours_draws(kind, "epsilon", config, steps, original), expected)
+    init_image = InitImage(latents=latents, first_step=steps - int(steps * strength), mask=mask)
+    compare(ours_draws(kind, "epsilon", config, steps, init_image), expected)
 
 
 ZERO_SNR = [
@@ -203,9 +196,8 @@ def test_timesteps_for_every_number_of_steps(kind, monkeypatch):
                 seen.append(t)
                 return x
 
-            generators = [torch.Generator()]
-            sample = registry.load("schedulers", kind).sample
-            list(sample(denoise, torch.zeros(1, 1), NoiseSchedule(**SD), steps, generators, **config))
+            scheduler = registry.load("schedulers", kind)
+            drawn(scheduler, steps, torch.zeros(1, 1), [torch.Generator()], denoise, **config)
             assert seen == pytest.approx(theirs.timesteps.tolist(), abs=2e-3)
 
 
@@ -237,8 +229,8 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
     name, _, alone, _ = KINDS[kind]
     further = alone | ({"use_karras_sigmas": True} if karras else {}) | {"clip_sample": False}
     pipe.scheduler = getattr(diffusers, name).from_config(config, **further)
-    prompts, generators = ["a cat", "a dog"], [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    expected = pipe(prompts, width=32, height=32, generator=generators, num_inference_steps=4).images
+    prompts = ["a cat", "a dog"]
+    expected = pipe(prompts, width=32, height=32, generator=seeded(3, 4), num_inference_steps=4).images
     settings = Settings(width=32, height=32, steps=4, scheduler=kind, karras=karras or None)
     for a, b in zip(pictures(sd, prompts, [3, 4], settings), expected, strict=True):
         error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)

@@ -4,24 +4,16 @@ import pytest
 import torch
 
 from minisd import registry
-from minisd.noise import NoiseSchedule, Original, randn, settings_for
+from minisd.noise import NoiseSchedule, randn
 from minisd.schedulers import ddim, ddpm, dpmpp_2m, euler, lcm, pndm
+from minisd.schedulers._problem import InitImage
+from tests.helpers import SD, drawn, seeded, toy
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD_DDIM = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-
-
-def toy(x, t):
-    return 0.5 * x.tanh() + 0.1 * t / 1000
 
 
 def start():
     return torch.tensor([-1.0, -0.25, 0.5, 2.0]).view(1, 4, 1, 1)
-
-
-def last(iterator):
-    *_, x = iterator
-    return x
 
 
 LEADING = {"steps_offset": 1, "timestep_spacing": "leading"}
@@ -66,7 +58,7 @@ GOLDEN = [
 @pytest.mark.parametrize("scheduler, schedule, settings, n10, n20", GOLDEN)
 def test_golden(scheduler, schedule, settings, n10, n20):
     for steps, expected in [(10, n10), (20, n20)]:
-        x = last(scheduler.sample(toy, start(), NoiseSchedule(**SD, **schedule), steps, [], **settings))
+        x = drawn(scheduler, steps, start(), schedule=NoiseSchedule(**SD, **schedule), **settings)[-1]
         assert torch.allclose(x.flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -89,8 +81,7 @@ def test_timesteps_seen_by_the_network(scheduler, settings, expected):
         seen.append(t)
         return toy(x, t)
 
-    generators = [torch.Generator().manual_seed(0)]
-    last(scheduler.sample(denoise, start(), NoiseSchedule(**SD), 10, generators, **settings))
+    drawn(scheduler, 10, start(), seeded(0), denoise, **settings)
     assert seen == pytest.approx(expected, abs=1e-3)
 
 
@@ -103,13 +94,13 @@ def test_constants_of_sd():
     assert snr[1].item() == pytest.approx(0.0046819, rel=1e-4)
 
 
-def test_timesteps():
-    schedule = NoiseSchedule(**SD)
-    assert schedule.timesteps(10, "leading", 1) == list(range(901, 0, -100))
-    assert schedule.timesteps(10, "trailing", 0) == list(range(999, 0, -100))
-    assert schedule.timesteps(10, "linspace", 0) == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+def test_inference_timesteps():
+    find = NoiseSchedule(**SD).inference_timesteps
+    assert find(10, "leading", 1).tolist() == list(range(901, 0, -100))
+    assert find(10, "trailing", 0).tolist() == list(range(999, 0, -100))
+    assert find(10, "linspace", 0).tolist() == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
     with pytest.raises(ValueError, match="steps 1001"):
-        schedule.timesteps(1001, "leading", 0)
+        find(1001, "leading", 0)
 
 
 def test_zero_snr_cannot_predict_noise():
@@ -119,10 +110,8 @@ def test_zero_snr_cannot_predict_noise():
 
 def test_ddpm_posterior_variance():
     """With 10 steps, the jump from 900 leaves this much noise: sigma^2 = 0.6019844."""
-    schedule = NoiseSchedule(**SD)
-    generators = [torch.Generator().manual_seed(i) for i in range(2000)]
-    steps = ddpm.sample(lambda x, t: x * 0, torch.zeros(2000, 4, 1, 1), schedule, 10, generators)
-    variance = next(iter(steps)).var().item()
+    first = drawn(ddpm, 10, torch.zeros(2000, 4, 1, 1), seeded(*range(2000)), lambda x, t: x * 0)[0]
+    variance = first.var().item()
     assert variance == pytest.approx(0.6019844, rel=0.05)
 
 
@@ -135,9 +124,9 @@ def test_target_and_prediction_agree(prediction_type):
         x = schedule.add_noise(latents, noise, timesteps)
         pred = schedule.target(latents, noise, timesteps)
         alpha = schedule.alphas_cumprod[t]
-        denoised = schedule.denoised(pred, x, alpha)
+        denoised, noise_in_x = schedule.split(pred, x, alpha)
         assert torch.allclose(denoised, latents, atol=2e-3)
-        assert torch.allclose(schedule.noise_in(denoised, pred, x, alpha), noise, atol=2e-3)
+        assert torch.allclose(noise_in_x, noise, atol=2e-3)
 
 
 def test_low_precision_latents_get_an_exact_schedule():
@@ -149,27 +138,27 @@ def test_low_precision_latents_get_an_exact_schedule():
     assert x.item() == pytest.approx((1 - 0.99914998) ** 0.5, rel=1e-4)
 
 
-def test_original_must_leave_a_step():
-    original = Original(latents=torch.zeros(1, 4, 1, 1), start=10)
+def test_an_initial_image_must_leave_a_step():
+    init_image = InitImage(latents=torch.zeros(1, 4, 1, 1), first_step=10)
     with pytest.raises(ValueError, match="--strength leaves none of the 10 steps"):
-        last(ddim.sample(toy, start(), NoiseSchedule(**SD), 10, [], original=original))
+        drawn(ddim, 10, start(), init_image=init_image)
 
 
 @pytest.mark.parametrize("name", registry.names("schedulers"))
 @pytest.mark.parametrize("karras", [False, True], ids=["", "karras"])
 def test_noise_depends_on_the_seed_alone(name, karras):
     """A sample of a batch is what it is alone, and what is random comes from its generator only."""
-    sample = registry.load("schedulers", name).sample
-    settings = settings_for(sample, {"clip_sample": False, "use_karras_sigmas": karras})
+    scheduler = registry.load("schedulers", name)
 
-    def draw(seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return last(sample(toy, randn((4, 2, 2), generators), NoiseSchedule(**SD), 6, generators, **settings))
+    def draw(*seeds):
+        generators = seeded(*seeds)
+        settings = {"clip_sample": False, "use_karras_sigmas": karras}
+        return drawn(scheduler, 6, randn((4, 2, 2), generators), generators, **settings)[-1]
 
-    together = draw([1, 2, 3])
-    assert torch.equal(together[1:2], draw([2]))
+    together = draw(1, 2, 3)
+    assert torch.equal(together[1:2], draw(2))
     torch.manual_seed(9)
-    assert torch.equal(together, draw([1, 2, 3]))
+    assert torch.equal(together, draw(1, 2, 3))
     assert not torch.allclose(together[0], together[1])
 
 
@@ -189,15 +178,14 @@ def test_noise_depends_on_the_seed_alone(name, karras):
 )
 def test_who_adds_noise(name, has):
     """Those that add none need no generator; the others make two pictures of one x."""
-    sample = registry.load("schedulers", name).sample
+    scheduler = registry.load("schedulers", name)
 
-    def draw(seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return last(sample(toy, torch.ones(1, 4, 2, 2), NoiseSchedule(**SD), 6, generators))
+    def draw(*seeds):
+        return drawn(scheduler, 6, torch.ones(1, 4, 2, 2), seeded(*seeds))[-1]
 
-    assert torch.equal(draw([1]), draw([2])) != has
+    assert torch.equal(draw(1), draw(2)) != has
     if not has:
-        draw([])
+        draw()
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde"])
@@ -205,7 +193,7 @@ def test_ancestral_noise_keeps_the_level(name):
     """Where the network knows that x_0 is 0, x is noise of the level's size after every step, with new noise
     and without; and with new noise it forgets what it began with."""
     schedule, n = NoiseSchedule(**SD), 20000
-    sample = registry.load("schedulers", name).sample
+    scheduler = registry.load("schedulers", name)
 
     def nothing_there(x, t):  # the noise in x; the sigma schedulers scale x so that this too is one
         bar = schedule.alphas_cumprod.double()
@@ -215,9 +203,9 @@ def test_ancestral_noise_keeps_the_level(name):
         return (x * (sigma**2 + 1).sqrt() / sigma).float()
 
     for eta in (0.0, 1.0):
-        generators = [torch.Generator().manual_seed(0)]
+        generators = seeded(0)
         x = randn((n,), generators)
-        states = list(sample(nothing_there, x, schedule, 6, generators, eta=eta))[:-1]
+        states = drawn(scheduler, 6, x, generators, nothing_there, eta=eta)[:-1]
         like = [torch.corrcoef(torch.stack([x[0], state[0]]))[0, 1].item() for state in states]
         if eta == 0:
             assert min(like) > 0.999
@@ -264,5 +252,5 @@ def test_unknown_names(name, message):
 
 
 def test_lcm_has_no_more_steps_than_it_was_distilled_at():
-    with pytest.raises(ValueError, match="--steps 51: lcm has from 1 to 50"):
-        last(lcm.sample(toy, start(), NoiseSchedule(**SD), 51, []))
+    with pytest.raises(ValueError, match="--steps 51: lcm takes from 1 to 50"):
+        drawn(lcm, 51, start())

@@ -17,21 +17,12 @@ from minisd.models.layers import timestep_embedding
 from minisd.sampling.pixel_diffusion import PixelDiffusion, scheduler_config
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import ROOT
+from tests.helpers import TINY_PIXELS, assert_close, assert_same_gradients, same_weights
 from tests.pairs import assert_exactly_these_train, assert_gradients, built, options, psnr, shake, train
-from tests.test_models import assert_close, assert_same_gradients, same_weights
 
-TINY = unet2d.UNet2DConfig(
-    in_channels=3,
-    out_channels=3,
-    block_out_channels=(16, 32, 32),
-    attention=(False, True, False),
-    head_dim=8,
-    layers_per_block=1,
-    norm_num_groups=8,
-    norm_eps=1e-5,
-    sample_size=16,
+OLD = replace(
+    TINY_PIXELS, head_dim=None, pad_end_only=True, frequency_shift=1, sines_first=True, norm_eps=1e-6
 )
-OLD = replace(TINY, head_dim=None, pad_end_only=True, frequency_shift=1, sines_first=True, norm_eps=1e-6)
 
 
 def diffusers_unet2d(config: unet2d.UNet2DConfig):
@@ -61,7 +52,9 @@ def test_counts_and_names_of_the_script_s():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("config", [TINY, OLD, replace(TINY, layers_per_block=2)], ids=["new", "old", "deep"])
+@pytest.mark.parametrize(
+    "config", [TINY_PIXELS, OLD, replace(TINY_PIXELS, layers_per_block=2)], ids=["new", "old", "deep"]
+)
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)], ids=str)
 def test_it_equals_diffusers(config, size):
     torch.manual_seed(0)
@@ -84,12 +77,12 @@ def test_sinusoids(shift, sines_first):
 
 
 def test_sides_that_do_not_halve():
-    assert unet2d.UNet2D(TINY)(torch.randn(1, 3, 18, 13), torch.tensor([5])).shape == (1, 3, 18, 13)
+    assert unet2d.UNet2D(TINY_PIXELS)(torch.randn(1, 3, 18, 13), torch.tensor([5])).shape == (1, 3, 18, 13)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing():
     torch.manual_seed(0)
-    network, calls, grads = unet2d.UNet2D(TINY), [], []
+    network, calls, grads = unet2d.UNet2D(TINY_PIXELS), [], []
     network.mid_block.resnets[0].register_forward_pre_hook(lambda *_: calls.append(1))
     x = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
     for _ in range(2):
@@ -106,7 +99,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
-    network = unet2d.UNet2D(TINY)
+    network = unet2d.UNet2D(TINY_PIXELS)
     shake(network)
     model = PixelDiffusion(network, scheduler_config())
     model.save(tmp_path / "ddpm")
@@ -137,7 +130,7 @@ def test_folders_go_both_ways(saved, tmp_path):
         StableDiffusion.load(folder)
 
 
-@pytest.mark.parametrize("config", [TINY, OLD], ids=["new", "old"])
+@pytest.mark.parametrize("config", [TINY_PIXELS, OLD], ids=["new", "old"])
 def test_configs_go_both_ways(config, tmp_path):
     config_json.write(tmp_path, "unet2d", config)
     assert config_json.read(tmp_path, "unet2d") == config
@@ -168,7 +161,7 @@ def test_old_names_are_read(saved):
     ],
 )
 def test_other_configs_are_refused(tmp_path, change, message):
-    config_json.write(tmp_path, "unet2d", TINY)
+    config_json.write(tmp_path, "unet2d", TINY_PIXELS)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | change))
     with pytest.raises(ValueError, match=message):
@@ -212,7 +205,7 @@ def test_it_draws_the_same_as_diffusers(saved, tmp_path, kind, law):
 @pytest.fixture
 def opts(cat, tmp_path):
     def make(*flags):
-        config_json.write(tmp_path, "unet2d", TINY)
+        config_json.write(tmp_path, "unet2d", TINY_PIXELS)
         common = ("--data", cat, "--resolution", 16, "--model_config_name_or_path", tmp_path / "config.json")
         common += ("--output_dir", tmp_path / "out", "--eval_batch_size", 2, "--ddpm_num_inference_steps", 3)
         return options("unconditional", *common, *flags)

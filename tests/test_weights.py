@@ -15,6 +15,7 @@ from minisd.formats import config_json, diffusers, single_file
 from minisd.formats import parts as ck
 from minisd.formats.parts import PARTS, Checkpoint
 from minisd.models import text, unet, vae
+from minisd.models.tokenizer import END, START, Tokenizer
 from minisd.options import TINY
 from tests.weights_tiny import TEXT, UNET, VAE, assert_equal, listing, rewrite, tiny
 
@@ -458,7 +459,7 @@ def test_vocabulary():
     ],
 )
 def test_golden_ids(prompt, ids):
-    tokens = text.Tokenizer(ck.TOKENIZER, 77)([prompt])[0].tolist()
+    tokens = Tokenizer(ck.TOKENIZER, 77)([prompt])[0].tolist()
     assert tokens[: len(ids) + 2] == [49406, *ids, 49407] and set(tokens[len(ids) + 2 :]) == {49407}
 
 
@@ -469,12 +470,12 @@ def test_ids_equal_transformers(folder):
     from transformers import CLIPTokenizer
 
     draw = random.Random(0)
-    theirs, ours = CLIPTokenizer.from_pretrained(str(folder)), text.Tokenizer(folder, 77)
+    theirs, ours = CLIPTokenizer.from_pretrained(str(folder)), Tokenizer(folder, 77)
     assert theirs.get_vocab() == ours.bpe.get_vocab()
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.start, ours.end)
     pieces = [word.replace("</w>", " ") for word in ours.bpe.get_vocab()]
     scripts = [*range(1, 0x600), *range(0x1F300, 0x1F700), *range(0x4E00, 0x4E80), 0xAC00, 0x1100, 0x200D]
-    marks = ["'s", "'LL", "n't", " ", "  \n", text.START, text.END, text.END.upper(), "é", "İ", "ΑΣ", "<cat>"]
+    marks = ["'s", "'LL", "n't", " ", "  \n", START, END, END.upper(), "é", "İ", "ΑΣ", "<cat>"]
     for _ in range(2000):
         words = [
             draw.choice(pieces),
@@ -488,9 +489,9 @@ def test_ids_equal_transformers(folder):
 
 def test_a_changed_tokenizer_is_read_as_transformers_reads_it(tmp_path):
     """As the scripts leave it: a token more, whose id follows the vocabulary's."""
-    tokens = text.Tokenizer(ck.TOKENIZER, 77)
+    tokens = Tokenizer(ck.TOKENIZER, 77)
     ids = tokens.add_placeholder("<cat>", 2)
-    again = text.Tokenizer(tokens.save(tmp_path), 77)
+    again = Tokenizer(tokens.save(tmp_path), 77)
     assert again.vocab_size == 49410 and again.encode("a <cat> <cat>_1 cat") == [320, *ids, 2368]
 
 
@@ -499,10 +500,10 @@ def test_a_broken_tokenizer_is_named(tmp_path, name, content):
     folder = shutil.copytree(ck.TOKENIZER, tmp_path / "tokenizer")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=f"{folder} has no readable tokenizer"):
-        text.Tokenizer(folder, 77)
+        Tokenizer(folder, 77)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(ValueError, match=f"{folder} has no tokenizer"):
-            text.Tokenizer(folder, 77)
+            Tokenizer(folder, 77)

@@ -7,13 +7,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minisd import files
 from minisd.adapters import lora
 from minisd.models import controlnet, layers, unet, unet2d, vae
-from minisd.models.layers import TransformerBlock, lay_out
+from minisd.models.layers import TransformerBlock, to_channels_last
 from minisd.sampling.guidance import Control, Denoiser, text_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop
-from tests.test_models import TINY_UNET, TINY_VAE
+from tests.helpers import TINY_UNET, TINY_VAE
 
-TINY_CONTROL = controlnet.ControlNetConfig(**controlnet._of_encoder(TINY_UNET), hint_channels=(4, 8, 12, 16))
+TINY_CONTROL = controlnet.ControlNetConfig.of(TINY_UNET, (4, 8, 12, 16))
 TINY_PIXELS = unet2d.UNet2DConfig(
     in_channels=3, out_channels=3, block_out_channels=(16, 32), attention=(False, True), head_dim=8,
     layers_per_block=1, norm_num_groups=8, norm_eps=1e-5, sample_size=16,
@@ -94,7 +94,7 @@ def test_keys_and_values_of_the_text_are_made_once():
 
 def packed(heads: int = 2) -> TransformerBlock:
     torch.manual_seed(0)
-    return lay_out(shaken(TransformerBlock(16, heads, 24)))
+    return to_channels_last(shaken(TransformerBlock(16, heads, 24)))
 
 
 class Ops(TorchDispatchMode):
@@ -198,7 +198,7 @@ def test_no_layout_ever_changes(name):
     pixels without a copy, and the result is that of the contiguous network."""
     network, run = forwards()[name]
     expected = run()
-    lay_out(network)
+    to_channels_last(network)
     with Ops() as ops:
         ours = run()
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
@@ -214,7 +214,7 @@ def test_no_layout_ever_changes(name):
 def test_a_loaded_model_is_laid_out_for_its_device(model, tmp_path, monkeypatch):
     """And what it leaves is the same file."""
     plain = StableDiffusion.load(model)
-    monkeypatch.setattr(layers, "LAID_OUT", {"cpu"})
+    monkeypatch.setattr(layers, "CHANNELS_LAST_DEVICES", {"cpu"})
     sd = StableDiffusion.load(model)
     convolutions = [m for part in sd.parts.values() for m in part.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) > 50 and all(is_nhwc(m.weight) for m in convolutions)

@@ -15,7 +15,7 @@ from torch import Tensor
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import build, fill
 from minisd.models.controlnet import ControlNet
-from minisd.models.layers import place
+from minisd.models.layers import move
 from minisd.models.unet import UNetConfig
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load(
     else:
         config, tensors = single_file.load_controlnet(path)
     network = fill(build("controlnet", config, path), tensors, path)
-    return place(network, device, dtype).eval().requires_grad_(False)
+    return move(network, device, dtype).eval().requires_grad_(False)
 
 
 def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:

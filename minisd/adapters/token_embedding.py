@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minisd import files
 from minisd.adapters._adapter import Adapter
-from minisd.models.text import TextConfig, TextEncoder, Tokenizer
+from minisd.models.text import TextConfig, TextEncoder
+from minisd.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion

@@ -66,7 +66,7 @@ class Method(Method):
     def build(self) -> dict[str, torch.nn.Parameter]:
         import torch
 
-        from minisd.models.layers import place
+        from minisd.models.layers import move
         from minisd.sampling.pixel_diffusion import PixelDiffusion
 
         o = self.options
@@ -79,7 +79,7 @@ class Method(Method):
             prediction_type=o.prediction_type,
             rescale_betas_zero_snr=o.rescale_betas_zero_snr,
         )
-        return self.thaw("unet", place(self.sd.unet, self.device))
+        return self.thaw("unet", move(self.sd.unet, self.device))
 
     def examples(self, source):
         return self.uncaptioned(source)

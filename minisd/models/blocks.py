@@ -1,91 +1,117 @@
-"""The levels of a UNet: ResnetBlocks, with attention behind each where a level has it.
-
-`attention(level)` builds the attention of a level; what it gets besides x, such as the text, comes through
-`context`.
-"""
+"""The levels of the UNets, ControlNet and the VAE: ResnetBlocks, and attention where a level has it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from minisd.models.layers import Context, Downsample, ResnetBlock, Upsample, maybe_checkpoint
+from minisd.models.layers import Context, Downsample, ResnetBlock, Upsample
 
-
-def _resnet(config, c_in: int, c_out: int) -> ResnetBlock:
-    return ResnetBlock(
-        c_in, c_out, groups=config.norm_num_groups, eps=config.norm_eps, temb_dim=config.temb_dim
-    )
+MakeAttention = Callable[[int], nn.Module] | None  # makes an attention layer for a level; None: it has none
 
 
-class DownBlock(nn.Module):
-    """One level of the encoder. Each of its outputs is a skip connection."""
+@dataclass(kw_only=True)
+class LevelsConfig:
+    """What these networks share; `block_out_channels` has an entry per level, highest resolution first. The
+    defaults, here and in the configs of the networks, are those of Stable Diffusion v1.5."""
 
-    def __init__(
-        self, config, level: int, attention: Callable[[int], nn.Module], *, pad_end_only: bool = False
-    ):
+    in_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    pad_end_only: bool = False  # see layers.Downsample
+
+    @property
+    def temb_dim(self) -> int | None:
+        """Width of the time embedding; None in a network without one."""
+        return 4 * self.block_out_channels[0]
+
+
+class Block(nn.Module):
+    """ResnetBlocks of the widths (c_in, c_out), and attention behind the first of them, or behind all."""
+
+    def __init__(self, config: LevelsConfig, widths: list[tuple[int, int]]):
         super().__init__()
-        channels = config.block_out_channels
-        c_in, c_out, layers = channels[max(level - 1, 0)], channels[level], range(config.layers_per_block)
-        self.resnets = nn.ModuleList(_resnet(config, c_out if i else c_in, c_out) for i in layers)
-        self.attentions = nn.ModuleList(attention(level) for _ in layers if config.attention[level])
-        last = level == len(channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, pad_end_only=pad_end_only)])
-        self.gradient_checkpointing = False
+        groups, eps, temb_dim = config.norm_num_groups, config.norm_eps, config.temb_dim
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in, c_out, groups=groups, eps=eps, temb_dim=temb_dim) for c_in, c_out in widths
+        )
+        self.attentions = nn.ModuleList()
+        self.gradient_checkpointing = False  # recompute activations in the backward pass, not keep them
 
-    def forward(self, x: Tensor, temb: Tensor, *context: Tensor | Context) -> list[Tensor]:
+    def layer(self, i: int, x: Tensor, temb: Tensor | None, context: Context) -> Tensor:
+        """ResnetBlock i and the attention behind it: (b, c_in, h, w) -> (b, c_out, h, w)."""
+        x = self._run(self.resnets[i], x, temb)  # (b, c_out, h, w)
+        return self._run(self.attentions[i], x, context) if i < len(self.attentions) else x
+
+    def _run(self, module: nn.Module, *args: Context) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *args, use_reentrant=False)
+        return module(*args)
+
+
+class DownBlock(Block):
+    """One level of an encoder. Each of its outputs is a skip connection of a UNet."""
+
+    def __init__(self, config: LevelsConfig, level: int, attention: MakeAttention = None):
+        channels, layers = config.block_out_channels, range(config.layers_per_block)
+        c_in, c_out = channels[max(level - 1, 0)], channels[level]
+        super().__init__(config, [(c_out if i else c_in, c_out) for i in layers])
+        self.attentions.extend(attention(level) for _ in layers if attention)
+        self.downsamplers = nn.ModuleList()
+        if level < len(channels) - 1:
+            self.downsamplers.append(Downsample(c_out, pad_end_only=config.pad_end_only))
+
+    def forward(self, x: Tensor, temb: Tensor | None = None, context: Context = None) -> list[Tensor]:
         outputs = []
-        for i, resnet in enumerate(self.resnets):
-            x = maybe_checkpoint(self.gradient_checkpointing, resnet, x, temb)
-            if self.attentions:
-                x = maybe_checkpoint(self.gradient_checkpointing, self.attentions[i], x, *context)
-            outputs.append(x)
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context)
+            outputs.append(x)  # (b, c_out, h, w)
         for downsample in self.downsamplers:
-            outputs.append(downsample(x))  # (b, c, h / 2, w / 2)
+            outputs.append(downsample(x))  # (b, c_out, h / 2, w / 2)
         return outputs
 
 
-class MidBlock(nn.Module):
+class MidBlock(Block):
     """ResnetBlock, attention, ResnetBlock at the lowest resolution."""
 
-    def __init__(self, config, attention: Callable[[int], nn.Module]):
-        super().__init__()
+    def __init__(self, config: LevelsConfig, attention: MakeAttention):
         c = config.block_out_channels[-1]
-        self.resnets = nn.ModuleList(_resnet(config, c, c) for _ in range(2))
-        self.attentions = nn.ModuleList([attention(-1)])
-        self.gradient_checkpointing = False
+        super().__init__(config, [(c, c), (c, c)])
+        self.attentions.append(attention(-1))
 
-    def forward(self, x: Tensor, temb: Tensor, *context: Tensor | Context) -> Tensor:
-        x = maybe_checkpoint(self.gradient_checkpointing, self.resnets[0], x, temb)
-        x = maybe_checkpoint(self.gradient_checkpointing, self.attentions[0], x, *context)
-        return maybe_checkpoint(self.gradient_checkpointing, self.resnets[1], x, temb)
+    def forward(self, x: Tensor, temb: Tensor | None = None, context: Context = None) -> Tensor:
+        x = self.layer(0, x, temb, context)
+        return self.layer(1, x, temb, context)
 
 
-class UpBlock(nn.Module):
-    """One level of the decoder: takes layers_per_block + 1 skips from the end of `skips`."""
+class UpBlock(Block):
+    """One level of a decoder. In a UNet it takes layers_per_block + 1 skips from the end of `skips`."""
 
-    def __init__(self, config, level: int, attention: Callable[[int], nn.Module]):
-        super().__init__()
-        channels = config.block_out_channels
-        c_prev, c_out = channels[min(level + 1, len(channels) - 1)], channels[level]
-        layers = range(config.layers_per_block + 1)
+    def __init__(
+        self, config: LevelsConfig, level: int, attention: MakeAttention = None, has_skips: bool = True
+    ):
+        channels, layers = config.block_out_channels, range(config.layers_per_block + 1)
+        c_in, c_out = channels[min(level + 1, len(channels) - 1)], channels[level]
         # Skips in the order they are popped: this level's, and last the one that entered the level.
-        c_skips = [c_out] * config.layers_per_block + [channels[max(level - 1, 0)]]
-        self.resnets = nn.ModuleList(
-            _resnet(config, (c_out if i else c_prev) + c_skips[i], c_out) for i in layers
-        )
-        self.attentions = nn.ModuleList(attention(level) for _ in layers if config.attention[level])
+        c_skips = [*[c_out] * config.layers_per_block, channels[max(level - 1, 0)]]
+        c_skips = c_skips if has_skips else [0] * len(layers)
+        super().__init__(config, [((c_out if i else c_in) + c_skips[i], c_out) for i in layers])
+        self.attentions.extend(attention(level) for _ in layers if attention)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if level else [])
-        self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, *context: Tensor | Context) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = torch.cat([x, skips.pop()], dim=1)  # (b, c + c_skip, h, w)
-            x = maybe_checkpoint(self.gradient_checkpointing, resnet, x, temb)
-            if self.attentions:
-                x = maybe_checkpoint(self.gradient_checkpointing, self.attentions[i], x, *context)
+    def forward(
+        self, x: Tensor, skips: list[Tensor], temb: Tensor | None = None, context: Context = None
+    ) -> Tensor:
+        for i in range(len(self.resnets)):
+            if skips:
+                x = torch.cat([x, skips.pop()], dim=1)  # (b, c + c_skip, h, w)
+            x = self.layer(i, x, temb, context)  # (b, c_out, h, w)
         for upsample in self.upsamplers:
             # The next skip's size, not twice this one's: they differ where a side was odd on the way down.
-            x = upsample(x, skips[-1].shape[-2:])
+            x = upsample(x, skips[-1].shape[-2:] if skips else None)  # (b, c_out, 2 h, 2 w)
         return x

@@ -1,34 +1,36 @@
-"""ControlNet: a trained copy of the UNet's encoder that steers it by a picture (arXiv 2302.05543)."""
+"""ControlNet: a trained copy of the UNet's encoder that steers it by an image (arXiv 2302.05543)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models import unet
-from minisd.models.layers import Context, Conv1x1, place
-from minisd.models.unet import Encoder, EncoderConfig, UNet
+from minisd.models.layers import Context, Conv1x1, move
+from minisd.models.unet import EncoderConfig, UNet, UNetEncoder
 
 HINT_CHANNELS = (16, 32, 96, 256)
+Residuals = dict[str, Tensor | list[Tensor]]  # down_residuals and mid_residual, keywords of the UNet
 
 
 @dataclass(kw_only=True)
 class ControlNetConfig(EncoderConfig):
     hint_channels: tuple[int, ...]  # of the hint network; each but the first halves the side
 
+    @classmethod
+    def of(cls, encoder: EncoderConfig, hint_channels: tuple[int, ...] = HINT_CHANNELS) -> "ControlNetConfig":
+        """The config of a ControlNet for a UNet."""
+        shared = {f.name: getattr(encoder, f.name) for f in fields(EncoderConfig)}
+        return cls(**shared, hint_channels=hint_channels)
 
-def _of_encoder(config: EncoderConfig) -> dict:
-    return {f.name: getattr(config, f.name) for f in fields(EncoderConfig)}
 
-
-SD15 = ControlNetConfig(**_of_encoder(unet.SD15), hint_channels=HINT_CHANNELS)
+SD15 = ControlNetConfig.of(unet.SD15)
 
 
 class HintNetwork(nn.Module):
-    """The control picture at the size of the latents: (b, 3, 8h, 8w) in [0, 1] -> (b, c_out, h, w)."""
+    """The conditioning image at the size of the latents: (b, 3, 8h, 8w) in [0, 1] -> (b, c_out, h, w)."""
 
     def __init__(self, channels: tuple[int, ...], c_out: int):
         super().__init__()
@@ -46,14 +48,14 @@ class HintNetwork(nn.Module):
         return self.conv_out(F.silu(x))  # (b, c_out, h, w)
 
 
-class ControlNet(Encoder):
-    """What to add to the UNet's skips and to its middle, given what the UNet gets and a control picture."""
+class ControlNet(UNetEncoder):
+    """What to add to the UNet's skips and to its middle, given the UNet's inputs and a conditioning image."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
         self.controlnet_cond_embedding = HintNetwork(config.hint_channels, channels[0])
-        # One for each skip: conv_in's, then each level's layers and what halves its side.
+        # One convolution per skip: conv_in's, then those of each level's layers and its downsampling.
         skips = [channels[0]]
         for level, c in enumerate(channels):
             skips += [c] * (config.layers_per_block + (level < last))
@@ -64,37 +66,37 @@ class ControlNet(Encoder):
     def from_unet(cls, source: UNet, downscale: int = 8) -> "ControlNet":
         """A copy of the UNet's encoder whose residuals are zero. `downscale`: pixels per latent along a side.
 
-        ValueError if the hint network has no form for it.
+        ValueError if no hint network scales by it.
         """
         steps = downscale.bit_length() - 1
         if downscale != 2**steps or not 0 < steps < len(HINT_CHANNELS):
             raise ValueError(f"no hint network goes from pixels to latents {downscale} times smaller")
-        config = ControlNetConfig(**_of_encoder(source.config), hint_channels=HINT_CHANNELS[: steps + 1])
-        self = place(cls(config), source.conv_in.weight.device, source.conv_in.weight.dtype)
-        own = self.state_dict()
-        self.load_state_dict({k: v for k, v in source.state_dict().items() if k in own}, strict=False)
+        config = ControlNetConfig.of(source.config, HINT_CHANNELS[: steps + 1])
+        self = move(cls(config), source.conv_in.weight.device, source.conv_in.weight.dtype)
+        self.load_state_dict(source.state_dict(), strict=False)  # but for the decoder
         zero = [self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block]
-        with torch.no_grad():
-            for p in (p for conv in [*zero, *self.controlnet_down_blocks] for p in conv.parameters()):
-                p.zero_()
+        for conv in [*zero, *self.controlnet_down_blocks]:
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
         return self
 
     def forward(
         self,
         noisy_latents: Tensor,
         timesteps: Tensor,
-        context: Tensor | Context,
+        context: Context,
         hint: Tensor,
         scale: float = 1.0,
         guess: bool = False,
-    ) -> dict:
+    ) -> Residuals:
         """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`; with `guess` also times 0.1
-        at the first to 1 in the middle, evenly in the logarithm. The first three are what the UNet gets;
-        `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
+        at the first skip to 1 in the middle, evenly in the logarithm. The first three arguments are the
+        UNet's; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
         hint = self.controlnet_cond_embedding(hint)  # (b, c0, h, w)
         if hint.shape[-2:] != noisy_latents.shape[-2:]:
             raise ValueError(
-                f"a control picture of {tuple(hint.shape[-2:])} latents for {tuple(noisy_latents.shape[-2:])}"
+                f"a conditioning image of {tuple(hint.shape[-2:])} latents "
+                f"for {tuple(noisy_latents.shape[-2:])}"
             )
         x, skips, _ = self.encode(noisy_latents, timesteps, context, hint)
         count = len(skips)
@@ -103,9 +105,9 @@ class ControlNet(Encoder):
         return {"down_residuals": down, "mid_residual": scales[-1] * self.controlnet_mid_block(x)}
 
 
-def total(residuals: list[dict], rows: int) -> dict:
-    """The sum of what several ControlNets say, as one of them says it. Those that saw only the last of `rows`
-    samples say nothing to the others."""
+def total(residuals: list[Residuals], rows: int) -> Residuals:
+    """The sum of the residuals of several ControlNets. Those of a ControlNet that saw only the last of `rows`
+    samples are zero for the others."""
 
     def add(tensors: Sequence[Tensor]) -> Tensor:
         whole = [t if len(t) == rows else F.pad(t, (0, 0, 0, 0, 0, 0, rows - len(t), 0)) for t in tensors]

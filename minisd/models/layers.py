@@ -1,26 +1,30 @@
-"""The layers that the UNet, the VAE and the ControlNet are made of.
+"""The layers that the UNet, the VAE, ControlNet and the text encoder are made of.
 
-Shapes, here and in the files beside: b batch, c channels, h w height and width, n = h * w image tokens,
-s text tokens, d width, nh heads, hd head width; h is never heads.
+Shapes, here and in the files beside this one:
+
+    b       batch                       s   text tokens
+    c       channels                    d   width of a token
+    h w     height and width            nh  heads
+    n       image tokens, n = h * w     hd  width of a head, d = nh * hd
+
+h is never heads. Networks take and give images as (b, c, h, w), tokens as (b, n, d), text as (b, s, d).
 """
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from minisd import ops
 
-LAID_OUT = {"cuda"}  # where `place` lays networks out
+CHANNELS_LAST_DEVICES = {"cuda"}  # where `move` changes the layout
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of x (b, c, h, w) + add (b, c), with SiLU behind it if asked: one fused op."""
+    """GroupNorm of x (b, c, h, w) + add (b, c), and SiLU behind it with `silu`: one fused op."""
 
     def forward(self, x: Tensor, *, silu: bool = False, add: Tensor | None = None) -> Tensor:
         return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, add=add)
@@ -39,17 +43,17 @@ class LayerNorm(nn.LayerNorm):
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution of x (b, c_in, h, w) with weight (c_out, c_in, 1, 1) as the matrix product that it is,
-    in the layout that x has: a convolution would copy x into one of its own. Returns (b, c_out, h, w)."""
+    in the memory layout of x: torch's convolution may copy x into another. Returns (b, c_out, h, w)."""
     weight = weight.flatten(1)  # (c_out, c_in)
     if x.is_contiguous(memory_format=torch.channels_last):
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)  # (b, c_out, h, w)
     weights, tokens = weight.expand(len(x), -1, -1), x.flatten(2)  # (b, c_out, c_in), (b, c_in, n)
     y = weights @ tokens if bias is None else torch.baddbmm(bias[:, None], weights, tokens)  # (b, c_out, n)
-    return y.unflatten(2, x.shape[2:])
+    return y.unflatten(2, x.shape[2:])  # (b, c_out, h, w)
 
 
 class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution of x (b, c_in, h, w), by `conv1x1`."""
+    """A 1x1 convolution, by `conv1x1`: (b, c_in, h, w) -> (b, c_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 1)
@@ -59,14 +63,14 @@ class Conv1x1(nn.Conv2d):
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
-    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), in fp32 (Vaswani et al. 2017, section
-    3.5, cosines first as in SD; the DDPM of 2020 has shift 1 and its sines first). timesteps (b,) integer or
-    float. Returns (b, dim)."""
+    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), (b, dim) in fp32, of timesteps (b,):
+    Vaswani et al. 2017, section 3.5, with the cosines first as in SD. The DDPM of 2020 has a shift of 1 and
+    the sines first."""
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[:, None] * (exponent / (half - shift)).exp()  # (b, dim / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([sin, cos] if sines_first else [cos, sin], dim=-1)
+    return torch.cat([sin, cos] if sines_first else [cos, sin], dim=-1)  # (b, dim)
 
 
 class TimestepEmbedding(nn.Module):
@@ -82,7 +86,8 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """GN, SiLU, conv, + temb, GN, SiLU, conv, + shortcut. `temb` is given with its SiLU already applied."""
+    """GN, SiLU, conv, + temb, GN, SiLU, conv, + shortcut: (b, c_in, h, w) -> (b, c_out, h, w). `temb`
+    (b, temb_dim) comes with its SiLU already applied."""
 
     def __init__(self, c_in: int, c_out: int, *, groups: int, eps: float, temb_dim: int | None = None):
         super().__init__()
@@ -96,47 +101,57 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(self.norm1(x, silu=True))  # (b, c_out, h, w)
         h = self.norm2(h, silu=True, add=self.time_emb_proj(temb) if self.time_emb_proj else None)
-        h = self.conv2(h)
+        h = self.conv2(h)  # (b, c_out, h, w)
         return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
 
 
-def products(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """x (b, n, d) through each layer: one product, where `lay_out` put the weights one behind the other and
-    nothing but the weights is asked for."""
+def fused_qkv(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """x (b, n, d) through each layer. One matrix product does it if the layers have nothing but weights, and
+    `to_channels_last` has put these into one piece of memory."""
     weights = [layer.weight for layer in layers]
-    if torch.compiler.is_compiling() or not all(map(_bare, layers)) or not _in_one_piece(weights):
+    if torch.compiler.is_compiling() or not all(map(_is_plain, layers)) or not _in_one_piece(weights):
         return [layer(x) for layer in layers]
     widths = [len(w) for w in weights]
-    whole = weights[0].as_strided((sum(widths), x.shape[-1]), (x.shape[-1], 1))
+    whole = weights[0].as_strided((sum(widths), x.shape[-1]), (x.shape[-1], 1))  # (d_q + d_k + d_v, d)
     return F.linear(x, whole).split(widths, dim=-1)
 
 
-def _bare(layer: nn.Linear) -> bool:
-    """No bias, no gradient, no adapter that does anything, and nobody who listens."""
-    listened = layer._forward_hooks or layer._forward_pre_hooks
-    plain = type(layer) is nn.Linear or getattr(layer, "idle", False)
-    return plain and layer.bias is None and not (layer.weight.requires_grad or listened)
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer has no bias, no gradient, no hooks, and no adapter that has an effect."""
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks
+    no_adapter = type(layer) is nn.Linear or getattr(layer, "idle", False)
+    return no_adapter and layer.bias is None and not (layer.weight.requires_grad or has_hooks)
 
 
 def _in_one_piece(weights: list[Tensor]) -> bool:
-    starts = accumulate((w.numel() for w in weights), initial=weights[0].storage_offset())
-    follow = all(w.storage_offset() == start for w, start in zip(weights, starts, strict=False))
+    """Whether the weights lie one behind the other in the same memory."""
+    starts, ends = zip(*((w.storage_offset(), w.storage_offset() + w.numel()) for w in weights), strict=True)
     dense = all(w.is_contiguous() for w in weights)
-    return follow and dense and len({w.untyped_storage().data_ptr() for w in weights}) == 1
+    return dense and starts[1:] == ends[:-1] and len({w.untyped_storage().data_ptr() for w in weights}) == 1
 
 
-class Context:
+def multi_head(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, causal: bool = False) -> Tensor:
+    """Attention of q (b, n, d) to k and v (b, m, d) in `num_heads` heads. Returns (b, n, d)."""
+    q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # (b, n or m, nh, hd)
+    return ops.attention(q, k, v, causal=causal).flatten(-2)  # (b, n, d)
+
+
+class CachedContext:
     """Text states (b, s, d), and the keys and values that cross-attention makes of them, each computed once:
     for sampling, where neither the text nor a layer changes from step to step."""
 
     def __init__(self, states: Tensor):
         self.states = states
-        self.made: dict[nn.Module, Tensor] = {}
+        self.cache: dict[nn.Module, Tensor] = {}
 
-    def through(self, layer: nn.Module) -> Tensor:
-        if layer not in self.made:
-            self.made[layer] = layer(self.states)
-        return self.made[layer]
+    def project(self, layer: nn.Module) -> Tensor:
+        """The states through a layer's projection to keys or values."""
+        if layer not in self.cache:
+            self.cache[layer] = layer(self.states)
+        return self.cache[layer]
+
+
+Context = Tensor | CachedContext | None  # text states (b, s, d); None in a network without text
 
 
 class Attention(nn.Module):
@@ -150,15 +165,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor | Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
         if context is None:
-            q, k, v = products(x, self.to_q, self.to_k, self.to_v)
-        elif isinstance(context, Context):
-            q, k, v = self.to_q(x), context.through(self.to_k), context.through(self.to_v)
+            q, k, v = fused_qkv(x, self.to_q, self.to_k, self.to_v)  # (b, n, d)
+        elif isinstance(context, CachedContext):
+            q, k, v = self.to_q(x), context.project(self.to_k), context.project(self.to_v)
         else:
-            q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))  # (b, n or s, nh, hd)
-        return self.to_out(ops.attention(q, k, v).flatten(-2))  # (b, n, d)
+            q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)  # (b, n, d), (b, s, d) twice
+        return self.to_out(multi_head(q, k, v, self.num_heads))  # (b, n, d)
 
 
 class GEGLU(nn.Module):
@@ -169,7 +183,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(self.proj(x))
+        return ops.geglu(self.proj(x))  # (b, n, d_out)
 
 
 class FeedForward(nn.Module):
@@ -185,7 +199,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm, each added."""
+    """Self-attention, cross-attention to the text and feed-forward, each behind a LayerNorm and added to its
+    input: (b, n, d) -> (b, n, d)."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int):
         super().__init__()
@@ -196,7 +211,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         h, x = self.norm2.add(self.attn1(self.norm1(x)), x)
         h, x = self.norm3.add(self.attn2(h, context), x)
         return x + self.ff(h)
@@ -212,31 +227,28 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, context_dim)])
         self.proj_out = Conv1x1(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         height, width = x.shape[-2:]
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (b, n, c)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context)  # (b, n, c)
         h = h.transpose(1, 2).unflatten(2, (height, width))  # (b, c, h, w)
         return x + self.proj_out(h)
 
 
 class SelfAttention2d(nn.Module):
-    """Attention over the pixels of x (b, c, h, w), added to x: the middle of the VAE and the pixel UNet."""
+    """Attention over the pixels of x (b, c, h, w), added to x: that of the VAE and the pixel UNet."""
 
     def __init__(self, channels: int, num_heads: int, *, groups: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
         self.group_norm = GroupNorm(groups, channels, eps=eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (b, n, c)
-        q, k, v = (f(h).unflatten(-1, (self.num_heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
-        h = self.to_out(ops.attention(q, k, v).flatten(-2))  # (b, n, c)
+        h = self.to_out(multi_head(self.to_q(h), self.to_k(h), self.to_v(h), self.num_heads))  # (b, n, c)
         return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # (b, c, h, w)
 
 
@@ -245,16 +257,17 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, pad_end_only: bool = False):
         super().__init__()
-        # The VAE pads one row and one column at the end only; the UNet pads all round.
+        # The VAE pads one row and one column at the end only, the UNet all round.
         self.pad_end_only = pad_end_only
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end_only else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end_only else x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end_only else x)  # (b, c, h / 2, w / 2)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to `size` (twice, unless given), then a convolution."""
+    """Nearest-neighbour enlargement to `size`, twice x's by default, then a convolution:
+    (b, c, h, w) -> (b, c, *size)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -262,31 +275,24 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (b, c, *size)
 
 
-def maybe_checkpoint(enabled: bool, module: nn.Module, *args: Tensor) -> Tensor:
-    """module(*args), its activations recomputed in the backward pass instead of kept if `enabled`."""
-    if enabled and torch.is_grad_enabled():
-        return checkpoint(module, *args, use_reentrant=False)
-    return module(*args)
-
-
-def lay_out(network: nn.Module) -> nn.Module:
-    """Arrange the weights as a GPU likes them, in place; names, shapes and values stay. A convolution whose
-    weight is channels-last gives channels-last, in which pixels are tokens without a copy; the three weights
-    of a self-attention in one piece are one product, see `products`."""
+def to_channels_last(network: nn.Module) -> nn.Module:
+    """Arrange the weights as a GPU likes them; names, shapes and values stay. A convolution whose weight is
+    channels-last gives channels-last, in which pixels are tokens without a copy. The three weights of a
+    self-attention get one piece of memory, so that they are one product: see `fused_qkv`."""
     network.to(memory_format=torch.channels_last)
     for block in network.modules():
         if isinstance(block, TransformerBlock):
             layers = block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
-            whole = torch.cat([layer.weight.data for layer in layers])
+            whole = torch.cat([layer.weight.data for layer in layers])  # (3 d, d)
             for layer, weight in zip(layers, whole.chunk(len(layers)), strict=True):
                 layer.weight.data = weight
     return network
 
 
-def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """The network on a device, laid out for it; on a CPU nothing is won by that."""
+def move(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """The network on a device, in the layout that is fast there: channels-last gains nothing on a CPU."""
     network = network.to(device, dtype)
-    return lay_out(network) if torch.device(device).type in LAID_OUT else network
+    return to_channels_last(network) if torch.device(device).type in CHANNELS_LAST_DEVICES else network

@@ -4,27 +4,29 @@ Kingma and Welling 2013 (arXiv 1312.6114); architecture of Esser et al. 2021 (ar
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn as nn
 from torch import Tensor
 
-from minisd.models.layers import Downsample, GroupNorm, ResnetBlock, SelfAttention2d, Upsample
-
-EPS = 1e-6  # of every GroupNorm here
+from minisd.models.blocks import DownBlock, LevelsConfig, MidBlock, UpBlock
+from minisd.models.layers import GroupNorm, SelfAttention2d
 
 
 @dataclass(kw_only=True)
-class VAEConfig:
+class VAEConfig(LevelsConfig):
     """One entry per level, highest resolution first, in `block_out_channels`."""
 
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int
-    norm_num_groups: int
-    sample_size: int  # side of the pictures that it was trained on
-    scaling_factor: float
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    sample_size: int = 512  # side of the images that it was trained on
+    scaling_factor: float = 0.18215
+    norm_eps: float = 1e-6
+    pad_end_only: bool = True
+
+    temb_dim = None
 
     @property
     def downscale(self) -> int:
@@ -32,61 +34,12 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-SD15 = VAEConfig(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    norm_num_groups=32,
-    sample_size=512,
-    scaling_factor=0.18215,
-)
+SD15 = VAEConfig()
 
 
-def _resnets(config: VAEConfig, c_in: int, c_out: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        ResnetBlock(c_out if i else c_in, c_out, groups=config.norm_num_groups, eps=EPS) for i in range(count)
-    )
-
-
-class DownBlock(nn.Module):
-    def __init__(self, config: VAEConfig, level: int):
-        super().__init__()
-        channels = config.block_out_channels
-        c_in, c_out, last = channels[max(level - 1, 0)], channels[level], level == len(channels) - 1
-        self.resnets = _resnets(config, c_in, c_out, config.layers_per_block)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, pad_end_only=True)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
-
-
-class MidBlock(nn.Module):
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        c = config.block_out_channels[-1]
-        self.resnets = _resnets(config, c, c, 2)
-        self.attentions = nn.ModuleList([SelfAttention2d(c, 1, groups=config.norm_num_groups, eps=EPS)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-class UpBlock(nn.Module):
-    def __init__(self, config: VAEConfig, level: int):
-        super().__init__()
-        channels = config.block_out_channels
-        c_in, c_out = channels[min(level + 1, len(channels) - 1)], channels[level]
-        self.resnets = _resnets(config, c_in, c_out, config.layers_per_block + 1)
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if level else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.upsamplers]:
-            x = layer(x)
-        return x
+def _attention(config: VAEConfig, level: int) -> SelfAttention2d:
+    channels = config.block_out_channels[level]
+    return SelfAttention2d(channels, 1, groups=config.norm_num_groups, eps=config.norm_eps)
 
 
 class Encoder(nn.Module):
@@ -96,17 +49,18 @@ class Encoder(nn.Module):
         super().__init__()
         first, last = config.block_out_channels[0], config.block_out_channels[-1]
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
-        self.down_blocks = nn.ModuleList(DownBlock(config, i) for i in range(len(config.block_out_channels)))
-        self.mid_block = MidBlock(config)
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, last, eps=EPS)
+        levels = range(len(config.block_out_channels))
+        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
+        self.mid_block = MidBlock(config, partial(_attention, config))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, last, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(last, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # (b, c0, 8h, 8w)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+            x = block(x)[-1]  # (b, c, side / 2, side / 2) but at the last level
+        x = self.mid_block(x)  # (b, c_last, h, w)
+        return self.conv_out(self.conv_norm_out(x, silu=True))  # (b, 2 * latent_channels, h, w)
 
 
 class Decoder(nn.Module):
@@ -117,16 +71,16 @@ class Decoder(nn.Module):
         first, last = config.block_out_channels[0], config.block_out_channels[-1]
         levels = reversed(range(len(config.block_out_channels)))
         self.conv_in = nn.Conv2d(config.latent_channels, last, 3, padding=1)
-        self.mid_block = MidBlock(config)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in levels)
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, eps=EPS)
+        self.mid_block = MidBlock(config, partial(_attention, config))
+        self.up_blocks = nn.ModuleList(UpBlock(config, level, has_skips=False) for level in levels)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+        x = self.mid_block(self.conv_in(x))  # (b, c_last, h, w)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+            x = block(x, [])  # (b, c, 2 * side, 2 * side) but at the last level
+        return self.conv_out(self.conv_norm_out(x, silu=True))  # (b, 3, 8h, 8w)
 
 
 class AutoencoderKL(nn.Module):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from minisd import registry
 from minisd.data import images
-from minisd.noise import NoiseSchedule, Original, randn, settings_for
+from minisd.noise import NoiseSchedule, randn
 from minisd.sampling import prompt
 from minisd.sampling.guidance import Branch, Control, Denoiser, image_branches, text_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.schedulers._problem import InitImage, Problem, read_settings
 
 
 @dataclass(kw_only=True)
@@ -71,7 +72,7 @@ def branches_of(
 
 def beginning(
     sd: StableDiffusion, settings: Settings, originals: Tensor | None, masks: Tensor | None
-) -> Original | None:
+) -> InitImage | None:
     """What the scheduler begins with and keeps: nothing, if the model sees the picture and all is redrawn."""
     if originals is None:
         return None
@@ -81,7 +82,7 @@ def beginning(
         mask = F.interpolate(masks, latents.shape[-2:])
     if more and settings.first_step == 0 and mask is None:
         return None
-    return Original(latents=latents, start=settings.first_step, mask=mask)
+    return InitImage(latents=latents, first_step=settings.first_step, mask=mask)
 
 
 def denoise(
@@ -106,28 +107,37 @@ def denoise(
     for side in ("width", "height"):
         if getattr(settings, side) <= 0 or getattr(settings, side) % downscale:
             raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {downscale}")
-    sample = registry.load("schedulers", settings.scheduler).sample
+    scheduler = registry.load("schedulers", settings.scheduler)
     # Clipping is for pixels; latents have no such range, whatever the file says.
-    options = settings_for(sample, sd.scheduler | {"clip_sample": False})
+    config = sd.scheduler | {"clip_sample": False}
     for flag, key in {"eta": "eta", "karras": "use_karras_sigmas"}.items():
         value = getattr(settings, flag)
-        if value is not None and not settings_for(sample, {key: value}):
+        if value is not None and key not in scheduler.SETTINGS:
             raise ValueError(f"--{flag} has no meaning for --scheduler {settings.scheduler}")
-        options |= {key: value} if value is not None else {}
+        config |= {key: value} if value is not None else {}
 
     negative = settings.negative_prompt if settings.guidance_scale > 1 else None
     context, negative = prompt.contexts(
         sd, prompts, negative, clip_skip=settings.clip_skip, plain=settings.plain_prompt
     )
     branches = branches_of(sd, context, negative, settings, originals, masks)
-    original = beginning(sd, settings, originals, masks)
-    steps = settings.steps - (original.start if original else 0)
+    init_image = beginning(sd, settings, originals, masks)
+    steps = settings.steps - (init_image.first_step if init_image else 0)
     denoiser = Denoiser(sd.unet, branches, controls, steps)
     seen = watched(denoiser, sd.schedule, watch) if watch else denoiser
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (sd.vae.config.latent_channels, settings.height // downscale, settings.width // downscale)
     noise = randn(shape, generators).to(sd.device)
-    for x in sample(seen, noise, sd.schedule, settings.steps, generators, original=original, **options):
+    problem = Problem(
+        denoise=seen,
+        noise=noise,
+        schedule=sd.schedule,
+        steps=settings.steps,
+        generators=generators,
+        settings=read_settings(scheduler, config),
+        init_image=init_image,
+    )
+    for x in scheduler.sample(problem):
         denoiser.step += 1
         yield x
 
@@ -137,7 +147,7 @@ def watched(denoiser: Denoiser, schedule: NoiseSchedule, watch: Callable[[Tensor
 
     def denoise(x: Tensor, t: float) -> Tensor:
         pred = denoiser(x, t)
-        watch(schedule.denoised(pred, x, schedule.alphas_cumprod[round(t)].to(x.device)))
+        watch(schedule.split(pred, x, schedule.alphas_cumprod[round(t)].to(x.device))[0])
         return pred
 
     return denoise

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minisd.models import controlnet
-from minisd.models.layers import Context
+from minisd.models.layers import CachedContext
 
 
 @dataclass(kw_only=True)
@@ -79,15 +79,15 @@ class Denoiser:
     ):
         self.unet = unet
         self.weights = [branch.weight for branch in branches]
-        self.context = Context(torch.cat([branch.context for branch in branches]))  # (branches * b, s, d)
+        states = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
+        self.context = CachedContext(states)
         originals = [branch.original for branch in branches if branch.original is not None]
         self.original = torch.cat(originals) if originals else None  # (branches * b, c, h, w)
-        states = self.context.states
         self.controls = []  # with what each sees of the pictures and of the text, (branches * b or b, ...)
         for control in controls:
             hint = control.hint.to(states)  # (b, 3, H, W)
             if control.guess:
-                self.controls.append((control, hint, Context(states[-len(hint) :])))
+                self.controls.append((control, hint, CachedContext(states[-len(hint) :])))
             else:
                 self.controls.append((control, torch.cat([hint] * len(branches)), self.context))
         self.step, self.steps = 0, steps

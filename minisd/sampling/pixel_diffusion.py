@@ -9,10 +9,11 @@ from torch import Tensor
 
 from minisd.formats import config_json, diffusers
 from minisd.formats.parts import build, fill
-from minisd.models.layers import place
+from minisd.models.layers import move
 from minisd.models.unet2d import DDPM, UNet2D
-from minisd.noise import NoiseSchedule, randn, settings_for
+from minisd.noise import NoiseSchedule, randn
 from minisd.schedulers import ddpm
+from minisd.schedulers._problem import Problem, read_settings
 
 
 class PixelDiffusion:
@@ -21,14 +22,14 @@ class PixelDiffusion:
     def __init__(self, unet: UNet2D, scheduler: dict):
         self.unet = unet
         self.scheduler = scheduler  # what scheduler_config.json says
-        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, scheduler))
+        self.schedule = NoiseSchedule.from_config(scheduler)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "PixelDiffusion":
         """A DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
         config, tensors, scheduler = diffusers.load_ddpm(Path(path))
         unet = fill(build("unet2d", config, path), tensors, path)
-        return cls(place(unet, device).eval().requires_grad_(False), scheduler)
+        return cls(move(unet, device).eval().requires_grad_(False), scheduler)
 
     @classmethod
     def new(cls, side: int, config: Path | None, **scheduler) -> "PixelDiffusion":
@@ -70,9 +71,15 @@ class PixelDiffusion:
             return self.unet(x.to(self.unet.conv_in.weight.dtype), timesteps).float()
 
         shape = (config.in_channels, config.sample_size, config.sample_size)
-        x = randn(shape, generators).to(device)
-        options = settings_for(ddpm.sample, self.scheduler)
-        yield from ddpm.sample(predict, x, self.schedule, steps, generators, **options)
+        problem = Problem(
+            denoise=predict,
+            noise=randn(shape, generators).to(device),
+            schedule=self.schedule,
+            steps=steps,
+            generators=generators,
+            settings=read_settings(ddpm, self.scheduler),
+        )
+        yield from ddpm.sample(problem)
 
 
 def scheduler_config(**changes) -> dict:

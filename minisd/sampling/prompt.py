@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minisd import files
-from minisd.models.text import Tokenizer
+from minisd.models.tokenizer import Tokenizer
 
 Chunk = list[tuple[int, float]]  # ids and weights, as many as the encoder has positions
 

@@ -14,11 +14,12 @@ from minisd.adapters._adapter import Attached
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import PARTS, PIPELINES, Checkpoint, build, fill
 from minisd.models.controlnet import ControlNet
-from minisd.models.layers import place
-from minisd.models.text import TextEncoder, Tokenizer
+from minisd.models.layers import move
+from minisd.models.text import TextEncoder
+from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.noise import NoiseSchedule, settings_for
+from minisd.noise import NoiseSchedule
 
 
 class StableDiffusion:
@@ -67,7 +68,7 @@ class StableDiffusion:
         parts = {}
         for part in PARTS:
             module = fill(build(part, getattr(checkpoint, part), path), checkpoint.tensors[part], path)
-            parts[part] = place(module, device, dtype).eval().requires_grad_(False)
+            parts[part] = move(module, device, dtype).eval().requires_grad_(False)
         folder = Path(tokenizer) if tokenizer else checkpoint.tokenizer
         words = Tokenizer(folder, checkpoint.text_encoder.max_positions)
         if words.vocab_size != checkpoint.text_encoder.vocab_size:
@@ -82,7 +83,7 @@ class StableDiffusion:
     def set_schedule(self, **changes) -> None:
         """Change entries of scheduler_config.json; they are saved with the model."""
         self.scheduler = self.scheduler | changes
-        self.schedule = NoiseSchedule(**settings_for(NoiseSchedule, self.scheduler))
+        self.schedule = NoiseSchedule.from_config(self.scheduler)
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:

@@ -2,31 +2,32 @@
 that count in these. All is computed in fp64 until it meets x."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from minisd.noise import NoiseSchedule
+from minisd.schedulers._problem import TIMESTEPS, Problem
+
+SIGMAS = TIMESTEPS | {"timestep_spacing": "linspace", "use_karras_sigmas": False}  # read here
 
 
-class Levels:
-    """The sigmas (steps + 1,) and the timesteps (steps,) of a scheduler, from those of training.
+class SigmaSchedule:
+    """The sigmas (steps + 1,) and the timesteps (steps,) that a scheduler visits, from those of training.
 
-    With `karras`, the sigmas are spread evenly in sigma^(1/7) from the first to the last (Karras et al. 2022,
-    arXiv 2206.00364, equation 5), over all of training with `entire`. The last is 0, or that of timestep 0.
+    With `use_karras_sigmas`, the sigmas are spread evenly in sigma^(1/7) from the first to the last (Karras
+    et al. 2022, arXiv 2206.00364, equation 5), or over all of training with `entire`. The final sigma, behind
+    the last step, is 0 ("zero") or that of timestep 0 ("sigma_min").
     """
 
-    def __init__(
-        self, schedule: NoiseSchedule, timesteps: Tensor, karras: bool, final: str, *, entire: bool = False
-    ):
-        bars = schedule.alphas_cumprod.double()
-        bars = torch.where(bars > 0, bars, 2.0**-24)  # with nothing left of the picture, sigma has no end
+    def __init__(self, problem: Problem, timesteps: Tensor, *, final: str = "zero", entire: bool = False):
+        self.problem = problem
+        bars = problem.schedule.alphas_cumprod.double()
+        bars = torch.where(bars > 0, bars, 2.0**-24)  # sigma would be infinite where nothing is left of x_0
         self.table = ((1 - bars) / bars).sqrt()  # (num_train_timesteps,), ascending
         low = timesteps.long().clamp(max=len(bars) - 2)
         sigmas = self.table[low].lerp(self.table[low + 1], timesteps - low)
         self.timesteps = timesteps.tolist()
-        if karras:
+        if problem.settings["use_karras_sigmas"]:
             first, last = (self.table[-1], self.table[0]) if entire else (sigmas[0], sigmas[-1])
             ramp = torch.linspace(0, 1, len(timesteps), dtype=torch.float64)
             sigmas = (first ** (1 / 7)).lerp(last ** (1 / 7), ramp) ** 7
@@ -43,21 +44,21 @@ class Levels:
         between = (log - logs[low]) / (logs[low + 1] - logs[low])
         return low + between.clamp(0, 1).item()
 
-    def scale(self, spacing: str) -> float:
-        """What the noise is multiplied by to begin with: sigma, and that of a picture too where the first
-        timestep is far from the last of training."""
-        return math.hypot(self.sigmas[0], 1.0 if spacing == "leading" else 0.0)
+    def begin(self) -> tuple[Tensor, range]:
+        """As `Problem.begin`. With the spacing "leading", whose first timestep is far from the last of
+        training, noise alone begins at the standard deviation of a noisy image."""
+        sigmas = self.sigmas[:-1]
+        leading = self.problem.settings["timestep_spacing"] == "leading"
+        return self.problem.begin([1.0] * len(sigmas), sigmas, math.hypot(sigmas[0], float(leading)))
 
-
-def predict(denoise: Callable, schedule: NoiseSchedule, x: Tensor, sigma: float, t: float) -> Tensor:
-    """x_0 as the network has it for x = x_0 + sigma noise."""
-    bar = torch.tensor(1 / (sigma**2 + 1), dtype=torch.float64)
-    x = x * bar.sqrt()
-    return schedule.denoised(denoise(x, t), x, bar)
+    def predict(self, x: Tensor, sigma: float, t: float) -> Tensor:
+        """x_0 as the network has it for x = x_0 + sigma noise; the network gets x / sqrt(sigma^2 + 1)."""
+        bar = torch.tensor(1 / (sigma**2 + 1), dtype=torch.float64)
+        return self.problem.predict(x * bar.sqrt(), t, bar)[0]
 
 
 def ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
-    """The step from `sigma` to `after` as one down to less, and the noise that then leads up again: all that
-    the process has there with an eta of 1, none with 0."""
+    """The step from `sigma` to `after` as a step down to a lower level, and the noise that leads up again
+    from there: with an eta of 1 all that the process adds there, with 0 none."""
     up = eta * after * math.sqrt(max(0.0, 1 - (after / sigma) ** 2))
     return math.sqrt(after**2 - up**2), up

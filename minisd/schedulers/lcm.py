@@ -1,47 +1,32 @@
 """LCM: a few steps of a distilled model, each to x_0 and up again (Luo et al. 2023, arXiv 2310.04378)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from minisd.noise import Canvas, NoiseSchedule, Original, randn
+from minisd.schedulers._problem import Problem
 
 A1111 = "LCM"
+SETTINGS = {"original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
-def sample(
-    denoise: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    schedule: NoiseSchedule,
-    steps: int,
-    generators: list[torch.Generator],
-    *,
-    original: Original | None = None,
-    original_inference_steps: int = 50,
-    timestep_scaling: float = 10.0,
-) -> Iterator[Tensor]:
-    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps at which the model was distilled.
+def sample(problem: Problem) -> Iterator[Tensor]:
+    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps that the model was distilled at.
     The consistency function is c_skip x + c_out x_0, where c_skip is 1 and c_out 0 at timestep 0 (Song et al.
-    2023, arXiv 2303.01469, appendix C).
-
-    x (b, ...) is standard normal; denoise(x, t) is the network's prediction. Yields x after each step.
-    """
-    if not 1 <= steps <= original_inference_steps:
-        raise ValueError(f"--steps {steps}: lcm has from 1 to {original_inference_steps}")
-    apart = schedule.num_train_timesteps // original_inference_steps
-    distilled = [apart * (i + 1) - 1 for i in reversed(range(original_inference_steps))]
-    timesteps = [distilled[i * original_inference_steps // steps] for i in range(steps)]
-    alphas_cumprod = schedule.alphas_cumprod.to(x.device)
-    bars = alphas_cumprod[timesteps]
-    canvas = Canvas(original, x, bars.sqrt(), (1 - bars).sqrt())
-    x = canvas.x
-    for step in canvas.steps:
-        scaled = timesteps[step] * timestep_scaling / 0.5  # 0.5 is the standard deviation of the data
-        denoised = schedule.denoised(denoise(x, timesteps[step]), x, bars[step])
+    2023, arXiv 2303.01469, appendix C)."""
+    count, scaling = problem.settings["original_inference_steps"], problem.settings["timestep_scaling"]
+    if not 1 <= problem.steps <= count:
+        raise ValueError(f"--steps {problem.steps}: lcm takes from 1 to {count}")
+    apart = problem.schedule.num_train_timesteps // count
+    distilled = [apart * (i + 1) - 1 for i in reversed(range(count))]
+    timesteps = [distilled[i * count // problem.steps] for i in range(problem.steps)]
+    bars = problem.alphas_cumprod()[timesteps]
+    x, steps = problem.begin(bars.sqrt(), (1 - bars).sqrt())
+    for step in steps:
+        scaled = timesteps[step] * scaling / 0.5  # 0.5 is the standard deviation of the data
+        denoised, _ = problem.predict(x, timesteps[step], bars[step])
         x = scaled / (scaled**2 + 1) ** 0.5 * denoised + x / (scaled**2 + 1)
-        if step < steps - 1:
-            noise = randn(x.shape[1:], generators).to(x.device)
-            x = bars[step + 1].sqrt() * x + (1 - bars[step + 1]).sqrt() * noise
-        x = canvas.keep(x, step)
+        if step < problem.steps - 1:
+            x = bars[step + 1].sqrt() * x + (1 - bars[step + 1]).sqrt() * problem.new_noise()
+        x = problem.keep(x, step)
         yield x

@@ -1,55 +1,40 @@
 """PNDM: DDIM steps with a multistep prediction, PLMS (Liu et al. 2022, arXiv 2202.09778)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from minisd.noise import Canvas, NoiseSchedule, Original
+from minisd.schedulers._problem import TIMESTEPS, Problem
 
 A1111 = "PLMS"
+SETTINGS = TIMESTEPS | {"set_alpha_to_one": False}
 
-# Of the newest predictions, newest first (Adams and Bashforth).
+# Adams-Bashforth weights of the newest predictions, newest first.
 WEIGHTS = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
 
 
-def sample(
-    denoise: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    schedule: NoiseSchedule,
-    steps: int,
-    generators: list[torch.Generator],
-    *,
-    original: Original | None = None,
-    timestep_spacing: str = "leading",
-    steps_offset: int = 0,
-    set_alpha_to_one: bool = False,
-) -> Iterator[Tensor]:
-    """Without Runge-Kutta steps to begin with: the first step is taken twice, the second time with the mean
-    of the predictions at both its ends. That is one prediction more than there are steps.
-
-    x (b, ...) is standard normal; denoise(x, t) is the network's prediction. Yields x after each step.
-    """
-    timesteps = schedule.timesteps(steps, timestep_spacing, steps_offset)
+def sample(problem: Problem) -> Iterator[Tensor]:
+    """Without the Runge-Kutta steps of the paper's beginning: the first step is taken twice, the second time
+    with the mean of the predictions at its two ends. That is one prediction more than there are steps."""
+    schedule = problem.schedule
+    timesteps = problem.timesteps().round().int().tolist()
     timesteps = timesteps[:2] + timesteps[1:]
-    jump = schedule.num_train_timesteps // steps
-    alphas_cumprod = schedule.alphas_cumprod.to(x.device)
-    final = torch.ones((), device=x.device) if set_alpha_to_one else alphas_cumprod[0]
+    jump = schedule.num_train_timesteps // problem.steps
+    alphas_cumprod = problem.alphas_cumprod(to_one=problem.settings["set_alpha_to_one"])
     bars = alphas_cumprod[timesteps]
-    canvas = Canvas(original, x, bars.sqrt(), (1 - bars).sqrt())
-    x, start, preds = canvas.x, canvas.x, []
-    for step in canvas.steps:
+    x, steps = problem.begin(bars.sqrt(), (1 - bars).sqrt())
+    start, preds = x, []
+    for step in steps:
         t = timesteps[step]
-        pred, after = denoise(x, t), t - jump
-        if step == canvas.steps.start + 1:
+        pred, after = problem.denoise(x, t), t - jump
+        if step == steps.start + 1:
             pred, x, t, after = (pred + preds[0]) / 2, start, t + jump, t
         else:
             preds = [pred, *preds[:3]]
             pred = sum(weight * p for weight, p in zip(WEIGHTS[len(preds) - 1], preds, strict=True))
-        alpha, alpha_after = alphas_cumprod[t], alphas_cumprod[after] if after >= 0 else final
-        denoised = schedule.denoised(pred, x, alpha)
-        noise = schedule.noise_in(denoised, pred, x, alpha)
+        denoised, noise = schedule.split(pred, x, alphas_cumprod[t])
+        alpha_after = alphas_cumprod[max(after, -1)]
         x = alpha_after.sqrt() * denoised + (1 - alpha_after).sqrt() * noise
-        x = canvas.keep(x, step)
-        if step > canvas.steps.start or len(canvas.steps) == 1:  # the first attempt is not a step
+        x = problem.keep(x, step)
+        if step > steps.start or len(steps) == 1:  # the first attempt is not a step
             yield x

@@ -14,7 +14,8 @@ import torch
 from minisd import cli, files
 from minisd.formats import config_json, diffusers
 from minisd.formats.parts import PIPELINES, Checkpoint
-from minisd.models.text import END, START, TextConfig, TextEncoder
+from minisd.models.text import TextConfig, TextEncoder
+from minisd.models.tokenizer import END, START
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.tokenizer.build import byte_names

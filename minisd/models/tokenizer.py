@@ -1,0 +1,117 @@
+"""The tokenizer of the CLIP text encoder: byte pair encoding, and tokens added to it."""
+
+import re
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import models, normalizers, pre_tokenizers
+from torch import Tensor
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+# Words as CLIP cuts them: the two marks, an English ending, letters, one digit, or a run of other characters.
+WORDS = rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
+
+
+def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
+    """The byte pair encoding of a folder with vocab.json and merges.txt. ValueError if it has none.
+
+    It is put together here because importing transformers, to do the same, takes longer than drawing a small
+    image. Only a folder with a changed tokenizer is read by transformers.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if {"tokenizer.json", "added_tokens.json"} & names:
+        return _transformers_tokenizer(folder).backend_tokenizer
+    if not {"vocab.json", "merges.txt"} <= names:
+        raise ValueError(f"{folder} has no tokenizer: no vocab.json and merges.txt")
+    vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    try:
+        model = models.BPE.from_file(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>")
+    except Exception as e:  # it has no narrower class
+        raise ValueError(f"{folder} has no readable tokenizer: {e}") from None
+    bpe = tokenizers.Tokenizer(model)
+    blanks = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    bpe.add_special_tokens([START, END])
+    return bpe
+
+
+def _transformers_tokenizer(folder: Path):
+    """transformers' tokenizer of a folder, which can also be written."""
+    from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
+
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+class Tokenizer:
+    """Prompts to ids (b, max_length): start, at most max_length - 2 tokens, end, and padding with end.
+
+    A placeholder is an added token: one or more ids behind the vocabulary's, which replace its name wherever
+    that stands in a prompt, in any case.
+    """
+
+    def __init__(self, folder: Path, max_length: int):
+        self.folder = folder
+        self.max_length = max_length
+        self.bpe = byte_pairs(folder)
+        self.vocab_size: int = self.bpe.get_vocab_size()
+        self.start, self.end = self.bpe.token_to_id(START), self.bpe.token_to_id(END)
+        self.placeholders: dict[str, list[int]] = {}
+
+    def add_placeholder(self, token: str, num_vectors: int = 1) -> list[int]:
+        """Give `token` the next `num_vectors` ids, and return these. ValueError if it is a token already."""
+        token = self.check_placeholder(token)
+        first = self.vocab_size + sum(len(ids) for ids in self.placeholders.values())
+        self.placeholders[token] = list(range(first, first + num_vectors))
+        return self.placeholders[token]
+
+    def check_placeholder(self, token: str) -> str:
+        """The token in lower case. ValueError if it is a token already, or has blanks around it."""
+        if not token or token != token.strip():
+            raise ValueError(f"placeholder {token!r} is empty or begins or ends with a blank")
+        token = token.lower()
+        known = (self.bpe.token_to_id(t) for t in (token, f"{token}</w>"))
+        if token in self.placeholders or any(i is not None for i in known):
+            raise ValueError(
+                f"placeholder {token!r} is a token already; choose another, for example '<{token}>'"
+            )
+        return token
+
+    def save(self, folder: Path) -> Path:
+        """Write the tokenizer with its placeholders, those of n vectors as token, token_1, ..., token_(n-1).
+        Return its folder: `folder`, or the one it was read from, if there are no placeholders."""
+        if not self.placeholders:
+            return self.folder
+        tokenizer = _transformers_tokenizer(self.folder)
+        for token, ids in self.placeholders.items():
+            tokenizer.add_tokens([token, *(f"{token}_{i}" for i in range(1, len(ids)))])
+        tokenizer.save_pretrained(str(folder))
+        return folder
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start, end, truncation or padding."""
+        return [i for unit in self.units(text) for i in unit]
+
+    def units(self, text: str) -> list[list[int]]:
+        """The same, grouped into what must stay together: each id by itself, and all ids of a placeholder."""
+        longest_first = sorted(self.placeholders, key=len, reverse=True)
+        pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
+        pieces = re.split(pattern, text, flags=re.IGNORECASE) if longest_first else [text]
+        units = []
+        for piece in pieces:
+            known = self.placeholders.get(piece.lower())
+            units += [known] if known else [[i] for i in self.bpe.encode(piece, add_special_tokens=False).ids]
+        return units
+
+    def one(self, word: str) -> int | None:
+        """The id of a word that is one token, or else of the vocabulary's entry of that very name: no text is
+        ever encoded to "ktn", Custom Diffusion's. None if there is neither."""
+        ids = self.encode(word)
+        return ids[0] if len(ids) == 1 else self.bpe.token_to_id(word)
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        rows = [[self.start, *self.encode(prompt)[: self.max_length - 2], self.end] for prompt in prompts]
+        return torch.tensor([row + [self.end] * (self.max_length - len(row)) for row in rows])
