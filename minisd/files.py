@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,16 +23,13 @@ DTYPES = {
     torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 
-# Old training checkpoints hold their trainer's callbacks and NumPy's scalars beside the weights. Nothing of
-# them is needed: each of their names gets a class that takes anything and does nothing.
+# Old training checkpoints hold their trainer's callbacks and NumPy's scalars beside the weights. They are not
+# needed: each of these names gets a class that takes anything and does nothing.
 INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric)\..*|numpy\.(dtype|(_?core\.multiarray\.scalar))"
 )
-
-
-# Embeddings of the first years hold their rows in one.
-PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
-DEPTH = 4  # of dicts in dicts
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"  # holds the vectors of textual inversions of 2022
+MAX_DEPTH = 4  # of dicts in dicts
 
 
 class _ParameterDict(dict):
@@ -49,32 +46,27 @@ class _Inert:
 
 
 def read(path: Path | str) -> dict[str, Tensor]:
-    """Name -> tensor of a .safetensors file or of a pickle (its `state_dict` if it has one). A tensor lying
-    deeper in a pickle has the keys on the way to it, joined by dots.
+    """The tensors of `read_with_metadata`."""
+    return read_with_metadata(path)[0]
 
-    The tensors are memory-mapped privately: a page is read when it is used, and a change made in place stays
-    in memory. No code from a pickle is run. ValueError, naming the file, if it cannot be read.
+
+def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Name -> tensor of a .safetensors file or of a pickle (its `state_dict` if it has one), and the former's
+    metadata. A tensor that lies deeper in a pickle is named by the keys on the way to it, joined by dots.
+
+    The tensors are memory-mapped privately: a page is read when it is used, and a change in place stays in
+    memory. No code from a pickle is run. ValueError, naming the file, if it cannot be read.
     """
-    path = existing_file(path)
-    if path.suffix == SAFETENSORS:
-        return _open_safetensors(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
-    return _read_pickle(path)
-
-
-def metadata(path: Path | str) -> dict[str, str]:
-    """The text that a .safetensors file carries beside its tensors; empty for a pickle."""
-    path = existing_file(path)
-    return _open_safetensors(path, lambda file: file.metadata() or {}) if path.suffix == SAFETENSORS else {}
-
-
-def shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, without reading a tensor."""
-    path = existing_file(path)
+    path = Path(path)
+    head = _head(path)
     if path.suffix != SAFETENSORS:
-        return {name: tuple(tensor.shape) for name, tensor in _read_pickle(path).items()}
-    return _open_safetensors(
-        path, lambda file: {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
-    )
+        # Before torch 1.6 files were not zip archives; those cannot be mapped.
+        return _read_pickle(path, is_zip=head.startswith(b"PK\x03\x04")), {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {_line(error)}") from error
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -91,14 +83,13 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def existing_file(path: Path | str) -> Path:
-    """The path of a file that may hold tensors. ValueError if it is missing or of another kind."""
-    path = Path(path)
+def _head(path: Path) -> bytes:
+    """The first bytes of a file of tensors. ValueError if it is missing, of another kind, or no such file."""
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    if path.suffix != SAFETENSORS and path.suffix not in PICKLES:
+    if path.suffix not in (SAFETENSORS, *PICKLES):
         raise ValueError(f"{path} is not one of {SAFETENSORS} {' '.join(PICKLES)}")
     try:
         with path.open("rb") as file:
@@ -109,7 +100,7 @@ def existing_file(path: Path | str) -> Path:
         raise ValueError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
-    return path
+    return head
 
 
 def _line(error: BaseException) -> str:
@@ -117,35 +108,24 @@ def _line(error: BaseException) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _open_safetensors(path: Path, ask: Callable[[Any], Any]) -> Any:
+def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return ask(file)
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {_line(error)}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # files older than torch 1.6 are not, and cannot be mapped
-    try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        refused = [name for name in wanted if not INERT.fullmatch(name) and name != PARAMETER_DICT]
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        refused = [name for name in named if not INERT.fullmatch(name) and name != PARAMETER_DICT]
         # torch puts entries into plain dicts only, so the trainer's AttributeDict has to be one.
         inert = [(dict if name.endswith("Dict") else type("Inert", (_Inert,), {}), name)
-                 for name in wanted if INERT.fullmatch(name)]  # fmt: skip
+                 for name in named if INERT.fullmatch(name)]  # fmt: skip
         if not refused:
             with torch.serialization.safe_globals([*inert, (_ParameterDict, PARAMETER_DICT)]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise anything
         # What torch says before its reason is how to run the code after all.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or _line(error)
-        found = re.search(r"GLOBAL ([\w.]+)", reason)
-        if not found:
-            raise ValueError(
-                f"{path} is not a readable checkpoint: {reason.splitlines()[0][:200]}"
-            ) from error
-        refused = [found.group(1)]
+        name = re.search(r"GLOBAL ([\w.]+)", reason)
+        if not name:
+            reason = reason.splitlines()[0][:200]
+            raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+        refused = [name[1]]
     if refused:
         names = ", ".join(sorted(refused)[:3])
         raise ValueError(
@@ -153,7 +133,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         )
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = dict(_flat(content, "", DEPTH))
+    tensors = dict(_flat(content, "", MAX_DEPTH))
     if not tensors:
         raise ValueError(f"{path} holds no named tensors")
     return tensors
@@ -170,14 +150,12 @@ def _flat(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]
 def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file: the same tensors and metadata give the same bytes.
 
-    Written here and not by the library, whose order of the metadata changes from run to run, and which wants
-    all tensors in memory at once: here each goes from its device to the file by itself. `path` may be the
-    very file that the tensors are mapped from. ValueError, naming the file, if it cannot be written.
+    The library's order of the metadata changes from run to run, and it needs all tensors in memory at once;
+    here each goes from its device to the file by itself. `path` may be the very file that the tensors are
+    mapped from. ValueError, naming the file, if it cannot be written.
     """
-    metadata = {"format": "pt", **(metadata or {})}
-    if wrong := [k for k, v in metadata.items() if not isinstance(v, str)]:
-        raise TypeError(f"metadata is text only, not so: {wrong}")
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    assert all(isinstance(text, str) for text in (metadata or {}).values())
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
     # Widest first, so that each tensor begins at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     start = 0
@@ -207,25 +185,26 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_pickle(path: Path | str, tensors: Mapping[str, Any]) -> None:
-    """For tools that read nothing but .bin files."""
+    """Write a .bin file, for programs that read no other."""
     with _replacing(path) as file:
         try:
             torch.save(dict(tensors), file)
-        except RuntimeError as error:  # torch puts one of its own before the disk's
+        except RuntimeError as error:  # torch raises it in place of the disk's error
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
 
 
 def write_json(path: Path | str, content: Any) -> None:
+    """As `write_bytes`, as indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _temporary(path: Path) -> Path:
-    """A name in the same folder, hence on the same disk, that nobody else uses."""
+    """An unused name in the same folder, hence on the same disk."""
     return path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What a process that was killed while it wrote left in a folder, or in the folders below."""
+    """The temporary files and folders, at any depth, of processes that were killed while they wrote."""
     return [p for p in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", p.name)]
 
 
@@ -254,8 +233,8 @@ def _replacing(path: Path | str) -> Iterator[BinaryIO]:
 def new_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends, and disappears if the block fails.
 
-    A folder that is there already is replaced; with `keep`, only its entries of the same names are. Should
-    the process be killed between the two renames of that, the old one is beside it, as `.NAME.*.tmp`.
+    An existing folder is replaced; with `keep`, only its entries of the same names are. Should the process be
+    killed between the two renames that this takes, the old one remains beside it, as `.NAME.*.tmp`.
     """
     path = Path(path)
     path = path.parent.resolve() / path.name if not path.is_symlink() else path.resolve()
@@ -265,21 +244,21 @@ def new_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         if keep and path.is_dir():
-            # Files behind folders: an index is the last to change.
+            # Folders before files: an index is the last to change.
             for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
                 _move(entry, path / entry.name)
         else:
             _move(temporary, path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {_line(error)}") from error
-    except ValueError as error:  # from a file inside: name the folder that the user knows
+    except ValueError as error:  # from a file inside: name the folder that the user asked for
         raise ValueError(str(error).replace(str(temporary), str(path))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename over whatever is there; a folder cannot be renamed over, so it steps aside first."""
+    """Rename over what is there. A folder cannot be renamed over, so it is moved aside first."""
     if not target.is_dir() or target.is_symlink():
         os.replace(source, target)
         return

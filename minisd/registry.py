@@ -31,7 +31,7 @@ def find(package: str, name: str) -> str:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
     advice = f"did you mean {known[close[0]]!r}?" if close else f"one of: {', '.join(names(package))}"
-    raise ValueError(f"no {package.removesuffix('s')} {name!r}; {advice}")
+    raise ValueError(f"unknown {package.removesuffix('s')} {name!r}; {advice}")
 
 
 def load(package: str, name: str) -> ModuleType:

@@ -153,3 +153,31 @@ def script():
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sd_parts():
+    """A Stable Diffusion of toy size with random weights."""
+    from tests.weights_tiny import tiny
+
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def sd_folder(sd_parts, tmp_path_factory) -> Path:
+    """Its folder in the layout of diffusers."""
+    from minisd.formats import diffusers
+
+    path = tmp_path_factory.mktemp("weights") / "model"
+    diffusers.save(path, sd_parts)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sd_file(sd_parts, tmp_path_factory) -> Path:
+    """Its single file."""
+    from minisd.formats import single_file
+
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    single_file.save(path, sd_parts)
+    return path

@@ -275,21 +275,20 @@ def make_model(folder: Path) -> None:
     import torch
 
     from minisd.formats import diffusers, single_file
-    from minisd.formats.parts import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
+    from minisd.formats.parts import MODULES, SD1_SCHEDULER, TOKENIZER, PipelineParts
     from minisd.models import text, unet, vae
 
     configs = {"unet": unet.SD15, "vae": vae.SD15, "text_encoder": text.SD15}
     torch.manual_seed(0)
-    checkpoint = Checkpoint(
-        **configs,
-        tensors={part: MODULES[part](config).state_dict() for part, config in configs.items()},
+    pipeline = PipelineParts(
+        **{part: MODULES[part](config) for part, config in configs.items()},
         scheduler=SD1_SCHEDULER,
         tokenizer=TOKENIZER,
-        pipeline="StableDiffusionPipeline",
+        pipeline_class="StableDiffusionPipeline",
     )
-    diffusers.save(folder, checkpoint)
-    single_file.save(folder.with_name(folder.name + ".safetensors"), checkpoint)
-    del checkpoint
+    diffusers.save(folder, pipeline)
+    single_file.save(folder.with_name(folder.name + ".safetensors"), pipeline)
+    del pipeline
     gc.collect()
 
 

@@ -75,7 +75,7 @@ def make(folder: Path, pictures: int, side: int) -> None:
     from PIL import Image
 
     from minisd.formats import config_json, diffusers
-    from minisd.formats.parts import MODULES, SD1_SCHEDULER, TOKENIZER, Checkpoint
+    from minisd.formats.parts import MODULES, SD1_SCHEDULER, TOKENIZER, PipelineParts
     from minisd.models import text, unet, unet2d, vae
 
     small = {
@@ -84,14 +84,13 @@ def make(folder: Path, pictures: int, side: int) -> None:
         "text_encoder": replace(text.SD15, hidden_size=64, intermediate_size=256, num_layers=4, num_heads=4),
     }
     torch.manual_seed(0)
-    checkpoint = Checkpoint(
-        **small,
-        tensors={part: MODULES[part](config).state_dict() for part, config in small.items()},
+    pipeline = PipelineParts(
+        **{part: MODULES[part](config) for part, config in small.items()},
         scheduler=SD1_SCHEDULER,
         tokenizer=TOKENIZER,
-        pipeline="StableDiffusionPipeline",
+        pipeline_class="StableDiffusionPipeline",
     )
-    diffusers.save(folder / "model", checkpoint)
+    diffusers.save(folder / "model", pipeline)
     config = replace(unet2d.DDPM, sample_size=side, block_out_channels=(32, 32, 64, 64, 64, 64))
     config_json.write(folder / "ddpm", "unet2d", config)
     kinds = {

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from minisd.adapters import custom_diffusion, lora
-from minisd.formats import single_file
+from minisd.formats import parts, single_file
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 
@@ -251,7 +251,7 @@ def custom(name, model, folder):
             factors[k] = {"u": (u * s)[:, :3], "v": v[:3]}
         torch.save({"unet": factors, "modifier_token": {"<new1>": word}}, folder / name)
     else:
-        table = single_file.table("unet", sd.unet.config, "x")
+        table = single_file.table("unet", parts.build("unet", sd.unet.config, "x"))
         theirs = {table[k]: v for k, v in changed.items()}
         torch.save({"state_dict": theirs | {"embed": word[None]}}, folder / "delta.bin")
     return {f"unet.{k}": delta for k, delta in deltas.items()}

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from minisd.adapters import controlnet as adapter
-from minisd.formats import config_json, hub, single_file
-from minisd.formats import parts as ck
+from minisd.formats import config_json, hub, parts, single_file
 from minisd.models import controlnet, unet
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.guidance import Control
@@ -58,7 +57,7 @@ def inputs(size=(16, 24)):
 
 def test_counts_and_names_of_sd15():
     pytest.importorskip("diffusers")
-    with torch.device("meta"), ck._NoInit():
+    with torch.device("meta"), parts._NoInit():
         ours = controlnet.ControlNet(controlnet.SD15).state_dict()
         theirs = diffusers_controlnet(controlnet.SD15).state_dict()
     assert sum(t.numel() for t in ours.values()) == 361_279_120 and len(ours) == 340
@@ -154,21 +153,27 @@ def test_folders_go_both_ways(network, tmp_path):
     assert_same(adapter.load(tmp_path / "theirs"), network)
 
 
+def save_single_file(path, network):
+    names, tensors = single_file.table("controlnet", network), network.state_dict()
+    config = json.dumps(config_json.to_json("controlnet", network.config))
+    save_file({names[n]: t for n, t in tensors.items()}, path, metadata={single_file.CONFIG: config})
+
+
 @pytest.mark.parametrize("prefix", ["", "control_model."])
 def test_single_files_are_read(network, tmp_path, prefix):
     """Written, then as if the base model were in the same file."""
     file = tmp_path / "control.safetensors"
-    single_file.save_controlnet(file, network.config, network.state_dict())
+    save_single_file(file, network)
     tensors = {prefix + n: t for n, t in load_file(file).items()}
     if prefix:
         tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(1)
-    written = json.dumps(config_json.WRITERS["controlnet"](network.config))
+    written = json.dumps(config_json.to_json("controlnet", network.config))
     save_file(tensors, file, metadata={single_file.CONFIG: written})
     assert_same(adapter.load(file), network)
 
 
 def test_the_single_file_s_names_are_the_published_ones():
-    names = single_file.table("controlnet", controlnet.SD15, "sd15")
+    names = single_file.table("controlnet", parts.build("controlnet", controlnet.SD15, "sd15"))
     assert len(names) == len(set(names.values())) == 340
     for ours, theirs in {
         "conv_in.weight": "input_blocks.0.0.weight",
@@ -194,7 +199,7 @@ def test_diffusers_reads_the_single_file_alike(tmp_path):
     config = replace(controlnet.SD15, block_out_channels=(32, 64, 128, 128), hint_channels=(16, 32, 96, 256))
     torch.manual_seed(0)
     network = controlnet.ControlNet(config)
-    single_file.save_controlnet(tmp_path / "c.safetensors", config, network.state_dict())
+    save_single_file(tmp_path / "c.safetensors", network)
     found = convert(load_file(tmp_path / "c.safetensors"), diffusers_controlnet(config).config)
     own = network.state_dict()
     assert found.keys() == own.keys() and all(torch.equal(found[n], own[n]) for n in own)
@@ -203,7 +208,7 @@ def test_diffusers_reads_the_single_file_alike(tmp_path):
 def test_one_is_not_attached(model, network, tmp_path):
     """Neither a folder nor a single file: it needs an image, and so a flag of its own."""
     adapter.save(tmp_path / "folder", network)
-    single_file.save_controlnet(tmp_path / "one.safetensors", network.config, network.state_dict())
+    save_single_file(tmp_path / "one.safetensors", network)
     sd = StableDiffusion.load(model)
     for path, file in (("folder", "diffusion_pytorch_model"), ("one.safetensors", "one")):
         with pytest.raises(ValueError, match=f"{file}.safetensors is a ControlNet.*--control_image"):
@@ -226,8 +231,8 @@ def test_a_repository_that_is_one_part():
 )
 def test_other_files_are_refused(network, tmp_path, change, message):
     file = tmp_path / "control.safetensors"
-    single_file.save_controlnet(file, network.config, network.state_dict())
-    written = json.dumps(config_json.WRITERS["controlnet"](network.config))
+    save_single_file(file, network)
+    written = json.dumps(config_json.to_json("controlnet", network.config))
     save_file(change(load_file(file)), file, metadata={single_file.CONFIG: written})
     with pytest.raises(ValueError, match=f"control.safetensors.*{message}"):
         adapter.load(file)

@@ -135,7 +135,7 @@ def test_going_on_from_a_file(model, options, tmp_path):
     assert run("lora", first) == 0
     file = first.output_dir / "pytorch_lora_weights.safetensors"
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in load_file(file)
-    about = files.metadata(file)
+    about = files.read_with_metadata(file)[1]
     assert (about["ss_network_dim"], about["ss_output_name"], about["ss_seed"]) == ("2", "out", "0")
     o = options("--init_lora", file, output_dir=tmp_path / "second", max_train_steps=1)
     m, trained, _ = built("lora", o)

@@ -244,7 +244,7 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
         ("ddim", {"karras": True}, "--karras has no meaning for --scheduler ddim"),
         ("lcm", {"karras": False}, "--karras has no meaning for --scheduler lcm"),
         ("PLMS", {"eta": 0.5}, "--eta has no meaning for --scheduler PLMS"),
-        ("eulr", {}, "no scheduler 'eulr'; did you mean 'euler'"),
+        ("eulr", {}, "unknown scheduler 'eulr'; did you mean 'euler'"),
     ],
 )
 def test_flags_that_a_scheduler_does_not_have(both, scheduler, flags, message):

@@ -243,7 +243,7 @@ def test_a1111_names_are_different():
     [
         ("eulr", "did you mean 'euler'"),
         ("dpm2m", "did you mean 'dpmpp_2m'"),
-        ("quux", "no scheduler 'quux'; one of: ddim, ddpm, dpmpp_2m"),
+        ("quux", "unknown scheduler 'quux'; one of: ddim, ddpm, dpmpp_2m"),
     ],
 )
 def test_unknown_names(name, message):

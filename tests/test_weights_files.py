@@ -16,31 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisd import files
-from minisd.formats import config_json, diffusers, single_file
-from minisd.formats import parts as ck
-from minisd.formats.parts import Checkpoint
-from tests.weights_tiny import listing, rewrite, tiny
+from minisd.formats import config_json, diffusers, parts, single_file
+from tests.weights_tiny import UNET, listing, rewrite, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoint, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "model"
-    diffusers.save(path, checkpoint)
-    return path
-
-
-@pytest.fixture(scope="module")
-def single(checkpoint, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    single_file.save(path, checkpoint)
-    return path
 
 
 # --- Lazy, and safe to change -------------------------------------------------------------------------------
@@ -49,7 +28,7 @@ def single(checkpoint, tmp_path_factory) -> Path:
 LAZY = """
 import sys
 from pathlib import Path
-from minisd.formats import files
+from minisd import files
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -97,8 +76,8 @@ def test_write_takes_every_kind_of_tensor(tmp_path):
     theirs = load_file(tmp_path / "a.safetensors")
     assert theirs.keys() == tensors.keys() == files.read(tmp_path / "a.safetensors").keys()
     assert all(torch.equal(theirs[k], v) and theirs[k].dtype == v.dtype for k, v in tensors.items())
-    assert files.metadata(tmp_path / "a.safetensors") == {"format": "pt", "note": "é\n"}
-    assert files.shapes(tmp_path / "a.safetensors")["empty"] == (0, 3)
+    assert files.read_with_metadata(tmp_path / "a.safetensors")[1] == {"format": "pt", "note": "é\n"}
+    assert files.read(tmp_path / "a.safetensors")["empty"].shape == (0, 3)
 
 
 # --- Bad input ----------------------------------------------------------------------------------------------
@@ -139,7 +118,7 @@ BAD_SAFETENSORS = {
 def test_bad_safetensors_is_named(tmp_path, kind):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(BAD_SAFETENSORS[kind])
-    for ask in (files.read, files.shapes, files.metadata, single_file.load):
+    for ask in (files.read, single_file.load):
         with pytest.raises(ValueError, match="broken.safetensors") as caught:
             ask(path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -202,7 +181,7 @@ def lightning(monkeypatch):
     return ModelCheckpoint, AttributeDict
 
 
-def test_an_old_training_checkpoint_is_read(checkpoint, single, tmp_path, monkeypatch):
+def test_an_old_training_checkpoint_is_read(sd_parts, sd_file, tmp_path, monkeypatch):
     import numpy as np
 
     with monkeypatch.context() as patch:
@@ -211,11 +190,11 @@ def test_an_old_training_checkpoint_is_read(checkpoint, single, tmp_path, monkey
         instance.best = 3
         content = {
             "epoch": 1, "global_step": np.float64(4), "callbacks": {callback: {"best": np.int64(3)}},
-            "more": [instance], "hyper_parameters": attributes(a=1), "state_dict": dict(load_file(single)),
+            "more": [instance], "hyper_parameters": attributes(a=1), "state_dict": dict(load_file(sd_file)),
         }  # fmt: skip
         torch.save(content, tmp_path / "old.ckpt")
     found = files.read(tmp_path / "old.ckpt")
-    assert found.keys() == load_file(single).keys()
+    assert found.keys() == load_file(sd_file).keys()
     # A pickle has no metadata, hence no configs: it is taken for the standard size, which it is not.
     with pytest.raises(ValueError, match=r"old.ckpt: \d+ missing"):
         single_file.load(tmp_path / "old.ckpt")
@@ -237,57 +216,57 @@ def test_bad_pickle_is_named(tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
-def refused(single: Path, tmp_path: Path, change, match: str) -> None:
-    path = rewrite(single, tmp_path / "other.safetensors", change)
+def refused(sd_file: Path, tmp_path: Path, change, match: str) -> None:
+    path = rewrite(sd_file, tmp_path / "other.safetensors", change)
     with pytest.raises(ValueError, match=f"other.safetensors.*{match}"):
         single_file.load(path)
 
 
-def test_other_kinds_of_files_are_told_apart(single, tmp_path):
+def test_other_kinds_of_files_are_told_apart(sd_file, tmp_path):
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     zero = torch.zeros(2, 2)
-    refused(single, tmp_path, lambda t: t | {key: torch.zeros(4, 1024)}, "an SD2 checkpoint")
-    refused(single, tmp_path, lambda t: {"cond_stage_model.model.ln_final.bias": zero}, "an SD2 checkpoint")
-    refused(single, tmp_path, lambda t: t | {key: torch.zeros(4, 2048)}, "an SDXL checkpoint")
+    refused(sd_file, tmp_path, lambda t: t | {key: torch.zeros(4, 1024)}, "an SD2 checkpoint")
+    refused(sd_file, tmp_path, lambda t: {"cond_stage_model.model.ln_final.bias": zero}, "an SD2 checkpoint")
+    refused(sd_file, tmp_path, lambda t: t | {key: torch.zeros(4, 2048)}, "an SDXL checkpoint")
     refused(
-        single,
+        sd_file,
         tmp_path,
         lambda t: t | {"model.diffusion_model.label_emb.0.0.weight": zero},
         "an SDXL checkpoint",
     )
-    refused(single, tmp_path, lambda t: {"control_model.zero_convs.0.0.bias": zero}, "a ControlNet")
-    refused(single, tmp_path, lambda t: {"lora_unet_x.lora_down.weight": zero}, "a LoRA")
-    refused(single, tmp_path, lambda t: {"unet.x.lora_A.weight": zero}, "a LoRA")
-    refused(single, tmp_path, lambda t: {"emb_params": zero}, "a textual inversion embedding")
-    refused(single, tmp_path, lambda t: {"first_stage_model.encoder.conv_in.bias": zero}, "a VAE alone")
-    refused(single, tmp_path, lambda t: {"down_blocks.0.x": zero}, "one part of a folder")
-    refused(single, tmp_path, lambda t: {"something": zero}, "holds no unet")
+    refused(sd_file, tmp_path, lambda t: {"control_model.zero_convs.0.0.bias": zero}, "a ControlNet")
+    refused(sd_file, tmp_path, lambda t: {"lora_unet_x.lora_down.weight": zero}, "a LoRA")
+    refused(sd_file, tmp_path, lambda t: {"unet.x.lora_A.weight": zero}, "a LoRA")
+    refused(sd_file, tmp_path, lambda t: {"emb_params": zero}, "a textual inversion embedding")
+    refused(sd_file, tmp_path, lambda t: {"first_stage_model.encoder.conv_in.bias": zero}, "a VAE alone")
+    refused(sd_file, tmp_path, lambda t: {"down_blocks.0.x": zero}, "one part of a folder")
+    refused(sd_file, tmp_path, lambda t: {"something": zero}, "holds no unet")
     for part, prefix in single_file.PREFIXES.items():
         refused(
-            single, tmp_path, lambda t, p=prefix: {k: v for k, v in t.items() if not k.startswith(p)},
+            sd_file, tmp_path, lambda t, p=prefix: {k: v for k, v in t.items() if not k.startswith(p)},
             "ControlNet|VAE|LoRA" if part == "none" else f"holds no {part}",
         )  # fmt: skip
 
 
-def test_strict_about_every_name(single, tmp_path):
+def test_strict_about_every_name(sd_file, tmp_path):
     gone = "model.diffusion_model.out.2.bias"
-    refused(single, tmp_path, lambda t: t | {"model.extra": torch.zeros(1)}, r"1 unknown \(model.extra\)")
+    refused(sd_file, tmp_path, lambda t: t | {"model.extra": torch.zeros(1)}, r"1 unknown \(model.extra\)")
     refused(
-        single,
+        sd_file,
         tmp_path,
         lambda t: {k: v for k, v in t.items() if k != gone},
         rf"1 missing \({gone}\) of \d+ tensors",
     )
     refused(
-        single,
+        sd_file,
         tmp_path,
         lambda t: t | {gone: torch.zeros(5)},
         r"1 tensors of another shape: conv_out.bias is",
     )
 
 
-def test_damaged_metadata(single, tmp_path):
-    tensors, own = load_file(single), json.loads(files.metadata(single)[single_file.CONFIG])
+def test_damaged_metadata(sd_file, tmp_path):
+    tensors, own = load_file(sd_file), json.loads(files.read_with_metadata(sd_file)[1][single_file.CONFIG])
     own_unet = own["unet"]
     for change in (
         "{", "[]", "null", "[" * 100_000,
@@ -310,39 +289,39 @@ def test_damaged_metadata(single, tmp_path):
     [
         ("unet", "cross_attention_dim", 1024, "SD2 checkpoint; minisd is for SD v1.x"),
         ("unet", "cross_attention_dim", 2048, "SDXL checkpoint; minisd is for SD v1.x"),
-        ("unet", "cross_attention_dim", 64, "takes text states of width 64"),
+        ("unet", "cross_attention_dim", 64, "of another shape"),
         ("unet", "use_linear_projection", True, "use_linear_projection is True"),
         ("unet", "class_embed_type", "timestep", "class_embed_type"),
         ("unet", "transformer_layers_per_block", 2, "transformer_layers_per_block is 2"),
-        ("unet", "act_fn", "gelu", "act_fn is 'gelu'; for SD v1.x it has to be 'silu'"),
+        ("unet", "act_fn", "gelu", "act_fn is 'gelu', but minisd needs 'silu'"),
         ("unet", "mid_block_type", "UNetMidBlock2D", "mid_block_type"),
         ("unet", "down_block_types", ["AttnDownBlock2D", "DownBlock2D"], "down_block_types"),
         ("unet", "up_block_types", ["CrossAttnUpBlock2D"] * 2, "up_block_types"),
         ("unet", "block_out_channels", [0, 64], "block_out_channels"),
         ("unet", "block_out_channels", "many", "block_out_channels"),
         ("unet", "norm_num_groups", 7, "no unet can be built"),
-        ("unet", "attention_head_dim", [2, 5], "64 channels cannot be split into 5 heads"),
+        ("unet", "attention_head_dim", [2, 5], "64 channels cannot be divided by 5 into heads"),
         ("unet", "attention_head_dim", [2, 2, 2], "attention_head_dim"),
         ("unet", "layers_per_block", [1, 2], "layers_per_block"),
-        ("unet", "time_cond_proj_dim", 256, "minisd does not know it"),
+        ("unet", "time_cond_proj_dim", 256, "unknown key 'time_cond_proj_dim', which is 256"),
         ("vae", "latent_channels", 16, "of another shape"),
         ("vae", "shift_factor", 0.1, "shift_factor"),
         ("vae", "scaling_factor", -1, "scaling_factor"),
         ("vae", "down_block_types", ["X", "Y"], "down_block_types"),
         ("text_encoder", "hidden_size", 1024, "SD2 or SDXL"),
         ("text_encoder", "hidden_act", "relu", "hidden_act is 'relu'"),
-        ("text_encoder", "num_attention_heads", 5, "cannot be split into 5 heads"),
+        ("text_encoder", "num_attention_heads", 5, "32 channels cannot be divided by 5 into heads"),
         ("text_encoder", "attention_dropout", 0.5, "attention_dropout"),
     ],
 )
-def test_configs_of_other_models_are_refused(folder, tmp_path, part, field, value, match):
-    for source in listing(folder):  # links: only the config is new
+def test_configs_of_other_models_are_refused(sd_folder, tmp_path, part, field, value, match):
+    for source in listing(sd_folder):  # links: only the config is new
         target = tmp_path / "m" / source
-        if (folder / source).is_dir():
+        if (sd_folder / source).is_dir():
             target.mkdir(parents=True)
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(folder / source)
+            target.symlink_to(sd_folder / source)
     config = tmp_path / "m" / part / "config.json"
     content = json.loads(config.read_text()) | {field: value}
     config.unlink()
@@ -351,7 +330,15 @@ def test_configs_of_other_models_are_refused(folder, tmp_path, part, field, valu
         diffusers.load(tmp_path / "m")
 
 
-def test_fields_that_may_deviate(checkpoint, folder):
+def test_parts_of_different_models_are_refused(tmp_path):
+    diffusers.save(tmp_path / "m", tiny(replace(UNET, cross_attention_dim=64)))
+    with pytest.raises(
+        ValueError, match="m: the UNet takes text states of width 64, the text encoder gives 32"
+    ):
+        diffusers.load(tmp_path / "m")
+
+
+def test_fields_that_may_deviate(sd_parts, sd_folder):
     for part, extra in (
         ("unet", {"upcast_attention": True, "class_embed_type": None, "num_attention_heads": None,
                   "unheard": None, "attention_head_dim": [2, 4], "layers_per_block": [2, 2],
@@ -359,23 +346,23 @@ def test_fields_that_may_deviate(checkpoint, folder):
         ("vae", {"force_upcast": True, "latents_mean": None, "_name_or_path": "x"}),
         ("text_encoder", {"torch_dtype": "float32", "projection_dim": 7, "bad_words_ids": [3]}),
     ):  # fmt: skip
-        content = files.read_json(folder / part / "config.json") | extra
-        assert config_json.READERS[part](content, Path("x")) == getattr(checkpoint, part)
+        content = files.read_json(sd_folder / part / "config.json") | extra
+        assert config_json.from_json(part, content, Path("x")) == sd_parts.networks[part].config
 
 
 @pytest.mark.parametrize(
     "gone", ["unet", "vae/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler", "tokenizer",
              "tokenizer/merges.txt"]
 )  # fmt: skip
-def test_incomplete_folder(folder, tmp_path, gone):
-    path = shutil.copytree(folder, tmp_path / "m")
+def test_incomplete_folder(sd_folder, tmp_path, gone):
+    path = shutil.copytree(sd_folder, tmp_path / "m")
     shutil.rmtree(path / gone) if (path / gone).is_dir() else (path / gone).unlink()
     with pytest.raises(ValueError, match=str(path)):
         diffusers.load(path)
 
 
-def test_bad_json(folder, tmp_path):
-    path = shutil.copytree(folder, tmp_path / "m")
+def test_bad_json(sd_folder, tmp_path):
+    path = shutil.copytree(sd_folder, tmp_path / "m")
     for name in ("unet/config.json", "model_index.json"):
         good = (path / name).read_text()
         for bad in ("{", "[]", "[" * 100_000, "\x00"):
@@ -388,24 +375,24 @@ def test_bad_json(folder, tmp_path):
         diffusers.load(path)
 
 
-def test_flags_without_an_effect_are_errors(folder, single):
+def test_flags_without_an_effect_are_errors(sd_folder, sd_file):
     with pytest.raises(ValueError, match="EMA by its variant"):
-        diffusers.load(folder, ema=True)
+        diffusers.load(sd_folder, ema=True)
     with pytest.raises(ValueError, match="has no variant 'fp16'"):
-        single_file.load(single, variant="fp16")
+        single_file.load(sd_file, variant="fp16")
 
 
-def test_a_vocabulary_of_ones_own_does_not_go_into_a_single_file(checkpoint, tmp_path):
-    own = shutil.copytree(ck.TOKENIZER, tmp_path / "tokenizer")
-    assert ck.is_standard_tokenizer(own)
-    single_file.save(tmp_path / "good.safetensors", replace(checkpoint, tokenizer=own))
+def test_a_vocabulary_of_ones_own_does_not_go_into_a_single_file(sd_parts, tmp_path):
+    own = shutil.copytree(parts.TOKENIZER, tmp_path / "tokenizer")
+    assert parts.is_standard_tokenizer(own)
+    single_file.save(tmp_path / "good.safetensors", replace(sd_parts, tokenizer=own))
     (own / "added_tokens.json").write_text('{"<cat>": 49408}')
     with pytest.raises(ValueError, match="cannot write .*bad.safetensors.* is not CLIP's own"):
-        single_file.save(tmp_path / "bad.safetensors", replace(checkpoint, tokenizer=own))
+        single_file.save(tmp_path / "bad.safetensors", replace(sd_parts, tokenizer=own))
     with pytest.raises(ValueError, match="model.ckpt: a single file is written as .safetensors"):
-        single_file.save(tmp_path / "model.ckpt", checkpoint)
+        single_file.save(tmp_path / "model.ckpt", sd_parts)
     assert listing(tmp_path)[0] == "good.safetensors" and "bad.safetensors" not in listing(tmp_path)
-    diffusers.save(tmp_path / "m", replace(checkpoint, tokenizer=own))
+    diffusers.save(tmp_path / "m", replace(sd_parts, tokenizer=own))
     assert (tmp_path / "m/tokenizer/added_tokens.json").exists()
 
 
@@ -421,7 +408,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk(checkpoint, tmp_path, full_disk):
+def test_full_disk(sd_parts, tmp_path, full_disk):
     files.write(tmp_path / "small.safetensors", {"a": torch.zeros(9)})
     before = (tmp_path / "small.safetensors").read_bytes()
     for path in ("small.safetensors", "new.safetensors"):
@@ -432,9 +419,9 @@ def test_full_disk(checkpoint, tmp_path, full_disk):
     with pytest.raises(ValueError, match=f"cannot write {tmp_path}/t.txt"):
         files.write_text(tmp_path / "t.txt", "x" * (1 << 20))
     with pytest.raises(ValueError, match=f"cannot write {tmp_path}/model/.*: File too large"):
-        diffusers.save(tmp_path / "model", checkpoint)
+        diffusers.save(tmp_path / "model", sd_parts)
     with pytest.raises(ValueError, match=f"cannot write {tmp_path}/m.safetensors"):
-        single_file.save(tmp_path / "m.safetensors", checkpoint)
+        single_file.save(tmp_path / "m.safetensors", sd_parts)
     assert listing(tmp_path) == ["small.safetensors"]
     assert (tmp_path / "small.safetensors").read_bytes() == before
 

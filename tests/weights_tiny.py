@@ -1,4 +1,4 @@
-"""A checkpoint of toy size, and what the tests of weights ask of checkpoints."""
+"""A Stable Diffusion of toy size, and how tests of files compare and change such models."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisd import files
-from minisd.formats import parts as ck
-from minisd.formats.parts import PARTS, Checkpoint
+from minisd.formats import parts
+from minisd.formats.parts import PARTS, PipelineParts
 from minisd.models import text, unet, vae
 
 UNET = unet.UNetConfig(
@@ -24,30 +24,32 @@ TEXT = text.TextConfig(
 )  # fmt: skip
 
 
-def tiny(unet_config=UNET, dtype=torch.float32) -> Checkpoint:
-    config = {"unet": unet_config, "vae": VAE, "text_encoder": TEXT}
+def tiny(unet_config=UNET, dtype=torch.float32) -> PipelineParts:
+    configs = {"unet": unet_config, "vae": VAE, "text_encoder": TEXT}
     generator = torch.Generator().manual_seed(0)
-    tensors = {
-        part: {
-            name: torch.randn(shape, generator=generator).to(dtype)
-            for name, shape in ck.native_shapes(part, config[part], "tiny").items()
+    networks = {}
+    for part, config in configs.items():
+        network = parts.build(part, config, "tiny")
+        tensors = {
+            name: torch.randn(t.shape, generator=generator).to(dtype)
+            for name, t in network.state_dict().items()
         }
-        for part in PARTS
-    }
-    return Checkpoint(
-        **config, tensors=tensors, scheduler=dict(ck.SD1_SCHEDULER), tokenizer=ck.TOKENIZER,
-        pipeline="StableDiffusionPipeline",
+        networks[part] = parts.fill(network, tensors, "tiny")
+    return PipelineParts(
+        **networks, scheduler=dict(parts.SD1_SCHEDULER), tokenizer=parts.TOKENIZER,
+        pipeline_class="StableDiffusionPipeline",
     )  # fmt: skip
 
 
-def assert_equal(a: Checkpoint, b: Checkpoint) -> None:
+def assert_equal(a: PipelineParts, b: PipelineParts) -> None:
     for part in PARTS:
-        assert getattr(a, part) == getattr(b, part)
-        assert a.tensors[part].keys() == b.tensors[part].keys()
-        for name, tensor in a.tensors[part].items():
-            assert tensor.dtype == b.tensors[part][name].dtype, name
-            assert torch.equal(tensor, b.tensors[part][name]), name
-    assert (a.scheduler, a.pipeline) == (b.scheduler, b.pipeline)
+        assert a.networks[part].config == b.networks[part].config
+        ours, theirs = a.networks[part].state_dict(), b.networks[part].state_dict()
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype, name
+            assert torch.equal(tensor, theirs[name]), name
+    assert (a.scheduler, a.pipeline_class) == (b.scheduler, b.pipeline_class)
 
 
 def listing(path: Path) -> list[str]:
@@ -57,7 +59,7 @@ def listing(path: Path) -> list[str]:
 def rewrite(source: Path, target: Path, change) -> Path:
     tensors = change(dict(load_file(source)))
     if target.suffix == ".safetensors":
-        save_file(tensors, target, metadata=files.metadata(source))
+        save_file(tensors, target, metadata=files.read_with_metadata(source)[1])
     else:
         torch.save({"state_dict": tensors, "global_step": 3}, target)
     return target

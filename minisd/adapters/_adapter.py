@@ -86,7 +86,7 @@ def network_name(part: str) -> str:
 def read(sd: StableDiffusion, file: Path) -> Adapter:
     """The adapter in a file, whose kind its tensors tell. ValueError, naming the file, if there is none, or
     if it does not fit the model."""
-    tensors, metadata = files.read(file), files.metadata(file)
+    tensors, metadata = files.read_with_metadata(file)
     try:
         kind = registry.match("adapters", tensors)
     except ValueError:

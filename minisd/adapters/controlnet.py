@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from minisd.formats import diffusers, hub, single_file
-from minisd.formats.parts import build, fill
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import move
 from minisd.models.unet import UNetConfig
@@ -48,10 +47,9 @@ def load(
     """
     path = hub.resolve(path, cache_dir=cache_dir)
     if path.is_dir():
-        config, tensors = diffusers.load_part(path, "controlnet")
+        network = diffusers.load_part(path, "controlnet")
     else:
-        config, tensors = single_file.load_controlnet(path)
-    network = fill(build("controlnet", config, path), tensors, path)
+        network = single_file.load_controlnet(path)
     return move(network, device, dtype).eval().requires_grad_(False)
 
 
@@ -67,4 +65,4 @@ def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:
 
 def save(folder: Path, network: ControlNet) -> None:
     """Write config.json and the weights. What else an existing folder holds stays there."""
-    diffusers.save_part(folder, "controlnet", network.config, network.state_dict())
+    diffusers.save_part(folder, network)

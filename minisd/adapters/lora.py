@@ -258,7 +258,7 @@ def matches(tensors: Mapping[str, Tensor]) -> bool:
 def load(sd: StableDiffusion, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
     """Put the updates in a file into the model, to train them further; they are still frozen. ValueError,
     naming the file, if one of them is not a product of two low-rank factors."""
-    updates = read(sd, files.read(path), files.metadata(path), path).updates
+    updates = read(sd, *files.read_with_metadata(path), path).updates
     for name, update in updates.items():
         if not isinstance(update, LowRank):
             raise ValueError(

@@ -1,377 +1,377 @@
-"""config.json of the diffusers layout as our dataclasses, and back: the one place that knows its spelling."""
+"""config.json and scheduler_config.json as diffusers writes them: the one place that knows their keys.
 
-from collections.abc import Callable
+A model's config is read and written by the same table, of which a row gives a key, the spelling of its value,
+the value that its absence means, and the attribute of our dataclass.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minisd import files
 from minisd.formats.parts import Config
 from minisd.models.controlnet import HINT_CHANNELS, ControlNetConfig
 from minisd.models.text import ACTIVATIONS, TextConfig
-from minisd.models.unet import EncoderConfig, UNetConfig
+from minisd.models.unet import UNetConfig
 from minisd.models.unet2d import UNet2DConfig
 from minisd.models.vae import VAEConfig
 
-LAYOUT = "0.16.0"  # the release of the layout whose fields are written
+DIFFUSERS_VERSION = "0.16.0"  # the release whose keys are written
 
-# Fields that a config has beyond ours, with the only value that our models have. Those of IGNORED change the
-# rounding at most.
-UNET_FIXED = {
-    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
-    "mid_block_scale_factor": 1, "act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False, "dropout": 0.0, "transformer_layers_per_block": 1,
-    "dual_cross_attention": False, "use_linear_projection": False, "class_embed_type": None,
-    "addition_embed_type": None, "num_class_embeds": None, "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default", "class_embeddings_concat": False,
-}  # fmt: skip
-CONTROLNET_FIXED = UNET_FIXED | {
-    "controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False,
-    "conditioning_channels": 3,
-}  # fmt: skip
-UNET2D_FIXED = {
-    "center_input_sample": False, "time_embedding_type": "positional", "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1, "downsample_type": "conv", "upsample_type": "conv", "dropout": 0.0,
-    "act_fn": "silu", "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None,
-    "num_class_embeds": None, "attn_norm_num_groups": None, "time_embedding_dim": None,
-    "num_train_timesteps": None,
-}  # fmt: skip
-VAE_FIXED = {
-    "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
-}  # fmt: skip
-TEXT_FIXED = {"attention_dropout": 0.0, "dropout": 0.0}
-IGNORED = {"upcast_attention", "force_upcast", "addition_embed_type_num_heads"}
+# --- How values are spelled ------------------------------------------------------------------------------
 
-CROSS_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-SELF_ATTENTION = {"AttnDownBlock2D": True, "DownBlock2D": False}
+INVALID = (ValueError, TypeError, LookupError)
+
+
+class Spelling(NamedTuple):
+    """How a JSON file spells a value."""
+
+    allowed: str  # the values that `read` takes, for messages
+    read: Callable[[Any, int], Any]  # (file's value, number of levels) -> our value; raises one of INVALID
+    write: Callable[[Any], Any] = lambda value: value
+    nullable: bool = False  # whether null is a value; elsewhere it means the same as an absent key
+
+
+def _size(value: Any, levels: int = 0, *, least: int = 1) -> int:
+    if type(value) is not int or not least <= value < 1 << 20:
+        raise ValueError
+    return value
+
+
+def _number(value: Any, levels: int = 0) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError
+    return float(value)
+
+
+def _list(values: Any, item: Callable[[Any], Any], length: int = 0) -> tuple:
+    """A list of `length`, or else of one or more."""
+    if not isinstance(values, (list, tuple)) or len(values) != (length or max(1, len(values))):
+        raise ValueError
+    return tuple(map(item, values))
+
+
+def _per_level(value: Any, levels: int) -> tuple[int, ...]:
+    """A size for each level, or one for all."""
+    return _list([value] * levels if isinstance(value, int) else value, _size, levels)
+
+
+def _same(value: Any, levels: int) -> int:
+    (size,) = set(_per_level(value, levels))
+    return size
+
+
+def _one_of(values: dict[Any, Any]) -> Spelling:
+    """One of the file's values, each with ours."""
+    ours = {value: key for key, value in values.items()}
+    allowed = " or ".join("null" if value is None else repr(value) for value in values)
+    return Spelling(allowed, lambda value, levels: values[value], ours.__getitem__)
+
+
+def _choice(*values: Any) -> Spelling:
+    return _one_of({value: value for value in values})
+
+
+def _block_types(kind: str, direction: str, attention: Iterable[bool]) -> list[str]:
+    return [f"{kind if has else ''}{direction}Block2D" for has in attention]
+
+
+def _attention(kind: str) -> Spelling:
+    """Which levels have attention, as diffusers' names of their blocks."""
+    block, plain = _block_types(kind, "Down", (True, False))
+    has = {block: True, plain: False}
+    return Spelling(
+        f"{block} or {plain} for each level",
+        lambda value, levels: _list(value, has.__getitem__, levels),
+        partial(_block_types, kind, "Down"),
+    )
+
+
+SIZE = Spelling("a whole number above zero", _size)
+WHOLE = Spelling("a whole number", partial(_size, least=0))
+NUMBER = Spelling("a number above zero", _number)
+SIZES = Spelling("whole numbers above zero", lambda value, levels: _list(value, _size), list)
+NUMBERS = Spelling("numbers above zero", lambda value, levels: _list(value, _number))
+PER_LEVEL = Spelling(
+    "a whole number above zero, or one for each level",
+    _per_level,
+    lambda sizes: sizes[0] if len(set(sizes)) == 1 else list(sizes),
+)
+SAME = Spelling("a whole number above zero, the same for every level", _same)
+SIDE = Spelling("a whole number above zero, the same for height and width", lambda value, _: _same(value, 2))
+HEAD_DIM = Spelling(
+    "a whole number above zero, or null", lambda value, levels: _size(value) if value else None, nullable=True
+)
+FLAG = _choice(True, False)
+ANYTHING = Spelling("anything", lambda value, levels: value)
+
+# --- config.json: a table for each kind of model ---------------------------------------------------------
+
+
+class Row(NamedTuple):
+    key: str
+    spelling: Spelling
+    default: Any  # of diffusers, for a file without the key
+    attribute: str = ""  # of our dataclass, if its name is another
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """How one kind of model is spelled. Keys that are not in its table are errors unless null or false."""
+
+    config: type
+    rows: tuple[Row, ...]  # block_out_channels first: it tells the number of levels
+    written: dict[str, Any]  # further keys, with the only value that our models have
+    fixed: dict[str, Any]  # keys that later releases added, likewise, which are not written
+    labels: dict[str, Any]  # what is written for other programs, and not read
+    derived: Callable[[Any], dict[str, Any]] = lambda config: {}  # keys whose values follow from the rows
+    heads: Callable[[Any], Iterable[tuple[int, int]]] = lambda config: ()  # (channels, what must divide them)
+    others: tuple[str, dict[int, str]] = ("", {})  # a key, and whose model it is by the key's value
+    nested: str = ""  # the key under which the config of a larger model has this one
+    ignores_others: bool = False  # whether all further keys are harmless
+
+
+# Harmless keys of any model: they change the rounding at most.
+HARMLESS = {"upcast_attention", "force_upcast", "addition_embed_type_num_heads"}
+
+
+def _sizes(**defaults: int) -> tuple[Row, ...]:
+    return tuple(Row(key, SIZE, default) for key, default in defaults.items())
+
+
+def _labels(class_name: str) -> dict[str, str]:
+    return {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION}
+
+
+def _attending(config: UNet2DConfig) -> list[tuple[int, int]]:
+    """The channels of the levels with attention and of the middle block, each with the width of a head."""
+    channels = [c for c, has in zip(config.block_out_channels, config.attention, strict=True) if has]
+    return [(c, config.head_dim or 1) for c in (*channels, config.block_out_channels[-1])]
+
+
+ENCODER_ROWS = (
+    Row("block_out_channels", SIZES, [320, 640, 1280, 1280]),
+    Row("down_block_types", _attention("CrossAttn"),
+        ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "attention"),
+    Row("attention_head_dim", PER_LEVEL, 8, "num_heads"),  # a misnomer: diffusers takes it for their number
+    Row("layers_per_block", SAME, 2),
+    Row("cross_attention_dim", SAME, 1280),
+    Row("norm_eps", NUMBER, 1e-5),
+    *_sizes(in_channels=4, norm_num_groups=32),
+)  # fmt: skip
+ENCODER_WRITTEN = {
+    "act_fn": "silu", "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+}  # fmt: skip
+ENCODER_FIXED = {
+    "center_input_sample": False, "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False,
+    "dropout": 0.0, "transformer_layers_per_block": 1, "dual_cross_attention": False,
+    "use_linear_projection": False, "class_embed_type": None, "addition_embed_type": None,
+    "num_class_embeds": None, "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional", "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "attention_type": "default", "class_embeddings_concat": False,
+}  # fmt: skip
+
+TABLES = {
+    "unet": Table(
+        config=UNetConfig,
+        rows=(*ENCODER_ROWS, Row("sample_size", SIDE, 64), *_sizes(out_channels=4)),
+        written=ENCODER_WRITTEN | {"center_input_sample": False},
+        fixed=ENCODER_FIXED,
+        labels=_labels("UNet2DConditionModel"),
+        derived=lambda c: {"up_block_types": _block_types("CrossAttn", "Up", reversed(c.attention))},
+        heads=lambda c: zip(c.block_out_channels, c.num_heads, strict=True),
+        others=("cross_attention_dim", {1024: "an SD2 checkpoint", 2048: "an SDXL checkpoint"}),
+    ),
+    "controlnet": Table(
+        config=ControlNetConfig,
+        rows=(
+            *ENCODER_ROWS,
+            Row("conditioning_embedding_out_channels", SIZES, HINT_CHANNELS, "hint_channels"),
+        ),
+        written=ENCODER_WRITTEN
+        | {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False},
+        fixed=ENCODER_FIXED | {"conditioning_channels": 3},
+        labels=_labels("ControlNetModel"),
+        heads=lambda c: zip(c.block_out_channels, c.num_heads, strict=True),
+        others=("cross_attention_dim", {1024: "a ControlNet of SD2", 2048: "a ControlNet of SDXL"}),
+    ),
+    "unet2d": Table(
+        config=UNet2DConfig,
+        rows=(
+            Row("block_out_channels", SIZES, [224, 448, 672, 896]),
+            Row("down_block_types", _attention("Attn"),
+                ["DownBlock2D"] + ["AttnDownBlock2D"] * 3, "attention"),
+            Row("attention_head_dim", HEAD_DIM, 8, "head_dim"),
+            Row("norm_eps", NUMBER, 1e-5),
+            Row("sample_size", SIDE, 64),
+            Row("downsample_padding", _one_of({0: True, 1: False}), 1, "pad_end_only"),
+            Row("freq_shift", _choice(0, 1), 0, "frequency_shift"),
+            Row("flip_sin_to_cos", _one_of({True: False, False: True}), True, "sines_first"),
+            *_sizes(in_channels=3, out_channels=3, layers_per_block=2, norm_num_groups=32),
+        ),
+        written={
+            "act_fn": "silu", "add_attention": True, "center_input_sample": False,
+            "mid_block_scale_factor": 1, "time_embedding_type": "positional",
+        },
+        fixed={
+            "mid_block_type": "UNetMidBlock2D", "downsample_type": "conv", "upsample_type": "conv",
+            "dropout": 0.0, "resnet_time_scale_shift": "default", "class_embed_type": None,
+            "num_class_embeds": None, "attn_norm_num_groups": None, "time_embedding_dim": None,
+            "num_train_timesteps": None,
+        },
+        labels=_labels("UNet2DModel"),
+        derived=lambda c: {"up_block_types": _block_types("Attn", "Up", reversed(c.attention))},
+        heads=_attending,
+    ),
+    "vae": Table(
+        config=VAEConfig,
+        rows=(
+            Row("block_out_channels", SIZES, [64]),
+            Row("sample_size", SIDE, 32),
+            Row("scaling_factor", NUMBER, 0.18215),
+            *_sizes(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=32),
+        ),
+        written={"act_fn": "silu"},
+        fixed={"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True},
+        labels=_labels("AutoencoderKL"),
+        derived=lambda c: {
+            "down_block_types": ["DownEncoderBlock2D"] * len(c.block_out_channels),
+            "up_block_types": ["UpDecoderBlock2D"] * len(c.block_out_channels),
+        },
+    ),
+    "text_encoder": Table(
+        config=TextConfig,
+        rows=(
+            *_sizes(vocab_size=49408, hidden_size=512, intermediate_size=2048),
+            Row("num_hidden_layers", SIZE, 12, "num_layers"),
+            Row("num_attention_heads", SIZE, 8, "num_heads"),
+            Row("max_position_embeddings", SIZE, 77, "max_positions"),
+            Row("hidden_act", _choice(*ACTIVATIONS), "quick_gelu", "activation"),
+            Row("layer_norm_eps", NUMBER, 1e-5, "eps"),
+        ),
+        written={"attention_dropout": 0.0, "dropout": 0.0},
+        fixed={},
+        labels={
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "bos_token_id": 0,
+            "eos_token_id": 2,  # as published; other programs read it as "the highest id"
+            "pad_token_id": 1, "initializer_factor": 1.0, "initializer_range": 0.02,
+        },
+        derived=lambda c: {"projection_dim": c.hidden_size},
+        heads=lambda c: [(c.hidden_size, c.num_heads)],
+        others=("hidden_size", dict.fromkeys((1024, 1280), "the text encoder of SD2 or SDXL")),
+        nested="text_config",
+        ignores_others=True,  # they are about CLIP's projection, about generation and about transformers
+    ),
+}  # fmt: skip
 
 
 def read(folder: Path, part: str) -> Config:
-    """config.json of a part's folder as our dataclass. ValueError, naming the field, if it is not SD v1's."""
+    """config.json of a part's folder as our dataclass; ValueError as in `from_json`."""
     path = Path(folder) / "config.json"
-    return READERS[part](files.read_json(path), path)
+    return from_json(part, files.read_json(path), path)
 
 
 def write(folder: Path, part: str, config: Config) -> None:
     """Write config.json into a part's folder."""
-    files.write_json(Path(folder) / "config.json", WRITERS[part](config))
+    files.write_json(Path(folder) / "config.json", to_json(part, config))
 
 
-class _Fields:
-    """The fields of a config.json, each taken once; then no other may be there with a value of its own."""
+def from_json(part: str, content: dict[str, Any], source: Path | str) -> Config:
+    """The content of a config.json as our dataclass.
 
-    def __init__(self, content: dict[str, Any], path: Path):
-        self.content, self.path, self.taken = content, path, set(IGNORED)
-
-    def take(self, name: str, default: Any, good: Callable[[Any], bool], what: str) -> Any:
-        self.taken.add(name)
-        value = self.content.get(name)
-        value = default if value is None else value
-        if not good(value):
-            raise self.error(name, value, what)
-        return value
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        return self.take(name, default, _is_size, "a whole number above zero")
-
-    def number(self, name: str, default: float) -> float:
-        return float(self.take(name, default, lambda v: type(v) in (int, float) and v > 0, "above zero"))
-
-    def integers(self, name: str, default: Any, length: int | None = None) -> tuple[int, ...]:
-        """A list, or one number that stands for all of `length`."""
-
-        def good(value: Any) -> bool:
-            if isinstance(value, (list, tuple)):
-                return bool(value) and len(value) == (length or len(value)) and all(map(_is_size, value))
-            return bool(length) and _is_size(value)
-
-        value = self.take(name, default, good, f"{length or 'some'} whole numbers above zero")
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,) * (length or 1)
-
-    def same(self, name: str, default: Any, length: int) -> int:
-        """The one number that stands at all of `length` levels."""
-        values = self.integers(name, default, length)
-        if len(set(values)) > 1:
-            raise self.error(name, list(values), "the same at every level")
-        return values[0]
-
-    def kinds(self, name: str, default: list[str], kinds: dict[str, bool]) -> tuple[bool, ...]:
-        """Whether each level's block has attention, from its kind."""
-
-        def good(value: Any) -> bool:
-            return isinstance(value, list) and len(value) == len(default) and all(k in kinds for k in value)
-
-        value = self.take(name, default, good, f"{len(default)} of {' '.join(kinds)}")
-        return tuple(kinds[kind] for kind in value)
-
-    def mirrored(self, name: str, attention: tuple[bool, ...], kinds: dict[str, bool]) -> None:
-        """The kinds of the decoder's blocks: those of the encoder from its end."""
-        up = [kind.replace("Down", "Up") for kind in reversed(_kinds(attention, kinds))]
-        self.take(name, up, lambda v: v == up, f"the reverse of down_block_types, {up}")
-
-    def refuse_others(self, fixed: dict[str, Any]) -> None:
-        for name, value in self.content.items():
-            if name in fixed and value is not None and value != fixed[name]:
-                raise self.error(name, value, repr(fixed[name]))
-            if (
-                name not in fixed
-                and name not in self.taken
-                and name[:1] != "_"
-                and value not in (None, False)
-            ):
-                raise self.error(name, value, "absent: minisd does not know it")
-
-    def error(self, name: str, value: Any, what: str) -> ValueError:
-        return ValueError(f"{self.path}: {name} is {value!r}; for SD v1.x it has to be {what}")
-
-
-def _kinds(attention: tuple[bool, ...], kinds: dict[str, bool]) -> list[str]:
-    names = {has: kind for kind, has in kinds.items()}
-    return [names[has] for has in attention]
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 20
-
-
-def _read_unet(content: dict[str, Any], path: Path) -> UNetConfig:
-    width = content.get("cross_attention_dim")
-    if width in (1024, 2048):
-        raise ValueError(f"{path}: this is an {_family(width)} checkpoint; minisd is for SD v1.x")
-    fields = _Fields(content, path)
-    config = UNetConfig(
-        **_read_encoder(fields),
-        out_channels=fields.integer("out_channels", 4),
-        sample_size=fields.same("sample_size", 64, 2),
-    )
-    fields.mirrored("up_block_types", config.attention, CROSS_ATTENTION)
-    fields.refuse_others(UNET_FIXED)
+    ValueError, naming source and key, if it describes a network that our models cannot be, or has an unknown
+    key, which may mean that.
+    """
+    table = TABLES[part]
+    if isinstance(content.get(table.nested), dict):
+        content = content[table.nested]
+    key, families = table.others
+    if family := next((name for value, name in families.items() if content.get(key) == value), None):
+        raise ValueError(f"{source}: this is {family}; minisd is for SD v1.x")
+    values: dict[str, Any] = {}
+    for row in table.rows:
+        value = content.get(row.key)
+        if value is None and not (row.spelling.nullable and row.key in content):
+            value = row.default
+        levels = len(values.get("block_out_channels", ()))
+        values[row.attribute or row.key] = _read(row.key, value, row.spelling, levels, source)
+    config = table.config(**values)
+    for channels, divisor in table.heads(config):
+        if channels % divisor:
+            raise ValueError(f"{source}: {channels} channels cannot be divided by {divisor} into heads")
+    only = table.written | table.fixed | ({} if table.ignores_others else table.derived(config))
+    known = {row.key for row in table.rows} | HARMLESS
+    for key, value in content.items():
+        if key in only and value is not None and value != only[key]:
+            raise _refused(source, key, value, repr(only[key]))
+        is_known = key in only or key in known or key.startswith("_") or table.ignores_others
+        if not is_known and value not in (None, False):
+            raise ValueError(f"{source}: unknown key {key!r}, which is {value!r}")
     return config
 
 
-def _read_encoder(fields: _Fields) -> dict[str, Any]:
-    """The fields of EncoderConfig."""
-    channels = fields.integers("block_out_channels", (320, 640, 1280, 1280))
-    levels = len(channels)
-    default = ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
-    num_heads = fields.integers("attention_head_dim", 8, levels)  # a misnomer of the layout: their number
-    if uneven := [(c, n) for c, n in zip(channels, num_heads, strict=True) if c % n]:
-        raise ValueError(f"{fields.path}: {uneven[0][0]} channels cannot be split into {uneven[0][1]} heads")
-    return {
-        "in_channels": fields.integer("in_channels", 4),
-        "block_out_channels": channels,
-        "attention": fields.kinds("down_block_types", default, CROSS_ATTENTION),
-        "num_heads": num_heads,
-        "layers_per_block": fields.same("layers_per_block", 2, levels),
-        "cross_attention_dim": fields.same("cross_attention_dim", 1280, levels),
-        "norm_num_groups": fields.integer("norm_num_groups", 32),
-        "norm_eps": fields.number("norm_eps", 1e-5),
-    }
+def to_json(part: str, config: Config) -> dict[str, Any]:
+    """The content of a config.json, which `from_json` reads."""
+    table = TABLES[part]
+    content = {row.key: row.spelling.write(getattr(config, row.attribute or row.key)) for row in table.rows}
+    return dict(sorted((content | table.written | table.labels | table.derived(config)).items()))
 
 
-def _write_unet(config: UNetConfig) -> dict[str, Any]:
-    encoder = _write_encoder(config)
-    up = [kind.replace("Down", "Up") for kind in reversed(encoder["down_block_types"])]
-    own = {"_class_name": "UNet2DConditionModel", "center_input_sample": False, "up_block_types": up}
-    own |= {"out_channels": config.out_channels, "sample_size": config.sample_size}
-    return dict(sorted((encoder | own).items()))
+def _read(key: str, value: Any, spelling: Spelling, levels: int, source: Path | str) -> Any:
+    try:
+        return spelling.read(value, levels)
+    except INVALID:
+        raise _refused(source, key, value, spelling.allowed) from None
 
 
-def _write_encoder(config: EncoderConfig) -> dict[str, Any]:
-    heads = list(config.num_heads)
-    down = _kinds(config.attention, CROSS_ATTENTION)
-    return {
-        "_diffusers_version": LAYOUT,
-        "act_fn": "silu",
-        "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
-        "block_out_channels": list(config.block_out_channels),
-        "cross_attention_dim": config.cross_attention_dim,
-        "down_block_types": down,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": config.in_channels,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_scale_factor": 1,
-        "norm_eps": config.norm_eps,
-        "norm_num_groups": config.norm_num_groups,
-    }
+def _refused(source: Path, key: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{source}: {key} is {value!r}, but minisd needs {allowed}")
 
 
-def _read_controlnet(content: dict[str, Any], path: Path) -> ControlNetConfig:
-    width = content.get("cross_attention_dim")
-    if width in (1024, 2048):
-        raise ValueError(f"{path}: this is a ControlNet of {_family(width)}; minisd is for SD v1.x")
-    fields = _Fields(content, path)
-    config = ControlNetConfig(
-        **_read_encoder(fields),
-        hint_channels=fields.integers("conditioning_embedding_out_channels", HINT_CHANNELS),
-    )
-    fields.refuse_others(CONTROLNET_FIXED)
-    return config
+# --- scheduler_config.json -------------------------------------------------------------------------------
 
-
-def _write_controlnet(config: ControlNetConfig) -> dict[str, Any]:
-    own = {
-        "_class_name": "ControlNetModel",
-        "conditioning_embedding_out_channels": list(config.hint_channels),
-        "controlnet_conditioning_channel_order": "rgb",
-        "global_pool_conditions": False,
-    }
-    return dict(sorted((_write_encoder(config) | own).items()))
-
-
-def _read_unet2d(content: dict[str, Any], path: Path) -> UNet2DConfig:
-    fields = _Fields(content, path)
-    channels = fields.integers("block_out_channels", (224, 448, 672, 896))
-    default = ["DownBlock2D"] + ["AttnDownBlock2D"] * (len(channels) - 1)
-    head_dim = fields.integer("attention_head_dim", 8) if content.get("attention_head_dim", 8) else None
-    fields.taken.add("attention_head_dim")
-    config = UNet2DConfig(
-        in_channels=fields.integer("in_channels", 3),
-        out_channels=fields.integer("out_channels", 3),
-        block_out_channels=channels,
-        attention=fields.kinds("down_block_types", default, SELF_ATTENTION),
-        head_dim=head_dim,
-        layers_per_block=fields.integer("layers_per_block", 2),
-        norm_num_groups=fields.integer("norm_num_groups", 32),
-        norm_eps=fields.number("norm_eps", 1e-5),
-        sample_size=fields.same("sample_size", 64, 2),
-        pad_end_only=not fields.take("downsample_padding", 1, lambda v: v in (0, 1), "0 or 1"),
-        frequency_shift=fields.take("freq_shift", 0, lambda v: v in (0, 1), "0 or 1"),
-        sines_first=not fields.take("flip_sin_to_cos", True, lambda v: isinstance(v, bool), "true or false"),
-    )
-    fields.mirrored("up_block_types", config.attention, SELF_ATTENTION)
-    fields.refuse_others(UNET2D_FIXED)
-    attending = [c for c, has in zip(channels, config.attention, strict=True) if has] + [channels[-1]]
-    if head_dim and (uneven := [c for c in attending if c % head_dim]):
-        raise ValueError(f"{path}: {uneven[0]} channels cannot be split into heads of {head_dim}")
-    return config
-
-
-def _write_unet2d(config: UNet2DConfig) -> dict[str, Any]:
-    down = _kinds(config.attention, SELF_ATTENTION)
-    return {
-        "_class_name": "UNet2DModel",
-        "_diffusers_version": LAYOUT,
-        "act_fn": "silu",
-        "add_attention": True,
-        "attention_head_dim": config.head_dim,
-        "block_out_channels": list(config.block_out_channels),
-        "center_input_sample": False,
-        "down_block_types": down,
-        "downsample_padding": 0 if config.pad_end_only else 1,
-        "flip_sin_to_cos": not config.sines_first,
-        "freq_shift": config.frequency_shift,
-        "in_channels": config.in_channels,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_scale_factor": 1,
-        "norm_eps": config.norm_eps,
-        "norm_num_groups": config.norm_num_groups,
-        "out_channels": config.out_channels,
-        "sample_size": config.sample_size,
-        "time_embedding_type": "positional",
-        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
-    }
-
-
-def _read_vae(content: dict[str, Any], path: Path) -> VAEConfig:
-    fields = _Fields(content, path)
-    channels = fields.integers("block_out_channels", (64,))
-    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        kinds = [kind] * len(channels)
-        fields.take(name, kinds, lambda v, kinds=kinds: v == kinds, f"{kinds}")
-    config = VAEConfig(
-        in_channels=fields.integer("in_channels", 3),
-        out_channels=fields.integer("out_channels", 3),
-        latent_channels=fields.integer("latent_channels", 4),
-        block_out_channels=channels,
-        layers_per_block=fields.integer("layers_per_block", 1),
-        norm_num_groups=fields.integer("norm_num_groups", 32),
-        sample_size=fields.same("sample_size", 32, 2),
-        scaling_factor=fields.number("scaling_factor", 0.18215),
-    )
-    fields.refuse_others(VAE_FIXED)
-    return config
-
-
-def _write_vae(config: VAEConfig) -> dict[str, Any]:
-    levels = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": LAYOUT,
-        "act_fn": "silu",
-        "block_out_channels": list(config.block_out_channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers_per_block,
-        "norm_num_groups": config.norm_num_groups,
-        "out_channels": config.out_channels,
-        "sample_size": config.sample_size,
-        "scaling_factor": config.scaling_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-
-
-def _read_text(content: dict[str, Any], path: Path) -> TextConfig:
-    if isinstance(content.get("text_config"), dict):  # of the whole CLIP model
-        content = content["text_config"]
-    if content.get("hidden_size") in (1024, 1280):
-        raise ValueError(f"{path}: this is the text encoder of SD2 or SDXL; minisd is for SD v1.x")
-    fields = _Fields(content, path)
-    config = TextConfig(
-        vocab_size=fields.integer("vocab_size", 49408),
-        hidden_size=fields.integer("hidden_size", 512),
-        intermediate_size=fields.integer("intermediate_size", 2048),
-        num_layers=fields.integer("num_hidden_layers", 12),
-        num_heads=fields.integer("num_attention_heads", 8),
-        max_positions=fields.integer("max_position_embeddings", 77),
-        activation=fields.take(
-            "hidden_act", "quick_gelu", lambda v: v in list(ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}"
-        ),
-        eps=fields.number("layer_norm_eps", 1e-5),
-    )
-    # The rest of such a file is about heads, generation and the library: none of it is the encoder's.
-    fields.content = {name: content[name] for name in TEXT_FIXED if name in content}
-    fields.refuse_others(TEXT_FIXED)
-    if config.hidden_size % config.num_heads:
-        raise ValueError(f"{path}: width {config.hidden_size} cannot be split into {config.num_heads} heads")
-    return config
-
-
-def _write_text(config: TextConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "dropout": 0.0,
-        "eos_token_id": 2,  # as published; programs of the field read it as "the highest id"
-        "hidden_act": config.activation,
-        "hidden_size": config.hidden_size,
-        "initializer_factor": 1.0,
-        "initializer_range": 0.02,
-        "intermediate_size": config.intermediate_size,
-        "layer_norm_eps": config.eps,
-        "max_position_embeddings": config.max_positions,
-        "model_type": "clip_text_model",
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "pad_token_id": 1,
-        "projection_dim": config.hidden_size,
-        "vocab_size": config.vocab_size,
-    }
-
-
-def _family(width: int) -> str:
-    return "SD2" if width == 1024 else "SDXL"
-
-
-READERS: dict[str, Callable[[dict[str, Any], Path], Config]] = {
-    "unet": _read_unet, "vae": _read_vae, "text_encoder": _read_text, "controlnet": _read_controlnet,
-    "unet2d": _read_unet2d,
+# What its keys may say. The user chooses the scheduler, whatever the file's class; each of ours
+# takes from the file what diffusers' class of its name would take.
+SCHEDULER = {
+    # The noise schedule, and what the network predicts.
+    "num_train_timesteps": SIZE, "beta_start": NUMBER, "beta_end": NUMBER, "trained_betas": NUMBERS,
+    "beta_schedule": _choice("linear", "scaled_linear", "squaredcos_cap_v2"), "rescale_betas_zero_snr": FLAG,
+    "prediction_type": _choice("epsilon", "v_prediction", "sample"),
+    # The steps.
+    "timestep_spacing": _choice("leading", "linspace", "trailing"), "steps_offset": WHOLE,
+    "set_alpha_to_one": FLAG, "clip_sample": FLAG, "clip_sample_range": NUMBER, "use_karras_sigmas": FLAG,
+    "variance_type": _choice("fixed_small", "fixed_large"), "final_sigmas_type": _choice("zero", "sigma_min"),
+    "lower_order_final": FLAG, "euler_at_final": FLAG, "original_inference_steps": SIZE,
+    "timestep_scaling": NUMBER,
+    "solver_type": _choice("midpoint", "heun", "logrho", "bh1", "bh2"),  # the last three count as midpoint
+    # What would change the result, and is supported at its default alone. The algorithm is the scheduler's.
+    "algorithm_type": _choice("dpmsolver++", "sde-dpmsolver++", "deis", "data_prediction"),
+    "solver_order": _choice(2), "interpolation_type": _choice("linear"), "timestep_type": _choice("discrete"),
+    "lambda_min_clipped": _choice(-math.inf), "sigma_min": _choice(None), "sigma_max": _choice(None),
+    "predict_epsilon": _choice(True), "thresholding": _choice(False), "use_lu_lambdas": _choice(False),
+    "use_exponential_sigmas": _choice(False), "use_beta_sigmas": _choice(False),
+    "use_flow_sigmas": _choice(False), "use_dynamic_shifting": _choice(False),
+    # Harmless: the settings of thresholding and flow matching, and of solvers that minisd does not have.
+    **dict.fromkeys((
+        "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "shift_terminal",
+        "skip_prk_steps", "noise_sampler_seed", "tensor_format", "predict_x0", "disable_corrector",
+        "solver_p", "predictor_order", "corrector_order", "tau_func",
+    ), ANYTHING),
 }  # fmt: skip
-WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "unet": _write_unet, "vae": _write_vae, "text_encoder": _write_text, "controlnet": _write_controlnet,
-    "unet2d": _write_unet2d,
-}  # fmt: skip
+
+
+def read_scheduler(content: dict[str, Any], source: Path | str) -> dict[str, Any]:
+    """The content of a scheduler_config.json, checked; null means the same as an absent key.
+
+    ValueError, naming source and key, for an unknown key, or a value that asks for what minisd does not do.
+    """
+    for key, value in content.items():
+        if not key.startswith("_") and value is not None:
+            if key not in SCHEDULER:
+                raise ValueError(f"{source}: unknown key {key!r}, which is {value!r}")
+            _read(key, value, SCHEDULER[key], 0, source)
+    return content

@@ -1,20 +1,20 @@
-"""A folder with model_index.json and one folder for each part: the layout of diffusers.
+"""A folder with model_index.json and a folder for each part: the layout of diffusers.
 
 Native names are this layout's names.
 """
 
 import re
-import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch.nn as nn
 from torch import Tensor
 
 from minisd import files
-from minisd.formats import config_json
-from minisd.formats import parts as ck
-from minisd.formats.parts import PARTS, Checkpoint, Config
-from minisd.models.unet2d import UNet2DConfig
+from minisd.formats import config_json, parts
+from minisd.formats.parts import PARTS, PipelineParts
+from minisd.models.unet2d import UNet2D
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -29,10 +29,8 @@ def matches(path: Path) -> bool:
     return (path / INDEX).is_file() or all((path / part / "config.json").is_file() for part in PARTS)
 
 
-def load(
-    path: Path, *, variant: str | None = None, ema: bool = False, parts: Sequence[str] = PARTS
-) -> Checkpoint:
-    """Read a folder: all configs, and the tensors of `parts`.
+def load(path: Path, *, variant: str | None = None, ema: bool = False) -> PipelineParts:
+    """Read a folder.
 
     `variant` is the `fp16` in `diffusion_pytorch_model.fp16.safetensors`; a part that has no such file gives
     its plain one, as long as another part has it. ValueError, naming the folder or file, if anything is
@@ -49,191 +47,178 @@ def load(
         raise ValueError(f"{path} is a model of pixels without text (DDPMPipeline), not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
-    config = {part: config_json.read(path / part, part) for part in PARTS}
-    if config["unet"].cross_attention_dim != config["text_encoder"].hidden_size:
+    weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
+    networks = {part: _load(path / part, part, weights[part][0]) for part in PARTS}
+    taken, given = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
+    if taken != given:
         raise ValueError(
-            f"{path}: the UNet takes text states of width {config['unet'].cross_attention_dim}, "
-            f"the text encoder gives {config['text_encoder'].hidden_size}"
+            f"{path}: the UNet takes text states of width {taken}, the text encoder gives {given}"
         )
-    chosen = variant_of_parts({part: _names(path / part) for part in parts}, variant, path)
-    tensors = {part: load_part(path / part, part, chosen[part])[1] for part in parts}
-    tokenizer = path / "tokenizer"
-    if not ((tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()):
-        if not (tokenizer / "tokenizer.json").is_file():
-            raise ValueError(f"{tokenizer} has neither vocab.json and merges.txt nor tokenizer.json")
-    return Checkpoint(
-        **config,
-        tensors=tensors,
-        scheduler=files.read_json(path / SCHEDULER),
-        tokenizer=tokenizer,
-        pipeline=str(index.get("_class_name", "StableDiffusionPipeline")),
+    vocabulary = set(_names(path / "tokenizer"))
+    if "tokenizer.json" not in vocabulary and not {"vocab.json", "merges.txt"} <= vocabulary:
+        raise ValueError(f"{path / 'tokenizer'} has neither vocab.json and merges.txt nor tokenizer.json")
+    return PipelineParts(
+        **networks,
+        scheduler=_read_scheduler(path),
+        tokenizer=path / "tokenizer",
+        pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
     )
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a folder, whole or not at all. What else an existing folder holds stays there."""
-    with files.new_folder(folder, keep=True) as temporary:
-        for part in PARTS:
-            save_part(temporary / part, part, getattr(checkpoint, part), checkpoint.tensors[part])
-        (temporary / "scheduler").mkdir()
-        files.write_json(temporary / SCHEDULER, checkpoint.scheduler)
-        (temporary / "tokenizer").mkdir()
-        # Other programs of the field may want the two plain files, which newer ones no longer write.
-        source = ck.TOKENIZER if ck.is_standard_tokenizer(checkpoint.tokenizer) else checkpoint.tokenizer
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, temporary / "tokenizer" / name)
-        index = {
-            "_class_name": checkpoint.pipeline,
-            "_diffusers_version": config_json.LAYOUT,
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", checkpoint.scheduler.get("_class_name", "PNDMScheduler")],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-        files.write_json(temporary / INDEX, index)
-
-
-def load_ddpm(path: Path, *, variant: str | None = None) -> tuple[UNet2DConfig, dict[str, Tensor], dict]:
-    """Config, tensors and scheduler_config.json of a DDPMPipeline's folder."""
-    path = Path(path)
-    config, tensors = load_part(path / "unet", "unet2d", variant)
-    return config, tensors, files.read_json(path / SCHEDULER)
-
-
-def save_ddpm(folder: Path, config: UNet2DConfig, tensors: dict[str, Tensor], scheduler: dict) -> None:
-    """Write a DDPMPipeline's folder, whole or not at all. What else an existing folder holds stays there."""
-    with files.new_folder(folder, keep=True) as temporary:
-        save_part(temporary / "unet", "unet2d", config, tensors)
-        (temporary / "scheduler").mkdir()
-        files.write_json(temporary / SCHEDULER, scheduler)
-        index = {
-            "_class_name": "DDPMPipeline",
-            "_diffusers_version": config_json.LAYOUT,
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
-        files.write_json(temporary / INDEX, index)
-
-
-# --- One part -------------------------------------------------------------------------------------------
-
-
-def load_part(folder: Path, part: str, variant: str | None = None) -> tuple[Config, dict[str, Tensor]]:
-    """Config and tensors, by native names, of a part's folder (`unet/` and its like, or a VAE by itself)."""
-    folder = Path(folder)
-    config = config_json.read(folder, part)
-    chosen, shards = choose(_names(folder), part, variant, folder)
-    if chosen.endswith(".json"):
-        index = files.read_json(folder / chosen).get("weight_map")
-        listed = {str(name) for name in index.values()} if isinstance(index, dict) else set()
-        if not listed or not listed <= set(shards):
-            absent = sorted(listed - set(shards))
-            raise ValueError(f"{folder / chosen} lists files that are not there: {ck.some(absent) or 'none'}")
-        tensors = {name: t for shard in sorted(listed) for name, t in files.read(folder / shard).items()}
-    else:
-        tensors = files.read(folder / chosen)
-    tensors = native(part, tensors)
-    ck.check(tensors, ck.native_shapes(part, config, folder / "config.json"), folder / chosen)
-    return config, tensors
-
-
-def save_part(folder: Path, part: str, config: Config, tensors: dict[str, Tensor]) -> None:
-    """Write config.json and the weights of one part, whole or not at all."""
-    ck.check(tensors, ck.native_shapes(part, config, folder), folder)
-    with files.new_folder(folder, keep=True) as temporary:
-        files.write(temporary / f"{_stem(part, 'safetensors')}.safetensors", tensors)
-        config_json.write(temporary, part, config)
-
-
-def native(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under native names, from the names of older and newer files of the same layout."""
-    return {
-        new: ck.as_matrix(tensor) if part in OLD_NAMES and ".attentions." in new else tensor
-        for name, tensor in tensors.items()
-        if (new := _native_name(part, name)) is not None
+def save(folder: Path, pipeline: PipelineParts) -> None:
+    """Write a folder, whole or not at all. Other files of an existing folder stay there."""
+    index = {
+        "_class_name": pipeline.pipeline_class,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
     }
+    # Other programs may need the two plain files of CLIP's vocabulary, which newer ones no longer write.
+    tokenizer = parts.TOKENIZER if parts.is_standard_tokenizer(pipeline.tokenizer) else pipeline.tokenizer
+    _save(folder, pipeline.networks, pipeline.scheduler, index, tokenizer)
 
 
-OLD_NAMES = ("vae", "unet2d")  # the parts whose attention had other names once
+def load_ddpm(path: Path) -> tuple[UNet2D, dict[str, Any]]:
+    """The network and the content of scheduler_config.json of a DDPMPipeline's folder."""
+    path = Path(path)
+    return load_part(path / "unet", "unet2d"), _read_scheduler(path)
+
+
+def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:
+    """Write a DDPMPipeline's folder, as `save` does."""
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    _save(folder, {"unet": network}, scheduler, index)
+
+
+def _save(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    scheduler: dict[str, Any],
+    index: dict[str, Any],
+    tokenizer: Path | None = None,
+) -> None:
+    index |= {
+        "_diffusers_version": config_json.DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", scheduler.get("_class_name", "PNDMScheduler")],
+    }
+    with files.new_folder(folder, keep=True) as temporary:
+        for name, network in networks.items():
+            save_part(temporary / name, network)
+        files.write_json(temporary / SCHEDULER, scheduler)
+        for name in TOKENIZER_FILES:
+            if tokenizer and (tokenizer / name).is_file():
+                files.write_bytes(temporary / "tokenizer" / name, (tokenizer / name).read_bytes())
+        files.write_json(temporary / INDEX, dict(sorted(index.items())))
+
+
+def _read_scheduler(path: Path) -> dict[str, Any]:
+    return config_json.read_scheduler(files.read_json(path / SCHEDULER), path / SCHEDULER)
+
+
+# --- One part --------------------------------------------------------------------------------------------
+
+
+def load_part(folder: Path, part: str, variant: str | None = None) -> nn.Module:
+    """The network in a folder of its own (`unet/` and its like, or a VAE by itself)."""
+    folder = Path(folder)
+    return _load(folder, part, choose({part: _names(folder)}, variant, folder)[part][0])
+
+
+def _load(folder: Path, part: str, weights: str) -> nn.Module:
+    network = parts.build(part, config_json.read(folder, part), folder / "config.json")
+    listed = {weights}
+    if weights.endswith(".json"):
+        index = files.read_json(folder / weights).get("weight_map")
+        listed = {str(name) for name in index.values()} if isinstance(index, dict) else set()
+        absent = sorted(listed - {*_names(folder)})
+        if absent or not listed:
+            absent = parts.first_names(absent) or "none"
+            raise ValueError(f"{folder / weights} lists files that are not there: {absent}")
+    tensors = {name: tensor for file in sorted(listed) for name, tensor in files.read(folder / file).items()}
+    return parts.fill(network, native(part, tensors), folder / weights)
+
+
+def save_part(folder: Path, network: nn.Module) -> None:
+    """Write config.json and the weights of one network, whole or not at all."""
+    part = parts.part_of(network)
+    with files.new_folder(folder, keep=True) as temporary:
+        files.write(temporary / f"{_stem(part)}.safetensors", network.state_dict())
+        config_json.write(temporary, part, network.config)
+
+
+# Names of the attention in a VAE or UNet2D of 2022.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _native_name(part: str, name: str) -> str | None:
-    if part in OLD_NAMES:
-        found = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
-        if found and found[2] in OLD_ATTENTION:
-            return found[1] + OLD_ATTENTION[found[2]] + found[3]
-    if part == "text_encoder":
-        name = name if name.startswith("text_model.") else f"text_model.{name}"
-        if name == "text_model.embeddings.position_ids":
-            return None  # 0 to 76, and wrong in files that were cast to half precision
-    return name
+def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under native names, from the names of older and newer files of the same layout."""
+
+    def rename(name: str) -> str:
+        if part == "text_encoder" and not name.startswith("text_model."):
+            return f"text_model.{name}"
+        match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
+        return match[1] + OLD_ATTENTION.get(match[2], match[2]) + match[3] if match else name
+
+    # The position_ids are 0 to 76, and wrong in files that were cast to half precision.
+    return {rename(name): t for name, t in tensors.items() if not name.endswith("embeddings.position_ids")}
 
 
 # --- File names ------------------------------------------------------------------------------------------
 
 
-def _stem(part: str, kind: str) -> str:
-    return (
-        "diffusion_pytorch_model" if part != "text_encoder" else {"bin": "pytorch_model"}.get(kind, "model")
-    )
-
-
 def _names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
 
 
-def variants(names: Collection[str], part: str) -> dict[str | None, dict[str, list[str]]]:
-    """variant (None: plain) -> kind of file -> [file or index, shards ...], of the file names of a folder."""
-    found: dict[str | None, dict[str, list[str]]] = {}
-    for kind in ("safetensors", "bin"):
-        stem, word = _stem(part, kind), r"(?:\.([^.-]+))?"
-        for name in sorted(names, key=lambda name: name.endswith(".json")):  # a whole file before an index
-            single = re.fullmatch(rf"{stem}{word}\.{kind}", name)
-            index = re.fullmatch(rf"{stem}\.{kind}\.index{word}\.json", name)
-            if not (single or index):
-                continue
-            variant = (single or index)[1]
-            middle = re.escape(f".{variant}") if variant else ""
-            number = r"-\d+-of-\d+"
-            shard = re.compile(rf"{stem}({middle}{number}|{number}{middle})\.{kind}")
-            shards = sorted(n for n in names if shard.fullmatch(n)) if index else []
-            found.setdefault(variant, {}).setdefault(kind, [name, *shards])
-    return found
+def _stem(part: str) -> str:
+    return "model" if part == "text_encoder" else "diffusion_pytorch_model"
+
+
+def variants(names: Collection[str], part: str) -> dict[str | None, str]:
+    """variant (None: plain) -> its weights' file, or the index of several, among the file names of a folder:
+    .safetensors before .bin, one file before several."""
+    pattern = re.compile(
+        rf"(?:pytorch_)?{_stem(part)}(?:\.([^.-]+))?\.(safetensors|bin)(\.index(?:\.([^.-]+))?\.json)?"
+    )
+    matches = [match for name in names if (match := pattern.fullmatch(name))]
+    weights: dict[str | None, str] = {}
+    for match in sorted(matches, key=lambda match: (match[2] == "bin", match[3] is not None)):
+        weights.setdefault(match[1] or match[4], match[0])
+    return weights
+
+
+def _shards(index: str) -> list[str]:
+    """Patterns of the names of the files that an index may list."""
+    stem, kind, _, *variant, _ = index.split(".")
+    middle = "".join(f".{word}" for word in variant)
+    return [f"{stem}{middle}-?????-of-?????.{kind}", f"{stem}-?????-of-?????{middle}.{kind}"]
 
 
 def choose(
-    names: Collection[str], part: str, variant: str | None, folder: Path | str
-) -> tuple[str, list[str]]:
-    """The weights' file, or the index of several and these, among the file names of a part's folder.
-
-    Plain unless a variant is asked for or is all there is; .safetensors before .bin. ValueError listing what
-    is there if that is not it.
-    """
-    found = variants(names, part)
-    if not found:
-        raise ValueError(f"{folder} has no {_stem(part, 'safetensors')}.safetensors")
-    if variant not in found:
-        if variant or len(found) > 1:
-            asked = f"variant {variant!r}" if variant else "plain weights"
-            raise ValueError(f"{folder} has no {asked}; there are {', '.join(sorted(map(str, found)))}")
-        (variant,) = found
-    kinds = found[variant]
-    chosen, *shards = kinds.get("safetensors") or kinds["bin"]
-    return chosen, shards
-
-
-def variant_of_parts(
     names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
-) -> dict[str, str | None]:
-    """The variant to read of each part: the one asked for, where it is. ValueError if no part has it."""
-    found = {part: variants(names[part], part) for part in names}
-    if variant and not any(variant in of_part for of_part in found.values()):
-        known = sorted({str(v or "plain weights") for of_part in found.values() for v in of_part})
+) -> dict[str, list[str]]:
+    """part -> its weights' file, or an index and patterns of its files, from part -> the file names of its
+    folder, which lies in `source`; one part alone lies in `source` itself.
+
+    A part without the variant gives its plain weights, or the only ones it has, as long as another part has
+    the variant. ValueError that lists what there is if that is not it.
+    """
+    weights = {part: variants(names[part], part) for part in names}
+    if variant and not any(variant in of_part for of_part in weights.values()):
+        known = sorted({str(v or "plain weights") for of_part in weights.values() for v in of_part})
         raise ValueError(f"{source} has no variant {variant!r}; there are {', '.join(known) or 'no weights'}")
-    return {part: variant if variant in of_part else None for part, of_part in found.items()}
+    chosen = {}
+    for part, of_part in weights.items():
+        folder = f"{source}/{part}" if len(names) > 1 else source
+        wanted = variant if variant in of_part else None
+        if not of_part:
+            raise ValueError(f"{folder} has no {_stem(part)}.safetensors")
+        if wanted not in of_part and len(of_part) > 1:
+            raise ValueError(f"{folder} has no plain weights; there are {', '.join(sorted(of_part))}")
+        file = of_part.get(wanted) or next(iter(of_part.values()))
+        chosen[part] = [file, *_shards(file)] if file.endswith(".json") else [file]
+    return chosen

@@ -1,9 +1,10 @@
-"""A checkpoint in memory: what every format is read into and written from."""
+"""The parts of a Stable Diffusion in memory: what every format is read into and written from."""
 
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,13 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from minisd.models.controlnet import ControlNet, ControlNetConfig
 from minisd.models.text import TextConfig, TextEncoder
+from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import UNet, UNetConfig
 from minisd.models.unet2d import UNet2D, UNet2DConfig
 from minisd.models.vae import AutoencoderKL, VAEConfig
 
 Config = UNetConfig | VAEConfig | TextConfig | ControlNetConfig | UNet2DConfig
 
-PARTS = ("unet", "vae", "text_encoder")  # of a Stable Diffusion; the other networks come by themselves
+PARTS = ("unet", "vae", "text_encoder")  # of a Stable Diffusion; other networks have files of their own
 MODULES: dict[str, type[nn.Module]] = {
     "unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder, "controlnet": ControlNet,
     "unet2d": UNet2D,
@@ -33,7 +35,7 @@ PIPELINES = {
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer"  # CLIP's vocabulary
 
-# What SD v1.x was trained with and published with.
+# The settings with which SD v1.x was trained and published.
 SD1_SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -50,21 +52,24 @@ SD1_SCHEDULER = {
 
 
 @dataclass(kw_only=True)
-class Checkpoint:
-    """Everything that a format holds. Only the parts that were asked for are in `tensors`."""
+class PipelineParts:
+    """What the files of a Stable Diffusion hold. The networks' tensors are memory-mapped after loading."""
 
-    unet: UNetConfig
-    vae: VAEConfig
-    text_encoder: TextConfig
-    tensors: dict[str, dict[str, Tensor]]  # part -> native name -> tensor, memory-mapped
-    scheduler: dict  # what scheduler_config.json says
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: TextEncoder
+    scheduler: dict[str, Any]  # the content of scheduler_config.json
     tokenizer: Path  # folder with vocab.json and merges.txt, or with tokenizer.json
-    pipeline: str  # class name in model_index.json
+    pipeline_class: str  # diffusers' class that runs it, in model_index.json
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {part: getattr(self, part) for part in PARTS}
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves new parameters as they are. The meta device has nothing to draw, yet the first draw there costs
-    1.5 seconds of imports."""
+    """Leaves new parameters as they are. On the meta device they have no values to draw, yet the first draw
+    there costs 1.5 seconds of imports."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -72,13 +77,8 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_built: dict[tuple[str, str], nn.Module] = {}
-
-
 def build(part: str, config: Config, source: Path | str) -> nn.Module:
-    """The part's module on the meta device. ValueError, naming `source`, if it cannot be built."""
-    if module := _built.pop((part, repr(config)), None):
-        return module
+    """The part's network on the meta device. ValueError, naming `source`, if it cannot be built."""
     try:
         with torch.device("meta"), _NoInit():
             return MODULES[part](config)
@@ -87,71 +87,51 @@ def build(part: str, config: Config, source: Path | str) -> nn.Module:
         raise ValueError(f"{source}: no {part} can be built from its config: {reason}") from error
 
 
-def native_shapes(part: str, config: Config, source: Path | str) -> dict[str, torch.Size]:
-    """Native name -> shape of every tensor of a part. The next `build` of it takes the module made for this:
-    making a full-size UNet takes as long as mapping its file."""
-    module = _built[part, repr(config)] = build(part, config, source)
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+def part_of(network: nn.Module) -> str:
+    """The name by which a network is built."""
+    return next(part for part, module in MODULES.items() if type(network) is module)
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
-    """Give a module (on the meta device) these tensors: not copied, so still memory-mapped if they were.
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
+    """Give a network on the meta device these tensors, without a copy: they stay memory-mapped if they were.
+    A linear layer (o, i) also takes the weight of a 1x1 convolution (o, i, 1, 1).
 
-    ValueError, naming `source` and the names, unless names and shapes are exactly the module's.
+    ValueError, naming `source` and the names, unless names and shapes are exactly the network's.
     """
-    check(tensors, {name: tensor.shape for name, tensor in module.state_dict().items()}, source)
-    module.load_state_dict(dict(tensors), strict=True, assign=True)
-    return module
-
-
-def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: Path | str) -> None:
-    """ValueError, naming `source` and some names, unless `tensors` has exactly these names and shapes."""
-    check_names(tensors, shapes, source)
-    wrong = [name for name in shapes if tensors[name].shape != shapes[name]]
+    expected = network.state_dict()
+    check_names(tensors, expected, source)
+    state = {
+        name: t[:, :, 0, 0] if t.shape[2:] == (1, 1) and expected[name].ndim == 2 else t
+        for name, t in tensors.items()
+    }
+    wrong = [name for name in expected if state[name].shape != expected[name].shape]
     if wrong:
-        first = f"{wrong[0]} is {tuple(tensors[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}"
+        first = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
         raise ValueError(f"{source}: {len(wrong)} tensors of another shape: {first}")
+    network.load_state_dict(state, strict=True, assign=True)
+    return network
 
 
-def check_names(found: Collection[str], expected: Collection[str], source: Path | str) -> None:
-    """ValueError, naming `source`, counting and giving some names, unless both are the same."""
-    missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected]
-    problems = [f"{len(names)} {kind} ({some(names)})"
-                for kind, names in (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
+def check_names(names: Collection[str], expected: Collection[str], source: Path | str) -> None:
+    """ValueError, naming `source`, with the number of missing and unknown names and some of them, if any."""
+    missing = [name for name in expected if name not in names]
+    unknown = [name for name in names if name not in expected]
+    problems = [f"{len(these)} {kind} ({first_names(these)})"
+                for kind, these in (("missing", missing), ("unknown", unknown)) if these]  # fmt: skip
     if problems:
         raise ValueError(f"{source}: {' and '.join(problems)} of {len(expected)} tensors")
 
 
-def as_matrix(tensor: Tensor) -> Tensor:
-    """A view of a 1x1 convolution's weight (o, i, 1, 1) as a linear layer's (o, i)."""
-    return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
-
-
-def some(names: Collection[str]) -> str:
-    """The first three of some names."""
+def first_names(names: Collection[str]) -> str:
+    """The first three names, for messages."""
     return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def is_standard_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer folder holds CLIP's own vocabulary and nothing more."""
-    return folder.resolve() == TOKENIZER or _vocabulary(folder) == _vocabulary(TOKENIZER)
 
+    def vocabulary(folder: Path) -> tuple[dict[str, int], list]:
+        bpe = Tokenizer(folder, 77).bpe
+        return bpe.get_vocab(), json.loads(bpe.to_str())["model"]["merges"]
 
-def _vocabulary(folder: Path) -> tuple[dict[str, int], list[str]] | None:
-    """Entries and merges of a tokenizer folder; None if it has none that can be read."""
-    try:
-        if (folder / "vocab.json").is_file():
-            entries = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
-            added = folder / "added_tokens.json"
-            entries |= json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
-        else:
-            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            entries, merges = content["model"]["vocab"], content["model"]["merges"]
-            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-            entries |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return entries, merges
+    return folder.resolve() == TOKENIZER or vocabulary(folder) == vocabulary(TOKENIZER)

@@ -5,17 +5,18 @@ name of the file has to be in it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
+import torch.nn as nn
 from torch import Tensor
 
 from minisd import files
-from minisd.formats import config_json
-from minisd.formats import parts as ck
-from minisd.formats.parts import PARTS, Checkpoint, Config
+from minisd.formats import config_json, parts
+from minisd.formats.parts import PARTS, Config, PipelineParts
 from minisd.models import controlnet, text, unet, vae
 
 PREFIXES = {
@@ -26,8 +27,8 @@ PREFIXES = {
 EMA = "model_ema."
 CONTROLNET = "control_model."
 
-# What training left in such files: the noise schedule, the loss' own network, counters, and marks of the kind
-# of model. Names that end in `.` or `_` stand for all that begin so.
+# Names that training leaves in such files: the noise schedule, the loss' own network, counters, and marks of
+# the kind of model. Those that end in `.` or `_` stand for all that begin so.
 IGNORED = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_", "log_one_minus_", "posterior_", "logvar",
     "lvlb_weights", "first_stage_model.loss.", EMA, "v_pred", "ztsnr",
@@ -41,9 +42,7 @@ def matches(path: Path) -> bool:
     return path.is_file() and path.suffix in (files.SAFETENSORS, *files.PICKLES)
 
 
-def load(
-    path: Path, *, variant: str | None = None, ema: bool = False, parts: Sequence[str] = PARTS
-) -> Checkpoint:
+def load(path: Path, *, variant: str | None = None, ema: bool = False) -> PipelineParts:
     """Read a single file; with `ema` the UNet is the averaged one. The tokenizer is the one in minisd.
 
     ValueError, naming the file and some of the names, if it is of another model or not complete.
@@ -51,98 +50,82 @@ def load(
     path = Path(path)
     if variant:
         raise ValueError(f"{path} is a single file, which has no variant {variant!r}")
-    found = files.read(path)
-    refuse_others(found, path)
-    about = files.metadata(path)
-    config, scheduler, pipeline = _described(about, found, path)
-    tables = {part: table(part, config[part], path) for part in PARTS}
+    tensors, metadata = files.read_with_metadata(path)
+    _refuse_others(tensors, path)
+    configs, scheduler, pipeline_class = _described(metadata, tensors, path)
+    networks = {part: parts.build(part, configs[part], path) for part in PARTS}
+    tables = {part: table(part, network) for part, network in networks.items()}
+    tensors = {_canonical(name): tensor for name, tensor in tensors.items() if not _is_ignored(name, ema)}
     if ema:
         tables["unet"] = {name: _ema_name(file_name) for name, file_name in tables["unet"].items()}
-        if not any(name in found for name in tables["unet"].values()):
+        if not any(name in tensors for name in tables["unet"].values()):
             raise ValueError(f"{path} holds no EMA weights")
-
-    # Strict: every name is of a part, or known to be of no use.
-    found = {_canonical(name): tensor for name, tensor in found.items() if not _is_ignored(name, ema)}
-    known = {file_name for part in PARTS for file_name in tables[part].values()}
-    plain = PREFIXES["unet"] if ema else None  # beside the averaged UNet, the plain one is of no use
-    found = {name: tensor for name, tensor in found.items() if not (plain and name.startswith(plain))}
-    for part in parts:
-        if not any(name in found for name in tables[part].values()):
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(PREFIXES["unet"])}
+    for part in PARTS:
+        if not any(name in tensors for name in tables[part].values()):
             raise ValueError(f"{path} holds no {part} ({PREFIXES[part]}*): it is not a whole checkpoint")
-    wanted = {file_name for part in parts for file_name in tables[part].values()}
-    ck.check_names({*found} - (known - wanted), wanted, path)
-
-    return Checkpoint(
-        **config,
-        tensors={part: _read_part(part, config[part], tables[part], found, path) for part in parts},
-        scheduler=scheduler,
-        tokenizer=ck.TOKENIZER,
-        pipeline=pipeline,
+    parts.check_names(tensors, {name for part in PARTS for name in tables[part].values()}, path)
+    for part, network in networks.items():
+        parts.fill(network, {name: tensors[file_name] for name, file_name in tables[part].items()}, path)
+    return PipelineParts(
+        **networks, scheduler=scheduler, tokenizer=parts.TOKENIZER, pipeline_class=pipeline_class
     )
 
 
-def save(file: Path, checkpoint: Checkpoint) -> None:
-    """Write a single .safetensors file. ValueError if it cannot hold the model: one with words of its own."""
+def save(file: Path, pipeline: PipelineParts) -> None:
+    """Write a single .safetensors file. ValueError if the model has a vocabulary of its own, which has no
+    place there."""
     file = Path(file)
     if file.suffix != files.SAFETENSORS:
         raise ValueError(f"{file}: a single file is written as {files.SAFETENSORS}")
-    if not ck.is_standard_tokenizer(checkpoint.tokenizer):
+    if not parts.is_standard_tokenizer(pipeline.tokenizer):
         raise ValueError(
-            f"cannot write {file}: a single file holds no tokenizer, and {checkpoint.tokenizer} is not "
+            f"cannot write {file}: a single file holds no tokenizer, and {pipeline.tokenizer} is not "
             "CLIP's own; write a folder instead"
         )
-    tensors = {}
-    for part in PARTS:
-        config = getattr(checkpoint, part)
-        ck.check(checkpoint.tensors[part], ck.native_shapes(part, config, file), file)
-        for name, file_name in table(part, config, file).items():
-            tensor = checkpoint.tensors[part][name]
-            tensors[file_name] = tensor[:, :, None, None] if _is_convolution(part, name) else tensor
-    kind = checkpoint.scheduler.get("prediction_type", "epsilon")
-    described = {part: config_json.WRITERS[part](getattr(checkpoint, part)) for part in PARTS}
-    described |= {"scheduler": checkpoint.scheduler, "pipeline": checkpoint.pipeline}
-    about = {
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {"scheduler": pipeline.scheduler, "pipeline": pipeline.pipeline_class}
+    for part, network in pipeline.networks.items():
+        configs[part] = config_json.to_json(part, network.config)
+        names = table(part, network)
+        for name, tensor in network.state_dict().items():
+            # The VAE's attention has 1x1 convolutions (o, i, 1, 1) there.
+            is_convolution = part == "vae" and ".attentions." in name and tensor.ndim == 2
+            tensors[names[name]] = tensor[:, :, None, None] if is_convolution else tensor
+    kind = pipeline.scheduler.get("prediction_type", "epsilon")
+    metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
-        CONFIG: json.dumps(described, sort_keys=True),
+        CONFIG: json.dumps(configs, sort_keys=True),
     }
-    files.write(file, tensors, about)
+    files.write(file, tensors, metadata)
 
 
-def load_controlnet(path: Path) -> tuple[controlnet.ControlNetConfig, dict[str, Tensor]]:
-    """Config and tensors, by native names, of a ControlNet in a single file: alone, with or without
-    `control_model.` before its names, or in front of the base model that it was trained with.
+def load_controlnet(path: Path) -> controlnet.ControlNet:
+    """The ControlNet in a single file: alone, with or without `control_model.` before its names, or with them
+    and the base model that it was trained with.
 
     ValueError, naming the file, if there is none in it, or if it is of another base than SD v1.x.
     """
     path = Path(path)
-    found, about = files.read(path), files.metadata(path)
-    if any(name.startswith(CONTROLNET) for name in found):
-        found = {n.removeprefix(CONTROLNET): t for n, t in found.items() if n.startswith(CONTROLNET)}
-    if "difference" in found:
+    tensors, metadata = files.read_with_metadata(path)
+    if any(name.startswith(CONTROLNET) for name in tensors):
+        tensors = {n.removeprefix(CONTROLNET): t for n, t in tensors.items() if n.startswith(CONTROLNET)}
+    if "difference" in tensors:
         raise ValueError(f"{path} holds differences from its base model: only whole ones are read")
-    if "zero_convs.0.0.weight" not in found:
+    if "zero_convs.0.0.weight" not in tensors:
         raise ValueError(f"{path} holds no ControlNet (zero_convs.*, input_hint_block.*)")
-    width = found.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", torch.empty(0, 768)).shape[1]
-    if CONFIG not in about and width != 768:
-        raise ValueError(f"{path}: text states of width {width}; minisd is for ControlNets of SD v1.x")
     config = controlnet.SD15
-    if CONFIG in about:
-        try:
-            config = config_json.READERS["controlnet"](json.loads(about[CONFIG]), path)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
-    names = table("controlnet", config, path)
-    ck.check_names(found, names.values(), path)
-    return config, _read_part("controlnet", config, names, found, path)
-
-
-def save_controlnet(file: Path, config: controlnet.ControlNetConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write a ControlNet as a single .safetensors file, for programs that do not read folders."""
-    ck.check(tensors, ck.native_shapes("controlnet", config, file), file)
-    named = {new: tensors[name] for name, new in table("controlnet", config, file).items()}
-    files.write(file, named, {CONFIG: json.dumps(config_json.WRITERS["controlnet"](config), sort_keys=True)})
+    if CONFIG in metadata:
+        with _reading_metadata(path):
+            config = config_json.from_json("controlnet", json.loads(metadata[CONFIG]), "controlnet")
+    elif (width := _text_width(tensors)) not in (0, 768):
+        raise ValueError(f"{path}: text states of width {width}; minisd is for ControlNets of SD v1.x")
+    network = parts.build("controlnet", config, path)
+    names = table("controlnet", network)
+    parts.check_names(tensors, names.values(), path)
+    return parts.fill(network, {name: tensors[file_name] for name, file_name in names.items()}, path)
 
 
 # --- The table -------------------------------------------------------------------------------------------
@@ -154,12 +137,12 @@ UNET_RESNET = {
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def table(part: str, config: Config, source: Path | str) -> dict[str, str]:
-    """Native name -> file's name, for every tensor of a part."""
+def table(part: str, network: nn.Module) -> dict[str, str]:
+    """Native name -> file's name, for every tensor of a network, in its order."""
     rows = {"unet": _unet, "vae": _vae, "text_encoder": lambda config: (), "controlnet": _controlnet}
-    modules = dict(rows[part](config))
+    modules = dict(rows[part](network.config))
     prefix = PREFIXES.get(part, "")
-    return {name: prefix + rename(name, modules) for name in ck.native_shapes(part, config, source)}
+    return {name: prefix + rename(name, modules) for name in network.state_dict()}
 
 
 def rename(name: str, modules: Mapping[str, str]) -> str:
@@ -253,70 +236,74 @@ def _ema_name(file_name: str) -> str:
     return EMA + file_name.removeprefix("model.").replace(".", "")
 
 
-def _is_convolution(part: str, name: str) -> bool:
-    """Whether the file has a 1x1 convolution (o, i, 1, 1) where we have a linear layer (o, i)."""
-    return part == "vae" and ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
-
-
 # --- Reading ---------------------------------------------------------------------------------------------
 
 
-def refuse_others(found: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError saying what a file is, if it is one of the kinds that people mistake for a checkpoint."""
+def _text_width(tensors: Mapping[str, Tensor]) -> int:
+    """The width of the text states that cross-attention takes; 0 if there is none."""
+    keys = (t for name, t in tensors.items() if name.endswith("attn2.to_k.weight") and t.ndim == 2)
+    return next((key.shape[1] for key in keys), 0)
+
+
+def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError that says what a file is, if it is of a kind that people mistake for a whole checkpoint."""
 
     def has(*beginnings: str) -> bool:
-        return any(name.startswith(beginnings) for name in found)
+        return any(name.startswith(beginnings) for name in tensors)
 
-    keys = [t for name, t in found.items() if name.endswith("attn2.to_k.weight") and t.ndim == 2]
-    width = keys[0].shape[1] if keys else 0
+    width = _text_width(tensors)
     base = has(PREFIXES["unet"])
-    kind = None
-    if has("conditioner.") or width == 2048 or has(PREFIXES["unet"] + "label_emb."):
-        kind = "an SDXL checkpoint"
-    elif width == 1024 or has("cond_stage_model.model."):
-        kind = "an SD2 checkpoint"
-    elif has(CONTROLNET, "controlnet_", "zero_convs.", "input_hint_block."):
-        kind = "a ControlNet"
-    elif any("lora_" in name or ".lora" in name for name in found):
-        kind = "a LoRA, an adapter"
-    elif not base and has("string_to_param", "emb_params"):
-        kind = "a textual inversion embedding, an adapter"
-    elif (
-        not base
-        and has("encoder.conv_in.", "first_stage_model.encoder.")
-        and not has(PREFIXES["text_encoder"])
-    ):
-        kind = "a VAE alone"
-    elif not base and has("down_blocks."):
-        kind = "one part of a folder"
-    if kind:
-        raise ValueError(f"{path}: this is {kind}, not a whole checkpoint of SD v1.x")
+    vae_alone = has("encoder.conv_in.", "first_stage_model.encoder.") and not has(PREFIXES["text_encoder"])
+    kinds = {
+        "an SDXL checkpoint": has("conditioner.", PREFIXES["unet"] + "label_emb.") or width == 2048,
+        "an SD2 checkpoint": has("cond_stage_model.model.") or width == 1024,
+        "a ControlNet": has(CONTROLNET, "controlnet_", "zero_convs.", "input_hint_block."),
+        "a LoRA, an adapter": any("lora_" in name or ".lora" in name for name in tensors),
+        "a textual inversion embedding, an adapter": not base and has("string_to_param", "emb_params"),
+        "a VAE alone": not base and vae_alone,
+        "one part of a folder": not base and has("down_blocks."),
+    }
+    for kind, is_kind in kinds.items():
+        if is_kind:
+            raise ValueError(f"{path}: this is {kind}, not a whole checkpoint of SD v1.x")
+
+
+@contextmanager
+def _reading_metadata(path: Path) -> Iterator[None]:
+    """Errors of a damaged entry with the configs as ValueErrors that name file and entry."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
 
 
 def _described(
-    about: Mapping[str, str], found: Mapping[str, Tensor], path: Path
-) -> tuple[dict[str, Config], dict, str]:
+    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Config], dict[str, Any], str]:
     """Configs by part, scheduler and pipeline: our own metadata, else SD v1.5's with what the file shows."""
-    if CONFIG in about:
-        try:
-            own = json.loads(about[CONFIG])
-            config = {part: config_json.READERS[part](own[part], path) for part in PARTS}
-            return config, dict(own["scheduler"]), str(own["pipeline"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
+    if CONFIG in metadata:
+        with _reading_metadata(path):
+            entry = json.loads(metadata[CONFIG])
+            configs = {part: config_json.from_json(part, entry[part], part) for part in PARTS}
+            scheduler = config_json.read_scheduler(dict(entry["scheduler"]), "scheduler")
+            return configs, scheduler, str(entry["pipeline"])
     first = PREFIXES["unet"] + "input_blocks.0.0.weight"
-    conv_in = found.get(first, found.get(_ema_name(first)))
+    conv_in = tensors.get(first, tensors.get(_ema_name(first)))
     in_channels = conv_in.shape[1] if conv_in is not None and conv_in.ndim == 4 else 4
-    if in_channels not in ck.PIPELINES:
-        known = [*ck.PIPELINES]
+    if in_channels not in parts.PIPELINES:
+        known = [*parts.PIPELINES]
         raise ValueError(f"{path}: its UNet takes {in_channels} channels; minisd knows {known}")
-    config = {"unet": replace(unet.SD15, in_channels=in_channels), "vae": vae.SD15, "text_encoder": text.SD15}
-    scheduler = dict(ck.SD1_SCHEDULER)
-    if "v_pred" in found or about.get("modelspec.prediction_type", "").startswith("v"):
+    configs = {
+        "unet": replace(unet.SD15, in_channels=in_channels),
+        "vae": vae.SD15,
+        "text_encoder": text.SD15,
+    }
+    scheduler = dict(parts.SD1_SCHEDULER)
+    if "v_pred" in tensors or metadata.get("modelspec.prediction_type", "").startswith("v"):
         scheduler["prediction_type"] = "v_prediction"
-    if "ztsnr" in found:
+    if "ztsnr" in tensors:
         scheduler["rescale_betas_zero_snr"] = True
-    return config, scheduler, ck.PIPELINES[in_channels]
+    return configs, scheduler, parts.PIPELINES[in_channels]
 
 
 def _is_ignored(name: str, ema: bool) -> bool:
@@ -333,12 +320,3 @@ def _canonical(name: str) -> str:
     if name.startswith(prefix) and not name.startswith(prefix + "text_model."):
         return prefix + "text_model." + name.removeprefix(prefix)
     return name
-
-
-def _read_part(
-    part: str, config: Config, names: Mapping[str, str], found: Mapping[str, Tensor], path: Path
-) -> dict[str, Tensor]:
-    tensors = {name: found[file_name] for name, file_name in names.items()}
-    tensors = {n: ck.as_matrix(t) if _is_convolution(part, n) else t for n, t in tensors.items()}
-    ck.check(tensors, ck.native_shapes(part, config, path), path)
-    return tensors

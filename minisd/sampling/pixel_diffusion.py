@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from minisd.formats import config_json, diffusers
-from minisd.formats.parts import build, fill
 from minisd.models.layers import move
 from minisd.models.unet2d import DDPM, UNet2D
 from minisd.noise import NoiseSchedule, randn
@@ -27,8 +26,7 @@ class PixelDiffusion:
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "PixelDiffusion":
         """A DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
-        config, tensors, scheduler = diffusers.load_ddpm(Path(path))
-        unet = fill(build("unet2d", config, path), tensors, path)
+        unet, scheduler = diffusers.load_ddpm(Path(path))
         return cls(move(unet, device).eval().requires_grad_(False), scheduler)
 
     @classmethod
@@ -46,7 +44,7 @@ class PixelDiffusion:
 
     def save(self, folder: Path, changed: Collection[str] = ("unet",)) -> None:
         """Write a DDPMPipeline's folder; all there is of it trains."""
-        diffusers.save_ddpm(folder, self.unet.config, self.unet.state_dict(), self.scheduler)
+        diffusers.save_ddpm(folder, self.unet, self.scheduler)
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
@@ -86,7 +84,7 @@ def scheduler_config(**changes) -> dict:
     """scheduler_config.json as the field's script leaves it, but for `changes`."""
     return {
         "_class_name": "DDPMScheduler",
-        "_diffusers_version": config_json.LAYOUT,
+        "_diffusers_version": config_json.DIFFUSERS_VERSION,
         "beta_end": 0.02,
         "beta_schedule": "linear",
         "beta_start": 0.0001,

@@ -12,7 +12,7 @@ from minisd import files, registry
 from minisd.adapters import _adapter, controlnet, lora, token_embedding
 from minisd.adapters._adapter import Attached
 from minisd.formats import diffusers, hub, single_file
-from minisd.formats.parts import PARTS, PIPELINES, Checkpoint, build, fill
+from minisd.formats.parts import PARTS, PIPELINES, PipelineParts, build, fill
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import move
 from minisd.models.text import TextEncoder
@@ -64,20 +64,22 @@ class StableDiffusion:
         ValueError, naming the file, if it is none of these or not a Stable Diffusion v1.x.
         """
         path = hub.resolve(str(model), revision=revision, variant=variant, cache_dir=cache_dir)
-        checkpoint: Checkpoint = registry.match("formats", path).load(path, variant=variant, ema=ema)
-        parts = {}
-        for part in PARTS:
-            module = fill(build(part, getattr(checkpoint, part), path), checkpoint.tensors[part], path)
-            parts[part] = move(module, device, dtype).eval().requires_grad_(False)
-        folder = Path(tokenizer) if tokenizer else checkpoint.tokenizer
-        words = Tokenizer(folder, checkpoint.text_encoder.max_positions)
-        if words.vocab_size != checkpoint.text_encoder.vocab_size:
+        pipeline: PipelineParts = registry.match("formats", path).load(path, variant=variant, ema=ema)
+        original = {part: network.state_dict() for part, network in pipeline.networks.items()}
+        networks = {
+            part: move(network, device, dtype).eval().requires_grad_(False)
+            for part, network in pipeline.networks.items()
+        }
+        folder = Path(tokenizer) if tokenizer else pipeline.tokenizer
+        config = pipeline.text_encoder.config
+        words = Tokenizer(folder, config.max_positions)
+        if words.vocab_size != config.vocab_size:
             raise ValueError(
                 f"{folder} has {words.vocab_size} tokens and the text encoder of {path} "
-                f"{checkpoint.text_encoder.vocab_size}: they do not belong together"
+                f"{config.vocab_size}: they do not belong together"
             )
-        sd = cls(**parts, tokenizer=words, scheduler=checkpoint.scheduler, name=path.stem)
-        sd.original, sd.source = checkpoint.tensors, path
+        sd = cls(**networks, tokenizer=words, scheduler=pipeline.scheduler, name=path.stem)
+        sd.original, sd.source = original, path
         return sd
 
     def set_schedule(self, **changes) -> None:
@@ -185,11 +187,11 @@ class StableDiffusion:
     def save(self, folder: Path, changed: Collection[str] = PARTS) -> None:
         """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it.
         Parts that are not `changed` are written as they were read, whatever precision they run in."""
-        with self._checkpoint(
-            {part: lora.merged(module) for part, module in self.parts.items()}
-        ) as checkpoint:
-            checkpoint.tensors |= {p: t for p, t in self.original.items() if p not in changed}
-            diffusers.save(folder, checkpoint)
+        tensors = {part: lora.merged(module) for part, module in self.parts.items()}
+        for part, original in self.original.items():
+            tensors[part] |= original if part not in changed else {}
+        with self._pipeline(tensors, folder) as pipeline:
+            diffusers.save(folder, pipeline)
 
     def export(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the model with all that is attached, at its scales, in its weights: a single file with
@@ -218,29 +220,28 @@ class StableDiffusion:
             original = self.original.get(part, {})
             merged = lora.merged(module, own, dtype)
             tensors[part] = {n: t.to(dtype or original.get(n, t).dtype) for n, t in merged.items()}
-        with self._checkpoint(tensors) as checkpoint:
-            (single_file if single else diffusers).save(path, checkpoint)
+        with self._pipeline(tensors, path) as pipeline:
+            (single_file if single else diffusers).save(path, pipeline)
 
     @contextmanager
-    def _checkpoint(self, tensors: dict[str, dict[str, Tensor]]) -> Iterator[Checkpoint]:
-        """Of these tensors, the added tokens among the others."""
-        config, text_encoder = token_embedding.merged(self.text_encoder, tensors["text_encoder"])
+    def _pipeline(self, tensors: dict[str, dict[str, Tensor]], path: Path) -> Iterator[PipelineParts]:
+        """Networks with these tensors, the added tokens among the others, to be written to `path`."""
+        configs = {part: network.config for part, network in self.parts.items()}
+        configs["text_encoder"], words = token_embedding.merged(self.text_encoder, tensors["text_encoder"])
+        tensors = tensors | {"text_encoder": words}
         with tempfile.TemporaryDirectory() as tokenizer:
-            yield Checkpoint(
-                unet=self.unet.config,
-                vae=self.vae.config,
-                text_encoder=config,
-                tensors=tensors | {"text_encoder": text_encoder},
+            yield PipelineParts(
+                **{part: fill(build(part, configs[part], path), tensors[part], path) for part in PARTS},
                 scheduler=self.scheduler,
                 tokenizer=self.tokenizer.save(Path(tokenizer)),
-                pipeline=PIPELINES[self.unet.config.in_channels],
+                pipeline_class=PIPELINES[self.unet.config.in_channels],
             )
 
 
 def adapter_files(path: Path) -> list[Path]:
     """A file itself, or what a training run left in a folder; intermediate states are passed over."""
     if not path.is_dir():
-        return [files.existing_file(path)]
+        return [path]
     found = sorted(
         p for p in path.iterdir() if p.suffix in (files.SAFETENSORS, ".bin") and "-steps-" not in p.name
     )

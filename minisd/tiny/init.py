@@ -13,12 +13,12 @@ import torch
 
 from minisd import cli, files
 from minisd.formats import config_json, diffusers
-from minisd.formats.parts import PIPELINES, Checkpoint
+from minisd.formats.parts import PIPELINES, PipelineParts
 from minisd.models.text import TextConfig, TextEncoder
 from minisd.models.tokenizer import END, START
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.tokenizer.build import byte_names
+from minisd.tiny.clip_vocabulary import byte_names
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
@@ -98,14 +98,13 @@ def write(out: Path, data: Path, seed: int = 0) -> None:
     text: TextConfig = parts["text_encoder"].config
     assert text.vocab_size == VOCABULARY
     write_tokenizer(out / "tokenizer", count_words(data))
-    checkpoint = Checkpoint(
-        **{part: module.config for part, module in parts.items()},
-        tensors={part: module.state_dict() for part, module in parts.items()},
+    pipeline = PipelineParts(
+        **parts,
         scheduler=files.read_json(HERE / "scheduler" / "scheduler_config.json"),
         tokenizer=out / "tokenizer",
-        pipeline=PIPELINES[parts["unet"].config.in_channels],
+        pipeline_class=PIPELINES[parts["unet"].config.in_channels],
     )
-    diffusers.save(out, checkpoint)
+    diffusers.save(out, pipeline)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Builds the four files beside this one from the merges of OpenAI's CLIP. Run once; kept as the record.
+"""Build the four files of minisd/tokenizer/ from the merges of OpenAI's CLIP. Run once; kept as the record.
 
     pip download --no-deps open-clip-torch && unzip open_clip_torch-*.whl
-    python minisd/tokenizer/build.py open_clip/bpe_simple_vocab_16e6.txt.gz
+    python -m minisd.tiny.clip_vocabulary open_clip/bpe_simple_vocab_16e6.txt.gz
 
 The vocabulary is 256 bytes, the same 256 at the end of a word, one entry for each of the first 48,894 merges,
 and the start and the end of a text: 49,408 entries (Radford et al. 2021, arXiv 2103.00020).
@@ -10,7 +10,8 @@ and the start and the end of a text: 49,408 entries (Radford et al. 2021, arXiv 
 import gzip
 import json
 import sys
-from pathlib import Path
+
+from minisd.formats.parts import TOKENIZER
 
 MERGES = 48_894
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -24,7 +25,7 @@ def byte_names() -> list[str]:
 
 
 def main(source: str) -> None:
-    folder = Path(__file__).parent
+    folder = TOKENIZER
     lines = gzip.open(source, "rt", encoding="utf-8").read().split("\n")
     merges = lines[1 : 1 + MERGES]  # the first line is a version
     singles = byte_names()
