@@ -8,6 +8,7 @@ import string
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from minisd import cli, registry
 from minisd.options import TINY
+from minisd.sampling.options import Sample
 from tests.conftest import ROOT
 
 PAGES = [
@@ -110,8 +112,9 @@ def test_commands_parse(page, tmp_path, monkeypatch):
 @functools.cache
 def known_flags() -> set[str]:
     """Those of train.py, of sample.py, and of the tools in the repository."""
-    methods = [cli.options_of(m) for m in registry.names("methods")]
-    known = {f"--{s}" for c in [cli.Sample, *methods] for f in cli.fields(c) for s in cli.spellings(c, f)}
+    classes = {c for m in registry.names("methods") for c in registry.load("methods", m).Options.__mro__}
+    declared = [f for c in classes | {*Sample.__mro__} if is_dataclass(c) for f in fields(c)]
+    known = {f"--{name}" for f in declared for name in (f.name, *f.metadata.get("also", ()))}
     tools = [p for folder in ("kernels", "minisd/tiny", "tests") for p in (ROOT / folder).glob("*.py")]
     return known | {flag for p in tools for flag in re.findall(r'"(--\w+)"', p.read_text())}
 
@@ -154,10 +157,9 @@ def proposed(tmp_path, monkeypatch):
 
 def test_the_proposed_scheduler(proposed):
     """Of second order: nearer to Euler in very many steps than Euler in as many."""
-    from minisd.schedulers._problem import Problem, read_settings
-
     from minisd.noise import NoiseSchedule
     from minisd.schedulers import euler
+    from minisd.schedulers._problem import Problem, read_settings
 
     def last(scheduler, steps: int) -> torch.Tensor:
         schedule = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
