@@ -114,3 +114,9 @@ def discover() -> dict[str, Kernel]:
     paths = sorted(Path(__file__).parent.glob("*.py"))
     names = [p.stem for p in paths if re.search(r"^KERNEL = ", p.read_text(encoding="utf-8"), re.MULTILINE)]
     return {name: importlib.import_module(f"minisd.kernels.{name}").KERNEL for name in names}
+
+
+def select(cases: str, only: str) -> list[tuple[Kernel, Case]]:
+    """Return all kernels' `cases`, `timed` or `compiled` whose kernel or case name contains `only`."""
+    pairs = [(kernel, case) for kernel in discover().values() for case in getattr(kernel, cases)]
+    return [(kernel, case) for kernel, case in pairs if only in f"{kernel.name} {case.name}"]
