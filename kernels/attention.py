@@ -235,9 +235,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 # ------------------------------ Tiles and cases
 
 
-def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int = 2) -> dict:
+def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int) -> dict:
     """BLOCK_M queries, BLOCK_N keys."""
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=2)
 
 
 # The shape class is the head width. Chosen by compiling, not yet by timing: aot.py prints the registers.
