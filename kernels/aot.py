@@ -82,9 +82,9 @@ def disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tools = triton.knobs.nvidia
-        usage = subprocess.check_output([tools.cuobjdump.path, "-res-usage", file.name], text=True)
-        sass = subprocess.check_output([tools.nvdisasm.path, "-c", file.name], text=True)
+        output = functools.partial(subprocess.check_output, stderr=subprocess.DEVNULL, text=True)
+        usage = output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name])
+        sass = output([triton.knobs.nvidia.nvdisasm.path, "-c", file.name])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     lines = [line for line in sass.split("\n") if re.search(r"/\*[0-9a-f]{4,}\*/|^\s*\.L_\w+:", line)]
     return int(registers), int(stack), lines
