@@ -30,15 +30,6 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 # ------------------------------ Compiling
 
 
-def driver(arch: int) -> SimpleNamespace:
-    """The part of a GPU's Triton driver that compiling needs; each architecture is a device."""
-    return SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0,
-    )
-
-
 def calls(arch: int, only: str, dtype: torch.dtype) -> Iterator[tuple]:
     """Yield (shape, kernel, arguments, constants) for every launch of the kernels' `compiled` cases."""
     randn = functools.partial(torch.randn, device="meta")
@@ -52,7 +43,12 @@ def calls(arch: int, only: str, dtype: torch.dtype) -> Iterator[tuple]:
 
 def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> Iterator[dict]:
     """Compile each distinct launch once, and yield the resources that it uses."""
-    triton.runtime.driver.set_active(driver(arch))
+    driver = SimpleNamespace(  # what Triton's compiler needs of a driver; each architecture is a device
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(driver)
     seen = set()
     for shape, kernel, args, meta in calls(arch, only, dtype):
         start = time.time()

@@ -45,11 +45,6 @@ def family(capability: int) -> int:
     return 86 if capability >= 120 else next((f for f in FAMILIES if f <= capability), FAMILIES[-1])
 
 
-def measured(device: torch.device) -> bool:
-    """Whether the kernels have been tested and timed on GPUs of this family."""
-    return family(capability(device)) in MEASURED
-
-
 # ------------------------------ Tile tables
 
 

@@ -37,9 +37,9 @@ def choose(kernels: str) -> None:
 
 
 def _measured(device: torch.device) -> bool:
-    from minisd.kernels.launch import measured  # does not import triton
+    from minisd.kernels.launch import MEASURED, capability, family  # does not import triton
 
-    return measured(device)
+    return family(capability(device)) in MEASURED
 
 
 def _load() -> str:
