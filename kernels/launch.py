@@ -26,7 +26,7 @@ MEASURED: frozenset[int] = frozenset()
 
 # ------------------------------ The GPU
 
-FAMILIES = (100, 90, 86, 80)  # compute capabilities at which the tile tables may change, newest first
+FAMILIES = (80, 86, 90, 100)  # compute capabilities at which the tile tables may change
 
 
 def capability(device: torch.device) -> int:
@@ -42,7 +42,7 @@ def capability(device: torch.device) -> int:
 
 def family(capability: int) -> int:
     """Return the tile tables' key for a compute capability; 12.x has the shared memory and mma of 8.6."""
-    return 86 if capability >= 120 else next((f for f in FAMILIES if f <= capability), FAMILIES[-1])
+    return 86 if capability >= 120 else max([f for f in FAMILIES if f <= capability], default=80)
 
 
 # ------------------------------ Tile tables
