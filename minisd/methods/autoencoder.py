@@ -12,7 +12,7 @@ from minisd.methods._base import Method
 from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag
 
 if TYPE_CHECKING:
-    from minisd.methods._types import Image, Parameters, StableDiffusion, Tensor
+    from minisd.methods._base import Image, Parameters, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
@@ -40,11 +40,6 @@ class Autoencoder(Method):
 
     def build(self, sd: StableDiffusion) -> Parameters:
         return self.unfreeze("vae", sd.vae)
-
-    def dataset(self, source):
-        from minisd.methods import _data
-
-        return _data.uncaptioned(source, self.options)
 
     def loss(self, batch: dict) -> Tensor:
         """The mean over the batch of |e| + e^2 + |difference of e between neighbours| + KL, as weighted, for

@@ -12,7 +12,7 @@ from minisd.options import Prior, Training, flag, require
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._types import Parameters, Prompts, StableDiffusion, Tensor
+    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
 CHANNELS = 4  # of the latents
 
@@ -92,7 +92,6 @@ class CustomDiffusion(PriorPreservation):
 
     def build(self, sd: StableDiffusion) -> Parameters:
         from minisd.adapters import custom_diffusion
-        from minisd.methods import _model
 
         o = self.options
         everything = o.freeze_model == "crossattn"
@@ -100,7 +99,7 @@ class CustomDiffusion(PriorPreservation):
         self.projections = custom_diffusion.insert(sd.unet, projections)
         trained = dict(self.projections)
         for word, start in zip(self.words, o.initializer_token.split("+"), strict=False):
-            self.rows = _model.add_token(sd, word, start, 1, flag="--modifier_token")
+            self.rows = self.add_token(sd, word, start, 1, flag="--modifier_token")
             trained["modifier_tokens"] = self.rows  # one parameter for all words so far
         return trained
 

@@ -10,7 +10,7 @@ from minisd.methods._base import Method
 from minisd.options import Average, Dataset, Training, flag, require
 
 if TYPE_CHECKING:
-    from minisd.methods._types import Parameters, Prompts, StableDiffusion, Tensor
+    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
@@ -71,11 +71,8 @@ class InstructPix2Pix(Method):
         r < 2p, the original where p <= r < 3p."""
         import torch
 
-        from minisd.noise import generator
-
         p = self.options.conditioning_dropout_prob or 0.0
-        streams = [generator(self.options.seed, "conditioning", n) for n in batch["number"]]
-        r = torch.stack([torch.rand((), generator=g) for g in streams])
+        r = torch.stack([torch.rand((), generator=g) for g in self.generators("conditioning", batch)])
         return r < 2 * p, (r >= p) & (r < 3 * p)
 
     def condition(self, batch: dict) -> dict:

@@ -10,7 +10,7 @@ from minisd.methods._prior import PriorPreservation
 from minisd.options import Subject, Training, flag, require
 
 if TYPE_CHECKING:
-    from minisd.methods._types import Parameters, StableDiffusion
+    from minisd.methods._base import Parameters, StableDiffusion
 
 
 # Defaults that follow the kind of data: captioned, DreamBooth.

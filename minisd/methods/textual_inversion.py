@@ -12,7 +12,7 @@ from minisd.options import Training, flag
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._types import Image, Parameters, Prompts, StableDiffusion
+    from minisd.methods._base import Image, Parameters, Prompts, StableDiffusion
 
 
 @dataclass(kw_only=True)
@@ -57,10 +57,8 @@ class TextualInversion(Method):
         self.prompt = options.validation_prompt or kind
 
     def build(self, sd: StableDiffusion) -> Parameters:
-        from minisd.methods import _model
-
         count, flag = self.options.num_vectors, "--placeholder_token"
-        self.rows = _model.add_token(sd, self.token, self.word, count, flag=flag)
+        self.rows = self.add_token(sd, self.token, self.word, count, flag=flag)
         return {"rows": self.rows}
 
     def datasets(self) -> tuple:
@@ -103,7 +101,6 @@ class TextualInversion(Method):
     def preview(self, final: bool) -> Image | None:
         """At the end: training images, then images of the initial word and of the token."""
         from minisd.data import images
-        from minisd.methods import _preview
 
         if not final:
             return super().preview(final)
@@ -111,5 +108,5 @@ class TextualInversion(Method):
         shown = [source.open(i, column) for i in range(min(8, len(source)))]
         before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
         before = before.replace(self.token, self.word)
-        rows = [("trained on", shown), (f"before: {before}", _preview.samples(self, before))]
-        return images.labelled_rows([*rows, (f"after: {after}", _preview.samples(self, after))])
+        rows = [("trained on", shown), (f"before: {before}", self.samples(before))]
+        return images.labelled_rows([*rows, (f"after: {after}", self.samples(after))])
