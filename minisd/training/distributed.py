@@ -18,21 +18,17 @@ def device() -> torch.device:
 
 
 class Processes:
-    """This process's place among the others. With one process, everything here does nothing."""
+    """This process's place among those that train together. With one process, no method does anything."""
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0  # the process that writes
         if self.world > 1:
-            # Others wait while the first one draws pictures, hence the patience.
+            # The processes wait while the first one generates images, hence the long timeout.
             backend = "nccl" if device().type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
             self.control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.rank == 0
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the processes."""
@@ -42,7 +38,7 @@ class Processes:
             torch._foreach_div_(tensors, self.world)
 
     def agree(self, number: int) -> int:
-        """The largest `number` that any process has: so all of them stop after the same update."""
+        """The largest `number` of all processes, by which they stop after the same update."""
         if self.world == 1:
             return number
         shared = torch.tensor(number)
