@@ -1,4 +1,4 @@
-"""Training on images of the class beside those of the instance, to preserve the class (arXiv 2208.12242)."""
+"""Prior preservation: training on images of the class as well as the instance (arXiv 2208.12242)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PriorPreservation(Method):
-    """Trains on images of a class as well, if --with_prior_preservation asks for them."""
+    """A method that also trains on images of a class with --with_prior_preservation."""
 
     def classes(self) -> list[tuple[Path, str]]:
         """The folder and the prompt of each class."""
@@ -44,8 +44,8 @@ class PriorPreservation(Method):
         return self.data, held_out
 
     def complete_class(self, folder: Path, prompt: str) -> None:
-        """Fill a class's folder up to --num_class_images with what the untrained model generates for its
-        prompt. Image i has the seed --seed + i, so that a run that was stopped continues where it was."""
+        """Generate the images that a class's folder lacks of --num_class_images, with the untrained model.
+        Image i has the seed --seed + i, so that an interrupted run continues where it stopped."""
         import torch
         from tqdm import tqdm
 
@@ -70,7 +70,7 @@ class PriorPreservation(Method):
 
 
 def count_images(folder: Path) -> int:
-    """How many images a class's folder holds, directly or in its folder images/."""
+    """The number of images in a class's folder and in its subfolder images/."""
     from minisd.data import images
 
     return sum(len(images.list_images(f)) for f in (folder, folder / "images") if f.is_dir())

@@ -1,4 +1,4 @@
-"""Learn one or several concepts by cross-attention's keys and values and new words (arXiv 2212.04488)."""
+"""Learn concepts by new words and the keys and values of cross-attention (arXiv 2212.04488)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Options(Prior, Training):
 
 
 class CustomDiffusion(PriorPreservation):
-    """Trains whole matrices beside the base's, and a row for each new word."""
+    """Trains copies of the projections, and an embedding row for each new word."""
 
     def __init__(self, options: Options, device: torch.device):
         from minisd.data.concepts import Concept, read_concepts
@@ -82,7 +82,7 @@ class CustomDiffusion(PriorPreservation):
         return [(c.class_data_dir, c.class_prompt) for c in self.concepts]
 
     def complete_class(self, folder: Path, prompt: str) -> None:
-        """ValueError if images are missing and have to be real ones."""
+        """ValueError if images are missing and --real_prior forbids generating them."""
         o, count = self.options, count_images(folder)
         if not o.real_prior:
             super().complete_class(folder, prompt)
@@ -122,8 +122,8 @@ class CustomDiffusion(PriorPreservation):
         """The mean squared error within the mask, (b,)."""
         mask = batch["mask"].to(pred.device)  # (b, 1, h, w)
         squares = ((pred.float() - target.float()).square() * mask).flatten(1).sum(dim=1)
-        mean = squares / (CHANNELS * mask.flatten(1).sum(dim=1))
-        return CHANNELS * mean if self.options.cd_loss == "reference" else mean
+        channels = 1 if self.options.cd_loss == "reference" else CHANNELS
+        return squares / (channels * mask.flatten(1).sum(dim=1))
 
     def training_prompts(self) -> Prompts:
         return [(concept.instance_prompt, None) for concept in self.concepts]

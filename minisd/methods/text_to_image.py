@@ -34,7 +34,7 @@ class Options(Captions, Average, Training):
 
 
 class TextToImage(Method):
-    """Trains the whole UNet, and the text encoder if --train_text_encoder asks for it."""
+    """Trains the whole UNet, and with --train_text_encoder the text encoder."""
 
     def build(self, sd: StableDiffusion) -> Parameters:
         o, kind = self.options, sd.schedule.prediction_type

@@ -37,14 +37,6 @@ class Processes:
                 work.wait()
             torch._foreach_div_(tensors, self.world)
 
-    def agree(self, number: int) -> int:
-        """The largest `number` of all processes, by which they stop after the same update."""
-        if self.world == 1:
-            return number
-        shared = torch.tensor(number)
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
-        return shared.item()
-
     def gather(self, value) -> list:
         """The values of all processes, by rank."""
         if self.world == 1:

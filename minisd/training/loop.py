@@ -25,9 +25,7 @@ def train(method: Method, folder: RunFolder) -> int:
     options, processes = method.options, Processes()
 
     # Start
-    earlier = (
-        folder.checkpoint_to_resume()
-    )  # first, so that wrong flags are reported before a model is loaded
+    earlier = folder.resume()  # first, so that wrong flags are reported before a model is loaded
     torch.manual_seed(options.seed)
     if processes.first:
         method.prepare()
@@ -38,9 +36,8 @@ def train(method: Method, folder: RunFolder) -> int:
     if earlier:
         checkpoint.restore(trainer, earlier)
     repository = None
-    if options.push_to_hub and processes.first:
-        repository = trackers.create_repository(options)
     if processes.first:
+        repository = trackers.create_repository(options)
         folder.start(trainer.step)
         print(describe(trainer, held_out))
     source = micro_batches(trainer, dataset)
@@ -53,7 +50,7 @@ def train(method: Method, folder: RunFolder) -> int:
             if processes.first:
                 log.add(trainer.step, *update)
                 after_update(trainer, held_out, folder, log)
-            stop = processes.agree(sum(signals))  # the signal, or 0
+            stop = max(processes.gather(sum(signals)))  # a signal to any process, or 0
             if stop or is_due(trainer.step, options.checkpointing_steps):
                 log.flush()
                 if processes.first:

@@ -64,7 +64,7 @@ class RunFolder:
         numbered = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdigit() and p.is_dir()]
         return sorted(numbered, key=lambda p: int(p.name[11:]))
 
-    def checkpoint_to_resume(self) -> Path | None:
+    def resume(self) -> Path | None:
         """The checkpoint to continue from, or None to start at 0. ValueError if the flags do not say clearly
         which, or differ from those of the checkpoint."""
         source, existing = self.options.resume_from_checkpoint, self.checkpoints()
@@ -107,8 +107,8 @@ class RunFolder:
 
 
 class Log:
-    """The progress bar and the log of a run. Losses and norms stay on the device until `flush`, so that logging
-    does not hold up the GPU."""
+    """The progress bar and the values of updates, whose losses and norms stay on the device until `flush`, so
+    that logging does not hold up the GPU."""
 
     def __init__(self, folder: RunFolder, step: int, total: int, *, show: bool):
         name = folder.recorded["method"]
