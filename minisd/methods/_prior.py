@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PriorPreservation(Method):
-    """A method that also trains on images of a class with --with_prior_preservation."""
+    """A method that also trains on images of a class if --with_prior_preservation is given."""
 
     def classes(self) -> list[tuple[Path, str]]:
         """The folder and the prompt of each class."""

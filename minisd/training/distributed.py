@@ -37,6 +37,13 @@ class Processes:
                 work.wait()
             torch._foreach_div_(tensors, self.world)
 
+    def agree(self, number: int) -> int:
+        """The largest `number` of all processes, so that they stop after the same update."""
+        shared = torch.tensor(number)
+        if self.world > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        return shared.item()
+
     def gather(self, value) -> list:
         """The values of all processes, by rank."""
         if self.world == 1:
@@ -46,12 +53,12 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Leave the group, once all processes are here."""
+        """Leave the group once all processes have called this."""
         self.wait()
         if self.world > 1:
             dist.destroy_process_group()

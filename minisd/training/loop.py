@@ -50,7 +50,7 @@ def train(method: Method, folder: RunFolder) -> int:
             if processes.first:
                 log.add(trainer.step, *update)
                 after_update(trainer, held_out, folder, log)
-            stop = max(processes.gather(sum(signals)))  # a signal to any process, or 0
+            stop = processes.agree(sum(signals))  # a signal to any process, or 0
             if stop or is_due(trainer.step, options.checkpointing_steps):
                 log.flush()
                 if processes.first:

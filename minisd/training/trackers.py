@@ -71,7 +71,7 @@ def create_repository(options: Run) -> str | None:
     api = HfApi(token=options.hub_token)
     try:
         return api.create_repo(name, exist_ok=True, private=private or None).repo_id
-    except Exception as e:  # no token, no network, no permission: each has its own kind
+    except Exception as e:  # no token, no network, no permission: each has its own error
         print(f"--push_to_hub: nothing will be uploaded: {str(e).splitlines()[0]}", file=sys.stderr)
         return None
 
