@@ -30,7 +30,7 @@ def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and stretch sqrt(alphas_cumprod) so that nothing of the picture is left at the last timestep
+    """Shift and stretch sqrt(alphas_cumprod) so that nothing of the image is left at the last timestep
     (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
     s = (1 - betas).cumprod(0).sqrt()
     s = (s - s[-1]) * s[0] / (s[0] - s[-1])

@@ -1,4 +1,4 @@
-"""The edges of a picture (Canny 1986), as the published ControlNets for edges were trained on."""
+"""The edges of an image (Canny 1986), as the published ControlNets for edges were trained on."""
 
 import numpy as np
 from PIL import Image
@@ -8,7 +8,7 @@ TANGENT = np.tan(np.pi / 8)  # of 22.5 degrees: steeper than that, a direction c
 
 def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
     """White lines, one pixel thin, on black: where the gradient is above `high`, and from there on as long as
-    it is above `low`. The picture is not blurred first, and |dx| + |dy| is the gradient's size, as in the
+    it is above `low`. The image is not blurred first, and |dx| + |dy| is the gradient's size, as in the
     program that made those ControlNets' data."""
     dx, dy = gradient(np.asarray(image.convert("RGB")))  # (h, w)
     size = abs(dx) + abs(dy)

@@ -1,4 +1,4 @@
-"""Custom Diffusion's pictures: concepts at random scales, and real or generated pictures of their classes."""
+"""Custom Diffusion's images: concepts at random scales, and real or generated images of their classes."""
 
 import json
 from dataclasses import dataclass, fields
@@ -60,14 +60,14 @@ def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
 
 
 def read_instances(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
-    """The pictures of all concepts, each under its caption or its concept's prompt."""
+    """The images of all concepts, each under its caption or its concept's prompt."""
     return source.join(
         [_read(c.instance_data_dir, c.instance_prompt, flag, skip_bad_images) for c in concepts]
     )
 
 
 def read_classes(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
-    """The pictures of the classes of all concepts: under their captions where images.txt and caption.txt list
+    """The images of the classes of all concepts: under their captions where images.txt and caption.txt list
     them line by line (a retrieved set: --real_prior), else those in the folder under the class's prompt."""
     return source.join(
         [
@@ -107,7 +107,7 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
 class CustomConcepts(Captioned):
     """Instances of the concepts, squashed to a square of a random side s, two thirds of them up to
     `resolution` and one third beyond it, with the extra "mask", (1, h, w) of the latents, 1 where there is
-    picture.
+    image.
 
     A smaller square stands anywhere on mid-grey, and its mask leaves out one latent pixel on each side; a
     larger one is cut anywhere, and its mask is all ones. The prompt says whether it is far away or close up.
@@ -124,7 +124,7 @@ class CustomConcepts(Captioned):
         self.resolution, self.augment, self.factor = resolution, augment, factor
 
     def draw_side(self, generator: torch.Generator) -> int:
-        """The side s that a picture is squashed to."""
+        """The side s that an image is squashed to."""
         full = self.resolution
         if not self.augment:
             return full
@@ -151,7 +151,7 @@ class CustomConcepts(Captioned):
         return None if self.augment else super().views()
 
     def tensor(self, view: View, column: str) -> Tensor:
-        """(3, resolution, resolution) in [-1, 1], 0 around a smaller picture."""
+        """(3, resolution, resolution) in [-1, 1], 0 around a smaller image."""
         image = self.open(view.record, column)
         image = ImageOps.mirror(image) if view.flipped else image  # before it is placed
         picture = images.to_tensor(image.resize(view.size, self.resampling))  # (3, s, s)
@@ -169,7 +169,7 @@ class CustomConcepts(Captioned):
         return {"mask": mask}
 
     def _inner(self, start: int, side: int) -> slice:
-        """The latent pixels within a picture's rows or columns, less one at each end. A picture too small for
+        """The latent pixels within an image's rows or columns, less one at each end. An image too small for
         that keeps the one in its middle: the loss divides by how many there are."""
         first, end = start // self.factor + 1, (start + side) // self.factor - 1
         if first < end:
@@ -179,7 +179,7 @@ class CustomConcepts(Captioned):
 
 
 class ClassPictures(Captioned):
-    """Pictures of the classes, with a mask of ones."""
+    """Images of the classes, with a mask of ones."""
 
     IMAGE_FLAG = CAPTION_FLAG = "--class_data_dir"
 

@@ -1,4 +1,4 @@
-"""Where a picture is cut: resizing, crops, and the shapes of aspect-ratio buckets."""
+"""Where an image is cut: resizing, crops, and the shapes of aspect-ratio buckets."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class View:
-    """A record's picture as the model sees it, which is all that a cached latent depends on: resized to
+    """A record's image as the model sees it, which is all that a cached latent depends on: resized to
     `size`, cut to `box` in that, then flipped. `part` is the dataset's number where a Prior joins several."""
 
     record: int
@@ -54,5 +54,5 @@ def bucket_shapes(resolution: int, step: int = 64) -> list[Size]:
 
 
 def nearest_shape(size: Size, shapes: list[Size]) -> Size:
-    """The bucket of a picture: its own size if that is one, else the one of the nearest aspect ratio."""
+    """The bucket of an image: its own size if that is one, else the one of the nearest aspect ratio."""
     return size if size in shapes else min(shapes, key=lambda s: abs(size[0] / size[1] - s[0] / s[1]))

@@ -1,9 +1,9 @@
-"""What an example of each method is: a view of a picture, its prompt, and further tensors.
+"""What an example of each method is: a view of an image, its prompt, and further tensors.
 
 A dataset has
     len(dataset)                  examples in an epoch
     examples(index, generator)    the examples at an index; what is random is drawn from the generator
-    pixels(view)                  the picture (3, h, w) in [-1, 1] of a view
+    pixels(view)                  the image (3, h, w) in [-1, 1] of a view
     extras(view)                  further tensors that belong to it, by name
     views()                       every view there can be, or None if crops are drawn
     buckets                       the shape (w, h) at each index, or None if all are of one shape
@@ -28,7 +28,7 @@ from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A view of a picture, its prompt, and the weight of its loss."""
+    """A view of an image, its prompt, and the weight of its loss."""
 
     view: View
     prompt: str
@@ -36,16 +36,16 @@ class Example:
 
 
 class Captioned:
-    """Pictures under their captions: the shorter side resized to `resolution`, a centred or random square cut
+    """Images under their captions: the shorter side resized to `resolution`, a centred or random square cut
     out, flipped with probability 1/2 if `random_flip`.
 
-    With `squash`, pictures are resized to the square whatever their shape. With `bucket` each is scaled to
+    With `squash`, images are resized to the square whatever their shape. With `bucket` each is scaled to
     cover the bucket nearest to its own aspect ratio (sides are multiples of `step` pixels), and the middle is
     cut out.
 
     A record without a caption has `prompt`, if that is given (one of them is drawn, if it is several); with
     caption_column=None every record has. A caption is left empty with probability `caption_dropout`.
-    `pair_column` holds a second picture of each record. ValueError, naming the flag, for a column that is
+    `pair_column` holds a second image of each record. ValueError, naming the flag, for a column that is
     missing and for a pair with different aspect ratios.
     """
 
@@ -85,7 +85,7 @@ class Captioned:
         self.center_crop = center_crop or bucket
         originals = [record.sizes[self.image_column] for record in source.records]
         shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]
-        self.shapes = [crop.nearest_shape(size, shapes) for size in originals]  # what each picture is cut to
+        self.shapes = [crop.nearest_shape(size, shapes) for size in originals]  # what each image is cut to
         self.sizes = self.shapes if squash else list(map(crop.cover, originals, self.shapes))
         self.buckets = [self.shapes[i] for i in self.epoch] if bucket else None
 
@@ -106,7 +106,7 @@ class Captioned:
         return "" if dropped else prompt
 
     def draw_view(self, record: int, generator: torch.Generator) -> View:
-        """How the picture of a record is cut and flipped."""
+        """How the image of a record is cut and flipped."""
         box = self.fixed_box(record)
         if box is None:
             (w, h), (tw, th) = self.sizes[record], self.shapes[record]
@@ -115,11 +115,11 @@ class Captioned:
         return View(record, self.draw_flip(generator), self.sizes[record], box)
 
     def draw_flip(self, generator: torch.Generator) -> bool:
-        """Whether a picture is flipped."""
+        """Whether an image is flipped."""
         return noise.choice(self.flips, generator)
 
     def fixed_box(self, record: int) -> Box | None:
-        """Where the picture of a record is cut, or None if that is drawn."""
+        """Where the image of a record is cut, or None if that is drawn."""
         size, shape = self.sizes[record], self.shapes[record]
         return crop.center(size, shape) if self.center_crop or size == shape else None
 
@@ -141,16 +141,16 @@ class Captioned:
         return {}
 
     def open(self, record: int, column: str) -> Image.Image:
-        """A picture, before it is resized."""
+        """An image, before it is resized."""
         return self.source.open(record, column)
 
     def tensor(self, view: View, column: str) -> Tensor:
-        """(3, h, w) in [-1, 1]: the picture in a column, cut as the view says."""
+        """(3, h, w) in [-1, 1]: the image in a column, cut as the view says."""
         image = self.open(view.record, column).resize(view.size, self.resampling).crop(view.box)
         return images.to_tensor(ImageOps.mirror(image) if view.flipped else image)
 
     def summary(self) -> str:
-        """What is in the source, and how many pictures each bucket has."""
+        """What is in the source, and how many images each bucket has."""
         text = self.described.summary(self.caption_column)
         if self.buckets:
             counts = sorted(Counter(self.buckets).items())
@@ -159,10 +159,10 @@ class Captioned:
 
 
 class ConceptPictures(Captioned):
-    """The pictures of one concept, squashed to a square (with `center_crop` after cutting out the largest
+    """The images of one concept, squashed to a square (with `center_crop` after cutting out the largest
     one), flipped with probability `flip_p`, each `repeats` times in an epoch: textual inversion's data.
 
-    Prompts are made from templates; a caption beside a picture is used instead of these. In both, `{}` stands
+    Prompts are made from templates; a caption beside an image is used instead of these. In both, `{}` stands
     for the concept's token. ValueError, naming the record, for a caption with neither `{}` nor the token.
     """
 
@@ -196,7 +196,7 @@ class ConceptPictures(Captioned):
 
 
 class Conditioned(Captioned):
-    """ControlNet's pictures, each with its conditioning image as the extra "conditioning", (3, h, w) in
+    """ControlNet's images, each with its conditioning image as the extra "conditioning", (3, h, w) in
     [0, 1]: the one in `pair_column`, cut in the same way."""
 
     PAIR_FLAG = "--conditioning_image_column"
@@ -206,7 +206,7 @@ class Conditioned(Captioned):
 
 
 class EditPairs(Captioned):
-    """InstructPix2Pix's pictures after the edit, each with the one before it as the extra "original",
+    """InstructPix2Pix's images after the edit, each with the one before it as the extra "original",
     (3, h, w) in [-1, 1]: the one in `pair_column`, cut and flipped in the same way."""
 
     IMAGE_FLAG, CAPTION_FLAG = "--edited_image_column", "--edit_prompt_column"
@@ -227,7 +227,7 @@ class Prior:
     buckets = None
 
     def __init__(self, instances: Captioned, classes: Captioned, weight: float):
-        assert instances.buckets is None and classes.buckets is None  # their pictures share a batch
+        assert instances.buckets is None and classes.buckets is None  # their images share a batch
         self.parts = instances, classes
         self.weights = 2.0, 2.0 * weight
 

@@ -1,4 +1,4 @@
-"""Pictures in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
+"""Images in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
 
 import io
 import itertools
@@ -18,12 +18,12 @@ from torch import Tensor
 from minisd import files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # pictures that would fill the memory
+BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # images that would fill the memory
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A picture in a dataset of the package `datasets`."""
+    """An image in a dataset of the package `datasets`."""
 
     table: Any
     row: int
@@ -33,7 +33,7 @@ class Cell:
         return f"row {self.row}, column {self.column}"
 
     def read_bytes(self) -> bytes:
-        """The encoded picture, as Path.read_bytes; nothing where the table has none."""
+        """The encoded image, as Path.read_bytes; nothing where the table has none."""
         value = self.table[self.row][self.column] or b""
         if isinstance(value, bytes):
             return value
@@ -41,7 +41,7 @@ class Cell:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name, without hidden files. ValueError if it is not a folder."""
+    """The images in a folder, by name, without hidden files. ValueError if it is not a folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     visible = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -69,7 +69,7 @@ def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "w
 
 
 def read_square(name: str, side: int, *, flag: str) -> Tensor:
-    """The middle of the picture at a path or an address, (3, side, side) in [-1, 1]. ValueError, naming
+    """The middle of the image at a path or an address, (3, side, side) in [-1, 1]. ValueError, naming
     `flag`, if there is none."""
     content = None
     try:
@@ -102,7 +102,7 @@ def to_pil(pixels: Tensor) -> Image.Image:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """Pictures side by side on white, each in a cell of the largest one's size; about square by default."""
+    """Images side by side on white, each in a cell of the largest one's size; about square by default."""
     columns = columns or max(1, round(len(images) ** 0.5))
     width, height = max(i.width for i in images), max(i.height for i in images)
     rows = -(-len(images) // columns)
@@ -130,7 +130,7 @@ def label(text: str, width: int, height: int = 0) -> Image.Image:
 
 
 def stack(parts: Sequence[Image.Image], across: bool = False, gap: int = 0) -> Image.Image:
-    """Pictures of any size on white, one below the other, or with `across` side by side."""
+    """Images of any size on white, one below the other, or with `across` side by side."""
     ends = list(itertools.accumulate((i.width if across else i.height) + gap for i in parts))
     length, breadth = ends[-1] - gap, max(i.height if across else i.width for i in parts)
     sheet = Image.new("RGB", (length, breadth) if across else (breadth, length), "white")
@@ -140,14 +140,14 @@ def stack(parts: Sequence[Image.Image], across: bool = False, gap: int = 0) -> I
 
 
 def labelled(image: Image.Image, text: str) -> Image.Image:
-    """The picture under its label."""
+    """The image under its label."""
     return stack([label(text, image.width), image])
 
 
 def table(
     cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], gap: int = 4
 ) -> Image.Image:
-    """Pictures in rows and columns, with the labels of these to the left and above."""
+    """Images in rows and columns, with the labels of these to the left and above."""
     flat = [image for row in cells for image in row]
     width, height = max(i.width for i in flat), max(i.height for i in flat)
     fitting = (w for w in (64, 96, 160, 240) if all(label(text, w).height <= height for text in rows))
@@ -161,7 +161,7 @@ def table(
 
 
 def labelled_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 256) -> Image.Image:
-    """One row of pictures under each label, to compare results with what they should look like."""
+    """One row of images under each label, to compare results with what they should look like."""
     strips = [(text, [i.resize((size, size)) for i in row]) for text, row in rows if row]
     return stack([labelled(grid(row, columns=len(row)), text) for text, row in strips])
 

@@ -3,7 +3,7 @@
 Sample number k of a run is a function of (seed, k): its index in the shuffled epoch, its augmentation, its
 noise. So to resume a run the number is enough, and neither the batch size nor the workers nor the devices
 change what is drawn. With buckets the index is a function of the size of a round too (the batches of all
-processes together), because a round holds pictures of one bucket.
+processes together), because a round holds images of one bucket.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Bucketed(Shuffled):
     An epoch has as many rounds as the dataset has indices, n. A bucket of m indices has m of these rounds, in
     an order that is a function of (seed, epoch). The m * size samples that a bucket has in an epoch are
     `size` permutations of its indices, one after the other. So each index occurs exactly `size` times, and no
-    round is short or filled up with pictures that then count twice.
+    round is short or filled up with images that then count twice.
     """
 
     def __init__(self, buckets: Sequence, seed: int, size: int):
@@ -77,7 +77,7 @@ class Bucketed(Shuffled):
 
 class Stream:
     """Sample k as a list of {"number", "prompt", "weight"} with either "pixels" (3, h, w) or the cached
-    "mean" and "std" of its latents: one for each example at its index (an instance and a picture of its
+    "mean" and "std" of its latents: one for each example at its index (an instance and an image of its
     class, say)."""
 
     def __init__(self, dataset: Captioned | Prior, seed: int):

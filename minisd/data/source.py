@@ -1,6 +1,6 @@
-"""What there is to train on: records of pictures and texts, read from a folder, a file or the hub.
+"""What there is to train on: records of images and texts, read from a folder, a file or the hub.
 
-    source = read(Path("pictures"), flag="--data")           a folder, with or without metadata
+    source = read(Path("images"), flag="--data")             a folder, with or without metadata
     source = read("user/name", flag="--dataset_name")        the hub, a saved dataset, a parquet file
     source = from_options(options, cache_dir=None)           whichever of these the flags name
     print(source.summary())
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 Subfolders = Literal["all", "repeated", "none"]
 
 REPEATED = re.compile(r"(\d+)_([^/]+)/")  # kohya's folders, such as 10_sks dog/: repeats and caption
-CAPTION_SUFFIXES = (".txt", ".caption")  # of a caption beside its picture; the first one that exists is read
-PROGRESS_BAR_FROM = 200  # pictures to check
+CAPTION_SUFFIXES = (".txt", ".caption")  # of a caption beside its image; the first one that exists is read
+PROGRESS_BAR_FROM = 200  # images to check
 MAX_REASONS = 20  # of skipped files in a summary
 CAPTIONS_HINT = "; captions come from metadata.csv, metadata.jsonl, or .txt files beside the pictures"
 
@@ -52,8 +52,8 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Record:
-    """The pictures of one example and its texts, both by column. `sizes` are the (width, height) of the
-    pictures in pixels, after their EXIF rotation; `repeats` is how often the record occurs in an epoch."""
+    """The images of one example and its texts, both by column. `sizes` are the (width, height) of the
+    images in pixels, after their EXIF rotation; `repeats` is how often the record occurs in an epoch."""
 
     name: str
     pictures: dict[str, Path | images.Cell]
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of pictures, then columns of texts."""
+        """Columns of images, then columns of texts."""
         pictures = [column for record in self.records for column in record.pictures]
         return list(dict.fromkeys(pictures + [column for record in self.records for column in record.texts]))
 
@@ -104,7 +104,7 @@ class Source:
         return column
 
     def pair_column(self, name: str, other: str, *, flag: str) -> str:
-        """As `column`, of pictures that have the aspect ratio of those in the column `other`. ValueError too,
+        """As `column`, of images that have the aspect ratio of those in the column `other`. ValueError too,
         naming `flag` and the files, if two have not."""
         column = self.column(name, flag=flag, of="pictures")
         for record in self.records:
@@ -117,7 +117,7 @@ class Source:
         return column
 
     def open(self, number: int, column: str) -> Image.Image:
-        """The RGB picture of record `number` in `column`."""
+        """The RGB image of record `number` in `column`."""
         return images.open_image(self.records[number].pictures[column])
 
     def caption(self, number: int, column: str, generator: torch.Generator) -> str:
@@ -141,7 +141,7 @@ class Source:
         return tuple(replace(self, records=tuple(self.records[i] for i in n)) for n in (training, held_out))
 
     def summary(self, caption_column: str | None = None) -> str:
-        """Numbers of pictures and captions, columns, sizes, and which files were skipped and why."""
+        """Numbers of images and captions, columns, sizes, and which files were skipped and why."""
         sizes = Counter(size for r in self.records for size in r.sizes.values())
         pictures, repeated = sum(len(r.pictures) for r in self.records), len(self.epoch)
         column = caption_column or next((c for c in ("text", "prompt") if c in self.columns), None)
@@ -188,17 +188,17 @@ def read(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> Source:
-    """The pictures of a folder; or, through the package `datasets`, the split "train" of a parquet file, of a
+    """The images of a folder; or, through the package `datasets`, the split "train" of a parquet file, of a
     folder that this package saved, or, if `location` is a str, of a dataset on the hub (`config` is its
     configuration).
 
-    A folder yields first the pictures of metadata files in the order of the rows, then the others by name;
+    A folder yields first the images of metadata files in the order of the rows, then the others by name;
     those of its subfolders too: of all, of those in kohya's layout N_name alone ("repeated"), or of none.
-    Texts are the columns of the nearest metadata file at or above a picture; without one, "text" is that of a
-    .txt or .caption file beside the picture, or else kohya's name.
+    Texts are the columns of the nearest metadata file at or above an image; without one, "text" is that of a
+    .txt or .caption file beside the image, or else kohya's name.
 
     If there are more than `max_samples` records, the seed draws that many. ValueError if anything does not
-    fit together, or, unless `skip_bad_images`, if a picture cannot be decoded.
+    fit together, or, unless `skip_bad_images`, if an image cannot be decoded.
     """
     path, skipped, hidden = Path(location), [], []
     samples = noise.generator(seed, "samples")
@@ -225,7 +225,7 @@ def read(
 
 
 def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bool) -> Source:
-    """A source of the records, each picture decoded once. ValueError if one cannot be, or if none is left."""
+    """A source of the records, each image decoded once. ValueError if one cannot be, or if none is left."""
     good, bad = [], []
     size = functools.cache(lambda picture: images.open_image(picture).size)  # several records may share one
     for record in tqdm(records, desc="checking", leave=False, disable=len(records) < PROGRESS_BAR_FROM):
@@ -261,8 +261,8 @@ class _Folder:
         self.hidden: list[str] = []
 
     def records(self) -> list[Record]:
-        """Those of metadata files, then those of other pictures. ValueError if a picture has no row in the
-        metadata, if a row has no picture, or if there are no pictures at all."""
+        """Those of metadata files, then those of other images. ValueError if an image has no row in the
+        metadata, if a row has no image, or if there are no images at all."""
         files = list(self._files(self.root))
         folders = sorted({self.root, *(path.parent for path in files)})
         metadata = {folder: path for folder in folders if (path := tables.find(folder))}
@@ -317,7 +317,7 @@ class _Folder:
         return "repeated 0 times" if kohya and int(kohya[1]) == 0 else None
 
     def _record(self, pictures: dict[str, Path], texts: dict[str, Any]) -> Record:
-        """A record; without texts it has the caption beside its first picture, or kohya's."""
+        """A record; without texts it has the caption beside its first image, or kohya's."""
         path = next(iter(pictures.values()))
         kohya = REPEATED.match(self._short(path)) if self.subfolders != "none" else None
         if not texts:

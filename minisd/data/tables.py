@@ -1,4 +1,4 @@
-"""Tables: metadata.jsonl, .csv and .parquet beside pictures, and datasets of the package `datasets`."""
+"""Tables: metadata.jsonl, .csv and .parquet beside images, and datasets of the package `datasets`."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 from minisd.data import images
 
-# Files whose rows describe the pictures of their folder and of its subfolders; the first one that exists is
+# Files whose rows describe the images of their folder and of its subfolders; the first one that exists is
 # read. prompt.json holds ControlNet's {"source", "target", "prompt"} lines.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "prompt.jsonl")
 
@@ -104,7 +104,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The picture files that a row names and its texts, both by column. "file_name" is the column "image",
+    """The image files that a row names and its texts, both by column. "file_name" is the column "image",
     "x_file_name" the column "x", and ControlNet's "source" and "target" are files if the row has both.
     ValueError, naming the row's location `where`, if it names no file, or one that is missing."""
     pictures, texts = {}, {}
@@ -130,7 +130,7 @@ def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path
 
 
 def needs_datasets(folder: Path) -> bool:
-    """Whether a folder was saved by the package `datasets`, or holds parquet files and no pictures."""
+    """Whether a folder was saved by the package `datasets`, or holds parquet files and no images."""
     if any((folder / name).is_file() for name in SAVED):
         return True
     suffixes = {p.suffix.lower() for p in folder.rglob("*") if p.name != "metadata.parquet"}
@@ -141,8 +141,8 @@ def load_dataset(
     name: str, config: str | None, cache_dir: str | None, *, flag: str
 ) -> tuple[dict[str, Any], dict[str, list]]:
     """The split "train" of a dataset on the hub, of one saved in a folder, or of a local parquet file: for
-    each column of pictures a table of it alone, undecoded; for each column of texts its values. ValueError,
-    naming `flag`, if it cannot be loaded or has no pictures."""
+    each column of images a table of it alone, undecoded; for each column of texts its values. ValueError,
+    naming `flag`, if it cannot be loaded or has no images."""
     try:
         import datasets
     except ImportError:
