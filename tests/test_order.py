@@ -139,7 +139,7 @@ def test_a_cycle_of_rounds_shows_every_place_as_often(size):
 
 
 def test_one_bucket_in_rounds_of_one_is_a_shuffle():
-    order, plain = Bucketed(["a"] * 9, seed=0, size=1), Shuffled(9, seed=0)
+    order, plain = Bucketed(["a"] * 9, seed=0, size=1), Shuffled(9, 0, "order")
     for epoch in range(3):
         numbers = range(epoch * 9, epoch * 9 + 9)
         assert sorted(order[k] for k in numbers) == sorted(plain[k] for k in numbers) == list(range(9))
