@@ -122,19 +122,13 @@ class CustomConcepts(Captioned):
         super().__init__(source, resolution=resolution, random_flip=hflip, squash=True)
         self.resolution, self.augment, self.factor = resolution, augment, factor
 
-    def draw_side(self, generator: torch.Generator) -> int:
-        """The side s of the square that an image is squashed to."""
-        full = self.resolution
-        if not self.augment:
-            return full
-        if noise.chance(0.66, generator):
-            return noise.between(full // 3, full, generator)
-        return noise.between(int(1.2 * full), int(1.4 * full) - 1, generator)
-
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         record, full = self.epoch[index], self.resolution
-        prompt = self.draw_prompt(record, generator)
-        side = self.draw_side(generator)
+        prompt, side = self.draw_prompt(record, generator), full
+        if self.augment:
+            smaller = noise.chance(0.66, generator)
+            low, high = (full // 3, full) if smaller else (int(1.2 * full), int(1.4 * full) - 1)
+            side = noise.between(low, high, generator)
         margin = abs(full - side)
         left, top = noise.between(0, margin, generator), noise.between(0, margin, generator)
         if side <= full:  # the box of a smaller square reaches beyond it

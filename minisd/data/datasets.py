@@ -92,8 +92,13 @@ class Captioned:
 
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         record = self.epoch[index]
-        prompt = self.draw_prompt(record, generator)
-        return [Example(view=self.draw_view(record, generator), prompt=prompt)]
+        prompt, box = self.draw_prompt(record, generator), self.fixed_box(record)
+        if box is None:
+            (w, h), (tw, th) = self.sizes[record], self.shapes[record]
+            left, top = noise.between(0, w - tw, generator), noise.between(0, h - th, generator)
+            box = left, top, left + tw, top + th
+        view = View(record, self.draw_flip(generator), self.sizes[record], box)
+        return [Example(view=view, prompt=prompt)]
 
     def draw_prompt(self, record: int, generator: torch.Generator) -> str:
         """Draw the prompt of a record."""
@@ -102,15 +107,6 @@ class Captioned:
             prompt = self.source.caption(record, self.caption_column, generator)
         dropped = self.caption_dropout and noise.chance(self.caption_dropout, generator)
         return "" if dropped else prompt
-
-    def draw_view(self, record: int, generator: torch.Generator) -> View:
-        """Draw how the image of a record is cropped and flipped."""
-        box = self.fixed_box(record)
-        if box is None:
-            (w, h), (tw, th) = self.sizes[record], self.shapes[record]
-            left, top = noise.between(0, w - tw, generator), noise.between(0, h - th, generator)
-            box = left, top, left + tw, top + th
-        return View(record, self.draw_flip(generator), self.sizes[record], box)
 
     def draw_flip(self, generator: torch.Generator) -> bool:
         """Draw whether an image is flipped."""

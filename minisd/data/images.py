@@ -18,6 +18,7 @@ from torch import Tensor
 from minisd import files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+GAP = 4  # pixels between the images of a grid
 BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # images that would exhaust the memory
 
 
@@ -101,15 +102,15 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
     """Images in a grid on white, in cells as large as the largest; by default the grid is about square."""
     columns = columns or max(1, round(len(images) ** 0.5))
     width, height = max(i.width for i in images), max(i.height for i in images)
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+        sheet.paste(image, (column * (width + GAP), row * (height + GAP)))
     return sheet
 
 
@@ -144,18 +145,16 @@ def labelled(image: Image.Image, text: str) -> Image.Image:
     return stack([label(text, image.width), image])
 
 
-def table(
-    cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], gap: int = 4
-) -> Image.Image:
+def table(cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
     """Images in rows and columns, with labels on the left and on top."""
     flat = [image for row in cells for image in row]
     width, height = max(i.width for i in flat), max(i.height for i in flat)
     fitting = (w for w in (64, 96, 160, 240) if all(label(text, w).height <= height for text in rows))
     margin = next(fitting, 320)
-    above = stack([label(text, width) for text in columns], True, gap)
+    above = stack([label(text, width) for text in columns], True, GAP)
     above = ImageOps.expand(above, (margin, 0, 0, 0), "white")
-    left = stack([label(text, margin, height).crop((0, 0, margin, height)) for text in rows], gap=gap)
-    return stack([above, stack([left, grid(flat, len(columns), gap)], across=True)])
+    left = stack([label(text, margin, height).crop((0, 0, margin, height)) for text in rows], gap=GAP)
+    return stack([above, stack([left, grid(flat, len(columns))], across=True)])
 
 
 def labelled_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 256) -> Image.Image:

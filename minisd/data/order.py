@@ -20,7 +20,7 @@ from minisd import noise
 
 if TYPE_CHECKING:
     from minisd.data.crop import View
-    from minisd.data.datasets import Captioned, Example, Prior
+    from minisd.data.datasets import Captioned, Prior
 
 
 class Shuffled:
@@ -107,13 +107,9 @@ class Stream:
             parts += [alike[start : start + size] for start in range(0, len(alike), size)]
         return parts
 
-    def examples(self, number: int) -> list[Example]:
-        """The examples of sample `number`."""
-        return self.dataset.examples(self.order[number], noise.generator(self.seed, "augment", number))
-
     def __getitem__(self, number: int) -> list[dict]:
-        samples = []
-        for i, example in enumerate(self.examples(number)):
+        samples, generator = [], noise.generator(self.seed, "augment", number)
+        for i, example in enumerate(self.dataset.examples(self.order[number], generator)):
             sample = {"number": f"{number}+{i}" if i else number, "prompt": example.prompt}
             sample |= {"weight": torch.tensor(example.weight)} | self.dataset.extras(example.view)
             if example.view in self.moments:
@@ -147,7 +143,7 @@ def batches(
     if stream.dataset.buckets is not None and first % size:
         raise ValueError(
             f"--bucket: sample {first} is within a round of {size}; "
-            "go on with the --train_batch_size and the number of processes that the run had"
+            "continue with the --train_batch_size and the number of processes of the run"
         )
     stream.arrange(size)
     starts = range(first + rank * batch_size, first + count * size, size)

@@ -83,7 +83,7 @@ def _csv(path: Path) -> Iterator[Row]:
             elif len(cells) != len(header):
                 raise ValueError(
                     f"{where}: {len(cells)} cells under {len(header)} columns ({', '.join(header)}); "
-                    "a text with a comma in it stands in double quotes"
+                    "a text with a comma needs double quotes"
                 )
             else:
                 yield where, dict(zip(header, cells, strict=True))
