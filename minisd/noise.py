@@ -21,7 +21,8 @@ def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
         return torch.linspace(start, end, steps, dtype=torch.float32)
     if kind == "scaled_linear":  # linear in the square root: Stable Diffusion's
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    # squaredcos_cap_v2: Nichol and Dhariwal 2021, equation 17
+    if kind != "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, equation 17
+        raise ValueError(f"beta_schedule {kind!r}: one of linear, scaled_linear, squaredcos_cap_v2")
     bars = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
     betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(bars)]
     return torch.tensor(betas, dtype=torch.float32)
@@ -54,6 +55,8 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
 
     def __post_init__(self):
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type {self.prediction_type!r}: one of epsilon, v_prediction, sample")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
@@ -85,8 +88,10 @@ class NoiseSchedule:
             descending = i.flip(0) * (total // steps) + offset
         elif spacing == "linspace":
             descending = i.flip(0) * ((total - 1) / max(1, steps - 1))
-        else:  # trailing, by the formula of numpy's arange: halves are rounded as in diffusers
+        elif spacing == "trailing":  # by the formula of numpy's arange: halves are rounded as in diffusers
             descending = (total + i * ((total - total / steps) - total)).round() - 1
+        else:
+            raise ValueError(f"timestep_spacing {spacing!r}: one of leading, linspace, trailing")
         return descending.clamp(0, total - 1)
 
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
