@@ -77,10 +77,9 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: error: {self.where}{message}", file=sys.stderr)
         sys.exit(2)
 
-    def read(self, argv: list[str], where: str = "") -> dict[str, object]:
-        """The flags in `argv` and their values. If they are wrong, exits with one line that begins with
-        `where`."""
-        self.where, known = where, self._option_string_actions
+    def read(self, argv: list[str]) -> dict[str, object]:
+        """The flags in `argv` and their values. Exits with one line if they are wrong."""
+        known = self._option_string_actions
         for name in (arg.partition("=")[0] for arg in argv):  # before argparse reports missing flags
             if not name.startswith("--") or name == "--" or name in known:
                 continue
@@ -163,15 +162,15 @@ def parse_sample(argv: list[str]) -> list[Job]:
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
-            values = parser.read(as_flags(like(path, values.keys())), parser.where) | values
+            values = parser.read(as_flags(like(path, values.keys()))) | values
             parser.where = ""
         if path := values.get("csv"):
             rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
         for parser.where, row in rows.items():
             for name in {"csv", "like", "output", "export"} & row.keys():
-                raise ValueError(f"--{name} is for all rows: give it on the command line")
-            row_values = parser.read(as_flags(row), parser.where)
-            jobs.append(Job(parser.build(Sample, values | row_values, "sample"), row, parser.where))
+                parser.error(f"--{name} is for all rows: give it on the command line")
+            options = parser.build(Sample, values | parser.read(as_flags(row)), "sample")
+            jobs.append(Job(options, row, parser.where))
     except ValueError as e:
         parser.error(str(e))
     return jobs

@@ -69,7 +69,8 @@ def parse(text: str, plain: bool = False) -> Prompt:
 def parse_all(texts: Sequence[str], settings: Settings) -> list[Prompt]:
     """Parse texts, each different one once, and give each prompt the settings' negative prompt."""
     negative = parse(settings.negative_prompt, settings.plain_prompt)
-    require(not negative.loras, "--negative_prompt has a <lora:...>, which would act on both: use --prompt")
+    if negative.loras:
+        raise ValueError("--negative_prompt has a <lora:...>, which would act on both: use --prompt")
     prompts = {text: parse(text, settings.plain_prompt) for text in dict.fromkeys(texts)}
     return [replace(prompts[text], negative=negative) for text in texts]
 
