@@ -149,7 +149,7 @@ class Sample(Drawing, Loading):
         self.exclusive("prompt", "prompt_file")
         draws = self.prompt or self.prompt_file
         require(draws or self.export, "give --prompt or --prompt_file")
-        self.exclusive("export", "csv")
+        require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
         self.positive("preview")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
         used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
