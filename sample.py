@@ -1,4 +1,4 @@
-"""Draw pictures with a Stable Diffusion v1.x model.
+"""Generate images with a Stable Diffusion v1.x model.
 
     python sample.py --model M --prompt "a cat"
     python sample.py --model M --adapter text-inversion-model --prompt "a photo of a <cat>" --num_images 4

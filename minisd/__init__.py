@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def load(model: str | Path, **options) -> Model:
-    """The model in a folder, a file or a hub id, on the GPU and in fp16 if there is one. `options` are those
-    of StableDiffusion.load."""
+    """Load the model in a folder, a file or a hub id; by default on the GPU and in fp16 if there is one.
+    `options` are those of StableDiffusion.load."""
     import torch
 
     from minisd.sampling.api import Model

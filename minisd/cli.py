@@ -22,26 +22,18 @@ WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaul
 
 
 def names_of(cls: type) -> dict[str, Field]:
-    """All names of flags, and their fields: first each field's own name, then its other ones."""
+    """The field of each flag name, aliases included."""
     return {name: f for f in fields(cls) for name in (f.name, *_metadata(cls, f.name).get("also", ()))}
 
 
 def _metadata(cls: type, name: str) -> Mapping:
     """Help and aliases from the nearest class with any: redeclaring a field changes its default alone."""
-    for c in cls.__mro__:
-        f = c.__dict__.get("__dataclass_fields__", {}).get(name)
-        if f is not None and "help" in f.metadata:
-            return f.metadata
-    return {}
-
-
-def _declared_in(cls: type, name: str) -> type:
-    """The base-most class that declares a field: its group in the help."""
-    return [c for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {})][-1]
+    declared = (c.__dict__.get("__dataclass_fields__", {}).get(name) for c in cls.__mro__)
+    return next((f.metadata for f in declared if f and "help" in f.metadata), {})
 
 
 def _help(cls: type, f: Field) -> str:
-    """The help of a flag, with its default unless that is said in words."""
+    """The help of a flag, with its default unless the text describes that."""
     metadata, default = _metadata(cls, f.name), default_of(f)
     text = metadata.get("help", "")
     if "listing" in metadata:
@@ -54,7 +46,7 @@ def _help(cls: type, f: Field) -> str:
 
 
 def _add_flag(group, cls: type, f: Field, hint) -> None:
-    # What is not given is not in the namespace: the dataclass has the defaults.
+    # Flags that are not given stay out of the namespace: the dataclass has the defaults.
     default = default_of(f)
     kwargs = {"dest": f.name, "required": default is MISSING, "default": argparse.SUPPRESS}
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None, and Literal[...] | None
@@ -68,7 +60,7 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
         choices = typing.get_args(item)  # of list[Literal[...]]
         kwargs |= {"nargs": "+", **({"choices": choices} if choices else {"type": item, "metavar": "X"})}
         if not default:
-            kwargs["action"] = "extend"  # given twice, it adds up
+            kwargs["action"] = "extend"  # a flag that is given twice adds up
     else:
         kwargs |= {"type": hint, "metavar": hint.__name__.upper()}
     names = (f.name, *_metadata(cls, f.name).get("also", ()))
@@ -78,18 +70,17 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
 class Parser(argparse.ArgumentParser):
     """One line on stderr and exit status 2: the usage of fifty flags would bury the reason."""
 
-    where = ""  # what is parsed, if it is not the command line itself
-    methods: tuple[str, ...] = ()  # those that may have a flag which this command lacks
+    where = ""  # how messages begin: the file that is parsed, if it is not the command line
+    methods: tuple[str, ...] = ()  # methods to name in the message about an unknown flag
 
     def error(self, message):
         print(f"{self.prog}: error: {self.where}{message}", file=sys.stderr)
         sys.exit(2)
 
-    def read(self, argv: list[str], where: str = "") -> dict[str, object]:
-        """The flags in `argv` and their values. Exits with one line, which begins with `where`, if they are
-        wrong."""
-        self.where, known = where, self._option_string_actions
-        for name in (arg.partition("=")[0] for arg in argv):  # before argparse complains of what is missing
+    def read(self, argv: list[str]) -> dict[str, object]:
+        """The flags in `argv` and their values. Exits with one line if they are wrong."""
+        known = self._option_string_actions
+        for name in (arg.partition("=")[0] for arg in argv):  # before argparse reports missing flags
             if not name.startswith("--") or name == "--" or name in known:
                 continue
             if owners := [m for m in self.methods if name[2:] in names_of(options_of(m))]:
@@ -99,11 +90,11 @@ class Parser(argparse.ArgumentParser):
         return vars(self.parse_args(argv))
 
     def build(self, cls: type, values: dict[str, object], command: str):
-        """The options with these values; without --model, with the tiny model's defaults for `command`."""
+        """The options with these values; without --model, those of the tiny model for `command`."""
         if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
             defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
             values = {"model": str(TINY), **defaults, **values}
-            say("no --model: the tiny one in the box (64x64 emoji); give a folder, file or hub id of SD v1.x")
+            say("no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id")
         try:
             return cls(**values)
         except ValueError as e:
@@ -119,20 +110,19 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=110),
     )
     hints = typing.get_type_hints(cls)
+    # A flag belongs to the base-most class that declares it.
+    owners = {name: c for c in cls.__mro__ for name in c.__dict__.get("__annotations__", {})}
     for owner in cls.__mro__:  # the command's own flags first, then the shared groups
-        declared = (
-            [f for f in fields(cls) if _declared_in(cls, f.name) is owner] if owner is not object else []
-        )
-        if declared:
-            group = parser.add_argument_group((owner.__doc__ or owner.__name__).partition("\n")[0])
-            for f in declared:
+        group = parser.add_argument_group((owner.__doc__ or owner.__name__).partition("\n")[0])
+        for f in fields(cls):
+            if owners[f.name] is owner:
                 _add_flag(group, cls, f, hints[f.name])
     return parser
 
 
 @functools.cache
 def say(line: str) -> None:
-    """Print it, but once."""
+    """Print a line, but only once."""
     print(line)
 
 
@@ -141,7 +131,7 @@ def options_of(method: str) -> type:
 
 
 def parse_train(argv: list[str]) -> tuple[str, object]:
-    """(method name, its Options). Exits with status 2 and one clear line when the flags are wrong."""
+    """(method name, its Options). If the flags are wrong, exits with status 2 and one line."""
     early = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     early.add_argument("--method")
     known, rest = early.parse_known_args(argv)
@@ -165,53 +155,52 @@ def parse_train(argv: list[str]) -> tuple[str, object]:
 
 
 def parse_sample(argv: list[str]) -> list[Job]:
-    """What to draw: what argv says; where it says nothing, what the picture of --like says; and once for each
-    row of --csv, which has priority over both."""
-    parser = parser_of(Sample, "sample.py", "Draw pictures with a Stable Diffusion v1.x model.")
+    """The jobs of a command line: one, or one for each row of --csv. A row has priority over the flags, and
+    these over the settings in the image of --like."""
+    parser = parser_of(Sample, "sample.py", "Generate images with a Stable Diffusion v1.x model.")
     values, rows, jobs = parser.read(argv), {"": {}}, []
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
-            values = parser.read(as_flags(like(path, values.keys())), parser.where) | values
+            values = parser.read(as_flags(like(path, values.keys()))) | values
             parser.where = ""
         if path := values.get("csv"):
             rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
         for parser.where, row in rows.items():
             for name in {"csv", "like", "output", "export"} & row.keys():
-                raise ValueError(f"--{name} is for all rows: give it on the command line")
-            row_values = parser.read(as_flags(row), parser.where)
-            jobs.append(Job(parser.build(Sample, values | row_values, "sample"), row, parser.where))
+                parser.error(f"--{name} is for all rows: give it on the command line")
+            options = parser.build(Sample, values | parser.read(as_flags(row)), "sample")
+            jobs.append(Job(options, row, parser.where))
     except ValueError as e:
         parser.error(str(e))
     return jobs
 
 
 def as_flags(values: Mapping[str, list[str]]) -> list[str]:
-    """Flags and their values, from files, as a command line has them."""
+    """Flags and values that were read from a file, as command-line arguments."""
     argv = []
     kinds = {name: f.type for name, f in names_of(Sample).items()}
-    known = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
+    prefixes = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
     for name, texts in values.items():
-        if kinds.get(name) in (bool, bool | None) and texts:
-            if texts[-1].lower() not in known:
-                raise ValueError(f"--{name} is yes or no, not {texts[-1]!r}")
-            argv.append(f"--{known[texts[-1].lower()]}{name}")
-        elif len(texts) == 1:
-            argv.append(f"--{name}={texts[0]}")  # whatever it begins with
-        elif texts:
-            argv += [f"--{name}", *texts]
+        for text in texts:
+            if kinds.get(name) not in (bool, bool | None):
+                argv.append(f"--{name}={text}")  # with =, a value may begin with a dash
+            elif text.lower() in prefixes:
+                argv.append(f"--{prefixes[text.lower()]}{name}")
+            else:
+                raise ValueError(f"--{name} is yes or no, not {text!r}")
     return argv
 
 
 def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
-    """The flags that a picture was drawn with, and their values, to be completed by the `given` flags. Prints
-    which of its keys are ignored. ValueError if it does not say how it was drawn, or where the model is."""
+    """The flags that an image was generated with, and their values, where the `given` flags leave them open.
+    Prints which keys are ignored. ValueError if the image has no parameters, or not the model's path."""
     flags, about, ignored = infotext.flags(infotext.read(path))
-    if "strength" in flags and "image" not in {*given, *flags}:  # A1111 does not say of which image
+    if "strength" in flags and "image" not in {*given, *flags}:  # A1111 does not record the initial image
         del flags["strength"]
         ignored.append("Denoising strength")
     if "model" not in {*given, *flags} and about.get("Model") != TINY.name:
-        raise ValueError(f"the model {about.get('Model', '')!r} drew it: say where that is, by --model")
+        raise ValueError(f"generated by the model {about.get('Model', '')!r}: give its path by --model")
     if "scheduler" in flags and "scheduler" not in given:
         try:
             registry.find("schedulers", flags["scheduler"][0])
@@ -220,7 +209,7 @@ def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
     if ignored:
         print(f"--like {path}: ignored (unsupported): {', '.join(ignored)}")
     if about.get("RNG") != "CPU":
-        print(f"--like {path}: its noise was not drawn on a CPU, as ours is: the picture will be another")
+        print(f"--like {path}: the image will differ, as its noise was not drawn on a CPU like ours")
     if "prompt_file" in given:
         del flags["prompt"]
     return flags
@@ -228,8 +217,8 @@ def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
 
 def keep_memory() -> None:
     """Let glibc keep up to 1 GB of freed memory for the next request. By default it returns every large block
-    at once, and the next activation of that size faults in each of its pages anew: on a CPU up to a fourth of
-    the time. The peak stays."""
+    at once, and the next activation of that size faults in each of its pages anew, which takes up to a fourth
+    of the time on a CPU. The peak stays the same."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_max = -1, -4  # of malloc.h
@@ -238,8 +227,8 @@ def keep_memory() -> None:
 
 
 def run(prog: str, main: Callable[[], int | None]) -> None:
-    """Exit as `main()` says; what is wrong with the input gets one line and status 2, and no traceback unless
-    MINISD_DEBUG is set."""
+    """Exit with the status that `main()` returns; for wrong input, with status 2 and one line, or with a
+    traceback if MINISD_DEBUG is set."""
     keep_memory()
     try:
         sys.exit(main())

@@ -20,8 +20,8 @@ TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
 
 def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] = (), **metadata: Any) -> Any:
     """A dataclass field that is a command-line flag, required if it has no default. `also` are further
-    spellings. In `metadata`, `free=True` lets a resumed run differ from the run that it continues,
-    `refused=True` makes giving it an error, and `infotext` is its name in an image's parameters."""
+    spellings. In `metadata`, `free=True` allows a resumed run to change the flag, `refused=True` makes every
+    use of it an error, and `infotext` is its key in the parameters of an image."""
     if help:
         metadata |= {"help": help, "also": also}
     if isinstance(default, list):
@@ -30,7 +30,7 @@ def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] 
 
 
 def free_flags(cls: type) -> set[str]:
-    """The flags of an Options class that it, or a group it inherits from, declares as `free`."""
+    """The flags that an Options class, or a group it inherits from, declares as `free`."""
     declared = [f for c in cls.__mro__ for f in c.__dict__.get("__dataclass_fields__", {}).values()]
     return {f.name for f in declared if f.metadata.get("free")}
 
@@ -47,8 +47,8 @@ class Group:
 
     def __post_init__(self):
         for f in fields(self):
-            given = f.metadata.get("refused") and getattr(self, f.name)
-            require(not given, f"--{f.name} is {f.metadata.get('help')}")
+            refused = f.metadata.get("refused") and getattr(self, f.name)
+            require(not refused, f"--{f.name} is {f.metadata.get('help')}")
         for cls in type(self).__mro__:
             if "check" in cls.__dict__:
                 cls.check(self)
@@ -67,6 +67,11 @@ class Group:
         """ValueError if one of these flags is not from 0 to 1."""
         for name in names:
             require(0 <= getattr(self, name) <= 1, f"--{name} must be from 0 to 1")
+
+    def exclusive(self, one: str, other: str) -> None:
+        """ValueError if both flags are given."""
+        both = getattr(self, one) and getattr(self, other)
+        require(not both, f"--{one} and --{other} exclude each other")
 
 
 @dataclass(kw_only=True)
@@ -102,30 +107,21 @@ class Run(Group):
     checkpoints_total_limit: int | None = flag(None, "number of checkpoints to keep", free=True)
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or 'latest'", free=True)
     report_to: Literal["none", "tensorboard", "wandb", "all"] = flag(
-        "tensorboard",
-        "where curves and images go, besides log.jsonl, if it is installed",
-        also=("logger",),
-        free=True,
+        "tensorboard", "tracker to log to besides log.jsonl, if installed", also=("logger",), free=True
     )
     logging_dir: str = flag("logs", "tensorboard's folder within --output_dir", free=True)
     push_to_hub: bool = flag(False, "upload the result to the hub", free=True)
     hub_model_id: str | None = flag(None, "repository on the hub; by default the folder's name", free=True)
     hub_private_repo: bool = flag(False, "make the repository private", free=True)
     hub_token: str | None = flag(None, "token for the hub; by default the saved one", free=True)
-    local_rank: int = flag(-1, "accepted: LOCAL_RANK is what is read", free=True)
+    local_rank: int = flag(-1, "accepted: the environment's LOCAL_RANK counts", free=True)
 
     def check(self):
         self.positive("max_train_steps", "num_train_epochs", "checkpoints_total_limit")
         self.not_negative("checkpointing_steps")
-        require(
-            not (self.overwrite_output_dir and self.resume_from_checkpoint),
-            "--overwrite_output_dir starts over and --resume_from_checkpoint continues: give one of them",
-        )
-        wandb = self.report_to in ("wandb", "all")
-        require(
-            not (wandb and self.hub_token),
-            "--hub_token would be visible on wandb: log in to the hub instead",
-        )
+        self.exclusive("overwrite_output_dir", "resume_from_checkpoint")
+        shown = self.report_to in ("wandb", "all") and self.hub_token
+        require(not shown, "--hub_token would be visible on wandb: log in to the hub instead")
 
 
 LR_SCHEDULERS = Literal[
@@ -169,7 +165,7 @@ class Diffusion(Group):
     noise_offset: float = flag(0.0, "scale of added noise that is constant over an image; 0.1 is usual")
     input_perturbation: float = flag(0.0, "scale of noise added to the input only; 0.1 is usual")
     prediction_type: Literal["epsilon", "v_prediction"] | None = flag(
-        None, "what the network predicts; by default as the model's scheduler says"
+        None, "what the network predicts; by default what the model's scheduler says"
     )
     rescale_betas_zero_snr: bool = flag(False, "train down to zero SNR; needs v_prediction")
 
@@ -288,10 +284,8 @@ class Subject(Captions, Prior):
 
     def check(self):
         self.check_class()
-        both = self.with_prior_preservation and self.bucket
-        require(not both, "--with_prior_preservation and --bucket exclude each other")
-        both = self.pre_compute_text_embeddings and self.train_text_encoder
-        require(not both, "--pre_compute_text_embeddings and --train_text_encoder exclude each other")
+        self.exclusive("with_prior_preservation", "bucket")
+        self.exclusive("pre_compute_text_embeddings", "train_text_encoder")
 
 
 @dataclass(kw_only=True)
@@ -323,7 +317,7 @@ class ValidationImages(Group):
         steps = self.validation_steps not in (None, type(self).validation_steps)
         epochs = self.validation_epochs not in (None, type(self).validation_epochs)
         require(not (steps and epochs), "--validation_steps and --validation_epochs exclude each other")
-        if steps:  # the other one has its default, which does not count
+        if steps:  # a default does not count beside a flag that is given
             self.validation_epochs = None
         elif epochs:
             self.validation_steps = None
@@ -338,7 +332,7 @@ class Validation(ValidationImages):
     """Validation images"""
 
     validation_prompt: str | None = flag(
-        None, "prompt to generate images for during training; {} in it stands for what is trained", free=True
+        None, "prompt of the validation images; {} in it stands for the trained concept", free=True
     )
     validation_guidance_scale: float = flag(7.5, "guidance scale of validation images")
     validation_scheduler: str = flag("ddim", "scheduler of validation images, as --scheduler of sample.py")
@@ -351,7 +345,7 @@ class Validation(ValidationImages):
 class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
     """Latents
 
-    With the flags that all methods have which start from a Stable Diffusion model.
+    And the groups of all methods that start from a Stable Diffusion model.
     """
 
     cache_latents: bool = flag(True, "encode every image only once, unless crops are random", free=True)

@@ -1,4 +1,4 @@
-"""A folder is a registry: what minisd can do is the listing of its folders. Standard library only."""
+"""A folder is a registry: each file in it is one method, scheduler or format. Standard library only."""
 
 import ast
 import difflib
@@ -12,21 +12,20 @@ HERE = Path(__file__).parent
 
 
 def names(package: str) -> list[str]:
-    """The modules of minisd/<package>/, sorted; a file whose name begins with `_` is not one of them."""
+    """The modules of minisd/<package>/, sorted, without those whose name begins with `_`."""
     return sorted(path.stem for path in (HERE / package).glob("[!_]*.py"))
 
 
 def find(package: str, name: str) -> str:
-    """The module of this name, or that A1111 calls so, in any case and spacing. ValueError, with the nearest
-    name, if there is none."""
+    """The module with this name or A1111 name, in any case and spacing. ValueError, with the nearest name, if
+    there is none."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9+]", "", text.lower())
 
     if name in names(package):
         return name
-    known = {plain(n): n for n in names(package)}
-    known |= {plain(_constant(package, n, "A1111") or n): n for n in names(package)}
+    known = {plain(alias): n for n in names(package) for alias in (n, *_a1111_names(package, n))}
     if plain(name) in known:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
@@ -40,27 +39,24 @@ def load(package: str, name: str) -> ModuleType:
 
 
 def load_class(package: str, name: str) -> type:
-    """The class of a module that is named like its file, without underscores and in any case: that of
-    `text_to_image` is `TextToImage`."""
+    """The class of a module that has the file's name without underscores, in any case: `TextToImage` in
+    `text_to_image`."""
     module = load(package, name)
     return next(value for key, value in vars(module).items() if key.lower() == name.replace("_", ""))
 
 
-def _parsed(package: str, name: str) -> ast.Module:
-    return ast.parse((HERE / package / f"{name}.py").read_text(encoding="utf-8"))
+def _source(package: str, name: str) -> str:
+    return (HERE / package / f"{name}.py").read_text(encoding="utf-8")
 
 
-def _constant(package: str, name: str, constant: str) -> Any:
-    """What a module assigns to `constant`, read without running the file; None if nothing."""
-    for node in _parsed(package, name).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == constant:
-            return ast.literal_eval(node.value)
-    return None
+def _a1111_names(package: str, name: str) -> list[str]:
+    """The module's constant A1111, read without running the file; none if it has no such constant."""
+    return re.findall(r'^A1111 = "(.+)"', _source(package, name), re.MULTILINE)
 
 
 def summary(package: str, name: str) -> str:
     """First line of a module's docstring, read without running the file."""
-    return (ast.get_docstring(_parsed(package, name)) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(_source(package, name))) or "").partition("\n")[0]
 
 
 def match(package: str, subject: Any) -> ModuleType:

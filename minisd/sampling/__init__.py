@@ -1,1 +1,1 @@
-"""Prompts to pictures: the assembled model, guidance, what sample.py does."""
+"""Prompts to images: the assembled model, guidance, and the work of sample.py."""

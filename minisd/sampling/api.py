@@ -1,4 +1,4 @@
-"""The model in a notebook: it draws by itself, with the flags of sample.py as keywords."""
+"""The model in a notebook: it generates images by the flags of sample.py, given as keywords."""
 
 import difflib
 import types
@@ -18,7 +18,7 @@ from minisd.sampling.stable_diffusion import StableDiffusion
 
 
 class Model(StableDiffusion):
-    """The assembled model, which draws."""
+    """The assembled model, with methods to generate images."""
 
     def generate(
         self,
@@ -28,38 +28,36 @@ class Model(StableDiffusion):
         on_preview: Callable[[list[Image.Image]], None] | None = None,
         **flags,
     ) -> list[Image.Image]:
-        """One picture for each prompt, with seeds from `seed` on. `flags` are those of sample.py that say
-        what to draw: steps, seed, width, negative_prompt, num_images, lora_dir, image, mask, controlnet, ...;
-        an image may also be given as it is. `on_step(n)` is called after each step of n pictures, and
-        `on_preview` with previews of them. ValueError as sample.py says it."""
-        arguments = request(prompt, flags).arguments(self)
+        """Return the images of the prompts, with seeds from `seed` on. `flags` are sample.py's flags about
+        the image: steps, seed, width, negative_prompt, num_images, lora_dir, image, mask, controlnet, ...;
+        input images may be paths or PIL images. `on_step(n)` is called after each step of n images, and
+        `on_preview` with previews of them. ValueError, naming the flag, as in sample.py."""
+        arguments = self._arguments(prompt, flags)
         return list(pictures(self, **arguments, on_step=on_step, on_preview=on_preview))
 
     def steps(self, prompt: str, **flags) -> Iterator[Tensor]:
-        """Yield the latents (1, 4, h, w) after each step of one picture; `flags` are as in `generate`."""
-        arguments = request(prompt, flags).arguments(self)
+        """Yield the latents (1, 4, h, w) after each step of one image; `flags` are as in `generate`."""
+        arguments = self._arguments(prompt, flags)
         del arguments["batch_size"]
         yield from denoise(self, **arguments)
 
     def pictures(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (b, 4, h, w) decoded."""
+        """Decode latents (b, 4, h, w) to images."""
         return [images.to_pil(pixels) for pixels in self.decode(latents)]
 
+    def _arguments(self, prompt: str | list[str], flags: dict[str, object]) -> dict:
+        """The keywords of `generate.pictures` for these flags. TypeError for an unknown flag."""
+        names = {name: f for f in fields(Drawing) for name in (f.name, *f.metadata["also"])}
+        for name in flags.keys() - names.keys():
+            close = difflib.get_close_matches(name, names, n=1)
+            raise TypeError(f"there is no {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        values = {names[n].name: _typed(v, names[n].type) for n, v in ({"prompt": prompt} | flags).items()}
+        return Request(Drawing(**values), values["prompt"]).arguments(self)
 
-def request(prompt: str | list[str], flags: dict[str, object]) -> Request:
-    """What to draw, by the names of flags. TypeError for one that does not exist."""
-    names = {name: f for f in fields(Drawing) for name in (f.name, *f.metadata["also"])}
-    for name in flags.keys() - names.keys():
-        close = difflib.get_close_matches(name, names, n=1)
-        raise TypeError(f"there is no {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    options = {names[n].name: fitted(v, names[n].type) for n, v in ({"prompt": prompt} | flags).items()}
-    return Request(Drawing(**options), options["prompt"])
 
-
-def fitted(value: object, kind: type | types.GenericAlias | types.UnionType) -> object:
-    """A value as the command line would have made it: in a list where one is needed, and paths from text."""
+def _typed(value: object, kind: type | types.GenericAlias | types.UnionType) -> object:
+    """A value as the command line parses it: a list if the flag takes several, a path instead of text."""
     if typing.get_origin(kind) is list:
         values = value if isinstance(value, list | tuple) else [value]
-        return [fitted(one, typing.get_args(kind)[0]) for one in values]
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return Path(value) if Path in kinds and isinstance(value, str) else value
+        return [_typed(one, typing.get_args(kind)[0]) for one in values]
+    return Path(value) if isinstance(value, str) and kind in (Path, Path | None) else value

@@ -1,4 +1,4 @@
-"""Prompts to pictures: guidance, denoising, and the batches in which pictures are drawn.
+"""Prompts to images: guidance, denoising, and the batches in which images are generated.
 
 Classifier-free guidance is Ho and Salimans 2022 (arXiv 2207.12598).
 """
@@ -6,6 +6,7 @@ Classifier-free guidance is Ho and Salimans 2022 (arXiv 2207.12598).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -18,6 +19,7 @@ from minisd.data import images
 from minisd.models import controlnet
 from minisd.models.layers import CachedContext
 from minisd.noise import randn
+from minisd.options import require
 from minisd.sampling import prompt
 from minisd.sampling.options import Settings
 from minisd.sampling.prompt import Prompt
@@ -25,9 +27,8 @@ from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.schedulers._problem import InitImage, Problem, read_settings
 
 
-@dataclass(kw_only=True)
-class Branch:
-    """One of the predictions whose weighted sum is taken, and what the UNet gets for it."""
+class Branch(NamedTuple):
+    """A term of guidance's weighted sum of predictions: its weight, and the UNet's input for it."""
 
     weight: float
     context: Tensor  # (b, s, d)
@@ -36,12 +37,12 @@ class Branch:
 
 @dataclass(kw_only=True)
 class Control:
-    """A ControlNet, its conditioning images, and how strongly and when it acts."""
+    """A ControlNet, its conditioning images, its scale, and the steps in which it acts."""
 
     network: nn.Module
     hint: Tensor  # (b, 3, H, W) in [0, 1]
     scale: float = 1.0
-    start: float = 0.0  # it acts between these shares of the steps
+    start: float = 0.0  # it acts between these fractions of the steps
     end: float = 1.0
     guess: bool = False  # only on the branch with the prompt, and on the coarse levels most
 
@@ -54,10 +55,9 @@ def text_branches(
     context: Tensor, negative: Tensor | None, guidance_scale: float, channels: Tensor | None = None
 ) -> list[Branch]:
     """pred = negative + scale (text - negative), as weights; at a scale of 1 or less the text alone."""
-    text = Branch(weight=guidance_scale, context=context, channels=channels)
-    if guidance_scale <= 1 or negative is None:
-        return [replace(text, weight=1.0)]
-    return [Branch(weight=1 - guidance_scale, context=negative, channels=channels), text]
+    if guidance_scale <= 1:
+        return [Branch(1.0, context, channels)]
+    return [Branch(1 - guidance_scale, negative, channels), Branch(guidance_scale, context, channels)]
 
 
 def image_branches(
@@ -69,13 +69,12 @@ def image_branches(
 ) -> list[Branch]:
     """pred = e(0, 0) + s_img (e(img, 0) - e(0, 0)) + s_txt (e(img, txt) - e(img, 0)), as weights (Brooks et
     al. 2022, arXiv 2211.09800, equation 3); with s_txt at most 1 or s_img below 1, e(img, txt) alone."""
-    full = Branch(weight=guidance_scale, context=context, channels=channels)
     if guidance_scale <= 1 or image_guidance_scale < 1:
-        return [replace(full, weight=1.0)]
+        return [Branch(1.0, context, channels)]
     return [
-        Branch(weight=1 - image_guidance_scale, context=negative, channels=torch.zeros_like(channels)),
-        Branch(weight=image_guidance_scale - guidance_scale, context=negative, channels=channels),
-        full,
+        Branch(1 - image_guidance_scale, negative, torch.zeros_like(channels)),
+        Branch(image_guidance_scale - guidance_scale, negative, channels),
+        Branch(guidance_scale, context, channels),
     ]
 
 
@@ -86,30 +85,29 @@ def branches_of(
     init_images: Tensor | None,
     masks: Tensor | None,
 ) -> list[Branch]:
-    """The branches for the model: with the image and the mask if its UNet has channels for them. ValueError,
+    """The branches for this model, with the image and the mask if its UNet has channels for them. ValueError,
     naming the flag, if those are missing."""
     context, negative = prompt.contexts(sd, prompts, settings)
+    scale, channels = settings.guidance_scale, None
     needs = f"{sd.name} takes {sd.unet.config.in_channels} channels: it needs"
-    if (sd.is_pix2pix or sd.is_inpainting) and init_images is None:
-        raise ValueError(f"{needs} a picture (--image)")
+    if sd.is_pix2pix or sd.is_inpainting:
+        require(init_images is not None, f"{needs} a picture (--image)")
     if sd.is_pix2pix:
-        scales = settings.guidance_scale, settings.image_guidance_scale or 1.5
-        return image_branches(context, negative, sd.encode_original(init_images), *scales)
-    channels = None
+        original = sd.encode_original(init_images)  # (b, c, h, w)
+        return image_branches(context, negative, original, scale, settings.image_guidance_scale or 1.5)
     if sd.is_inpainting:
-        if masks is None:
-            raise ValueError(f"{needs} a mask of what to redraw (--mask)")
+        require(masks is not None, f"{needs} a mask of what to redraw (--mask)")
         outside = sd.encode_images(init_images * (1 - masks))[0]
         mask = F.interpolate(masks, outside.shape[-2:]).to(outside)  # (b, 1, h, w), the nearest pixel's
         channels = torch.cat([mask, outside], dim=1)  # (b, 1 + c, h, w)
-    return text_branches(context, negative, settings.guidance_scale, channels)
+    return text_branches(context, negative, scale, channels)
 
 
 class Denoiser:
     """denoise(x, t): the weighted sum of all branches, computed in one batch. x and the result are fp32.
 
-    ControlNets act on every branch, unless they guess. `step` is the current one of the `steps` that their
-    starts and ends are shares of; the caller counts it.
+    ControlNets act on every branch, or with `guess` on the last one. The caller counts `step`, from 0 up to
+    `steps`: the ControlNets' `start` and `end` refer to these.
     """
 
     def __init__(
@@ -121,13 +119,11 @@ class Denoiser:
         self.context = CachedContext(states)
         channels = [branch.channels for branch in branches if branch.channels is not None]
         self.channels = torch.cat(channels) if channels else None  # (branches * b, c, h, w)
-        self.controls = []  # each with its hints and contexts, (branches * b or b, ...)
+        self.controls = []  # each with its hints and contexts, (branches * b, ...) or, to guess, (b, ...)
         for control in controls:
-            hint = control.hint.to(states)  # (b, 3, H, W)
-            if control.guess:  # the prompt's rows are the last
-                self.controls.append((control, hint, CachedContext(states[-len(hint) :])))
-            else:
-                self.controls.append((control, torch.cat([hint] * len(branches)), self.context))
+            copies = 1 if control.guess else len(branches)
+            hint = torch.cat([control.hint.to(states)] * copies)
+            self.controls.append((control, hint, CachedContext(states[-len(hint) :])))  # text comes last
         self.step, self.steps = 0, steps
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
@@ -141,7 +137,7 @@ class Denoiser:
         return sum(weight * pred for weight, pred in zip(self.weights, preds, strict=True))
 
     def _residuals(self, inputs: Tensor, timesteps: Tensor) -> dict:
-        """The sum of what the ControlNets add in this step, as the UNet's keywords."""
+        """The sum of the ControlNets' residuals in this step, as the UNet's keywords."""
         residuals = []
         for control, hint, context in self.controls:
             if control.acts(self.step, self.steps):
@@ -154,7 +150,7 @@ class Denoiser:
 def init_image(
     sd: StableDiffusion, settings: Settings, init_images: Tensor | None, masks: Tensor | None
 ) -> InitImage | None:
-    """What the scheduler starts from and keeps: nothing, if the UNet takes the image and all is redrawn."""
+    """The scheduler's initial image, with its mask; None if the UNet takes the image and all is redrawn."""
     if init_images is None:
         return None
     keeps = masks is not None and not sd.is_inpainting  # inpainting models have learned to keep the rest
@@ -177,25 +173,24 @@ def denoise(
     controls: Sequence[Control] = (),
     watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the latents (b, 4, h, w) after each step. Picture i depends on prompts[i] and seeds[i] alone: its
+    """Yield the latents (b, 4, h, w) after each step. Image i depends on prompts[i] and seeds[i] alone: its
     noise comes from a CPU generator of its own, so that neither the device nor the batch changes it.
 
-    `init_images` (b, 3, height, width) in [-1, 1] are what to start from, and what an instruct-pix2pix model
-    edits; only where `masks` (b, 1, height, width) are 1, not 0, they are redrawn. Each of `controls` has
-    a hint for each picture. `watch` is called with the latents that each prediction amounts to, without the
-    noise. All prompts name the same LoRAs.
+    `init_images` (b, 3, height, width) in [-1, 1] are the images to start from, or for instruct-pix2pix to
+    edit; they are redrawn where `masks` (b, 1, height, width) are 1, and kept where they are 0. Each control
+    has a hint for each image. `watch` is called with the predicted x_0 in each step. All prompts must name
+    the same LoRAs.
     """
     for side in ("width", "height"):
         if getattr(settings, side) % sd.downscale:
             raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {sd.downscale}")
     scheduler = registry.load("schedulers", settings.scheduler)
-    # Clipping is for pixels; latents have no such range, whatever the file says.
-    config = sd.scheduler | {"clip_sample": False}
-    for name in ("eta", "use_karras_sigmas"):
-        value = getattr(settings, name)
-        if value is not None and name not in scheduler.SETTINGS:
-            raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
-        config |= {name: value} if value is not None else {}
+    flags = {"eta": settings.eta, "use_karras_sigmas": settings.use_karras_sigmas}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    for name in flags.keys() - scheduler.SETTINGS.keys():
+        raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
+    # Latents have no fixed range to be clipped to, even if the model's file says so.
+    config = sd.scheduler | {"clip_sample": False} | flags
 
     prompts = prompt.prepare(sd, prompts, settings)
     with prompt.loras_on(sd, prompts[0].loras, settings.lora_dir):
@@ -240,9 +235,9 @@ def pictures(
     on_preview: Callable[[list[Image.Image]], None] | None = None,
     preview: int = 1,
 ) -> Iterator[Image.Image]:
-    """Yield one picture for each pair of prompt and seed. `on_step(n)` is called after each step of n
-    pictures, and `on_preview` with previews of them at every `preview`-th run of the network.
-    `init_images`, `masks` and `controls` are as in `denoise`, with one for each picture."""
+    """Yield one image for each pair of prompt and seed. `on_step(n)` is called after each step of n images,
+    and `on_preview` with previews of them at every `preview`-th run of the network. `init_images`, `masks`
+    and `controls` are as in `denoise`, with one for each image."""
     runs = count(1)
 
     def show(latents: Tensor) -> None:
@@ -267,13 +262,10 @@ def pictures(
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[slice]:
-    """Which pictures can be drawn at once: at most `size` neighbours with the same LoRAs and contexts of the
-    same length, so that none depends on another."""
-
-    def alike(i: int) -> tuple:
-        return prompts[i].loras, len(prompts[i].chunks)
-
-    for _, run in groupby(range(len(prompts)), key=alike):
-        first, *rest = run
-        end = rest[-1] + 1 if rest else first + 1
-        yield from (slice(start, min(start + size, end)) for start in range(first, end, size))
+    """Yield the slices of `prompts` that can be drawn at once: at most `size` neighbours with the same LoRAs
+    and contexts of the same length, so that no image depends on another."""
+    start = 0
+    for _, run in groupby(prompts, key=lambda prompt: (prompt.loras, len(prompt.chunks))):
+        end = start + len(list(run))
+        yield from (slice(first, min(first + size, end)) for first in range(start, end, size))
+        start = end

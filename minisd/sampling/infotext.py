@@ -1,15 +1,13 @@
-"""How a picture was made, as the text that A1111 puts into its PNG files: written, and read again.
+"""An image's parameters as text in the PNG file, in A1111's format.
 
-The prompt's lines, those of the negative prompt, and a last line of `Key: value`. Each option's key is
-declared with it (sampling/options.py); an option that A1111 has no key for goes by its own name.
+The prompt's lines, the negative prompt's lines, and a last line of `Key: value`. Each option's key is
+declared with it (sampling/options.py): A1111's key, or else the option's own name.
 """
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 from minisd import registry
 from minisd.options import TINY
@@ -27,7 +25,7 @@ def key_of(f: Field) -> str | None:
 
 
 def write(prompt: str, seed: int, model: str, settings: Settings) -> str:
-    """The text for a picture by the model of that name."""
+    """The parameters of an image, for the model of that name."""
     pairs = [("Seed", seed), ("Size", f"{settings.width}x{settings.height}"), ("Model", model)]
     for f in fields(settings):
         key, value = key_of(f), getattr(settings, f.name)
@@ -39,15 +37,11 @@ def write(prompt: str, seed: int, model: str, settings: Settings) -> str:
     pairs[1] = "Sampler", registry.load("schedulers", settings.scheduler).A1111
     pairs += [("RNG", "CPU"), ("Version", "minisd")]
     negative = settings.negative_prompt
-    text = _joined(prompt, negative, pairs)
-    if parse(text)[:2] != (prompt, negative):  # a line of it looks like another part of this text
-        text = _joined(prompt, negative, [("Prompts", json.dumps([prompt, negative])), *pairs])
-    return text
-
-
-def _joined(prompt: str, negative: str, pairs: Iterable[tuple[str, object]]) -> str:
-    lines = [prompt, *([NEGATIVE + negative] if negative else [])]
-    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs)])
+    prompts = f"{prompt}\n{NEGATIVE}{negative}" if negative else prompt
+    last = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs)
+    if parse(f"{prompts}\n{last}")[:2] != (prompt, negative):  # a line of a prompt looks like another part
+        last = f"Prompts: {_quoted(json.dumps([prompt, negative]))}, {last}"
+    return f"{prompts}\n{last}"
 
 
 def _quoted(value: object) -> str:
@@ -58,14 +52,11 @@ def _quoted(value: object) -> str:
 
 
 def parse(text: str) -> tuple[str, str, list[tuple[str, str]]]:
-    """(prompt, negative prompt, the keys and their values) of such a text, whoever wrote it. A key may occur
-    more than once. A last line of fewer than three pairs is part of the prompts."""
+    """(prompt, negative prompt, keys and values) of a text by minisd or A1111. A key may occur more than
+    once. A last line of fewer than three pairs is part of the prompts."""
     lines = text.split("\n")
     pairs = [(key, _unquoted(value)) for key, value in PAIR.findall(lines[-1].rstrip())]
-    if len(pairs) < 3:
-        pairs = []
-    else:
-        lines.pop()
+    lines, pairs = (lines[:-1], pairs) if len(pairs) >= 3 else (lines, [])
     start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE.rstrip())), len(lines))
     prompt = "\n".join(lines[:start])
     negative = "\n".join(lines[start:]).removeprefix(NEGATIVE.rstrip()).removeprefix(" ")
@@ -83,42 +74,34 @@ def _unquoted(value: str) -> str:
 
 
 def read(path: Path) -> str:
-    """The text in a PNG. ValueError if it is no picture, or has none."""
-    from PIL import Image, UnidentifiedImageError
+    """The parameters in a PNG. ValueError if it is not an image, or has none."""
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             image.load()  # the text may come after the pixels
             text = image.info.get("parameters")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
+    except (OSError, SyntaxError, ValueError) as e:
         raise ValueError(f"cannot be read: {e}") from None
     if not isinstance(text, str):
         raise ValueError("does not say how it was made: it has no `parameters`")
     return text
 
 
-class Said(NamedTuple):
-    """What a text says."""
-
-    flags: dict[str, list[str]]  # the values of each flag, as on a command line
-    about: dict[str, str]  # all keys, with their last values
-    ignored: list[str]  # the keys that are not supported
-
-
-def flags(text: str) -> Said:
-    """What a text says, by the names of our flags."""
+def flags(text: str) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
+    """The parameters as values of our flags, all keys with their last values, and the unsupported keys."""
     prompt, negative, pairs = parse(text)
-    said = Said({"prompt": [prompt], "negative_prompt": [negative]}, dict(pairs), [])
+    values, ignored = {"prompt": [prompt], "negative_prompt": [negative]}, []
     options = {key_of(f): f for f in fields(Sample)}
     for key, value in pairs:
         f = options.get(key)
         if key == "Sampler" and value.endswith(" Karras"):  # older texts have both in one
             value = value.removesuffix(" Karras")
-            said.flags["use_karras_sigmas"] = ["True"]
+            values["use_karras_sigmas"] = ["True"]
         if key == "Size" and (size := re.fullmatch(r"(\d+)x(\d+)", value)):
-            said.flags["width"], said.flags["height"] = [size[1]], [size[2]]
+            values["width"], values["height"] = [size[1]], [size[2]]
         elif f and value in (words := f.metadata.get("words", {value: value})):
-            said.flags.setdefault(f.name, []).append(str(words[value]))
+            values.setdefault(f.name, []).append(str(words[value]))
         elif key not in ("Model", "RNG", "Version", "Prompts"):
-            said.ignored.append(key)
-    return said
+            ignored.append(key)
+    return values, dict(pairs), ignored

@@ -1,4 +1,4 @@
-"""The input images of a drawing: opened, brought to one size, and shared out among the pictures."""
+"""Input images: opened, resized, and assigned to the images to generate."""
 
 from pathlib import Path
 
@@ -10,55 +10,52 @@ from torch import Tensor
 
 from minisd.data import images
 from minisd.data.canny import canny
+from minisd.options import require
 from minisd.sampling.generate import Control
 from minisd.sampling.options import Drawing, split_scale
 from minisd.sampling.stable_diffusion import StableDiffusion
 
 PREPROCESS = {"canny": canny, "none": lambda image: image}
-MULTIPLE = 8  # the sides of a picture are multiples of it, in pixels
+MULTIPLE = 8  # the sides of a generated image are multiples of it, in pixels
 
 
 class InputImages:
-    """The images that --image, --mask and --control_image name, opened once, before the model is read. A
-    ValueError, here and below, names the flag or the file."""
+    """The images of --image, --mask and --control_image, opened before the model is loaded. A ValueError from
+    any of the methods names the flag or the file."""
 
     def __init__(self, options: Drawing):
-        self.options = options
         self.images = [(path, opened(path)) for path in listed(options.image)]
         self.masks = [(path, opened(path, behind="black")) for path in listed(options.mask)]
         self.hints = [(path, opened(path)) for path in options.control_image]
 
     def prompts(self, prompts: list[str]) -> list[str]:
-        """One for each picture to draw: a single prompt goes with all of --image."""
+        """The prompts, one for each image: a single prompt is repeated for all of --image."""
         if len(prompts) == 1:
             prompts = prompts * max(1, len(self.images))
         for name, files in (("image", self.images), ("mask", self.masks)):
-            if len(files) not in (0, 1, len(prompts)):
-                raise ValueError(
-                    f"{len(files)} --{name} for {len(prompts)} pictures: give one, or one for each"
-                )
+            problem = f"{len(files)} --{name} for {len(prompts)} pictures: give one, or one for each"
+            require(len(files) in (0, 1, len(prompts)), problem)
         return prompts
 
     def complete(self, settings: Drawing, sd: StableDiffusion) -> None:
-        """Set the size and the strength, if they are not given, by the images and the model."""
+        """Set the size and the strength, unless given, from the images and the model."""
         path, image = (self.images + self.hints)[0]
         width, height = (side // MULTIPLE * MULTIPLE for side in image.size)
-        if not (width and height):
-            raise ValueError(f"{path} has a side of less than {MULTIPLE} pixels")
-        if settings.image_guidance_scale is not None and not sd.is_pix2pix:
-            raise ValueError(f"--image_guidance_scale has no effect: {sd.name} is no instruct-pix2pix model")
+        require(width and height, f"{path} has a side of less than {MULTIPLE} pixels")
+        problem = f"--image_guidance_scale has no effect: {sd.name} is no instruct-pix2pix model"
+        require(settings.image_guidance_scale is None or sd.is_pix2pix, problem)
         settings.width, settings.height = settings.width or width, settings.height or height
         if self.images and not (self.masks or sd.is_pix2pix or sd.is_inpainting):
             settings.strength = settings.strength or 0.8
 
     def tensors(self, sd: StableDiffusion, settings: Drawing, count: int) -> dict:
-        """The images as `generate.pictures` takes them, for `count` pictures to draw."""
+        """The images as keywords of `generate.pictures`, for `count` images to generate."""
         size = settings.width, settings.height
         masks = []
         for path, image in self.masks:
             mask = torch.from_numpy(np.asarray(fit(path, image.convert("L"), size)) >= 128).float()[None]
-            if not F.max_pool2d(mask, 1, sd.downscale).any():
-                raise ValueError(f"--mask {path}: nothing in it is white, or too little to redraw")
+            redrawn = F.max_pool2d(mask, 1, sd.downscale).any()  # the pixels that the latents sample
+            require(redrawn, f"--mask {path}: nothing in it is white, or too little to redraw")
             masks.append(mask)  # (1, h, w)
         return {
             "init_images": share([images.to_tensor(fit(*image, size)) for image in self.images], count),
@@ -67,49 +64,47 @@ class InputImages:
         }
 
     def of(self, number: int, count: int) -> dict[str, list[Path]]:
-        """The files that picture `number` of `count` has of --image and --mask."""
-        given = {"image": self.images, "mask": self.masks}
-        return {name: [files[number * len(files) // count][0]] for name, files in given.items() if files}
+        """The files of --image and --mask for image `number` of `count`."""
+        inputs = {"image": self.images, "mask": self.masks}
+        return {name: [files[number * len(files) // count][0]] for name, files in inputs.items() if files}
 
     def _controls(self, sd: StableDiffusion, settings: Drawing, count: int) -> list[Control]:
-        o, controls = self.options, []
-        steps = settings.steps - settings.first_step
-        for name, (path, image), (preprocess, start, end) in zip(
-            o.controlnet, self.hints, o.control_ranges(), strict=True
-        ):
+        controls, steps = [], settings.steps - settings.first_step
+        ranges = settings.control_ranges()
+        for name, hint, (preprocess, start, end) in zip(settings.controlnet, self.hints, ranges, strict=True):
             source, scale = split_scale(name)
-            network = sd.controlnet(source)
-            image = PREPROCESS[preprocess](fit(path, image, (settings.width, settings.height)))
-            hint = share([images.to_tensor(image) / 2 + 0.5], count)
+            image = PREPROCESS[preprocess](fit(*hint, (settings.width, settings.height)))
             control = Control(
-                network=network, hint=hint, scale=scale, start=start, end=end, guess=o.guess_mode
+                network=sd.controlnet(source),
+                hint=share([images.to_tensor(image) / 2 + 0.5], count),
+                scale=scale,
+                start=start,
+                end=end,
+                guess=settings.guess_mode,
             )
-            if not any(control.acts(step, steps) for step in range(steps)):
-                raise ValueError(
-                    f"--control_start {start:g} to --control_end {end:g} has none of the {steps} steps in it"
-                )
+            problem = f"--control_start {start:g} to --control_end {end:g} has none of the {steps} steps"
+            require(any(control.acts(step, steps) for step in range(steps)), problem)
             controls.append(control)
         return controls
 
 
 def opened(file: Path | Image.Image, **options) -> Image.Image:
-    """The image in a file, or one that is open already."""
+    """The image in a file; a PIL image as it is, in RGB."""
     return file.convert("RGB") if isinstance(file, Image.Image) else images.open_image(file, **options)
 
 
 def listed(paths: list[Path]) -> list[Path]:
-    """Files as they are, and for a folder the images in it."""
+    """The files, with the images in a folder instead of the folder."""
     files = []
     for path in paths:
         inside = images.list_images(path) if isinstance(path, Path) and path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path} holds no pictures")
+        require(inside, f"{path} holds no pictures")
         files += inside
     return files
 
 
 def fit(path: Path, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image in the size (width, height); says so if that is another one."""
+    """The image in the size (width, height); prints both sizes if it is resized."""
     if image.size == size:
         return image
     print(f"{path}: {image.width}x{image.height}, resized to {size[0]}x{size[1]}")
@@ -117,7 +112,5 @@ def fit(path: Path, image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def share(tensors: list[Tensor], count: int) -> Tensor | None:
-    """One image for all, or each for its share of the pictures: (count, c, h, w). None if there are none."""
-    if not tensors:
-        return None
-    return torch.stack(tensors).repeat_interleave(count // len(tensors), dim=0)
+    """Repeat each tensor (c, h, w) equally often: (count, c, h, w). None if there are none."""
+    return torch.stack(tensors).repeat_interleave(count // len(tensors), dim=0) if tensors else None

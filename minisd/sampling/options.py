@@ -1,8 +1,8 @@
 """The options of sample.py, most of which are keywords of `sd.generate` too. Standard library only.
 
-Each is declared once, here: its flag, its keyword, its column in a --csv table, and its key in the text of a
-picture, which is `infotext` (A1111's key), or else the flag's name. `words` are the values there, if they are
-words. Options with `infotext=None` say where or how to draw, or are written there in a way of their own.
+Each is declared once, here: flag, keyword, column of a --csv table, and key in an image's parameters. That is
+`infotext` (A1111's key), or else the flag's name, and `words` are the values there if they are words. Options
+with `infotext=None` do not shape the image, or sampling/infotext.py writes them in a form of their own.
 """
 
 from dataclasses import MISSING, Field, dataclass, fields
@@ -25,30 +25,28 @@ class Settings(Group):
     scheduler: str = flag("ddim", "sampler, by A1111's name or", listing="schedulers", infotext="Sampler")
     use_karras_sigmas: bool | None = flag(
         None,
-        "noise levels of Karras et al., for euler and dpmpp; by default what the model's scheduler says",
+        "noise levels of Karras et al., for euler and dpmpp; by default those of the model's scheduler",
         also=("karras",),
         infotext="Schedule type",
         words={"Karras": True, "Uniform": False},
     )
     guidance_scale: float = flag(7.5, "classifier-free guidance; none at 1 or less", infotext="CFG scale")
-    negative_prompt: str = unwritten("", "what the pictures should not show")
+    negative_prompt: str = unwritten("", "what the images should not show")
     plain_prompt: bool = flag(
         False,
-        "take prompts as plain text: no weights, no <lora:...>, and only the first 75 tokens",
+        "read prompts as plain text: no weights, no <lora:...>, and only the first 75 tokens",
         infotext="Emphasis",
         words={"None": True},
     )
     clip_skip: int = flag(1, "layer of the text encoder, counted from the last one", infotext="Clip skip")
     lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
-    eta: float | None = flag(
-        None, "noise added in each step, 0 to 1; by default the scheduler's", infotext="Eta"
-    )
+    eta: float | None = flag(None, "noise per step, from 0 to 1; by default the scheduler's", infotext="Eta")
     width: int | None = unwritten(None, SIDE)
     height: int | None = unwritten(None, SIDE)
     strength: float | None = flag(
         None,
-        "share of the steps that --image goes through; 1 by default with --mask or a model that takes images "
-        "as an input, otherwise 0.8",
+        "fraction of the steps that redraw --image; by default 1 with --mask or a model that takes images as "
+        "an input, otherwise 0.8",
         infotext="Denoising strength",
     )
     image_guidance_scale: float | None = flag(
@@ -69,21 +67,18 @@ class Settings(Group):
 
     @property
     def first_step(self) -> int:
-        """The number of steps that are left out at the beginning, where there is an initial image."""
+        """The number of steps that are left out at the beginning, with an initial image."""
         return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
 
 
 @dataclass(kw_only=True)
 class Drawing(Settings):
-    """What to draw"""
+    """Images"""
 
-    prompt: list[str] = unwritten([], "what the pictures should show; one picture for each prompt")
-    seed: int = flag(0, "seed of the first picture; the next one has seed + 1, and so on", infotext="Seed")
-    num_images: int = unwritten(1, "number of pictures for each prompt")
-    batch_size: int | None = unwritten(
-        None,
-        "pictures drawn at the same time; by default 4, but 1 on a CPU, where no batch changes the result",
-    )
+    prompt: list[str] = unwritten([], "what the images should show; one image for each prompt")
+    seed: int = flag(0, "seed of the first image; the next one has seed + 1, and so on", infotext="Seed")
+    num_images: int = unwritten(1, "number of images for each prompt")
+    batch_size: int | None = unwritten(None, "images generated at once; by default 4 on a GPU and 1 on a CPU")
     image: list[Path] = flag(
         [], "initial images (img2img), or images to edit: one for all, one for each, or a folder"
     )
@@ -94,10 +89,10 @@ class Drawing(Settings):
         [], "canny takes the edges of --control_image; one for all, or one for each; none by default"
     )
     control_start: list[float] = flag(
-        [], "share of the steps before a ControlNet acts; one for all, or one for each; 0 by default"
+        [], "fraction of the steps before a ControlNet acts; one for all, or one for each; 0 by default"
     )
     control_end: list[float] = flag(
-        [], "share of the steps after which it no longer acts; one for all, or one for each; 1 by default"
+        [], "fraction of the steps after which it no longer acts; one for all, or one for each; 1 by default"
     )
     guess_mode: bool = flag(False, "apply ControlNets to the conditional branch only, and less to details")
 
@@ -119,7 +114,7 @@ class Drawing(Settings):
             require(0 <= start < end <= 1, problem)
 
     def control_ranges(self) -> list[tuple[str, float, float]]:
-        """For each ControlNet its preprocessing, and the shares of the steps at which it begins and ends."""
+        """(preprocessing, start, end) of each ControlNet, the latter as fractions of the steps."""
         values = (self.control_preprocess or ["none"], self.control_start or [0.0], self.control_end or [1.0])
         count = len(self.controlnet)
         return list(zip(*(v * count if len(v) == 1 else v for v in values), strict=True))
@@ -131,11 +126,9 @@ class Loading(Model):
 
     adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
     device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
-    kernels: KERNELS = unwritten(
-        "auto", "implementation of attention and norms; auto is triton where it was measured"
-    )
+    kernels: KERNELS = unwritten("auto", "attention and norm kernels; auto is triton where it is faster")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
-        "auto", "precision; auto is fp16 on a GPU, fp32 elsewhere, and for --export that of the model's files"
+        "auto", "precision; auto is fp16 on a GPU, fp32 on a CPU, and for --export that of the model's files"
     )
 
 
@@ -144,25 +137,21 @@ class Sample(Drawing, Loading):
     """Input and output"""
 
     prompt_file: Path | None = unwritten(None, "a text file with a prompt on each line")
-    like: Path | None = unwritten(None, "draw with the settings in this PNG, except for the flags given")
-    csv: Path | None = unwritten(
-        None, "a table whose header names flags: draw each row, and a labelled sheet"
-    )
+    like: Path | None = unwritten(None, "take the settings of this PNG where no flag is given")
+    csv: Path | None = unwritten(None, "a table whose header names flags: images of each row, and a sheet")
     export: Path | None = unwritten(
         None, "write the model with --adapter merged in, to a folder or .safetensors file; needs no --prompt"
     )
-    output: Path = unwritten(Path("samples"), "folder for the pictures, or the name of a .png file")
-    preview: int | None = unwritten(
-        None, "every so many steps, write a preview to preview.png in that folder"
-    )
+    output: Path = unwritten(Path("samples"), "folder for the images, or the name of a .png file")
+    preview: int | None = unwritten(None, "steps between previews, written to preview.png in that folder")
 
     def check(self):
-        require(not (self.prompt and self.prompt_file), "give --prompt or --prompt_file")
+        self.exclusive("prompt", "prompt_file")
         draws = self.prompt or self.prompt_file
         require(draws or self.export, "give --prompt or --prompt_file")
-        require(not (self.export and self.csv), "--export is of one model: it cannot go with --csv")
+        require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
         self.positive("preview")
-        # What --export makes use of; the model in the box has defaults of its own for steps and guidance.
+        # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
         used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
         for f in fields(self):
             unused = not draws and f.name not in used and getattr(self, f.name) != default_of(f)
@@ -183,15 +172,15 @@ def default_of(f: Field) -> object:
 
 
 class Job(NamedTuple):
-    """What sample.py draws at once: everything, or one row of --csv."""
+    """One run of sample.py: the command line, or one row of --csv."""
 
     options: Sample
     row: dict[str, list[str]]  # the row's values by flag
-    where: str  # how its error messages begin
+    where: str  # the row's name, with which error messages begin
 
 
 def split_scale(adapter: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE."""
+    """(path, scale) of PATH or PATH:SCALE."""
     path, colon, scale = adapter.rpartition(":")
     try:
         return (path, float(scale)) if colon else (adapter, 1.0)

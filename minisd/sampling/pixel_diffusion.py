@@ -1,4 +1,4 @@
-"""The model without a text encoder or a VAE: the pixel UNet and its noise schedule (arXiv 2006.11239)."""
+"""The pixel-space model: a UNet without text encoder and VAE, and its noise schedule (arXiv 2006.11239)."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -16,24 +16,24 @@ from minisd.schedulers._problem import Problem, read_settings
 
 
 class PixelDiffusion:
-    """unet and schedule; pictures (b, 3, h, w) in [-1, 1] out."""
+    """unet and schedule; generates images (b, 3, h, w) in [-1, 1]."""
 
     def __init__(self, unet: UNet2D, scheduler: dict):
         self.unet = unet
-        self.scheduler = scheduler  # what scheduler_config.json says
+        self.scheduler = scheduler  # the content of scheduler_config.json
         self.schedule = NoiseSchedule.from_config(scheduler)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "PixelDiffusion":
-        """A DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
-        unet, scheduler = diffusers.load_ddpm(Path(path))
+        """Load a DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
+        unet, scheduler = diffusers.load_ddpm(path)
         return cls(move(unet, device).eval().requires_grad_(False), scheduler)
 
     @classmethod
     def new(cls, side: int, config: Path | None, **scheduler) -> "PixelDiffusion":
-        """Random weights for pictures of `side` pixels: the network of diffusers' example script, or that of
-        a config.json or its folder. `scheduler` changes scheduler_config.json. ValueError for a side that the
-        network cannot halve."""
+        """A model with random weights for images of `side` pixels. Its network is that of diffusers' example
+        script, or of a config.json or its folder; `scheduler` changes scheduler_config.json. ValueError for a
+        side that the network cannot halve often enough."""
         network = replace(DDPM, sample_size=side)
         if config:
             network = config_json.read(config.parent if config.name == "config.json" else config, "unet2d")
@@ -43,20 +43,20 @@ class PixelDiffusion:
         return cls(UNet2D(network), scheduler_config(**scheduler))
 
     def save(self, folder: Path, changed: Collection[str] = ("unet",)) -> None:
-        """Write a DDPMPipeline's folder, all of it: the whole network trains."""
+        """Write a DDPMPipeline's folder, all of it whatever is `changed`."""
         diffusers.save_ddpm(folder, self.unet, self.scheduler)
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
-        """Its networks."""
+        """The networks by name."""
         return {"unet": self.unet}
 
     @torch.no_grad()
     def sample(
         self, generators: list[torch.Generator], steps: int, on_step: Callable[[int], None] = lambda n: None
     ) -> Tensor:
-        """(b, c, h, w), about [-1, 1]: one picture for each generator, by DDPM. `on_step(b)` is called after
-        each step."""
+        """Generate one image for each generator, by DDPM: (b, c, h, w), about [-1, 1]. `on_step(b)` is called
+        after each step."""
         config, weight = self.unet.config, self.unet.conv_in.weight
 
         def predict(x: Tensor, t: float) -> Tensor:
@@ -78,7 +78,7 @@ class PixelDiffusion:
 
 
 def scheduler_config(**changes) -> dict:
-    """scheduler_config.json as diffusers' example script leaves it, except for `changes`."""
+    """scheduler_config.json as diffusers' example script writes it, except for `changes`."""
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": config_json.DIFFUSERS_VERSION,

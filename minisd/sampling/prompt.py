@@ -1,8 +1,8 @@
 """A1111's prompt syntax: weights, chunks, and LoRAs by name.
 
-(word) counts 1.1 times, (word:1.3) 1.3 times, [word] 1 / 1.1 times, and nested brackets multiply; one that is
-never closed reaches to the end. A backslash before a bracket makes it a character. BREAK begins a new chunk:
-the encoder sees 75 tokens at a time, and the contexts of the chunks are concatenated.
+(word) has weight 1.1, (word:1.3) weight 1.3, [word] weight 1 / 1.1, and nested brackets multiply; an unclosed
+bracket extends to the end. A backslash makes the next bracket plain text. BREAK begins a new chunk: the text
+encoder takes 75 tokens at a time, and the contexts of the chunks are concatenated.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from torch import Tensor
 
 from minisd import files
 from minisd.models.tokenizer import Tokenizer
+from minisd.options import require
 from minisd.sampling.options import Settings
 
 if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion
 
-Section = list[tuple[str, float]]  # what stands between two BREAKs, as spans of text with their weights
-Chunk = list[tuple[int, float]]  # ids and weights, as many as the encoder has positions
+Section = list[tuple[str, float]]  # the text between two BREAKs: spans and their weights
+Chunk = list[tuple[int, float]]  # token ids and weights, one for each position of the text encoder
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 PIECE = re.compile(rf"\\(?P<escaped>[\\()\[\]]?)|:\s*(?P<weight>{NUMBER})\s*\)|[()\[\]:]|[^\\()\[\]:]+")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
-# What means something in A1111 and is not supported here: better refused than drawn as something else.
+# A1111's syntax that is not supported here: refused, because as plain text it would mean something else.
 UNSUPPORTED = (
     (re.compile(rf"(?<!\\)\[[^\[\]]*:\s*{NUMBER}\s*\]"), "[from:to:when]"),
     (re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"), "[a|b]"),
@@ -40,7 +41,7 @@ UNSUPPORTED = (
     (re.compile(r"<hypernet:[^<>]*>"), "<hypernet:...>"),
 )
 LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
-BACKTRACK = 20  # tokens that may move to the next chunk, so that it begins behind a comma
+BACKTRACK = 20  # most tokens that move to the next chunk so that it begins after a comma
 
 
 @dataclass(kw_only=True)
@@ -50,41 +51,37 @@ class Prompt:
     text: str  # as it was written
     sections: list[Section] = field(default_factory=lambda: [[]])  # without the <lora:...>
     loras: dict[str, tuple[float, float]] = field(default_factory=dict)  # scales of text encoder and UNet
-    plain: bool = False  # `text` itself is to be encoded
-    negative: Prompt | None = None  # the negative prompt that goes with it
-    chunks: list[Chunk] = field(default_factory=list)  # known once there is a tokenizer: see `prepare`
+    plain: bool = False  # encode `text` as it is
+    negative: Prompt | None = None
+    chunks: list[Chunk] = field(default_factory=list)  # filled in by `prepare`, with the model's tokenizer
 
 
 # Parsing
 
 
 def parse(text: str, plain: bool = False) -> Prompt:
-    """The prompt of a text; if it is `plain`, that text as it is. ValueError for what has a meaning in A1111
-    and is not supported."""
+    """Parse a text, unless it is `plain`. ValueError for A1111's syntax that is not supported."""
     if plain:
         return Prompt(text=text, plain=True)
     return Prompt(text=text, sections=_sections(LORA.sub("", text)), loras=_loras(text))
 
 
 def parse_all(texts: Sequence[str], settings: Settings) -> list[Prompt]:
-    """The prompts of some texts, each with the negative prompt of the settings. Every text is parsed once,
-    however often it occurs."""
+    """Parse texts, each different one once, and give each prompt the settings' negative prompt."""
     negative = parse(settings.negative_prompt, settings.plain_prompt)
     if negative.loras:
-        raise ValueError("--negative_prompt has a <lora:...>: it acts on both, and belongs into --prompt")
+        raise ValueError("--negative_prompt has a <lora:...>, which would act on both: use --prompt")
     prompts = {text: parse(text, settings.plain_prompt) for text in dict.fromkeys(texts)}
     return [replace(prompts[text], negative=negative) for text in texts]
 
 
 def _sections(text: str) -> list[Section]:
-    """What stands between BREAKs, as spans with their weights; neighbours differ in weight."""
+    """The sections of a text; neighbouring spans differ in weight."""
     for pattern, form in UNSUPPORTED:
         if match := pattern.search(text):
-            raise ValueError(
-                f"prompt: {form} is not supported ({match[0]!r}); --plain_prompt takes it as text"
-            )
+            raise ValueError(f"prompt: {form} is not supported ({match[0]!r}); as text, use --plain_prompt")
     spans: Section = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where each begins
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # indices of the spans that open brackets precede
 
     def close(bracket: str, factor: float) -> None:
         start = opened[bracket].pop()
@@ -119,19 +116,16 @@ def _loras(text: str) -> dict[str, tuple[float, float]]:
     loras: dict[str, tuple[float, float]] = {}
     for inside in LORA.findall(text):
         name, *values = inside.split(":")
-        by_place = (
-            v if "=" in v else f"{part}={v}" for part, v in zip(("te", "unet", ""), values, strict=False)
-        )
-        scales = dict(value.split("=", 1) for value in by_place)
+        places = zip(("te", "unet", ""), values, strict=False)
+        scales = dict((v if "=" in v else f"{place}={v}").split("=", 1) for place, v in places)
         try:
             text_scale = float(scales.pop("te", 1.0))
             unet_scale = float(scales.pop("unet", text_scale))
             if scales or not name:
                 raise ValueError
         except ValueError:
-            raise ValueError(
-                f"prompt: <lora:{inside}> is not <lora:NAME:SCALE> or <lora:NAME:TEXT:UNET>"
-            ) from None
+            forms = "<lora:NAME:SCALE> or <lora:NAME:TEXT:UNET>"
+            raise ValueError(f"prompt: <lora:{inside}> is not {forms}") from None
         before = loras.get(name, (0.0, 0.0))
         loras[name] = before[0] + text_scale, before[1] + unet_scale
     return loras
@@ -141,8 +135,7 @@ def _loras(text: str) -> dict[str, tuple[float, float]]:
 
 
 def prepare(sd: StableDiffusion, prompts: Sequence[str | Prompt], settings: Settings) -> list[Prompt]:
-    """The prompts parsed, with the model's tokens, and with their LoRAs attached to it. What is done already
-    stays as it is."""
+    """Parse and tokenize the prompts, and attach their LoRAs to the model; none of this happens twice."""
     if not all(isinstance(prompt, Prompt) for prompt in prompts):
         prompts = parse_all(prompts, settings)
     attach_loras(sd, prompts, settings.lora_dir)
@@ -153,7 +146,7 @@ def prepare(sd: StableDiffusion, prompts: Sequence[str | Prompt], settings: Sett
 
 
 def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[Chunk]:
-    """The prompt as the text encoder reads it; if it is plain, one chunk, cut off where it is full."""
+    """The chunks of a prompt; if it is plain, one chunk, truncated where it is full."""
     if prompt.plain:
         return [[(i, 1.0) for i in tokenizer([prompt.text])[0].tolist()]]
     room, comma = tokenizer.max_length - 2, tokenizer.encode(",")
@@ -175,7 +168,7 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[Chunk]:
             chunk += [(i, weight) for i in unit]
         done.append(chunk)
     if len(done) > 1 and not done[-1]:
-        done.pop()  # nothing stands behind the last BREAK
+        done.pop()  # the text ends with BREAK
     start, end = (tokenizer.start, 1.0), (tokenizer.end, 1.0)
     return [[start, *chunk, *[end] * (room - len(chunk)), end] for chunk in done]
 
@@ -183,8 +176,8 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[Chunk]:
 def contexts(
     sd: StableDiffusion, prompts: Sequence[Prompt], settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
-    """Context (b, k * s, d) of the prompts, and of their negative prompts with guidance: all of as many
-    chunks k as the longest needs, filled up with empty ones."""
+    """Context (b, k * s, d) of the prompts and, with guidance, of their negative prompts; each is padded with
+    empty chunks to the k chunks of the longest."""
     positive = [prompt.chunks for prompt in prompts]
     negative = [prompt.negative.chunks for prompt in prompts] if settings.guidance_scale > 1 else []
     count = max(map(len, positive + negative))
@@ -204,24 +197,20 @@ def _encode(sd: StableDiffusion, texts: Sequence[list[Chunk]], count: int, clip_
 
 
 def emphasise(z: Tensor, weights: Tensor) -> Tensor:
-    """Each token of z (b, s, d) times its weight (b, s), then all brought back to the mean of before. That is
-    the mean of each chunk; A1111 takes it over the batch, where one prompt would change another."""
+    """Multiply each token of z (b, s, d) by its weight (b, s), then restore the mean of each chunk. A1111
+    restores the mean over the batch, where one prompt would change another."""
     before = z.float()
     after = before * weights[..., None]
-    mean = (1, 2)
-    return (after * (before.mean(mean, keepdim=True) / after.mean(mean, keepdim=True))).to(z.dtype)
+    return (after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))).to(z.dtype)
 
 
 # LoRAs
 
 
 def find_lora(folder: Path | None, name: str) -> Path:
-    """The file of that stem, or the folder of that name, in `folder` or below it, the nearest first."""
-    if folder is None:
-        raise ValueError(f"prompt: <lora:{name}> is looked up in --lora_dir, which is not given")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"--lora_dir {folder} is not a folder")
+    """The file with this stem, or the folder with this name, in `folder` or below it, the nearest first."""
+    require(folder is not None, f"prompt: <lora:{name}> needs --lora_dir, the folder of LoRAs")
+    require(folder.is_dir(), f"--lora_dir {folder} is not a folder")
     known: dict[str, Path] = {}
     for path in sorted(folder.rglob("*"), key=lambda path: (len(path.parts), path)):
         if path.is_dir() or path.suffix in (files.SAFETENSORS, *files.PICKLES):
@@ -238,8 +227,8 @@ def lora_names(prompts: Iterable[Prompt]) -> list[str]:
 
 
 def attach_loras(sd: StableDiffusion, prompts: Iterable[Prompt], folder: Path | None) -> None:
-    """Attach the LoRAs that prompts name, each once, at scale 0; prints what they are. ValueError, naming it,
-    if one is not there or is none."""
+    """Attach the LoRAs that prompts name, each once, at scale 0, and print their descriptions. ValueError,
+    naming the LoRA, if there is no such file or it is not a LoRA."""
     for name in lora_names(prompts):
         path = find_lora(folder, name)
         if path.resolve() not in sd.attached:
@@ -253,7 +242,7 @@ def attach_loras(sd: StableDiffusion, prompts: Iterable[Prompt], folder: Path | 
 def loras_on(
     sd: StableDiffusion, loras: Mapping[str, tuple[float, float]], folder: Path | None
 ) -> Iterator[None]:
-    """Attached LoRAs at these scales of the text encoder and the UNet, added to what theirs were."""
+    """Add these scales of the text encoder and the UNet to those of attached LoRAs, inside a `with`."""
     before = []
     for name, (text, unet) in loras.items():
         attached = sd.attached[find_lora(folder, name).resolve()]

@@ -1,4 +1,4 @@
-"""What sample.py does with options: load the model that they name, draw, and save."""
+"""Sampling as sample.py does it: load the model, generate the images, and save them."""
 
 from collections.abc import Iterator
 from copy import copy
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Request:
-    """What to draw, as far as it is known without the model: prompts parsed and input images opened."""
+    """The inputs of one run that need no model: prompts, parsed, and input images, opened."""
 
     def __init__(self, options: Drawing, texts: list[str]):
         self.options = options
@@ -31,7 +31,7 @@ class Request:
         self.prompts = [prompt for prompt in parse_all(texts, options) for _ in range(options.num_images)]
 
     def arguments(self, sd: StableDiffusion) -> dict:
-        """The keywords of `generate.pictures`."""
+        """The keywords of `generate.pictures` for this model."""
         settings, count = copy(self.options), len(self.prompts)
         if self.images:
             self.images.complete(settings, sd)
@@ -47,7 +47,7 @@ class Request:
 
 
 def load(options: Loading) -> StableDiffusion:
-    """The model, with its adapters."""
+    """Load the model and attach its adapters."""
     ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES.get(options.dtype)
@@ -70,7 +70,7 @@ def load(options: Loading) -> StableDiffusion:
 def draw(
     sd: StableDiffusion, request: Request, taken: int, several: bool
 ) -> Iterator[tuple[Path, Image.Image]]:
-    """Draw, save and yield the pictures; `taken` and `several` are as in `output_paths`."""
+    """Generate, save and yield the images; `taken` and `several` are as in `output_paths`."""
     arguments = request.arguments(sd)
     prompts, seeds, settings = (arguments[name] for name in ("prompts", "seeds", "settings"))
     count = len(prompts)
@@ -90,8 +90,8 @@ def draw(
 
 
 def output_paths(output: Path, seeds: list[int], taken: int, several: bool) -> list[Path]:
-    """Where each picture goes: numbered names that are still free in the folder; or the file that was named,
-    which gets numbers from `taken` on if there are `several` pictures."""
+    """The path of each image: in a folder, numbered after the images that are there; for a file, that file,
+    or with `several` images its name with numbers from `taken` on."""
     if output.suffix.lower() == ".png":
         numbers = range(taken, taken + len(seeds))
         return [output.with_stem(f"{output.stem}-{i}") if several else output for i in numbers]
@@ -101,15 +101,16 @@ def output_paths(output: Path, seeds: list[int], taken: int, several: bool) -> l
 
 
 def run(jobs: list[Job]) -> list[Path]:
-    """Draw everything, and a contact sheet if that is several pictures; returns the paths of all that."""
+    """Generate and save the images of all jobs, and a contact sheet if there are several images. Returns the
+    paths of all files."""
     sd, loaded, paths, cells, exported = None, None, [], [], []
     for options, _, where in jobs:
         try:
             request = Request(options, options.read_prompts())
-            # LoRAs add in the order in which they came: with others, that would change the last bits.
+            # LoRAs are summed in the order in which they were attached: another one changes the last bits.
             needed = [*(getattr(options, f.name) for f in fields(Loading)), lora_names(request.prompts)]
             if needed != loaded:
-                sd = None  # before there are two of them
+                sd = None  # frees it before the next one is loaded
                 sd, loaded = load(options), needed
             if options.export:
                 sd.export(options.export, DTYPES.get(options.dtype))

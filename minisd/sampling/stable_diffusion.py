@@ -24,7 +24,7 @@ from minisd.options import require
 
 
 class StableDiffusion:
-    """unet, vae and text_encoder on one device: from prompts and pixels to latents, and back."""
+    """unet, vae and text_encoder on one device, with tokenizer and noise schedule."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class StableDiffusion:
         self.scheduler = scheduler  # the content of scheduler_config.json
         self.set_schedule()
         self.name = name  # of the folder or file, without its suffix
-        self.original: dict[str, dict[str, Tensor]] = {}  # the files' tensors by part, still on the disk
-        self.source: Path | None = None  # the folder, or the file
+        self.original: dict[str, dict[str, Tensor]] = {}  # the files' tensors by part, memory-mapped
+        self.source: Path | None = None  # the folder or file that it was loaded from
         self.cache_dir: str | None = None  # for files from the hub
         self.attached: dict[Path, Attached] = {}
-        self.controlnets: dict[str, ControlNet] = {}  # loaded so far, by the names they were asked for by
-        self.downscale = vae.config.downscale  # the side of a latent, in pixels
-        self.default_size = unet.config.sample_size * self.downscale  # of the pictures in training, in pixels
+        self.controlnets: dict[str, ControlNet] = {}  # loaded so far, by path or hub id
+        self.downscale = vae.config.downscale  # pixels per latent along a side
+        self.default_size = unet.config.sample_size * self.downscale  # side of the training images, in pixels
 
     @classmethod
     def load(
@@ -61,10 +61,8 @@ class StableDiffusion:
         tokenizer: str | None = None,
         cache_dir: str | None = None,
     ) -> "StableDiffusion":
-        """A folder in the diffusers layout, a single file with CompVis names, or a hub id. All frozen.
-
-        ValueError, naming the file, if it is none of these or not a Stable Diffusion v1.x.
-        """
+        """Load a folder in the diffusers layout, a single file with CompVis names, or a hub id, frozen.
+        ValueError, naming the file, if it is none of these or not a Stable Diffusion v1.x."""
         path = hub.resolve(str(model), revision=revision, variant=variant, cache_dir=cache_dir)
         pipeline: PipelineParts = registry.match("formats", path).load(path, variant=variant, ema=ema)
         original = {part: network.state_dict() for part, network in pipeline.networks.items()}
@@ -75,11 +73,8 @@ class StableDiffusion:
         folder = Path(tokenizer) if tokenizer else pipeline.tokenizer
         config = pipeline.text_encoder.config
         words = Tokenizer(folder, config.max_positions)
-        if words.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"{folder} has {words.vocab_size} tokens and the text encoder of {path} "
-                f"{config.vocab_size}: they do not belong together"
-            )
+        sizes = f"{words.vocab_size} tokens, but the text encoder of {path} has {config.vocab_size}"
+        require(words.vocab_size == config.vocab_size, f"{folder} has {sizes}")
         sd = cls(**networks, tokenizer=words, scheduler=pipeline.scheduler, name=path.stem)
         sd.original, sd.source, sd.cache_dir = original, path, cache_dir
         return sd
@@ -109,7 +104,7 @@ class StableDiffusion:
         return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Context (b, s, d) of prompts as plain text, each truncated where it is too long."""
+        """Context (b, s, d) of prompts as plain text, truncated to the encoder's length."""
         return self.encode_ids(self.tokenizer(prompts))
 
     def encode_ids(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
@@ -127,12 +122,12 @@ class StableDiffusion:
         return mean.float(), std.float()
 
     def encode_original(self, pixels: Tensor) -> Tensor:
-        """What an instruct-pix2pix UNet sees of pixels (b, 3, 8h, 8w): the mean of the latents, not scaled
-        (b, 4, h, w), in fp32."""
+        """The input (b, 4, h, w) of an instruct-pix2pix UNet for pixels (b, 3, 8h, 8w): the mean of the
+        latents, not scaled, in fp32."""
         return self.encode_images(pixels)[0] / self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (b, 3, 8h, 8w), about [-1, 1], of scaled latents (b, 4, h, w)."""
+        """Decode scaled latents (b, 4, h, w) to pixels (b, 3, 8h, 8w), about [-1, 1]."""
         with torch.no_grad():
             pixels = self.vae.decode(latents.to(self.vae.post_quant_conv.weight.dtype))
             if not pixels.isfinite().all() and self.vae.post_quant_conv.weight.dtype == torch.float16:
@@ -141,42 +136,40 @@ class StableDiffusion:
         return pixels.float()
 
     def attach(self, path: str | Path, scale: float = 1.0, text_scale: float | None = None) -> list[str]:
-        """Add the adapter in a file, or those in a folder, to the ones attached before; returns a description
-        of each. At `scale` 0 the model is what it was, to the bit. `text_scale` is the text encoder's scale,
-        by default the same.
+        """Attach the adapter in a file, or those in a folder, and return their descriptions. At `scale` 0 the
+        model is unchanged, to the bit. `text_scale` is the text encoder's scale, by default the same.
 
         ValueError, naming the file and changing nothing, if it does not fit, or is attached already.
         """
         path = Path(path)
-        found = adapter_files(path)
+        paths = adapter_files(path)
         taken = {file for attached in self.attached.values() for file in attached.files}
-        if again := [file for file in found if file.resolve() in taken]:
-            raise ValueError(f"{again[0]} is attached already (`rescale` sets a scale anew)")
-        adapters = [_adapter.read(self, file) for file in found]
-        attached = Attached(files=[file.resolve() for file in found], adapters=adapters)
+        for file in paths:
+            require(file.resolve() not in taken, f"{file} is attached already (`rescale` changes its scale)")
+        adapters = [_adapter.read(self, file) for file in paths]
+        attached = Attached(files=[file.resolve() for file in paths], adapters=adapters)
         attached.rescale(scale, text_scale, str(path))
         tokens = [token.lower() for adapter in adapters for token in adapter.tokens]
-        if len({*tokens}) < len(tokens):
-            raise ValueError(f"{path} has the same token in several files")
+        require(len({*tokens}) == len(tokens), f"{path} has the same token in several files")
         for adapter in adapters:
             adapter.put(self)
         self.attached[path.resolve()] = attached
         return [adapter.description for adapter in adapters]
 
     def rescale(self, name: str | Path, scale: float, text_scale: float | None = None) -> None:
-        """Set the scale of the adapter that was attached as `name`, or from a path that ends in `name`, with
-        or without its suffix. ValueError if there is none, or if it has no scale."""
-        found = [Path(name).resolve()] if Path(name).resolve() in self.attached else []
-        found = found or [path for path in self.attached if str(name) in (path.name, path.stem)]
-        if len(found) != 1:
-            known = ", ".join(map(str, found or self.attached)) or "nothing"
-            is_what = "the name of several adapters" if found else "no adapter that is attached"
+        """Set the scale of an attached adapter. `name` is its path, or the path's last part, with or without
+        the suffix. ValueError if there is no such adapter, or if it has no scale."""
+        matches = [path for path in self.attached if path == Path(name).resolve()]
+        matches = matches or [path for path in self.attached if str(name) in (path.name, path.stem)]
+        if len(matches) != 1:
+            known = ", ".join(map(str, matches or self.attached)) or "nothing"
+            is_what = "the name of several adapters" if matches else "no adapter that is attached"
             raise ValueError(f"{name} is {is_what}: {known}")
-        self.attached[found[0]].rescale(scale, text_scale, str(name))
+        self.attached[matches[0]].rescale(scale, text_scale, str(name))
 
     def controlnet(self, source: str) -> ControlNet:
-        """The ControlNet of a folder, a single file or a hub id, read once. ValueError, naming it, if there
-        is none, or if it does not belong to this UNet."""
+        """The ControlNet in a folder, a single file or a hub id, loaded once. ValueError, naming the source,
+        if there is none, or if it does not fit this UNet."""
         if source not in self.controlnets:
             dtype = self.unet.conv_in.weight.dtype
             network = controlnet.load(source, device=self.device, dtype=dtype, cache_dir=self.cache_dir)
@@ -185,15 +178,15 @@ class StableDiffusion:
         return self.controlnets[source]
 
     def exact(self, part: str, name: str, tensor: Tensor) -> Tensor:
-        """A network's tensor as the model's file has it, if the two differ in precision alone."""
+        """The tensor of the model's file if a network's tensor is a rounded copy of it, else the latter."""
         original = self.original.get(part, {}).get(name)
         if original is None or original.shape != tensor.shape or not torch.equal(original.to(tensor), tensor):
             return tensor
         return original
 
     def save(self, folder: Path, changed: Collection[str] = PARTS) -> None:
-        """Write the whole model in the diffusers layout, with the tokens and LoRAs that were added to it.
-        Parts that are not `changed` are written as they were loaded, whatever precision they run in."""
+        """Write the whole model in the diffusers layout, with its added tokens and LoRAs. Parts that are not
+        `changed` are written as they were loaded, whatever precision they run in."""
         tensors = {part: lora.merged(module) for part, module in self.parts.items()}
         for part, original in self.original.items():
             tensors[part] |= original if part not in changed else {}
@@ -201,12 +194,12 @@ class StableDiffusion:
             diffusers.save(folder, pipeline)
 
     def export(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the model with all that is attached, at its scales, in its weights: a single file with
-        CompVis names if `path` ends in .safetensors, else a folder in the diffusers layout. Each tensor is
-        rounded once, to `dtype` or to the precision that its file has it in.
+        """Write the model with all adapters merged in at their scales: a single file with CompVis names if
+        `path` ends in .safetensors, else a folder in the diffusers layout. Each tensor is rounded once, to
+        `dtype` or to its precision in the model's file.
 
-        ValueError, naming `path`, if it is the model itself, or a folder of other things; or if it is a file
-        and there are tokens, which only a folder holds.
+        ValueError, naming `path`, if it is the model itself or a folder of other files, or if it is a file
+        and there are added tokens, which only a folder can hold.
         """
         path = Path(path)
         single = path.suffix.lower() == files.SAFETENSORS
@@ -232,7 +225,7 @@ class StableDiffusion:
 
     @contextmanager
     def _pipeline(self, tensors: dict[str, dict[str, Tensor]], path: Path) -> Iterator[PipelineParts]:
-        """Networks with these tensors, the added tokens among the others, to be written to `path`."""
+        """Yield networks with these tensors, to be written to `path`; added tokens are in the vocabulary."""
         configs = {part: network.config for part, network in self.parts.items()}
         configs["text_encoder"], words = token_embedding.merged(self.text_encoder, tensors["text_encoder"])
         tensors = tensors | {"text_encoder": words}
@@ -246,15 +239,12 @@ class StableDiffusion:
 
 
 def adapter_files(path: Path) -> list[Path]:
-    """A file itself, or what a training run left in a folder; intermediate states are passed over."""
+    """The file, or the results of a training run in a folder, without those of intermediate steps."""
     if not path.is_dir():
         return [path]
-    found = sorted(
-        p for p in path.iterdir() if p.suffix in (files.SAFETENSORS, ".bin") and "-steps-" not in p.name
-    )
-    # Of the same thing in both formats, the one that is no pickle.
-    twins = {p.with_suffix(".bin") for p in found if p.suffix == files.SAFETENSORS}
-    found = [p for p in found if p not in twins]
-    if not found:
-        raise ValueError(f"{path} holds no adapter: no .safetensors or .bin file")
-    return found
+    results = sorted(p for p in path.iterdir() if "-steps-" not in p.name)
+    tensors = [p for p in results if p.suffix == files.SAFETENSORS]
+    # A pickle is read only if there is no safetensors file of the same name.
+    pickles = [p for p in results if p.suffix == ".bin" and p.with_suffix(files.SAFETENSORS) not in tensors]
+    require(tensors or pickles, f"{path} holds no adapter: no .safetensors or .bin file")
+    return sorted(tensors + pickles)

@@ -1,4 +1,4 @@
-"""A table of settings, each row of which is drawn, and the labelled sheet of the results."""
+"""A table of settings, one row for each run, and the labelled sheet of the resulting images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minisd.options import require
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -14,7 +16,7 @@ Row = dict[str, list[str]]  # values by flag; several where the table has its co
 
 
 def read(path: Path) -> list[tuple[int, Row]]:
-    """The rows and their lines in a CSV file whose header names flags; an empty cell sets nothing.
+    """(line number, row) for each row of a CSV file whose header names flags; an empty cell sets nothing.
     ValueError, naming the line, if a row is not as long as the header."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -22,8 +24,7 @@ def read(path: Path) -> list[tuple[int, Row]]:
             lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"--csv {path}: {e}") from None
-    if len(lines) < 2:
-        raise ValueError(f"--csv {path}: a header that names flags, and a row for each picture")
+    require(len(lines) > 1, f"--csv {path}: needs a header that names flags, and a row for each picture")
     header = [name.strip().removeprefix("--") for name in lines[0][1]]
     rows = []
     for line, cells in lines[1:]:
@@ -36,22 +37,18 @@ def read(path: Path) -> list[tuple[int, Row]]:
     return rows
 
 
-def axes(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """The flags that differ between rows, each with its values in the order of the rows."""
-    columns = {name: list(dict.fromkeys(_value(row, name) for row in rows)) for name in rows[0]}
-    return [(name, values) for name, values in columns.items() if len(values) > 1]
-
-
 def _value(row: Row, name: str) -> str:
     return " ".join(row[name]) or "-"
 
 
 def sheet(rows: Sequence[Row], cells: Sequence[Image.Image]) -> Image.Image:
     """An image of all cells, one for each row: a table if two flags differ and every pair of their values
-    occurs once, the first flag going down; else a list, where each cell has a label of what differs."""
+    occurs once, with the first flag's values from top to bottom; else a list in which each cell is labelled
+    with the flags that differ."""
     from minisd.data import images
 
-    varying = axes(rows)
+    columns = {name: list(dict.fromkeys(_value(row, name) for row in rows)) for name in rows[0]}
+    varying = [(name, values) for name, values in columns.items() if len(values) > 1]
     if len(varying) == 2:
         (down, ys), (across, xs) = varying
         pairs = [(_value(row, down), _value(row, across)) for row in rows]
