@@ -1,6 +1,7 @@
 """Ids on the hub, against a server on loopback that plays it: what is fetched, kept, and said on failure."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -186,24 +187,22 @@ def test_a_folder_is_fetched_once_and_then_read_offline(hub, tmp_path):
     assert answers[1][1].startswith("some/binary is not in the cache and cannot be fetched (")
 
 
-@pytest.mark.parametrize(
-    "model, kwargs, weights",
-    [
+def test_only_what_loading_needs(hub, tmp_path):
+    rest = PLAIN - {f"{UNET}.safetensors"}
+    expected = [
         ("some/sd", {"variant": "fp16"}, HALF),
-        (
-            "some/sd",
-            {"variant": "non_ema", "revision": "v2"},
-            PLAIN - {f"{UNET}.safetensors"} | {f"{UNET}.non_ema.safetensors"},
-        ),
-        ("some/sharded", {}, PLAIN - {f"{UNET}.safetensors"} | SHARDS),
+        ("some/sd", {"variant": "non_ema", "revision": "v2"}, rest | {f"{UNET}.non_ema.safetensors"}),
+        ("some/sharded", {}, rest | SHARDS),
         ("some/binary", {}, PICKLES),
-    ],
-)
-def test_only_what_loading_needs(hub, tmp_path, model, kwargs, weights):
-    [(ok, path)] = resolve(hub, tmp_path, (model, kwargs))
-    assert ok, path
-    assert Path(path).name == COMMIT[kwargs.get("revision", "main")]
-    assert names(path) == NEEDED | weights == set(hub.fetched)
+    ]
+    answers = resolve(hub, tmp_path, *((model, kwargs) for model, kwargs, _ in expected))
+    fetched = iter(hub.fetched)
+    for (ok, path), (_, kwargs, weights) in zip(answers, expected, strict=True):
+        assert ok, path
+        assert Path(path).name == COMMIT[kwargs.get("revision", "main")]
+        needed = NEEDED | weights
+        assert names(path) == needed == set(itertools.islice(fetched, len(needed)))
+    assert not list(fetched)
 
 
 def test_a_single_file(hub, tmp_path):

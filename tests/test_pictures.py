@@ -15,10 +15,10 @@ from minisd.models.controlnet import ControlNet
 from minisd.sampling.generate import Control, Settings, denoise, pictures
 from minisd.sampling.input_images import InputImages
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.conftest import make_pipeline
+from tests.conftest import save_pipeline
 from tests.lora_helpers import new
-from tests.pairs import psnr, shake
-from tests.picture_helpers import photo
+from tests.method_helpers import shake
+from tests.picture_helpers import photo, psnr
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -55,8 +55,8 @@ def folders(model, tmp_path_factory):
     """Models by their number of channels."""
     found = {4: model}
     for channels in (8, 9):
-        found[channels] = tmp_path_factory.mktemp(f"channels{channels}")
-        make_pipeline(in_channels=channels).save_pretrained(found[channels])
+        folder = tmp_path_factory.mktemp(f"channels{channels}")
+        found[channels] = save_pipeline(folder, in_channels=channels)
     return found
 
 
@@ -317,13 +317,13 @@ def options(model, *flags):
 
 
 @pytest.mark.parity
-def test_script(folders, files, nets, theirs, script):
+def test_the_command(folders, files, nets, theirs, command):
     """Sizes are brought together and said; a mask, two ControlNets, one of them by edges, and two LoRAs."""
     photos, out = [files / f"photo{i}.png" for i in (0, 1)], files / "out"
     loras = [(files / "lora0", 0.7), (files / "lora1", 0.4)]
     for i, (folder, _) in enumerate(loras):
         lora.save(folder / "pytorch_lora_weights.safetensors", new(folders[4], ["attention"], seed=i)[1])
-    status, stdout, stderr = script(
+    status, stdout, stderr = command(
         "sample.py", "--model", folders[4], "--prompt", *PROMPTS, "--seed", SEEDS[0], "--steps", 10,
         "--guidance_scale", 5, "--negative_prompt", "ugly", "--output", out, "--image", *photos,
         "--mask", files / "mask.png", "--strength", 0.7, "--adapter", *(f"{path}:{s}" for path, s in loras),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from minisd import files
 from minisd.formats import config_json, diffusers, parts, single_file
-from tests.weights_tiny import UNET, listing, rewrite, tiny
+from tests.weights_helpers import UNET, listing, rewrite, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
