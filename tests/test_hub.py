@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlparse
 import pytest
 
 from minisd.formats import hub as resolver
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
@@ -204,7 +204,9 @@ def test_only_what_loading_needs(hub, tmp_path):
         ("some/sharded", {}, rest | SHARDS),
         ("some/binary", {}, PICKLES),
     ]
-    answers = resolve(hub, tmp_path, *((model, kwargs) for model, kwargs, _ in expected))
+    caches = ({"cache_dir": str(tmp_path / str(i))} for i in range(4))  # none has what another has fetched
+    asked = [(model, kwargs | cache) for (model, kwargs, _), cache in zip(expected, caches, strict=True)]
+    answers = resolve(hub, tmp_path, *asked)
     fetched = iter(hub.fetched)
     for (ok, path), (_, kwargs, weights) in zip(answers, expected, strict=True):
         assert ok, path

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 SOURCES = sorted(
     [*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py"), ROOT / "train.py", ROOT / "sample.py"]
 )

@@ -17,10 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from minisd import files
 from minisd.formats import config_json, diffusers, parts, single_file
+from tests.conftest import ROOT
 from tests.weights_helpers import UNET, listing, rewrite, tiny
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 # --- Lazy, and safe to change -------------------------------------------------------------------------------
 
