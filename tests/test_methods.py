@@ -345,11 +345,11 @@ GUIDE = """--learnable_property=object --placeholder_token=<cat-toy> --initializ
 --lr_scheduler=constant --lr_warmup_steps=0"""
 
 
-def test_textual_inversion_by_the_guide_s_command(model, cat, script, command, tmp_path):
+def test_textual_inversion_by_the_guide_s_command(model, cat, command, tmp_path):
     """The published command, but for model, size and steps; then what it left is drawn."""
     out = tmp_path / "textual_inversion_cat"
     flags = [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={cat}", *GUIDE.split()]
-    status, stdout, stderr = script(
+    status, stdout, stderr = command(
         "train.py", "--method", "textual_inversion", *flags, f"--output_dir={out}"
     )
     assert status == 0, stderr
