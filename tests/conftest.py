@@ -1,6 +1,8 @@
 """A tiny Stable Diffusion with random weights and CLIP's vocabulary, written by diffusers, and pictures."""
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "minisd" / "tokenizer"
 
 # What SD v1.x ships as scheduler_config.json.
 SCHEDULER = {
@@ -71,7 +74,7 @@ def make_pipeline(in_channels: int = 4, **scheduler):
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(str(ROOT / "minisd" / "tokenizer")),
+        tokenizer=CLIPTokenizer.from_pretrained(str(TOKENIZER)),
         scheduler=PNDMScheduler(**SCHEDULER | scheduler),
         safety_checker=None,
         feature_extractor=None,
@@ -79,24 +82,31 @@ def make_pipeline(in_channels: int = 4, **scheduler):
     )
 
 
+def save_pipeline(folder: Path, **changes) -> Path:
+    """Write the pipeline of make_pipeline(**changes), and return its folder.
+
+    Its tokenizer is that of minisd, in vocab.json and merges.txt as SD v1.x ships it: transformers takes four
+    times as long to read its own tokenizer.json, which test_generate.py and test_weights.py do.
+    """
+    make_pipeline(**changes).save_pretrained(folder)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").symlink_to(TOKENIZER, target_is_directory=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """Folder of the tiny model."""
     pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("model")
-    make_pipeline().save_pretrained(folder)
-    return folder
+    return save_pipeline(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def pipe(model):
     """diffusers' pipeline of the same model, with DDIM."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from tests.method_helpers import pipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline(model)
 
 
 @pytest.fixture
@@ -136,20 +146,20 @@ def captioned(cat) -> Path:
 def short_run(model, cat, captioned, tmp_path):
     """short_run("lora", "--rank", 2, seed=1): the options of a short run of a method on the tiny models."""
     from minisd.formats import config_json
-    from tests import pairs
+    from tests import method_helpers
     from tests.helpers import TINY_PIXELS
 
     def make(method: str, *flags, **changes):
         data = captioned if method == "text_to_image" else cat
         if method in ("controlnet", "instruct_pix2pix"):
-            data = pairs.make_pairs(tmp_path / "pairs")
+            data = method_helpers.make_pairs(tmp_path / "pairs")
         common = ["--data", data, "--output_dir", tmp_path / "out", "--resolution", 32]
         if method == "unconditional":
             config_json.write(tmp_path, "unet2d", TINY_PIXELS)
             common += ["--model_config_name_or_path", tmp_path / "config.json"]
         else:
             common += ["--model", model, "--num_validation_images", 1]
-        return pairs.options(method, *common, *flags, **changes)
+        return method_helpers.options(method, *common, *flags, **changes)
 
     return make
 
@@ -177,10 +187,26 @@ def script():
     return run
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("train.py", *flags): as `script`, but in this process, which saves the seconds of a start."""
+    from minisd import cli
+
+    def run(name: str, *flags) -> tuple[int, str, str]:
+        main = importlib.import_module(name.removesuffix(".py")).main
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.run(name, main)
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def sd_parts():
     """A Stable Diffusion of toy size with random weights."""
-    from tests.weights_tiny import tiny
+    from tests.weights_helpers import tiny
 
     return tiny()
 

@@ -44,6 +44,11 @@ TINY_PIXELS = unet2d.UNet2DConfig(
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
+def full_size(test):
+    """A test of networks of SD v1.x's size: slow, and never two at once (--dist loadgroup): gigabytes."""
+    return pytest.mark.slow(pytest.mark.xdist_group("full size")(test))
+
+
 def same_fields(config, *names: str) -> dict:
     """The fields that a diffusers network calls as we do."""
     return {name: getattr(config, name) for name in names}

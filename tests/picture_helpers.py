@@ -1,4 +1,6 @@
-"""Pictures to start from, and pictures that diffusers draws."""
+"""Pictures to start from, pictures that diffusers draws, and how near one is to another."""
+
+import math
 
 import numpy as np
 import torch
@@ -17,3 +19,9 @@ def photo(number: int, size=(40, 32)) -> Image.Image:
 def draw_theirs(pipe, prompts, seeds, width, height, **kwargs):
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return pipe(prompts, width=width, height=height, generator=generators, **kwargs).images
+
+
+def psnr(a, b) -> float:
+    """Peak signal-to-noise ratio of two 8-bit pictures in decibels."""
+    error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)

@@ -26,7 +26,7 @@ from tests.lora_helpers import (
     save_peft,
     weights,
 )
-from tests.pairs import psnr
+from tests.picture_helpers import psnr
 
 pytestmark = pytest.mark.parity
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0."

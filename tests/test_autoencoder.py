@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests import pairs
+from tests import method_helpers
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_the_loss_is_the_field_s(model, options):
     from diffusers import AutoencoderKL
 
     o = options("--kl_weight", "0.01", "--gradient_weight", "0.25", "--l2_weight", "2")
-    m, trained, batch = pairs.built("autoencoder", o, 3)
+    m, trained, batch = method_helpers.built("autoencoder", o, 3)
     loss = m.loss(batch)
     loss.backward()
 
@@ -39,7 +39,7 @@ def test_the_loss_is_the_field_s(model, options):
 
 
 def test_it_learns_to_reconstruct(options):
-    first, last = pairs.learn(*pairs.built("autoencoder", options()), steps=60, lr=3e-3)
+    first, last = method_helpers.learn(*method_helpers.built("autoencoder", options()), steps=60, lr=3e-3)
     assert last < 0.6 * first
 
 
@@ -48,8 +48,8 @@ def test_the_latents_scale(model, options, tmp_path, rescale):
     """With --rescale_latents the training pictures' latents have deviation 1; else the factor stays. What is
     encoded and decoded again is the same either way, and the other parts are as they were."""
     o = options(*(["--rescale_latents"] if rescale else []))
-    assert pairs.train("autoencoder", o) == 0
-    m = pairs.built("autoencoder", o)[0]
+    assert method_helpers.train("autoencoder", o) == 0
+    m = method_helpers.built("autoencoder", o)[0]
     before, after = StableDiffusion.load(model), StableDiffusion.load(tmp_path / "out")
     pixels = m.sample_pixels(100)
     mean, _ = after.encode_images(pixels)

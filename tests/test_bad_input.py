@@ -2,13 +2,9 @@
 
 import json
 import re
-import sys
 
 import pytest
 from PIL import Image
-
-import train
-from minisd import cli
 
 PRIOR = ["--with_prior_preservation", "--real_prior", "--class_prompt", "cat", "--class_data_dir", "data"]
 CASES = {
@@ -66,7 +62,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line(name, model, tmp_path, monkeypatch, capsys):
+def test_one_line(name, model, tmp_path, monkeypatch, command):
     flags, files, message = CASES[name]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -74,12 +70,9 @@ def test_one_line(name, model, tmp_path, monkeypatch, capsys):
         Image.new("RGB", size).save(tmp_path / "data" / f"{i}.png")
     for file, text in files.items():
         (tmp_path / "data" / file).write_text(text)
-    argv = ["train.py", "--method", *flags, "--model", str(model)]
-    argv += ["--resolution", "32", "--output_dir", "out"]
-    argv += [] if "--concepts_list" in flags else ["--data", "data"]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as end:
-        cli.run("train.py", train.main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and not (tmp_path / "out").exists()
+    data = [] if "--concepts_list" in flags else ["--data", "data"]
+    common = ["--model", model, "--resolution", 32, "--output_dir", "out", *data]
+    status, _, stderr = command("train.py", "--method", *flags, *common)
+    lines = stderr.strip().splitlines()
+    assert status == 2 and len(lines) == 1 and not (tmp_path / "out").exists()
     assert re.match(f"train.py: error: {message}", lines[0]), lines[0]

@@ -14,9 +14,10 @@ from minisd.formats import config_json, hub, parts, single_file
 from minisd.models import controlnet, unet
 from minisd.sampling.generate import Control, Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests import pairs
+from tests import method_helpers
 from tests.helpers import TINY_UNET, assert_close, assert_same_gradients, diffusers_unet, same_weights
-from tests.pairs import built, pipeline, psnr, shake, train
+from tests.method_helpers import built, pipeline, shake, train
+from tests.picture_helpers import psnr
 
 TINY = controlnet.ControlNetConfig.of(TINY_UNET, (4, 8, 12, 16))
 
@@ -266,14 +267,17 @@ def test_the_loss_is_the_field_s(model, opts, tmp_path, kind):
     loss.backward()
 
     pipe = pipeline(model)
-    theirs, step = ControlNetModel.from_pretrained(tmp_path / "control"), pairs.theirs_of(pipe, m, batch)
+    theirs, step = (
+        ControlNetModel.from_pretrained(tmp_path / "control"),
+        method_helpers.theirs_of(pipe, m, batch),
+    )
     inputs = step.noisy, step.timesteps, step.context.detach()
     down, mid = theirs(*inputs, batch["conditioning"], return_dict=False)
     pred = pipe.unet(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
     expected = F.mse_loss(pred, step.target)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    pairs.assert_gradients(trained, theirs, "controlnet.")
+    method_helpers.assert_gradients(trained, theirs, "controlnet.")
 
 
 def test_it_goes_on_from_a_controlnet(opts, network, tmp_path):

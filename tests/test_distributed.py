@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.pairs import options, train
+from tests.method_helpers import options, train
 
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -50,6 +50,7 @@ def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
         assert (a[name] - b[name]).abs().max() <= max(0.02 * moved, 1e-6), name
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_run_and_it_goes_on(model, cat, tmp_path):
     flags = ["--method", "textual_inversion", "--model", model, "--data", cat, "--resolution", 32]
     flags += ["--train_batch_size", 1, "--checkpointing_steps", 1, "--report_to", "none"]

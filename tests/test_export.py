@@ -10,7 +10,7 @@ from minisd.sampling import run
 from minisd.sampling.options import Sample
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.lora_helpers import custom, draw, draw_plain, draw_with, fresh, new
-from tests.pairs import psnr
+from tests.picture_helpers import psnr
 
 pytestmark = pytest.mark.parity
 ROWS = torch.randn(2, 32, generator=torch.Generator().manual_seed(4))
@@ -106,13 +106,13 @@ def test_where_an_export_may_go(model, tmp_path):
     ).exists()
 
 
-def test_the_command_exports(model, script, tmp_path):
+def test_the_command_exports(model, command, tmp_path):
     lora.save(tmp_path / "a.safetensors", new(model, ["attention"], 2, 3.0, seed=9)[1], "kohya")
     save_file({"<zw>": ROWS}, tmp_path / "word.safetensors")
     base = ["--model", model, "--device", "cpu", "--adapter", f"{tmp_path / 'a.safetensors'}:0.7"]
     sd, out = fresh(model), tmp_path / "out.safetensors"
     sd.attach(tmp_path / "a.safetensors", 0.7)
-    status, stdout, stderr = script("sample.py", *base, "--export", out)
+    status, stdout, stderr = command("sample.py", *base, "--export", out)
     assert status == 0 and stdout.splitlines()[-1] == str(out), stderr
     assert not (tmp_path / "samples").exists()
     assert psnr(draw(StableDiffusion.load(out)), draw(sd)) >= 60

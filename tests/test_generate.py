@@ -7,8 +7,7 @@ import torch
 from minisd.sampling.generate import Settings, denoise, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.conftest import make_pipeline
-from tests.pairs import psnr
-from tests.picture_helpers import draw_theirs
+from tests.picture_helpers import draw_theirs, psnr
 
 pytestmark = pytest.mark.parity
 

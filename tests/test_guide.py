@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import train
 from minisd.formats import config_json
 from tests.helpers import TINY_PIXELS
-from tests.pairs import make_pairs
+from tests.method_helpers import make_pairs
 
 PIPELINE = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
 LORA = {"pytorch_lora_weights.safetensors"}

@@ -1,6 +1,7 @@
 """Ids on the hub, against a server on loopback that plays it: what is fetched, kept, and said on failure."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -14,8 +15,8 @@ from urllib.parse import unquote, urlparse
 import pytest
 
 from minisd.formats import hub as resolver
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
@@ -164,60 +165,55 @@ def names(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_folder_is_fetched_once_and_then_read_offline(hub, tmp_path):
-    [(ok, path), again] = resolve(hub, tmp_path, ("some/sd", {}), ("some/sd", {}))
-    assert ok and again == (True, path), path
-    assert names(path) == NEEDED | PLAIN == set(hub.fetched) and len(hub.fetched) == len(NEEDED | PLAIN)
-    assert (Path(path) / "unet/config.json").read_text() == "unet/config.json"
-    asked = hub.asked
+def test_what_is_fetched_once_is_then_read_offline(hub, tmp_path):
+    asked = [("some/sd", {}), ("some/single.v1.5", {}), ("some/ckpt", {"cache_dir": str(tmp_path / "own")})]
+    fetched = resolve(hub, tmp_path, *asked, *asked)
+    assert all(ok for ok, _ in fetched) and fetched[:3] == fetched[3:], fetched
+    folder, single, ckpt = (Path(path) for _, path in fetched[:3])
+    assert hub.fetched[-2:] == [single.name, ckpt.name] == ["model.safetensors", "model.ckpt"]
+    assert [tmp_path / "own" in path.parents for path in (folder, single, ckpt)] == [False, False, True]
+    assert (
+        names(folder) == NEEDED | PLAIN == set(hub.fetched[:-2])
+        and len(hub.fetched) == len(NEEDED | PLAIN) + 2
+    )
+    assert (folder / "unet/config.json").read_text() == "unet/config.json"
+    requests = hub.asked
     answers = resolve(
-        hub, tmp_path, ("some/sd", {}), ("some/sd", {"variant": "fp16"}), ("some/sd", {"revision": "v2"}),
+        hub, tmp_path, *asked, ("some/sd", {"variant": "fp16"}), ("some/sd", {"revision": "v2"}),
         ("some/ckpt", {}), offline=True,
     )  # fmt: skip
-    assert answers[0] == (True, path) and [ok for ok, _ in answers[1:]] == [False] * 3
-    assert answers[1][1].startswith("some/sd has no variant 'fp16'") and "in the cache" in answers[1][1]
-    assert answers[2][1].startswith("some/sd at revision v2 is not in the cache and cannot be fetched (")
-    assert answers[3][1] == "some/ckpt is not in the cache and cannot be fetched (the hub is switched off)"
-    assert hub.asked == asked
+    assert answers[:3] == fetched[:3] and [ok for ok, _ in answers[3:]] == [False] * 3
+    assert answers[3][1].startswith("some/sd has no variant 'fp16'") and "in the cache" in answers[3][1]
+    assert answers[4][1].startswith("some/sd at revision v2 is not in the cache and cannot be fetched (")
+    assert answers[5][1] == "some/ckpt is not in the cache and cannot be fetched (the hub is switched off)"
+    assert hub.asked == requests
+    hub.broken = True  # it is there, but answers with an error
+    assert resolve(hub, tmp_path, *asked) == fetched[:3]
     hub.server.shutdown()
     hub.server.server_close()
-    answers = resolve(hub, tmp_path, ("some/sd", {}), ("some/binary", {}))
-    assert answers[0] == (True, path)
-    assert answers[1][1].startswith("some/binary is not in the cache and cannot be fetched (")
+    answers = resolve(hub, tmp_path, *asked, ("some/binary", {}))
+    assert answers[:3] == fetched[:3]
+    assert answers[3][1].startswith("some/binary is not in the cache and cannot be fetched (")
 
 
-@pytest.mark.parametrize(
-    "model, kwargs, weights",
-    [
+def test_only_what_loading_needs(hub, tmp_path):
+    rest = PLAIN - {f"{UNET}.safetensors"}
+    expected = [
         ("some/sd", {"variant": "fp16"}, HALF),
-        (
-            "some/sd",
-            {"variant": "non_ema", "revision": "v2"},
-            PLAIN - {f"{UNET}.safetensors"} | {f"{UNET}.non_ema.safetensors"},
-        ),
-        ("some/sharded", {}, PLAIN - {f"{UNET}.safetensors"} | SHARDS),
+        ("some/sd", {"variant": "non_ema", "revision": "v2"}, rest | {f"{UNET}.non_ema.safetensors"}),
+        ("some/sharded", {}, rest | SHARDS),
         ("some/binary", {}, PICKLES),
-    ],
-)
-def test_only_what_loading_needs(hub, tmp_path, model, kwargs, weights):
-    [(ok, path)] = resolve(hub, tmp_path, (model, kwargs))
-    assert ok, path
-    assert Path(path).name == COMMIT[kwargs.get("revision", "main")]
-    assert names(path) == NEEDED | weights == set(hub.fetched)
-
-
-def test_a_single_file(hub, tmp_path):
-    asked = [("some/single.v1.5", {}), ("some/ckpt", {"cache_dir": str(tmp_path / "own")})]
-    answers = resolve(hub, tmp_path, *asked)
-    assert [(ok, Path(path).name) for ok, path in answers] == [
-        (True, "model.safetensors"),
-        (True, "model.ckpt"),
     ]
-    assert hub.fetched == ["model.safetensors", "model.ckpt"]
-    assert [str(tmp_path / "own") in path for _, path in answers] == [False, True]
-    assert resolve(hub, tmp_path, *asked, offline=True) == answers
-    hub.broken = True  # it is there, but answers with an error
-    assert resolve(hub, tmp_path, *asked) == answers
+    caches = ({"cache_dir": str(tmp_path / str(i))} for i in range(4))  # none has what another has fetched
+    asked = [(model, kwargs | cache) for (model, kwargs, _), cache in zip(expected, caches, strict=True)]
+    answers = resolve(hub, tmp_path, *asked)
+    fetched = iter(hub.fetched)
+    for (ok, path), (_, kwargs, weights) in zip(answers, expected, strict=True):
+        assert ok, path
+        assert Path(path).name == COMMIT[kwargs.get("revision", "main")]
+        needed = NEEDED | weights
+        assert names(path) == needed == set(itertools.islice(fetched, len(needed)))
+    assert not list(fetched)
 
 
 def test_what_goes_wrong_is_one_line(hub, tmp_path):

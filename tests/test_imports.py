@@ -1,4 +1,4 @@
-"""Who may import whom, and how long a file may grow."""
+"""Who may import whom, and how large files and functions may grow."""
 
 import ast
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 SOURCES = sorted(
     [*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py"), ROOT / "train.py", ROOT / "sample.py"]
 )
@@ -82,6 +83,48 @@ def test_oracles_are_never_imported(path):
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_one_file_one_subject(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef, ast.ClassDef)
+
+
+def depth(node: ast.AST) -> int:
+    """How deep blocks are nested within a node; an `elif` is on the level of its `if`."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        elif_ = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not elif_))
+    return deepest
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_functions_are_short_and_flat(path):
+    """At most 60 lines, decorators not counted, and four levels of blocks."""
+    for function in functions(path):
+        lines = function.end_lineno - function.lineno + 1
+        assert lines <= 60, f"{function.name} has {lines} lines"
+        assert depth(function) <= 4, f"{function.name} is nested {depth(function)} deep"
+
+
+def test_depth():
+    code = """if True:
+    def f():
+        for x in ():
+            if x == 1:
+                pass
+            elif x == 2:
+                with x:
+                    pass
+            else:
+                if x == 3:
+                    pass
+                x = 1
+    """
+    assert depth(ast.parse(code).body[0].body[0]) == 3
 
 
 def test_transformers_is_imported_in_one_place():

@@ -68,12 +68,14 @@ def test_shuffled_rows_have_another_s_picture(tmp_path):
         assert shown == ([2, 3, 4, 5, 0, 1] if shuffled else list(range(6)))
 
 
+@pytest.mark.slow
 def test_textual_inversion_learns_its_concept(tmp_path):
     measured = judge.judge("textual_inversion", TINY, tmp_path, [])
     assert len(measured) == 6 and all(m.passed for m in measured), measured
     assert Image.open(tmp_path / "textual_inversion.png").height > 7 * 128
 
 
+@pytest.mark.slow
 def test_what_does_not_learn_does_not_pass(tmp_path, monkeypatch, capsys):
     """By the command, whose status says so."""
     flags = ["--learning_rate", "1e-12", "--max_train_steps", "5", "--lr_warmup_steps", "0"]

@@ -10,10 +10,22 @@ pytest.importorskip("triton")
 from minisd.kernels import checks, kernel, launch  # noqa: E402
 
 KERNELS = list(kernel.discover().values())
-CASES = [(k, case) for k in KERNELS for case in k.cases]
-FEW = [(k, case) for k in KERNELS for case in k.cases[:2]]
-every_case = pytest.mark.parametrize("kernel, case", CASES, ids=lambda value: value.name)
-few_cases = pytest.mark.parametrize("kernel, case", FEW, ids=lambda value: value.name)
+
+
+def cases(count: int | None = None, ordinary: int | None = None):
+    """Parametrize by the first `count` cases of each kernel; those behind the first `ordinary` are slow."""
+    return pytest.mark.parametrize(
+        "kernel, case",
+        [
+            pytest.param(k, case, marks=() if ordinary is None or i < ordinary else pytest.mark.slow)
+            for k in KERNELS
+            for i, case in enumerate(k.cases[:count])
+        ],
+        ids=lambda value: value.name,
+    )
+
+
+few_cases = cases(2, ordinary=1)
 
 
 def gradients(ys, tensors, dys=None, **more) -> tuple[torch.Tensor, ...]:
@@ -27,16 +39,21 @@ def equal(ours, theirs) -> bool:
 
 
 @interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@every_case
-def test_outputs_and_gradients(kernel, case, dtype):
-    assert checks.faults(kernel, case, dtype, "cpu") == []
+@cases()
+def test_outputs_and_gradients(kernel, case):
+    assert checks.faults(kernel, case, torch.float32, "cpu") == []
+
+
+@interpreter
+@cases(ordinary=2)
+def test_outputs_and_gradients_in_half_precision(kernel, case):
+    assert checks.faults(kernel, case, torch.float16, "cpu") == []
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", launch.FLOAT, ids=str)
-@every_case
+@cases()
 def test_outputs_and_gradients_on_the_gpu(kernel, case, dtype):
     if dtype not in kernel.dtypes:
         pytest.skip(f"the kernel does not take {dtype}")
@@ -90,7 +107,7 @@ def test_operator(kernel, case):
 
 
 @interpreter
-@pytest.mark.parametrize("kernel, case", FEW[::2], ids=lambda value: value.name)
+@cases(1)
 def test_compiles_without_a_break(kernel, case):
     tensors, constants = checks.inputs(case)
 

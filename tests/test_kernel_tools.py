@@ -16,6 +16,7 @@ from minisd.kernels import aot, attention, bench, cross_attention, geglu, launch
 
 
 @ordinary
+@pytest.mark.slow
 def test_aot_finds_a_sound_kernel_sound():
     found = subprocess.run(
         [sys.executable, "-m", "minisd.kernels.aot", "--arch", "sm_90", "--only", "self 4096"],
@@ -97,6 +98,7 @@ def test_tuning_leaves_out_what_does_not_fit(monkeypatch):
 
 
 @ordinary
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU")
 def test_the_cost_of_whole_networks_is_measured():
     script = Path(__file__).with_name("gpu_cost.py")

@@ -95,6 +95,7 @@ def test_training_goes_the_same_way():
     assert (ours - theirs).abs().mean() <= 2 * rounding
 
 
+@pytest.mark.slow
 def test_a_whole_unet_compiles_without_a_break():
     """Forward and backward."""
     ops.choose("triton")

@@ -27,7 +27,7 @@ from tests.lora_helpers import (
     weights,
     with_weights,
 )
-from tests.pairs import psnr
+from tests.picture_helpers import psnr
 
 
 @pytest.mark.parity

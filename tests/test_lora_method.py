@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from minisd import cli, files
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests import pairs
-from tests.pairs import built, theirs_of
-from tests.pairs import train as run
+from tests import method_helpers
+from tests.method_helpers import built, theirs_of
+from tests.method_helpers import train as run
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_loss_is_the_field_s(model, options, classes, prediction_type, gamma, wi
     loss = m.loss(batch)
     loss.backward()
 
-    pipe = pairs.pipeline(model)
+    pipe = method_helpers.pipeline(model)
     common = {"r": 3, "lora_alpha": 6, "init_lora_weights": "gaussian"}
     pipe.unet.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)

@@ -12,9 +12,9 @@ from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop
 from minisd.training.run_folder import RunFolder
-from tests import pairs
-from tests.pairs import assert_gradients, built, pipeline, psnr, theirs_of, train
-from tests.picture_helpers import draw_theirs
+from tests import method_helpers
+from tests.method_helpers import assert_gradients, built, pipeline, theirs_of, train
+from tests.picture_helpers import draw_theirs, psnr
 
 pytestmark = pytest.mark.parity
 
@@ -189,7 +189,7 @@ def test_pipelines_that_open_in_diffusers(options, method, flags):
 def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, tmp_path):
     flags = ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>", "--initializer_token", "dog"]
     o = options("custom_diffusion", *flags, "--freeze_model", freeze_model)
-    m = pairs.new("custom_diffusion", o)
+    m = method_helpers.new("custom_diffusion", o)
     assert loop.train(m, RunFolder("custom_diffusion", o)) == 0
     names = set(load_file(o.output_dir / "pytorch_custom_diffusion_weights.safetensors"))
     kinds = {n.partition(".processor.")[2] for n in names}

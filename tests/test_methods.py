@@ -19,9 +19,9 @@ from minisd.training.distributed import Processes
 from minisd.training.loop import held_out_loss
 from minisd.training.run_folder import RunFolder
 from minisd.training.step import Trainer
-from tests import pairs
-from tests.pairs import built, new, theirs_of
-from tests.pairs import train as run
+from tests import method_helpers
+from tests.method_helpers import built, new, theirs_of
+from tests.method_helpers import train as run
 
 METHODS = registry.names("methods")
 # Beside the flags of all.
@@ -74,7 +74,7 @@ def test_the_class_is_named_like_the_file():
 @pytest.mark.parametrize("method", METHODS)
 def test_exactly_what_is_declared_changes(method, options):
     # Behind two zero convolutions the gradient is zero twice.
-    pairs.assert_exactly_these_train(*built(method, options(method)), steps=3)
+    method_helpers.assert_exactly_these_train(*built(method, options(method)), steps=3)
 
 
 RESUMED = [(method, {}) for method in METHODS]
@@ -110,7 +110,7 @@ def test_resumed_equals_uninterrupted(method, changes, options, tmp_path):
 def test_the_batch_size_does_not_change_what_is_drawn(method, options):
     """Twice two pictures accumulated are four pictures at once, to rounding."""
     m, trained, four = built(method, options(method))
-    stream = pairs.Stream(m.data, m.options.seed)
+    stream = method_helpers.Stream(m.data, m.options.seed)
     m.loss(four).backward()
     at_once = [p.grad.clone() for p in trained.values()]
     for p in trained.values():
@@ -285,7 +285,9 @@ def test_bf16_and_gradient_checkpointing(method, options):
     moved = [p.grad.abs().max() > 0 for p in trained.values()]
     m, trained, batch = built(method, options(method, mixed_precision="bf16", gradient_checkpointing=True))
     mine = {id(p) for p in trained.values()}
-    frozen = [p for part in pairs.networks(m).values() for p in part.parameters() if id(p) not in mine]
+    frozen = [
+        p for part in method_helpers.networks(m).values() for p in part.parameters() if id(p) not in mine
+    ]
     assert not frozen or any(p.dtype == torch.bfloat16 for p in frozen)
     assert all(p.dtype == torch.float32 for p in trained.values())
     loss = m.loss(batch)
@@ -311,7 +313,7 @@ def test_textual_inversion_loss_is_the_field_s(model, options, prediction_type, 
     loss = m.loss(batch)
     loss.backward()
 
-    pipe = pairs.pipeline(model)
+    pipe = method_helpers.pipeline(model)
     tokens = ["<cat>", *(f"<cat>_{i}" for i in range(1, vectors))]
     pipe.tokenizer.add_tokens(tokens)
     pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
@@ -334,7 +336,7 @@ def test_textual_inversion_learns(options):
     o = options("textual_inversion", flip_p=0.0, learning_rate=0.05)
     m, trained, batch = built("textual_inversion", o)
     m.timesteps = lambda batch: torch.full((len(batch["number"]),), 500)
-    first, last = pairs.learn(m, trained, batch, steps=50, lr=0.05)
+    first, last = method_helpers.learn(m, trained, batch, steps=50, lr=0.05)
     assert last < 0.99 * first
 
 
@@ -343,11 +345,11 @@ GUIDE = """--learnable_property=object --placeholder_token=<cat-toy> --initializ
 --lr_scheduler=constant --lr_warmup_steps=0"""
 
 
-def test_textual_inversion_by_the_guide_s_command(model, cat, script, tmp_path):
+def test_textual_inversion_by_the_guide_s_command(model, cat, command, tmp_path):
     """The published command, but for model, size and steps; then what it left is drawn."""
     out = tmp_path / "textual_inversion_cat"
     flags = [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={cat}", *GUIDE.split()]
-    status, stdout, stderr = script(
+    status, stdout, stderr = command(
         "train.py", "--method", "textual_inversion", *flags, f"--output_dir={out}"
     )
     assert status == 0, stderr
@@ -359,7 +361,7 @@ def test_textual_inversion_by_the_guide_s_command(model, cat, script, tmp_path):
     }
     assert Image.open(out / "result.png").size[0] > 256
     assert json.loads((out / "options.json").read_text())["placeholder_token"] == "<cat-toy>"
-    status, stdout, stderr = script(
+    status, stdout, stderr = command(
         "sample.py", "--model", model, "--adapter", out, "--prompt", "a photo of <cat-toy>", "--steps", 2,
         "--output", tmp_path / "drawn.png",
     )  # fmt: skip

@@ -10,6 +10,7 @@ from tests.helpers import (
     assert_close,
     assert_same_gradients,
     diffusers_unet,
+    full_size,
     same_fields,
     same_weights,
 )
@@ -72,7 +73,7 @@ def test_unet_equals_diffusers(in_channels, size):
     check_unet(config, *size)
 
 
-@pytest.mark.slow
+@full_size
 def test_unet_of_sd15_equals_diffusers():
     check_unet(unet.SD15, 16, 16)
 
@@ -99,7 +100,7 @@ def test_vae_equals_diffusers(size):
     check_vae(TINY_VAE, *size)
 
 
-@pytest.mark.slow
+@full_size
 def test_vae_of_sd15_equals_diffusers():
     check_vae(vae.SD15, 64, 64)
 
@@ -123,7 +124,7 @@ def test_text_encoder_equals_transformers(activation):
     check_text(text.TextConfig(**{**vars(TINY_TEXT), "activation": activation}))
 
 
-@pytest.mark.slow
+@full_size
 def test_text_encoder_of_sd15_equals_transformers():
     check_text(text.SD15)
 

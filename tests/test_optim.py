@@ -11,7 +11,7 @@ import torch
 from minisd import files
 from minisd.training import optim
 from tests.conftest import ROOT
-from tests.pairs import train
+from tests.method_helpers import train
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 

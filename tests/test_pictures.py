@@ -15,10 +15,10 @@ from minisd.models.controlnet import ControlNet
 from minisd.sampling.generate import Control, Settings, denoise, pictures
 from minisd.sampling.input_images import InputImages
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.conftest import make_pipeline
+from tests.conftest import save_pipeline
 from tests.lora_helpers import new
-from tests.pairs import psnr, shake
-from tests.picture_helpers import photo
+from tests.method_helpers import shake
+from tests.picture_helpers import photo, psnr
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -55,8 +55,8 @@ def folders(model, tmp_path_factory):
     """Models by their number of channels."""
     found = {4: model}
     for channels in (8, 9):
-        found[channels] = tmp_path_factory.mktemp(f"channels{channels}")
-        make_pipeline(in_channels=channels).save_pretrained(found[channels])
+        folder = tmp_path_factory.mktemp(f"channels{channels}")
+        found[channels] = save_pipeline(folder, in_channels=channels)
     return found
 
 
@@ -135,16 +135,28 @@ def controls(nets, scales=(0.9, 0.6), **further) -> list[Control]:
     return found
 
 
+@pytest.fixture(scope="module")
+def plain(model) -> Image.Image:
+    """The first picture when nothing else is given."""
+    return ours(model, SETTINGS)[0]
+
+
+@pytest.fixture(scope="module")
+def steered(model, nets) -> Image.Image:
+    """The first picture when both ControlNets steer it in every step."""
+    return ours(model, SETTINGS, controls=controls(nets))[0]
+
+
 # Equal to diffusers
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("strength", [0.3, 0.58, 0.8, 1.0])
-def test_image_to_image(folders, theirs, strength):
+def test_image_to_image(folders, theirs, strength, plain):
     settings = replace(SETTINGS, strength=strength)
     drawn = ours(folders[4], settings, **GIVEN)
     assert_same(drawn, theirs("StableDiffusionImg2ImgPipeline")(SETTINGS, image=PHOTOS, strength=strength))
-    assert psnr(drawn[0], ours(folders[4], SETTINGS)[0]) < 60
+    assert psnr(drawn[0], plain) < 60
 
 
 @pytest.mark.parity
@@ -183,7 +195,7 @@ def test_edits(folders, theirs):
 @pytest.mark.parity
 @pytest.mark.parametrize("guess", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
-def test_controlnets(folders, theirs, nets, count, guess):
+def test_controlnets(folders, theirs, nets, count, guess, plain):
     nets = nets[:count]
     shown = [hints(i) for i in range(count)]
     expected = theirs("StableDiffusionControlNetPipeline", controlnet=diffusers_nets(nets))(
@@ -194,7 +206,7 @@ def test_controlnets(folders, theirs, nets, count, guess):
     )
     drawn = ours(folders[4], SETTINGS, controls=controls(nets, guess=guess))
     assert_same(drawn, expected)
-    assert psnr(drawn[0], ours(folders[4], SETTINGS)[0]) < 45
+    assert psnr(drawn[0], plain) < 45
 
 
 @pytest.mark.parity
@@ -208,7 +220,7 @@ def test_guess_mode_without_guidance(folders, theirs, nets):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("start, end", [(0.0, 0.5), (0.3, 1.0), (0.25, 0.75)])
-def test_controlnets_from_start_to_end(folders, theirs, nets, start, end):
+def test_controlnets_from_start_to_end(folders, theirs, nets, start, end, steered):
     """The second one from half of it on, too."""
     shown = controls(nets)
     shown = [replace(shown[0], start=start, end=end), replace(shown[1], start=start / 2)]
@@ -221,7 +233,7 @@ def test_controlnets_from_start_to_end(folders, theirs, nets, start, end):
     )
     drawn = ours(folders[4], SETTINGS, controls=shown)
     assert_same(drawn, expected)
-    assert psnr(drawn[0], ours(folders[4], SETTINGS, controls=controls(nets))[0]) < 50
+    assert psnr(drawn[0], steered) < 50
 
 
 @pytest.mark.parity
@@ -317,13 +329,13 @@ def options(model, *flags):
 
 
 @pytest.mark.parity
-def test_script(folders, files, nets, theirs, script):
+def test_the_command(folders, files, nets, theirs, command):
     """Sizes are brought together and said; a mask, two ControlNets, one of them by edges, and two LoRAs."""
     photos, out = [files / f"photo{i}.png" for i in (0, 1)], files / "out"
     loras = [(files / "lora0", 0.7), (files / "lora1", 0.4)]
     for i, (folder, _) in enumerate(loras):
         lora.save(folder / "pytorch_lora_weights.safetensors", new(folders[4], ["attention"], seed=i)[1])
-    status, stdout, stderr = script(
+    status, stdout, stderr = command(
         "sample.py", "--model", folders[4], "--prompt", *PROMPTS, "--seed", SEEDS[0], "--steps", 10,
         "--guidance_scale", 5, "--negative_prompt", "ugly", "--output", out, "--image", *photos,
         "--mask", files / "mask.png", "--strength", 0.7, "--adapter", *(f"{path}:{s}" for path, s in loras),

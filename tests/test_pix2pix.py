@@ -11,9 +11,10 @@ from minisd.data import images
 from minisd.models import unet
 from minisd.sampling.generate import Denoiser, Settings, image_branches, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests import pairs
+from tests import method_helpers
 from tests.helpers import TINY_UNET, assert_close
-from tests.pairs import built, pipeline, psnr, shake, train
+from tests.method_helpers import built, pipeline, shake, train
+from tests.picture_helpers import psnr
 
 
 @pytest.fixture
@@ -92,17 +93,17 @@ def test_the_loss_is_the_field_s(model, opts, kind):
     pipe = pipeline(model)
     theirs = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
     theirs.load_state_dict({n.removeprefix("unet."): p for n, p in trained.items()})
-    expected = pairs.theirs_of(pipe, m, batch)
+    expected = method_helpers.theirs_of(pipe, m, batch)
     originals = pipe.vae.encode(batch["original"]).latent_dist.mode().detach()
     text, picture = m.dropped(batch)
     assert text.any() and picture.any() and not text.all()
-    context = torch.where(text[:, None, None], pairs.encode(pipe, [""]), expected.context).detach()
+    context = torch.where(text[:, None, None], method_helpers.encode(pipe, [""]), expected.context).detach()
     originals = (1 - picture.float())[:, None, None, None] * originals
     pred = theirs(torch.cat([expected.noisy, originals], dim=1), expected.timesteps, context).sample
     expected = F.mse_loss(pred, expected.target)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    pairs.assert_gradients(trained, theirs, "unet.")
+    method_helpers.assert_gradients(trained, theirs, "unet.")
 
 
 def test_three_branches_are_the_formula():

@@ -7,7 +7,7 @@ from minisd.adapters import token_embedding
 from minisd.sampling import prompt
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.pairs import psnr
+from tests.picture_helpers import psnr
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from minisd.data import images
 from minisd.sampling import infotext, run
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.pairs import psnr
+from tests.picture_helpers import psnr
 
 pytestmark = pytest.mark.parity
 
 
-def test_script(model, script, tmp_path):
+def test_script(model, script, command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat, “quoted”\n\na dog: #2\n")
     out = tmp_path / "drawn"
@@ -38,7 +38,7 @@ def test_script(model, script, tmp_path):
             f"Size: 64x32, Model: {model.name}, Model path: {model}, RNG: CPU, Version: minisd"
         )
     # Again, the same bytes under the next numbers; nothing is overwritten.
-    assert script("sample.py", *flags)[0] == 0
+    assert command("sample.py", *flags)[0] == 0
     assert (out / "00006-seed-9.png").read_bytes() == files[3].read_bytes()
 
 
@@ -54,8 +54,8 @@ def test_script(model, script, tmp_path):
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_bad_input(model, script, tmp_path, flags, message):
-    status, _, stderr = script("sample.py", "--model", model, "--output", tmp_path / "out", *flags)
+def test_bad_input(model, command, tmp_path, flags, message):
+    status, _, stderr = command("sample.py", "--model", model, "--output", tmp_path / "out", *flags)
     assert status == 2
     assert message in stderr.strip().splitlines()[-1] and "Traceback" not in stderr
     assert not (tmp_path / "out").exists()

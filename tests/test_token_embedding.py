@@ -7,8 +7,7 @@ from safetensors.torch import save_file
 from minisd.adapters import token_embedding
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests.pairs import psnr
-from tests.picture_helpers import draw_theirs
+from tests.picture_helpers import draw_theirs, psnr
 
 pytestmark = pytest.mark.parity
 

@@ -15,10 +15,11 @@ from minisd.models import unet2d
 from minisd.models.layers import timestep_embedding
 from minisd.sampling.pixel_diffusion import PixelDiffusion, scheduler_config
 from minisd.sampling.stable_diffusion import StableDiffusion
-from tests import pairs
+from tests import method_helpers
 from tests.conftest import ROOT
 from tests.helpers import TINY_PIXELS, assert_close, assert_same_gradients, same_weights
-from tests.pairs import built, options, psnr, shake, train
+from tests.method_helpers import built, options, shake, train
+from tests.picture_helpers import psnr
 
 OLD = replace(
     TINY_PIXELS, head_dim=None, pad_end_only=True, frequency_shift=1, sines_first=True, norm_eps=1e-6
@@ -224,11 +225,11 @@ def test_defaults_are_the_script_s(cat):
 
 def test_all_of_it_trains_and_nothing_else_is_there(opts):
     m, trained, batch = built("unconditional", opts())
-    assert pairs.networks(m).keys() == {"unet"}
+    assert method_helpers.networks(m).keys() == {"unet"}
     assert trained.keys() == {f"unet.{n}" for n, _ in m.sd.unet.named_parameters()}
     shake(m.sd.unet)
     m.sd.unet.requires_grad_(True)
-    pairs.assert_exactly_these_train(m, trained, batch)
+    method_helpers.assert_exactly_these_train(m, trained, batch)
 
 
 @pytest.mark.parity
@@ -253,7 +254,7 @@ def test_the_loss_is_the_field_s(opts, tmp_path, kind):
         expected = (bar / (1 - bar) * F.mse_loss(pred, clean, reduction="none")).mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    pairs.assert_gradients(trained, theirs, "unet.")
+    method_helpers.assert_gradients(trained, theirs, "unet.")
 
 
 def test_min_snr_caps_the_weight_of_a_clean_picture(opts):
@@ -286,7 +287,7 @@ def test_a_run_counts_epochs_and_leaves_the_average(opts, monkeypatch):
     from minisd.training import loop
     from minisd.training.run_folder import RunFolder
 
-    m = pairs.new("unconditional", o)
+    m = method_helpers.new("unconditional", o)
     live, saved = {}, []
     save, setup = m.save_intermediate, m.setup
     m.save_intermediate = lambda folder, step: (saved.append(step), save(folder, step))

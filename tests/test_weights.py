@@ -16,7 +16,8 @@ from minisd.formats.parts import PARTS, PipelineParts
 from minisd.models import text, unet, vae
 from minisd.models.tokenizer import END, START, Tokenizer
 from minisd.options import TINY
-from tests.weights_tiny import TEXT, UNET, VAE, assert_equal, listing, rewrite, tiny
+from tests.helpers import full_size
+from tests.weights_helpers import TEXT, UNET, VAE, assert_equal, listing, rewrite, tiny
 
 # --- Registry -----------------------------------------------------------------------------------------------
 
@@ -391,7 +392,7 @@ def test_a_folder_that_we_wrote_opens_in_the_oracle(tmp_path, channels):
 
 
 @pytest.mark.parity
-@pytest.mark.slow
+@full_size
 def test_a_full_size_single_file_opens_in_the_oracle(tmp_path):
     from diffusers.loaders import single_file_utils as oracle
 

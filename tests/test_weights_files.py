@@ -17,10 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from minisd import files
 from minisd.formats import config_json, diffusers, parts, single_file
-from tests.weights_tiny import UNET, listing, rewrite, tiny
-
-ROOT = Path(__file__).resolve().parent.parent
-
+from tests.conftest import ROOT
+from tests.weights_helpers import UNET, listing, rewrite, tiny
 
 # --- Lazy, and safe to change -------------------------------------------------------------------------------
 
@@ -48,7 +46,7 @@ assert resident() - before < 64 << 20, resident() - before
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_reading_is_lazy_and_changes_stay_in_memory(tmp_path, suffix):
     small, big = tmp_path / f"small{suffix}", tmp_path / f"big{suffix}"
-    tensors = {f"t{i}": torch.full((1 << 20,), float(i)) for i in range(48)}  # 200 MB
+    tensors = {f"t{i}": torch.full((1 << 20,), float(i)) for i in range(24)}  # 100 MB
     for path, content in ((small, {"t": torch.zeros(1)}), (big, tensors)):
         save_file(content, path) if suffix == ".safetensors" else torch.save({"state_dict": content}, path)
     # In a process of its own: memory that this one has freed would hide what reading takes.

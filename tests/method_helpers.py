@@ -1,11 +1,9 @@
 """What the tests of the training methods share: data, short runs, and diffusers' side of a loss."""
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -138,11 +136,6 @@ def shake(module: torch.nn.Module, size: float = 0.05) -> None:
     with torch.no_grad():
         for p in module.parameters():
             p.add_(size * torch.randn(p.shape, generator=generator).to(p))
-
-
-def psnr(a, b) -> float:
-    error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def assert_exactly_these_train(m, trained: dict, batch: dict, steps: int = 1) -> None:
