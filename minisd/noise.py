@@ -56,7 +56,9 @@ class NoiseSchedule:
 
     def __post_init__(self):
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type {self.prediction_type!r}: one of epsilon, v_prediction, sample")
+            raise ValueError(
+                f"prediction_type {self.prediction_type!r}: one of epsilon, v_prediction, sample"
+            )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
