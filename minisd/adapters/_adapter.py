@@ -26,7 +26,11 @@ NETWORK_NAMES = {"unet": "UNet", "text_encoder": "text encoder"}  # in messages
 
 @dataclass(kw_only=True)
 class Adapter:
-    """The contents of one file, checked against the model."""
+    """The contents of one file, checked against the model.
+
+    An update is a module that is called with a layer and its input, and returns what it adds to the output.
+    It has a `scale`, a `lora_bias` or None, and `delta()`, the change of the weight.
+    """
 
     description: str  # one line for the user
     tokens: dict[str, Tensor]  # new token -> its embeddings (n, d)

@@ -145,7 +145,7 @@ class UpdatedConv2d(Updated, nn.Conv2d):
 
 
 def networks(sd: StableDiffusion) -> nn.ModuleDict:
-    """Return the networks that a LoRA may change; a module's path in it is the module's native name."""
+    """Return the networks that a LoRA may change, in a module whose paths are the native names."""
     return nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
 
 

@@ -25,7 +25,6 @@ TOKENIZER_FILES = (
 
 
 def matches(path: Path) -> bool:
-    path = Path(path)
     return (path / INDEX).is_file() or all((path / part / "config.json").is_file() for part in PARTS)
 
 
@@ -36,7 +35,6 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     from their plain one, if any part has it. ValueError, naming the folder or file, if anything is missing or
     is not of SD v1.x.
     """
-    path = Path(path)
     if ema:
         raise ValueError(f"{path} is a folder, which has one set of weights: choose EMA by its variant")
     index = files.read_json(path / INDEX) if (path / INDEX).is_file() else {}

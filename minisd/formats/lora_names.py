@@ -139,9 +139,7 @@ def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> No
             theirs = tensor.shape[1] if split(key)[1] in ("down", "hada_w1_b") else width
         if theirs != width:
             kind = {768: "SD v1.x", 1024: "SD2", 2048: "SDXL"}.get(theirs, "another model")
-            raise ValueError(
-                f"{source} is a LoRA for {kind}: it has text states of width {theirs}, not {width}"
-            )
+            raise ValueError(f"{source} is a LoRA for {kind}: its text states are {theirs} wide, not {width}")
 
 
 Alpha = Callable[[str, Tensor | None, int], float]

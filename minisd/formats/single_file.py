@@ -43,7 +43,6 @@ CONFIG = "minisd.config"  # the metadata entry with the configs, as sizes may di
 
 
 def matches(path: Path) -> bool:
-    path = Path(path)
     return path.is_file() and path.suffix in (files.SAFETENSORS, *files.PICKLES)
 
 
@@ -52,7 +51,6 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
 
     ValueError, naming the file and some of its names, if it is incomplete or of another model.
     """
-    path = Path(path)
     if variant:
         raise ValueError(f"{path} is a single file, which has no variant {variant!r}")
     tensors, metadata = files.read_with_metadata(path)
@@ -84,7 +82,6 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
 def save(file: Path, pipeline: PipelineParts) -> None:
     """Write a single .safetensors file. ValueError, naming it, if the model's vocabulary is not CLIP's, for
     which a single file has no place."""
-    file = Path(file)
     if file.suffix != files.SAFETENSORS:
         raise ValueError(f"{file}: a single file is written as {files.SAFETENSORS}")
     if not parts.is_standard_tokenizer(pipeline.tokenizer):
@@ -117,7 +114,6 @@ def load_controlnet(path: Path) -> controlnet.ControlNet:
 
     ValueError, naming the file, if it holds none, or one that is not for SD v1.x.
     """
-    path = Path(path)
     tensors, metadata = files.read_with_metadata(path)
     if any(name.startswith(CONTROLNET) for name in tensors):
         tensors = {n.removeprefix(CONTROLNET): t for n, t in tensors.items() if n.startswith(CONTROLNET)}
