@@ -302,10 +302,11 @@ def from_json(part: str, content: dict[str, Any], source: Path | str) -> Config:
     only = table.written | table.fixed | ({} if table.ignores_others else table.derived(config))
     known = {row.key for row in table.rows} | HARMLESS
     for key, value in content.items():
-        if key in only and value is not None and value != only[key]:
+        if key in known or key.startswith("_") or value is None or value == only.get(key, False):
+            continue
+        if key in only:
             raise _refused(source, key, value, repr(only[key]))
-        is_known = key in only or key in known or key.startswith("_") or table.ignores_others
-        if not is_known and value not in (None, False):
+        if not table.ignores_others:
             raise ValueError(f"{source}: unknown key {key!r}, which is {value!r}")
     return config
 
