@@ -16,9 +16,9 @@ from minisd.data.order import collate
 from minisd.options import Dataset, Diffusion, Optimizer
 from minisd.training import loop
 from minisd.training.distributed import Processes
+from minisd.training.loop import held_out_loss
 from minisd.training.run_folder import RunFolder
 from minisd.training.step import Trainer
-from minisd.training.validation import held_out_loss
 from tests import pairs
 from tests.pairs import built, new, theirs_of
 from tests.pairs import train as run

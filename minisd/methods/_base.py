@@ -1,10 +1,13 @@
-"""The seams of a training method. By itself this class trains the UNet on captioned images.
+"""What the training methods share. By itself this class trains the UNet on captioned images.
 
+A method overrides what differs:
+
+load       the model that training starts from
 build      what trains
 dataset    what a batch is
 condition  what the UNet gets besides the noisy latents
-loss       noisy_batch makes its input and target, errors and weights make a number of its prediction
-save       what is left in the end
+loss       noisy_batch makes input and target, errors and weights turn the prediction into a number
+save       the result
 
 This file and the methods import torch only inside functions, so that `--help` does not wait for it.
 """
@@ -12,28 +15,23 @@ This file and the methods import torch only inside functions, so that `--help` d
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.options import Captions, Validation
+from minisd.options import Captions, Diffusion, Validation
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
+    from torch import Tensor
 
-    from minisd.methods._types import Image, Parameters, Prompts, Source, StableDiffusion, Tensor
+    from minisd.data.datasets import Captioned
+    from minisd.data.source import Source
     from minisd.options import Training
+    from minisd.sampling.stable_diffusion import StableDiffusion
 
-
-@dataclass(kw_only=True)
-class NoisyBatch:
-    """What the network sees of a batch, and what it has to predict."""
-
-    latents: Tensor  # (b, c, h, w) without noise, scaled, in fp32 like all of these
-    noise: Tensor  # (b, c, h, w)
-    timesteps: Tensor  # (b,) on the CPU, where the schedule is
-    noisy: Tensor  # (b, c, h, w) the network's input
-    target: Tensor  # (b, c, h, w)
+    Parameters = dict[str, torch.nn.Parameter]
+    Prompts = list[tuple[str, Tensor | None]]  # each with its conditioning image (3, h, w) in [-1, 1]
 
 
 class Method:
@@ -68,8 +66,8 @@ class Method:
         self.sd = self.load()
         return self.build(self.sd)
 
-    def datasets(self) -> tuple:
-        """The training set, and the held-out set if --validation_split asks for one: see data/datasets.py."""
+    def datasets(self) -> tuple[Captioned, Captioned | None]:
+        """The training set, and the held-out set if --validation_split is given: see data/datasets.py."""
         from minisd.data.source import from_options
 
         o, held_out = self.options, None
@@ -82,17 +80,22 @@ class Method:
 
     def loss(self, batch: dict) -> Tensor:
         """The mean over the batch of the weighted error of the prediction."""
-        noisy = self.noisy_batch(batch)
-        pred = self.predict_noisy(noisy, batch)
-        weights = batch["weight"] * self.weights(noisy.timesteps)
-        return (self.errors(pred, noisy.target, batch) * weights.to(self.device)).mean()
+        noisy, timesteps, target = self.noisy_batch(batch)
+        pred = self.predict_noisy(noisy, timesteps, batch)
+        weights = batch["weight"] * self.weights(timesteps)
+        return (self.errors(pred, target, batch) * weights.to(self.device)).mean()
 
     def preview(self, final: bool) -> Image | None:
-        """The image to save during training, if a flag asks for one, or at the end of it (`final`)."""
-        from minisd.methods import _preview
+        """The image to save during training, if a flag asks for one, or at the end of it (`final`): a row for
+        each prompt, with its conditioning image first."""
+        from minisd.data import images
 
         prompts = self.validation_prompts or (self.training_prompts() if final else [])
-        return _preview.sheet(self, prompts) if prompts else None
+        rows = []
+        for prompt, image in prompts:
+            conditioning = [] if image is None else [images.to_pil(image)]
+            rows.append((prompt, conditioning + self.samples(prompt, image)))
+        return images.labelled_rows(rows) if rows else None
 
     def save_interval(self, updates_per_epoch: int) -> int:
         """Number of updates between two calls of `save_intermediate`; 0 for none."""
@@ -103,16 +106,34 @@ class Method:
         self.save(folder)
 
     def describe(self) -> str:
-        """What trains and on what, for people."""
+        """A summary of what trains and on what data, for people."""
         return self.data.summary()
 
-    # The seams
+    # What a method overrides
 
-    def load(self) -> StableDiffusion:
-        """The model that the options name, frozen."""
-        from minisd.methods import _model
+    def load(self, dtype: torch.dtype | None = None, revision: str | None = None) -> StableDiffusion:
+        """The model that the options name, frozen, with their noise schedule; in the run's precision unless
+        `dtype` is given."""
+        from minisd.sampling.stable_diffusion import StableDiffusion
 
-        return _model.load(self.options, self.device, self.dtype)
+        o = self.options
+        sd = StableDiffusion.load(
+            o.model,
+            device=self.device,
+            dtype=dtype or self.dtype,
+            revision=revision or o.revision,
+            variant=o.variant,
+            ema=o.load_ema,
+            tokenizer=o.tokenizer_name,
+            cache_dir=o.cache_dir,
+        )
+        if isinstance(o, Diffusion) and o.prediction_type:
+            sd.set_schedule(prediction_type=o.prediction_type)
+        if isinstance(o, Diffusion) and o.rescale_betas_zero_snr:
+            sd.set_schedule(rescale_betas_zero_snr=True)
+        if o.gradient_checkpointing:
+            sd.unet.enable_gradient_checkpointing()
+        return sd
 
     def build(self, sd: StableDiffusion) -> Parameters:
         """Insert into the model what trains, or unfreeze it. Returns that by name."""
@@ -121,11 +142,30 @@ class Method:
             trained |= self.unfreeze("text_encoder", sd.text_encoder)
         return trained
 
-    def dataset(self, source: Source):
-        """The examples of a source: captioned images."""
-        from minisd.methods import _data
+    def dataset(self, source: Source, prompt: str | None = None) -> Captioned:
+        """The examples of a source: images, with captions if there are flags for these; `prompt` is that of
+        images without a caption."""
+        from minisd.data.datasets import Captioned
 
-        return _data.captioned(source, self.options, self.sd)
+        o, captions = self.options, {"caption_column": None}
+        if isinstance(o, Captions):
+            halvings = len(self.sd.unet.config.block_out_channels) - 1
+            captions = {
+                "prompt": prompt,
+                "caption_column": o.caption_column,
+                "caption_dropout": o.caption_dropout,
+                "interpolation": o.image_interpolation_mode,
+                "bucket": o.bucket,
+                "step": self.sd.vae.config.downscale * 2**halvings,
+            }
+        return Captioned(
+            source,
+            image_column=o.image_column,
+            resolution=o.resolution,
+            center_crop=o.center_crop,
+            random_flip=o.random_flip,
+            **captions,
+        )
 
     def condition(self, batch: dict) -> dict:
         """What the UNet gets besides the noisy latents and the timesteps."""
@@ -141,8 +181,9 @@ class Method:
             mean, std = self.sd.encode_images(batch["pixels"])
         return mean + std * self.draw("posterior", batch, mean.shape[1:])
 
-    def noisy_batch(self, batch: dict) -> NoisyBatch:
-        """The forward process, with the flags' noise offset and input perturbation."""
+    def noisy_batch(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward process, with the flags' noise offset and input perturbation: the network's input
+        (b, c, h, w) and the timesteps (b,) of a batch, and the target (b, c, h, w)."""
         o, schedule, latents = self.options, self.sd.schedule, self.latents(batch)
         shape = latents.shape[1:]
         noise = self.draw("noise", batch, shape)
@@ -152,13 +193,8 @@ class Method:
         if o.input_perturbation:
             perturbed = noise + o.input_perturbation * self.draw("perturbation", batch, shape)
         timesteps = self.timesteps(batch)
-        return NoisyBatch(
-            latents=latents,
-            noise=noise,
-            timesteps=timesteps,
-            noisy=schedule.add_noise(latents, perturbed, timesteps),
-            target=schedule.target(latents, noise, timesteps),
-        )
+        noisy = schedule.add_noise(latents, perturbed, timesteps)
+        return noisy, timesteps, schedule.target(latents, noise, timesteps)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         """The prediction (b, c, h, w) for noisy latents; runs under autocast."""
@@ -171,7 +207,7 @@ class Method:
         return losses.mse(pred, target)
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
-        """The weight of each sample's error, (b,): --snr_gamma's."""
+        """The weight of each sample's error, (b,), by --snr_gamma."""
         from minisd import losses
 
         gamma = self.options.snr_gamma
@@ -182,12 +218,12 @@ class Method:
         self.sd.save(folder, self.unfrozen)
 
     def read_validation_prompts(self) -> Prompts:
-        """What flags ask to generate during training."""
+        """The prompts to validate with, from the flags."""
         o = self.options
         return [(o.validation_prompt, None)] if isinstance(o, Validation) and o.validation_prompt else []
 
     def training_prompts(self) -> Prompts:
-        """What is generated at the end if no flag says what: a prompt of the training set."""
+        """The prompts of the final preview if no flag gives any: one of the training set."""
         from minisd.noise import generator
 
         example = self.data.examples(0, generator(self.options.seed, "result"))[0]
@@ -201,7 +237,7 @@ class Method:
         """The arguments of generate.pictures for conditioning images (b, 3, h, w) in [-1, 1]."""
         raise NotImplementedError
 
-    # What the seams use
+    # What the methods use
 
     def unfreeze(self, name: str, module: torch.nn.Module) -> Parameters:
         """Train all of a module, in fp32 whatever precision the rest runs in."""
@@ -211,10 +247,50 @@ class Method:
             module.enable_gradient_checkpointing()
         return {f"{name}.{n}": p for n, p in module.named_parameters()}
 
-    def predict_noisy(self, noisy: NoisyBatch, batch: dict) -> Tensor:
+    def add_token(
+        self, sd: StableDiffusion, token: str, word: str, count: int, *, flag: str
+    ) -> torch.nn.Parameter:
+        """Give the model a new token of `count` vectors, each initialized from that of `word`. Returns those
+        of all new tokens (n, d). ValueError if the word is several tokens, or the token cannot be one."""
+        from minisd.adapters import token_embedding
+
+        start = sd.tokenizer.one(word)
+        if start is None:
+            several = f"{len(sd.tokenizer.encode(word))} tokens of this model"
+            raise ValueError(f"--initializer_token {word!r} is {several}; give a word that is one token")
+        sd.text_encoder.float()  # the vectors' gradient passes through it, and it is a seventh of the UNet
+        table = sd.text_encoder.text_model.embeddings.token_embedding.weight
+        rows = table[start].repeat(count, 1)  # (n, d)
+        try:
+            return token_embedding.add_token(sd.tokenizer, sd.text_encoder, token, rows)
+        except ValueError as e:
+            raise ValueError(f"{flag}: {e}") from None
+
+    def samples(self, prompt: str, image: Tensor | None = None) -> list[Image]:
+        """--num_validation_images images for a prompt, from the same noise every time; `image` (3, h, w) in
+        [-1, 1] conditions them."""
+        from tqdm import tqdm
+
+        from minisd.sampling.generate import Settings, pictures
+
+        o, count = self.options, self.options.num_validation_images
+        settings = Settings(
+            width=o.resolution,
+            height=o.resolution,
+            steps=25,
+            guidance_scale=o.validation_guidance_scale,
+            scheduler=o.validation_scheduler,
+            plain_prompt=True,
+        )
+        kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
+        seeds = [o.seed + i for i in range(count)]
+        with tqdm(total=count * settings.steps, desc="drawing", leave=False) as bar, self.autocast():
+            return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update, **kwargs))
+
+    def predict_noisy(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         """`predict` in the run's precision."""
         with self.autocast():
-            return self.predict(noisy.noisy.to(self.dtype), noisy.timesteps.to(self.device), batch)
+            return self.predict(noisy.to(self.dtype), timesteps.to(self.device), batch)
 
     def autocast(self) -> torch.autocast:
         """The precision that the networks run in."""
@@ -222,22 +298,26 @@ class Method:
 
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def draw(self, name: str, batch: dict, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal (b, *shape), a function of the seed, `name` and each sample's number."""
-        from minisd.noise import generator, randn
+    def generators(self, name: str, batch: dict) -> list[torch.Generator]:
+        """A generator for each sample, a function of the seed, `name` and the sample's number."""
+        from minisd.noise import generator
 
-        return randn(shape, [generator(self.options.seed, name, n) for n in batch["number"]]).to(self.device)
+        return [generator(self.options.seed, name, n) for n in batch["number"]]
+
+    def draw(self, name: str, batch: dict, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (b, *shape) from `generators`."""
+        from minisd.noise import randn
+
+        return randn(shape, self.generators(name, batch)).to(self.device)
 
     def timesteps(self, batch: dict) -> Tensor:
         """(b,) uniform over the schedule; on the CPU, where the schedule is."""
         import torch
 
-        from minisd.noise import generator
-
         if "timestep" in batch:  # a held-out example has its own
             return torch.tensor(batch["timestep"])
         total = self.sd.schedule.num_train_timesteps
-        streams = [generator(self.options.seed, "timesteps", n) for n in batch["number"]]
+        streams = self.generators("timesteps", batch)
         return torch.stack([torch.randint(total, (), generator=g) for g in streams])
 
     def frozen_context(self, prompts: list[str]) -> Tensor:

@@ -12,7 +12,7 @@ from minisd.methods._base import Method
 from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag
 
 if TYPE_CHECKING:
-    from minisd.methods._types import Image, Parameters, StableDiffusion, Tensor
+    from minisd.methods._base import Image, Parameters, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
@@ -36,19 +36,14 @@ class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, R
 
 
 class Autoencoder(Method):
-    """Trains the part `vae`. The result is the whole model, with the other parts as they were."""
+    """Trains the autoencoder. The result is the whole model, with the other parts as they were read."""
 
     def build(self, sd: StableDiffusion) -> Parameters:
         return self.unfreeze("vae", sd.vae)
 
-    def dataset(self, source):
-        from minisd.methods import _data
-
-        return _data.uncaptioned(source, self.options)
-
     def loss(self, batch: dict) -> Tensor:
-        """The mean over the batch of |e| + e^2 + |difference of e between neighbours| + KL, as weighted, for
-        the error e of the image that is decoded from a sample of the posterior."""
+        """The weighted sum of the means of |e|, e^2, |difference of e between adjacent pixels| and the KL
+        divergence, for the error e of the image decoded from a sample of the posterior."""
         from torch.utils.checkpoint import checkpoint
 
         o, vae = self.options, self.sd.vae
@@ -66,7 +61,7 @@ class Autoencoder(Method):
         return reconstruction + o.gradient_weight * gradients + o.kl_weight * kl.mean()
 
     def sample_pixels(self, count: int) -> Tensor:
-        """At most `count` images from all over the data, (n, 3, h, w)."""
+        """At most `count` images, evenly spaced in the data, (n, 3, h, w)."""
         import torch
 
         from minisd.noise import generator

@@ -1,4 +1,4 @@
-"""Learn one or several concepts by cross-attention's keys and values and new words (arXiv 2212.04488)."""
+"""Learn concepts by new words and the keys and values of cross-attention (arXiv 2212.04488)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minisd.options import Prior, Training, flag, require
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._types import Parameters, Prompts, StableDiffusion, Tensor
+    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
 CHANNELS = 4  # of the latents
 
@@ -58,7 +58,7 @@ class Options(Prior, Training):
 
 
 class CustomDiffusion(PriorPreservation):
-    """Trains whole matrices beside the base's, and a row for each new word."""
+    """Trains copies of the projections, and an embedding row for each new word."""
 
     def __init__(self, options: Options, device: torch.device):
         from minisd.data.concepts import Concept, read_concepts
@@ -82,7 +82,7 @@ class CustomDiffusion(PriorPreservation):
         return [(c.class_data_dir, c.class_prompt) for c in self.concepts]
 
     def complete_class(self, folder: Path, prompt: str) -> None:
-        """ValueError if images are missing and have to be real ones."""
+        """ValueError if images are missing and --real_prior forbids generating them."""
         o, count = self.options, count_images(folder)
         if not o.real_prior:
             super().complete_class(folder, prompt)
@@ -92,7 +92,6 @@ class CustomDiffusion(PriorPreservation):
 
     def build(self, sd: StableDiffusion) -> Parameters:
         from minisd.adapters import custom_diffusion
-        from minisd.methods import _model
 
         o = self.options
         everything = o.freeze_model == "crossattn"
@@ -100,7 +99,7 @@ class CustomDiffusion(PriorPreservation):
         self.projections = custom_diffusion.insert(sd.unet, projections)
         trained = dict(self.projections)
         for word, start in zip(self.words, o.initializer_token.split("+"), strict=False):
-            self.rows = _model.add_token(sd, word, start, 1, flag="--modifier_token")
+            self.rows = self.add_token(sd, word, start, 1, flag="--modifier_token")
             trained["modifier_tokens"] = self.rows  # one parameter for all words so far
         return trained
 
@@ -123,8 +122,8 @@ class CustomDiffusion(PriorPreservation):
         """The mean squared error within the mask, (b,)."""
         mask = batch["mask"].to(pred.device)  # (b, 1, h, w)
         squares = ((pred.float() - target.float()).square() * mask).flatten(1).sum(dim=1)
-        mean = squares / (CHANNELS * mask.flatten(1).sum(dim=1))
-        return CHANNELS * mean if self.options.cd_loss == "reference" else mean
+        channels = 1 if self.options.cd_loss == "reference" else CHANNELS
+        return squares / (channels * mask.flatten(1).sum(dim=1))
 
     def training_prompts(self) -> Prompts:
         return [(concept.instance_prompt, None) for concept in self.concepts]

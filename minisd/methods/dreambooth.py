@@ -27,4 +27,4 @@ class Options(Subject, Average, Training):
 
 
 class DreamBooth(PriorPreservation):
-    """Trains the whole UNet, and the text encoder if --train_text_encoder asks for it."""
+    """Trains the whole UNet, and with --train_text_encoder the text encoder."""

@@ -1,4 +1,4 @@
-"""Train the whole UNet to edit an image as an instruction says (InstructPix2Pix, arXiv 2211.09800)."""
+"""Train the whole UNet to edit images by instructions (InstructPix2Pix, arXiv 2211.09800)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minisd.methods._base import Method
 from minisd.options import Average, Dataset, Training, flag, require
 
 if TYPE_CHECKING:
-    from minisd.methods._types import Parameters, Prompts, StableDiffusion, Tensor
+    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class InstructPix2Pix(Method):
         if channels == latents:
             sd.unet.widen(2 * latents)
         elif channels != 2 * latents:
-            raise ValueError(f"--model {self.options.model} takes {channels} channels: it is for another use")
+            raise ValueError(f"--model {self.options.model} takes {channels} channels: it cannot edit images")
         return super().build(sd)
 
     def dataset(self, source):
@@ -67,15 +67,12 @@ class InstructPix2Pix(Method):
         )
 
     def dropped(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Whose prompt and whose original is dropped, (b,) each. With r uniform in [0, 1): the prompt where
-        r < 2p, the original where p <= r < 3p."""
+        """Which samples get no prompt, and which no original image, (b,) each: those with r < 2p, and with
+        p <= r < 3p, for r uniform in [0, 1)."""
         import torch
 
-        from minisd.noise import generator
-
         p = self.options.conditioning_dropout_prob or 0.0
-        streams = [generator(self.options.seed, "conditioning", n) for n in batch["number"]]
-        r = torch.stack([torch.rand((), generator=g) for g in streams])
+        r = torch.stack([torch.rand((), generator=g) for g in self.generators("conditioning", batch)])
         return r < 2 * p, (r >= p) & (r < 3 * p)
 
     def condition(self, batch: dict) -> dict:

@@ -10,7 +10,7 @@ from minisd.methods._prior import PriorPreservation
 from minisd.options import Subject, Training, flag, require
 
 if TYPE_CHECKING:
-    from minisd.methods._types import Parameters, StableDiffusion
+    from minisd.methods._base import Parameters, StableDiffusion
 
 
 # Defaults that follow the kind of data: captioned, DreamBooth.
@@ -77,7 +77,7 @@ class LoRA(PriorPreservation):
                 del networks["text_encoder"]
             targets = o.target_modules or ["attention"]
             self.updates = lora.insert(networks, targets, rank, o.alpha or rank, o.lora_dropout)
-        # A file's updates of the text encoder stay as they are, and are saved with the others.
+        # Without --train_text_encoder, a file's updates of the text encoder are saved unchanged.
         trained = {n: u for n, u in self.updates.items() if o.train_text_encoder or n.startswith("unet.")}
         if o.train_text_encoder and not any(n.startswith("text_encoder.") for n in trained):
             raise ValueError(f"--train_text_encoder: {origin} has no layer of the text encoder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,7 @@ from minisd.methods._base import Method
 from minisd.options import Average, Captions, Training, flag, require
 
 if TYPE_CHECKING:
-    from minisd.methods._base import NoisyBatch
-    from minisd.methods._types import Parameters, Prompts, StableDiffusion
+    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)
@@ -35,32 +34,29 @@ class Options(Captions, Average, Training):
 
 
 class TextToImage(Method):
-    """Trains the whole UNet, and the text encoder if --train_text_encoder asks for it."""
+    """Trains the whole UNet, and with --train_text_encoder the text encoder."""
 
     def build(self, sd: StableDiffusion) -> Parameters:
-        from minisd.methods import _model
-
         o, kind = self.options, sd.schedule.prediction_type
         if o.non_ema_revision:
-            other = _model.load(o, self.device, self.dtype, revision=o.non_ema_revision)
-            sd.unet.load_state_dict(other.unet.state_dict())
+            sd.unet.load_state_dict(self.load(revision=o.non_ema_revision).unet.state_dict())
         if o.dream_training and kind != "epsilon":
             raise ValueError(f"--dream_training: this model predicts {kind}, not noise")
         return super().build(sd)
 
-    def noisy_batch(self, batch: dict) -> NoisyBatch:
+    def noisy_batch(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """With DREAM (Zhou et al. 2024, arXiv 2312.00210), the model's error, times (1 - alpha_bar)^(p / 2),
         is added to the noise in the input and in the target."""
         import torch
 
-        noisy = super().noisy_batch(batch)
+        noisy, timesteps, target = super().noisy_batch(batch)
         if not self.options.dream_training:
-            return noisy
+            return noisy, timesteps, target
         with torch.no_grad():
-            pred = self.predict_noisy(noisy, batch)
-        _, sigma = self.sd.schedule.levels(noisy.timesteps, noisy.noisy)
-        error = sigma**self.options.dream_detail_preservation * (noisy.target - pred.float())
-        return replace(noisy, noisy=noisy.noisy + sigma * error, target=noisy.target + error)
+            pred = self.predict_noisy(noisy, timesteps, batch)
+        _, sigma = self.sd.schedule.levels(timesteps, noisy)
+        error = sigma**self.options.dream_detail_preservation * (target - pred.float())
+        return noisy + sigma * error, timesteps, target + error
 
     def read_validation_prompts(self) -> Prompts:
         prompts = [(prompt, None) for prompt in self.options.validation_prompts]

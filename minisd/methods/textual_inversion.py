@@ -12,7 +12,7 @@ from minisd.options import Training, flag
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._types import Image, Parameters, Prompts, StableDiffusion
+    from minisd.methods._base import Image, Parameters, Prompts, StableDiffusion
 
 
 @dataclass(kw_only=True)
@@ -22,11 +22,9 @@ class Options(Training):
     placeholder_token: str | None = flag(None, "the new token; by default <FOLDER>, after the name of --data")
     initializer_token: str | None = flag(None, "the word to start from; by default the folder's name")
     num_vectors: int = flag(1, "number of embedding vectors of the token")
-    learnable_property: Literal["object", "style"] = flag("object", "what the prompts say of the images")
+    learnable_property: Literal["object", "style"] = flag("object", "what is learned; decides the prompts")
     repeats: int = flag(100, "times that each image occurs in an epoch")
-    flip_p: float = flag(
-        0.5, "probability of flipping an image; 0 for text and whatever has a left and right"
-    )
+    flip_p: float = flag(0.5, "probability of flipping an image; 0 for asymmetric things such as text")
     save_steps: int = flag(500, "save learned_embeds-steps-N every this many updates; 0 never", free=True)
     no_safe_serialization: bool = flag(False, "write .bin instead of .safetensors")
     only_save_embeds: bool = flag(True, "save the token only, without the model")
@@ -44,8 +42,8 @@ class Options(Training):
 
 
 class TextualInversion(Method):
-    """Trains `rows` (n, d), a parameter beside the text encoder's frozen table: nothing has to be restored
-    after an update, and the optimizer holds n rows instead of 49,408."""
+    """Trains `rows` (n, d), a parameter beside the text encoder's frozen table: no other row changes, and the
+    optimizer holds n rows instead of 49,408."""
 
     def __init__(self, options: Options, device: torch.device):
         super().__init__(options, device)
@@ -57,10 +55,8 @@ class TextualInversion(Method):
         self.prompt = options.validation_prompt or kind
 
     def build(self, sd: StableDiffusion) -> Parameters:
-        from minisd.methods import _model
-
-        count, flag = self.options.num_vectors, "--placeholder_token"
-        self.rows = _model.add_token(sd, self.token, self.word, count, flag=flag)
+        o = self.options
+        self.rows = self.add_token(sd, self.token, self.word, o.num_vectors, flag="--placeholder_token")
         return {"rows": self.rows}
 
     def datasets(self) -> tuple:
@@ -103,7 +99,6 @@ class TextualInversion(Method):
     def preview(self, final: bool) -> Image | None:
         """At the end: training images, then images of the initial word and of the token."""
         from minisd.data import images
-        from minisd.methods import _preview
 
         if not final:
             return super().preview(final)
@@ -111,5 +106,5 @@ class TextualInversion(Method):
         shown = [source.open(i, column) for i in range(min(8, len(source)))]
         before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
         before = before.replace(self.token, self.word)
-        rows = [("trained on", shown), (f"before: {before}", _preview.samples(self, before))]
-        return images.labelled_rows([*rows, (f"after: {after}", _preview.samples(self, after))])
+        rows = [("trained on", shown), (f"before: {before}", self.samples(before))]
+        return images.labelled_rows([*rows, (f"after: {after}", self.samples(after))])

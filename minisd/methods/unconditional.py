@@ -20,7 +20,8 @@ from minisd.options import (
 )
 
 if TYPE_CHECKING:
-    from minisd.methods._types import Image, Parameters, PixelDiffusion, Tensor
+    from minisd.methods._base import Image, Parameters, Tensor
+    from minisd.sampling.pixel_diffusion import PixelDiffusion
 
 
 @dataclass(kw_only=True)
@@ -87,11 +88,6 @@ class Unconditional(Method):
 
         return self.unfreeze("unet", move(sd.unet, self.device))
 
-    def dataset(self, source):
-        from minisd.methods import _data
-
-        return _data.uncaptioned(source, self.options)
-
     def latents(self, batch: dict) -> Tensor:
         return batch["pixels"].to(self.device)
 
@@ -110,11 +106,11 @@ class Unconditional(Method):
     def preview(self, final: bool) -> Image:
         """Generated images, from the same noise every time."""
         import torch
+        from tqdm import tqdm
 
         from minisd.data import images
-        from minisd.methods import _preview
 
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
-        with _preview.progress(self, count * steps) as on_step:
-            return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, on_step)])
+        with tqdm(total=count * steps, desc="drawing", leave=False) as bar, self.autocast():
+            return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, bar.update)])

@@ -18,21 +18,17 @@ def device() -> torch.device:
 
 
 class Processes:
-    """This process's place among the others. With one process, everything here does nothing."""
+    """This process's place among those that train together. With one process, no method does anything."""
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0  # the process that writes
         if self.world > 1:
-            # Others wait while the first one draws pictures, hence the patience.
+            # The processes wait while the first one generates images, hence the long timeout.
             backend = "nccl" if device().type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
             self.control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.rank == 0
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the processes."""
@@ -42,11 +38,10 @@ class Processes:
             torch._foreach_div_(tensors, self.world)
 
     def agree(self, number: int) -> int:
-        """The largest `number` that any process has: so all of them stop after the same update."""
-        if self.world == 1:
-            return number
+        """The largest `number` of all processes, so that they stop after the same update."""
         shared = torch.tensor(number)
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        if self.world > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
         return shared.item()
 
     def gather(self, value) -> list:
@@ -58,12 +53,12 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Leave the group, once all processes are here."""
+        """Leave the group once all processes have called this."""
         self.wait()
         if self.world > 1:
             dist.destroy_process_group()

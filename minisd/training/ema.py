@@ -9,7 +9,7 @@ from minisd.options import Average
 
 
 class EMA:
-    """An average of the parameters over the updates, in which the last ones count most.
+    """An average of the parameters over the updates, in which the latest ones count most.
 
     The decay of update s is (1 + s) / (10 + s), or with `warmup` 1 - (1 + s / inv_gamma)^-power, and at most
     `max_decay`; the first update copies.

@@ -3,18 +3,18 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
-from minisd.data.order import Stream, batches
+from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
 from minisd.options import Training
 from minisd.training import checkpoint, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder
 from minisd.training.step import Trainer
-from minisd.training.validation import validate
 
 
 def train(method: Method, folder: RunFolder) -> int:
@@ -25,7 +25,7 @@ def train(method: Method, folder: RunFolder) -> int:
     options, processes = method.options, Processes()
 
     # Start
-    earlier = folder.checkpoints.resume()  # first, so that wrong flags are reported before a model is loaded
+    earlier = folder.resume()  # first, so that wrong flags are reported before a model is loaded
     torch.manual_seed(options.seed)
     if processes.first:
         method.prepare()
@@ -36,26 +36,25 @@ def train(method: Method, folder: RunFolder) -> int:
     if earlier:
         checkpoint.restore(trainer, earlier)
     repository = None
-    if options.push_to_hub and processes.first:
-        repository = trackers.create_repository(options)
     if processes.first:
+        repository = trackers.create_repository(options)
         folder.start(trainer.step)
         print(describe(trainer, held_out))
     source = micro_batches(trainer, dataset)
 
     # Updates
     log, stop = Log(folder, trainer.step, trainer.total, show=processes.first), 0
-    with Interrupt() as interrupt, log.bar:
+    with stop_signals() as signals, log.bar:
         while trainer.step < trainer.total and not stop:
             update = trainer.update(source)
             if processes.first:
                 log.add(trainer.step, *update)
                 after_update(trainer, held_out, folder, log)
-            stop = processes.agree(interrupt.signal or 0)  # the signal that asked to stop
+            stop = processes.agree(sum(signals))  # a signal to any process, or 0
             if stop or is_due(trainer.step, options.checkpointing_steps):
                 log.flush()
                 if processes.first:
-                    folder.checkpoints.save(trainer)
+                    folder.save_checkpoint(trainer)
                 processes.wait()
 
     # End
@@ -75,16 +74,16 @@ def is_due(step: int, interval: int) -> bool:
 
 
 def describe(trainer: Trainer, held_out) -> str:
-    """What is about to be trained, on what and for how long."""
+    """A summary of what trains, on what data and for how long."""
     held = f"\n  held out: {len(held_out)}" if held_out else ""
     count = sum(p.numel() for p in trainer.parameters)
-    length = f"{trainer.total} updates of {trainer.images_per_update} pictures"
+    length = f"{trainer.total} updates of {trainer.images_per_update} images"
     device = trainer.method.device
     return f"{trainer.method.describe()}{held}\n{count:,} parameters train, {length}, {device}"
 
 
 def micro_batches(trainer: Trainer, dataset) -> Iterator[dict]:
-    """This process's batches for all updates that are left, of cached latents if the options ask for that."""
+    """This process's batches for the remaining updates, with cached latents if the options say so."""
     method, options, processes = trainer.method, trainer.method.options, trainer.processes
     stream = Stream(dataset, options.seed)
     if isinstance(options, Training) and options.cache_latents:
@@ -101,7 +100,7 @@ def micro_batches(trainer: Trainer, dataset) -> Iterator[dict]:
 
 
 def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> None:
-    """The log, an intermediate result and validation, where they are due."""
+    """Write the log, an intermediate result, held-out loss and validation images where they are due."""
     method, step, epoch = trainer.method, trainer.step, trainer.updates_per_epoch
     last = step == trainer.total
     if method.device.type == "cpu" or is_due(step, 10) or last:
@@ -112,7 +111,23 @@ def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> Non
     if is_due(step, method.options.validation_interval(epoch)) or (last and held_out):
         log.flush()
         with trainer.averaged():
-            validate(method, held_out, folder, step, images=not last)
+            if held_out:
+                folder.log(step, validation_loss=held_out_loss(method, held_out))
+            image = None if last else method.preview(final=False)
+            if image is not None:
+                folder.save_image(step, "validation", image, f"validation/step-{step:06}.png")
+
+
+@torch.no_grad()
+def held_out_loss(method: Method, held_out) -> float:
+    """The mean loss of the held-out examples. Example k of n has the timestep (k + 1/2) / n of the schedule,
+    and noise, crop and caption that depend on k alone."""
+    stream, count, losses = Stream(held_out, method.options.seed), len(held_out), []
+    total = method.sd.schedule.num_train_timesteps
+    for k in range(count):  # each alone, because their shapes may differ
+        fixed = {"number": f"held out {k}", "timestep": total * (2 * k + 1) // (2 * count)}
+        losses.append(method.loss(collate([[sample | fixed for sample in stream[k]]])))
+    return torch.stack(losses).mean().item()
 
 
 def end(trainer: Trainer, folder: RunFolder, stopped: bool) -> None:
@@ -128,31 +143,31 @@ def end(trainer: Trainer, folder: RunFolder, stopped: bool) -> None:
 
 
 def cache_latents(stream: Stream, encode: Callable, batch_size: int, processes: Processes) -> None:
-    """Encode every view of every image once, each process its share. Mean and deviation are kept, so that
-    each use samples anew."""
+    """Encode every view of every image once, shared among the processes. Mean and deviation are kept, so that
+    the posterior is sampled anew at each use."""
     moments = {}
     parts = stream.views(batch_size)[processes.rank :: processes.world]
-    for part in tqdm(parts, desc="encoding pictures", leave=False, disable=not processes.first):
+    for part in tqdm(parts, desc="encoding images", leave=False, disable=not processes.first):
         mean, std = encode(torch.stack([stream.dataset.pixels(view) for view in part]))
         moments.update(zip(part, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
     for shared in processes.gather(moments):
         stream.moments.update(shared)
 
 
-class Interrupt:
-    """While it is active, the first SIGINT or SIGTERM only asks to stop; a second one stops at once."""
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield a list to which the first SIGINT or SIGTERM is added; a second one stops at once."""
+    received = []
 
-    def __enter__(self) -> "Interrupt":
-        self.signal: int | None = None
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame) -> None:
-        if self.signal is not None:
+    def receive(number: int, frame) -> None:
+        if received:
             raise KeyboardInterrupt
-        self.signal = number
+        received.append(number)
         print("\nstopping after this update; a second signal stops at once", file=sys.stderr)
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,14 +9,14 @@ from minisd.options import Optimizer
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), for all tensors at once, with torch's names for
-    its state. torch.optim.AdamW itself would import torch's compiler, 140 MB that nothing here uses."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for all tensors at once, with the state of
+    torch.optim.AdamW, which would import torch's compiler: 140 MB that nothing here uses."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], *, lr: float, betas, eps: float, weight_decay):
         self.param_groups = [{"params": parameters, "lr": lr}]
         self.settings = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
         self.state: dict[torch.nn.Parameter, dict[str, Tensor]] = {}
-        # Updates of each parameter, in one tensor: one addition where all of them are updated.
+        # Number of updates of each parameter, in one tensor: a single addition if all of them are updated.
         self.steps = torch.zeros(len(parameters), device=parameters[0].device)
         self.each = self.steps.unbind()
 
@@ -33,7 +33,7 @@ class AdamW:
             steps = [self.each[i] for i in numbers]
             means, squares = ([self.state[p][k] for p in moved] for k in ("exp_avg", "exp_avg_sq"))
             self.steps[slice(None) if len(moved) == len(self.steps) else numbers] += 1
-            # The kernel goes through memory: values of one place have to be of one element.
+            # The kernel runs over memory, so gradients need the strides of their parameters.
             gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
                          for p, g in ((p, p.grad) for p in moved)]  # fmt: skip
             further = {"lr": group["lr"], "grad_scale": clip_divisor, "amsgrad": False, "maximize": False}
@@ -44,7 +44,7 @@ class AdamW:
             p.grad = None
 
     def state_dict(self) -> dict:
-        """As torch's: the state by the parameters' numbers."""
+        """As torch's, with the state by the parameters' numbers."""
         group = self.param_groups[0]
         numbered = [(i, p) for i, p in enumerate(group["params"]) if p in self.state]
         slots = {i: self.state[p] | {"step": self.each[i].clone()} for i, p in numbered}
@@ -61,8 +61,8 @@ class AdamW:
 
 
 def eight_bit() -> type:
-    """The class of bitsandbytes' AdamW, whose state is then tensors by name and nothing else, as AdamW's is.
-    ValueError if it is not installed."""
+    """bitsandbytes' AdamW, with its state as tensors by name, like AdamW's. ValueError if it is not
+    installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -90,7 +90,7 @@ def eight_bit() -> type:
 
 
 def adamw(parameters: list[torch.nn.Parameter], options: Optimizer) -> AdamW:
-    """The optimizer that the options ask for."""
+    """The optimizer of the options."""
     kind = eight_bit() if options.use_8bit_adam else AdamW
     return kind(
         parameters,
@@ -105,13 +105,11 @@ def lr_factor(
     name: str, step: int, *, warmup: int, total: int, lr: float, cycles: float, power: float
 ) -> float:
     """The factor of the learning rate in update `step` of `total`, the first being 0."""
-    if name == "constant":
-        return 1.0
-    if step < warmup:
+    if step < warmup and name != "constant":
         return step / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if name == "constant_with_warmup":
+    if name in ("constant", "constant_with_warmup"):
         return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
     if name == "linear":
         return max(0.0, (total - step) / max(1, total - warmup))
     if name == "cosine":  # half a wave, down to 0

@@ -1,4 +1,4 @@
-"""The folder of a run: options.json, log.jsonl, images and checkpoints."""
+"""The folder of a run: options.json, log.jsonl, images and the checkpoints checkpoint-STEP."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from minisd import files
 from minisd.data import images
-from minisd.options import Run
-from minisd.training import trackers
-from minisd.training.checkpoint import Checkpoints
+from minisd.options import Run, free_flags
+from minisd.training import checkpoint, trackers
+from minisd.training.step import Trainer
 
 
 class RunFolder:
-    """--output_dir of a run, and the trackers that its curves and images go to as well."""
+    """--output_dir of a run, and the trackers of its curves and images. `recorded` are the options."""
 
     def __init__(self, method: str, options: Run):
         self.path: Path = options.output_dir
@@ -27,19 +27,22 @@ class RunFolder:
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
         del values["hub_token"]
         self.recorded = {"method": method} | values
-        self.checkpoints = Checkpoints(options, self.recorded)
         self.trackers: list = []
 
     def start(self, step: int) -> None:
-        """Make the folder, or remove from it what is not of a run that continues after update `step`; leave
-        the options in it and start the trackers."""
+        """Make the folder, or remove from it what an earlier run left after update `step`; write the options
+        and start the trackers."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ValueError(f"--output_dir {self.path}: {e.strerror}") from None
-        for path in [*files.leftovers(self.path), *(self.checkpoints.all() if step == 0 else [])]:
+        for path in [*files.leftovers(self.path), *(self.checkpoints() if step == 0 else [])]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self._truncate_log(step)
+        log = self.path / "log.jsonl"
+        if log.is_file():
+            lines = log.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            files.write_text(log, "".join(line + "\n" for line in kept))
         files.write_text(self.path / "options.json", json.dumps(self.recorded, indent=2) + "\n")
         self.trackers = trackers.start(self.options, self.recorded)
 
@@ -56,13 +59,46 @@ class RunFolder:
         for tracker in self.trackers:
             tracker.image(step, name, image)
 
-    def _truncate_log(self, step: int) -> None:
-        """Remove what an interrupted run logged after update `step`."""
-        path = self.path / "log.jsonl"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            files.write_text(path, "".join(line + "\n" for line in kept))
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        numbered = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdigit() and p.is_dir()]
+        return sorted(numbered, key=lambda p: int(p.name[11:]))
+
+    def resume(self) -> Path | None:
+        """The checkpoint to continue from, or None to start at 0. ValueError if the flags do not say clearly
+        which, or differ from those of the checkpoint."""
+        source, existing = self.options.resume_from_checkpoint, self.checkpoints()
+        if source is None:
+            if existing and not self.options.overwrite_output_dir:
+                raise ValueError(
+                    f"--output_dir {self.path} has checkpoints, up to {existing[-1].name}: "
+                    "--resume_from_checkpoint latest continues it, --overwrite_output_dir starts over"
+                )
+            return None
+        if source == "latest" and not existing:
+            print(f"--resume_from_checkpoint latest: none in {self.path} yet, so this run starts at 0")
+            return None
+        paths = existing[-1:] if source == "latest" else [Path(source), self.path / Path(source).name]
+        path = next((p for p in paths if p.is_dir()), None)
+        if path is None:
+            raise ValueError(f"--resume_from_checkpoint: there is no folder {source}")
+        earlier = files.read_json(path / "state.json")["options"]
+        compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
+        changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
+        if changed:
+            raise ValueError(
+                f"{path} is of a run with other flags ({', '.join(changed)}): give the same, or start over"
+            )
+        print(f"continuing from {path}")
+        return path
+
+    def save_checkpoint(self, trainer: Trainer) -> None:
+        """Write checkpoint-STEP, whole or not at all; then remove the oldest ones beyond the limit."""
+        with files.new_folder(self.path / f"checkpoint-{trainer.step}") as folder:
+            checkpoint.save(trainer, folder, self.recorded)
+        limit = self.options.checkpoints_total_limit
+        for path in self.checkpoints()[: -limit if limit else 0]:
+            shutil.rmtree(path)
 
     def close(self) -> None:
         """Close the trackers."""
@@ -71,8 +107,8 @@ class RunFolder:
 
 
 class Log:
-    """The progress bar, and the losses and norms of updates, which stay on the device until `flush`, so that
-    logging does not hold up the GPU."""
+    """The progress bar and the values of updates, whose losses and norms stay on the device until `flush`, so
+    that logging does not hold up the GPU."""
 
     def __init__(self, folder: RunFolder, step: int, total: int, *, show: bool):
         name = folder.recorded["method"]
@@ -81,12 +117,12 @@ class Log:
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Remember what an update came to."""
+        """Remember the values of an update, and advance the bar."""
         self.pending.append((step, loss, grad_norm, lr))
         self.bar.update()
 
     def flush(self) -> None:
-        """Write what was added since. ValueError if a loss is not a number."""
+        """Write what was added since the last call. ValueError if a loss is not a number."""
         if not self.pending:
             return
         steps, losses, norms, rates = zip(*self.pending, strict=True)
@@ -103,7 +139,7 @@ class Log:
 
 
 def peak_memory() -> str:
-    """The most memory that the run has held so far, of the GPU or of the process."""
+    """The peak of the GPU's memory, or of the process's without a GPU."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f}G"
     import resource

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from minisd.training.ema import EMA
 
 
 class Trainer:
-    """What trains, everything that an update changes, and how many updates there are: `total`, of which
-    `step` are done, with `samples` images. `trained` are parameters by name; an epoch has `epoch` images."""
+    """Everything that an update changes. Of `total` updates, `step` are done, with `samples` images.
+    `trained` are the parameters by name; `epoch` is the number of images in an epoch."""
 
     def __init__(
         self, method: Method, trained: dict[str, torch.nn.Parameter], epoch: int, processes: Processes
@@ -36,10 +36,11 @@ class Trainer:
         self.optimizer = optim.adamw(self.parameters, o)
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
         self.ema = EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
+        self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
 
     def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
-        """Make one update of the next batches. Returns the loss and the gradient's norm, over all processes,
-        and the learning rate."""
+        """Make one update from the next batches. Returns loss and gradient norm, over all processes, and the
+        learning rate."""
         accumulation = self.options.gradient_accumulation_steps
         lr = self.peak_lr * optim.lr_factor(self.options.lr_scheduler, self.step, **self.lr_curve)
         for group in self.optimizer.param_groups:
@@ -47,7 +48,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.method.device)
         for _ in range(accumulation):
             batch = next(batches)
-            # Dropout and the like, should a network have any: a stream for every micro-batch.
+            # For dropout: each micro-batch has its own stream.
             seed = noise.generator(self.options.seed, "layers", batch["number"][0]).initial_seed()
             torch.manual_seed(seed)
             loss = self.method.loss(batch) / accumulation
@@ -64,7 +65,3 @@ class Trainer:
         if self.ema:
             self.ema.update(self.step)
         return loss_sum, norm, lr
-
-    def averaged(self) -> AbstractContextManager:
-        """Within the context, the parameters have their averages, if there are any."""
-        return self.ema.applied() if self.ema else nullcontext()

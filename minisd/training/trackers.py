@@ -1,4 +1,4 @@
-"""Where curves, images and the result go besides the run's folder: tensorboard, wandb and the hub."""
+"""Copies of a run's curves, images and result elsewhere: tensorboard, wandb and the hub."""
 
 import sys
 
@@ -47,7 +47,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def start(options: Run, recorded: dict) -> list[TensorBoard | WandB]:
-    """The trackers of --report_to. One that cannot be had is named and left out: it is not worth the run."""
+    """The trackers of --report_to. One that fails to start is reported in a line and left out."""
     trackers = []
     for name, tracker in TRACKERS.items():
         if options.report_to in (name, "all"):
@@ -61,16 +61,17 @@ def start(options: Run, recorded: dict) -> list[TensorBoard | WandB]:
 
 
 def create_repository(options: Run) -> str | None:
-    """The repository on the hub that the result is uploaded to. Made before training, so that a problem is
-    reported before hours are spent; None if there is one."""
+    """Create the repository of --push_to_hub, before training, so that a problem is reported before hours are
+    spent. Returns its id, or None if there is such a problem, or no --push_to_hub."""
+    if not options.push_to_hub:
+        return None
     from huggingface_hub import HfApi
 
     name, private = options.hub_model_id or options.output_dir.resolve().name, options.hub_private_repo
+    api = HfApi(token=options.hub_token)
     try:
-        return (
-            HfApi(token=options.hub_token).create_repo(name, exist_ok=True, private=private or None).repo_id
-        )
-    except Exception as e:  # no token, no network, no permission: each has its own kind
+        return api.create_repo(name, exist_ok=True, private=private or None).repo_id
+    except Exception as e:  # no token, no network, no permission: each has its own error
         print(f"--push_to_hub: nothing will be uploaded: {str(e).splitlines()[0]}", file=sys.stderr)
         return None
 
