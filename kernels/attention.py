@@ -1,14 +1,12 @@
 """Attention without the score matrix in memory: softmax(q k^T / sqrt(hd)) v, forward and backward.
 
 Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691. Letters: b batch, nh heads, hd head width, n queries
-and m keys; q (b, n, nh, hd) and k, v (b, m, nh, hd) lie as the projections write them, or as slices of one
-fused QKV product. A head is a pair of tiles (x0, x1): see heads.py.
+and m keys; q (b, n, nh, hd) and k, v (b, m, nh, hd) in the layout that the projections write, or slices of
+one fused QKV product. A head is a pair of tiles (x0, x1): see heads.py.
 
-The backward takes two kernels, queries then keys, so that each sum stays in registers: no atomics, the same
-bits in every run. The price is a second computation of the scores.
+The backward takes two kernels, one for queries and one for keys, so that each sum stays in registers: no
+atomics, the same bits in every run. The price is a second computation of the scores.
 """
-
-import functools
 
 import minisd.kernels.heads as heads
 import minisd.kernels.launch as L
@@ -24,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the kernels compute, in plain torch; q (b, n, nh, hd), k and v (b, m, nh, hd)."""
+    """The same operation in plain torch; q (b, n, nh, hd), k and v (b, m, nh, hd)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, nh, n, hd)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (b, n, nh, hd)
 
@@ -35,7 +33,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @triton.jit
 def _scores(q0, q1, k_ptr, start, m, stride_kn, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
             EVEN: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """q k^T for one tile of keys, unscaled; minus infinity where there is no key."""
+    """Return q k^T for one tile of keys, unscaled; minus infinity where there is no key."""
     cols = start + tl.arange(0, BLOCK_N)
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN)
     s = heads.dot(q0, q1, k0, k1, D1)
@@ -47,7 +45,7 @@ def _scores(q0, q1, k_ptr, start, m, stride_kn, HD: tl.constexpr, D0: tl.constex
 @triton.jit
 def _attend(q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD: tl.constexpr, D0: tl.constexpr,
             D1: tl.constexpr, EVEN: tl.constexpr, ANCHOR: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """P V before the division by the row sums of P, these sums, and the row maxima that P is relative to.
+    """Return P V before division by the row sums of P, these sums, and the row maxima subtracted in P.
 
     With ANCHOR the maximum is that of the first tile of keys, which saves the running maximum, its shuffles
     and the rescaling. bf16 has fp32's range, so the result is right unless a sum overflows.
@@ -115,7 +113,7 @@ def _bwd_dq_kernel(
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta for the other kernel."""
+    """Write dq, and delta for `_bwd_dkdv_kernel`."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
@@ -147,7 +145,7 @@ def _bwd_dkdv_kernel(
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All transposed, (keys, queries): P^T and dS^T go from one product to the next in registers."""
+    """Write dk and dv. Scores are transposed, (keys, queries), so that P^T and dS^T stay in registers."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     do_ptr += heads.dense_offset(n, nh, HD)
@@ -188,14 +186,14 @@ def new_gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse) -> tuple[Tensor, 
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o (b, n, nh, hd) dense, and the log-sum-exp (b, nh, n) in fp32 that the backward needs."""
+    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     q, k, v = (heads.dense(t) for t in (q, k, v))
     b, n, nh, hd = q.shape
     o, lse = new_outputs(q, k, v)
     tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
     even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
     args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
-    # fp16 ends at 65504: weights above the anchor would overflow where bf16 and fp32 do not
+    # fp16 ends at 65504: exponentials above the anchor would overflow where those of bf16 and fp32 do not
     tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
     grid = (L.cdiv(n, tile["BLOCK_M"]), b * nh)
     L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **even, **tile)
@@ -237,12 +235,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 # ------------------------------ Tiles and cases
 
 
-def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int = 2) -> dict:
+def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int) -> dict:
     """BLOCK_M queries, BLOCK_N keys."""
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=2)
 
 
-# The shape class is the head width. Found by compiling, not yet by timing: aot.py prints what each takes.
+# The shape class is the head width. Chosen by compiling, not yet by timing: aot.py prints the registers.
 CANDIDATES = [Tile(64, 32, 4), Tile(32, 64, 4), Tile(64, 64, 4)]
 CANDIDATES += [Tile(64, 128, 4), Tile(128, 64, 8), Tile(128, 128, 8)]
 FWD_TILES = L.Tiles(
@@ -252,7 +250,7 @@ FWD_TILES = L.Tiles(
         80: {80: Tile(64, 64, 4)},
         **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (128, 160)},
     },
-    CANDIDATES + [tile | dict(ANCHOR=True) for tile in CANDIDATES],  # in bf16 alone
+    CANDIDATES + [tile | dict(ANCHOR=True) for tile in CANDIDATES],  # ANCHOR: in bf16 alone
 )
 DQ_TILES = L.Tiles(
     "attention_bwd_dq",
@@ -278,8 +276,8 @@ DKDV_TILES = L.Tiles(
 def case(
     name: str, b: int, n: int, m: int, nh: int, hd: int, *, scale=1.0, equal=False, late=1.0, apart=0.0
 ) -> Case:
-    """`equal`: all logits the same; `late`: keys after the first hundred are this much larger; `apart`:
-    queries and keys point away from each other, so that all logits are far below zero."""
+    """`equal`: all logits are the same; `late`: factor on the keys after the first hundred; `apart`: queries
+    and keys point away from each other, so that all logits are far below zero."""
 
     def make(randn):
         q, k, v = randn(b, n, nh, hd) * scale, randn(b, m, nh, hd), randn(b, m, nh, hd)
@@ -291,20 +289,14 @@ def case(
 
 
 def square(b: int, n: int, hd: int) -> Case:
-    """Self-attention of 8 heads, as in SD."""
+    """Self-attention with 8 heads, as in SD."""
     return case(f"self b{b} {n}x{n} hd{hd}", b, n, n, 8, hd)
 
 
-def by_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
-    """The reference by one of torch's own kernels."""
-    with sdpa_kernel(backend):
-        return reference(q, k, v)
-
-
-PEERS = {
-    "flash": functools.partial(by_backend, backend=SDPBackend.FLASH_ATTENTION),
-    "cudnn": functools.partial(by_backend, backend=SDPBackend.CUDNN_ATTENTION),
-    "efficient": functools.partial(by_backend, backend=SDPBackend.EFFICIENT_ATTENTION),
+PEERS = {  # the reference by each of torch's own kernels
+    "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(reference),
+    "cudnn": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(reference),
+    "efficient": sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(reference),
 }
 KERNEL = Kernel(
     name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF, peers=PEERS,

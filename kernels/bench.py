@@ -1,12 +1,11 @@
-"""How fast and how right: `python -m minisd.kernels.bench [--out DIR] [--only attention]`.
+"""Check and time the kernels: `python -m minisd.kernels.bench [--out DIR] [--only attention]`.
 
-A table of ops and shapes, Stable Diffusion v1.5 at 512 and 768 pixels and its VAE: median time and spread,
-TFLOP/s or GB/s, ratio to the best that torch offers in the same run (for attention each SDPA backend on its
-own, for the rest eager and compiled), and the share of what this very chip reached on a large product and a
-large copy. Before a row is timed it is checked: at most twice torch's own error against float64.
+A table of ops and shapes, those of Stable Diffusion v1.5 at 512 and 768 pixels and its VAE: median time and
+spread, TFLOP/s or GB/s, speed relative to torch's fastest version in the same run (for attention each SDPA
+backend, otherwise eager and compiled), and share of the speed that this GPU reaches in a large matrix product
+and a large copy. Each kernel is checked first: at most twice torch's error against float64.
 
-On a CPU there is nothing to time, and the correctness half runs alone, on the small cases of the tests, in
-Triton's interpreter (TRITON_INTERPRET=1).
+On a CPU, with TRITON_INTERPRET=1, the small cases of the tests are checked and nothing is timed.
 """
 
 import argparse
@@ -23,27 +22,26 @@ import minisd.kernels.checks as checks
 import minisd.kernels.launch as L
 import torch
 import triton
-from minisd.kernels.kernel import Case, Kernel, discover
+from minisd.kernels.kernel import Case, Kernel, select
 
 # ------------------------------ Timing
 
 
 def quantiles(fn: Callable) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile in ms; do_bench empties the cache between runs."""
-    median, low, high = triton.testing.do_bench(fn, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
-    return median, low, high
+    """Return median, 20th and 80th percentile in ms; do_bench empties the cache between runs."""
+    return tuple(triton.testing.do_bench(fn, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8]))
 
 
 def peers(kernel: Kernel) -> dict[str, Callable]:
-    """Torch's ways to compute the same."""
+    """Return torch's versions of the operation by name."""
     if kernel.peers:
         return dict(kernel.peers)
-    torch.compiler.reset()  # else the ninth shape is past the recompilation limit, and eager in silence
+    torch.compiler.reset()  # else the ninth shape exceeds the recompilation limit and silently runs eager
     return {"eager": kernel.reference, "compiled": torch.compile(kernel.reference, dynamic=False)}
 
 
 def modes(fn: Callable, tensors: dict, constants: dict) -> dict[str, Callable]:
-    """forward (without a graph), backward alone, and both."""
+    """Return calls of the forward (without autograd), the backward alone, and both."""
     present = [t for t in tensors.values() if t is not None]
     outputs = functools.partial(checks.outputs, fn, tensors, constants)
     ys = outputs()
@@ -58,12 +56,13 @@ def modes(fn: Callable, tensors: dict, constants: dict) -> dict[str, Callable]:
 def time_case(
     kernel: Kernel, case: Case, dtype: torch.dtype, limits: dict, device: str = "cuda"
 ) -> list[dict]:
-    times: dict[str, dict[str, tuple]] = {}  # who -> mode -> quantiles
+    """Time every mode of the kernel and of torch's versions; return a row of the table for each mode."""
+    times: dict[str, dict[str, tuple]] = {}  # version -> mode -> quantiles
     for name, fn in {"minisd": kernel, **peers(kernel)}.items():
         try:
             calls = modes(fn, *checks.inputs(case, dtype, device))
             times[name] = {mode: quantiles(call) for mode, call in calls.items()}
-        except RuntimeError as error:  # a backend that does not take this shape
+        except RuntimeError as error:  # a backend that does not support this shape
             print(f"    {name}: {str(error).splitlines()[0]}")
     rows = []
     work = dict(forward=(1.0, 1.0), backward=(2.5, case.back), both=(3.5, 1 + case.back))
@@ -83,7 +82,7 @@ def time_case(
 
 
 def limits(dtype: torch.dtype) -> dict[str, float]:
-    """What this device does: FLOP/s of a large product, bytes/s of a large copy."""
+    """Measure this GPU's speed: FLOP/s of a large matrix product, bytes/s of a large copy."""
     a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
     big = torch.empty(2**29, device="cuda", dtype=torch.int8)
     flops = 2 * 8192**3 / quantiles(lambda: a @ a)[0] * 1e3
@@ -104,13 +103,6 @@ def markdown(table: list[dict], about: dict) -> str:
     means = (f"{k}: geometric mean ratio {statistics.geometric_mean(v):.2f}  " for k, v in ratios.items())
     rows = [HEADING, "|---" * 8 + "|", *(ROW.format(**row) for row in table)]
     return "\n".join([*(f"{k}: {v}  " for k, v in about.items()), "", *rows, "", *means, ""])
-
-
-def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    try:
-        return checks.faults(kernel, case, dtype, device)
-    except torch.OutOfMemoryError:  # float64 attention is the whole score matrix, several times
-        return ["not checked, float64 does not fit"]
 
 
 def time_all(chosen: list[tuple[Kernel, Case]], dtype: torch.dtype, out: Path) -> None:
@@ -142,15 +134,12 @@ def main() -> int:
         parser.error("no CUDA device; TRITON_INTERPRET=1 checks the kernels without one")
     dtype, device = (getattr(torch, options.dtype), "cuda") if gpu else (torch.float32, "cpu")
     print(f"correctness ({'on the GPU' if gpu else 'interpreter'}, {dtype}): at most twice torch's error")
-    chosen = [
-        (kernel, case)
-        for kernel in discover().values()
-        for case in (kernel.timed if gpu else kernel.cases)
-        if options.only in f"{kernel.name} {case.name}"
-    ]
-    wrong = 0
+    chosen, wrong = select("timed" if gpu else "cases", options.only), 0
     for kernel, case in chosen:
-        faults = check(kernel, case, dtype, device)
+        try:
+            faults = checks.faults(kernel, case, dtype, device)
+        except torch.OutOfMemoryError:  # float64 attention holds the whole score matrix several times
+            faults = ["not checked, float64 does not fit"]
         wrong += bool(faults)
         print(f"  {kernel.name:<16} {case.name:<26} {'; '.join(faults) or 'ok'}", flush=True)
     if gpu:

@@ -1,7 +1,7 @@
-"""The measure of right: a kernel on a case, outputs and all gradients against float64.
+"""The criterion of correctness: a kernel's outputs and all its gradients on a case, against float64.
 
-Tests and the correctness half of bench.py call `faults`, so the two cannot drift apart. An error is a
-relative norm, |kernel - exact| / |exact|, beside torch's own at the same dtype: ours may be twice as large.
+The tests and bench.py both call `faults`, so that they cannot diverge. An error is a relative norm,
+|kernel - exact| / |exact|; it may be at most twice that of torch at the same dtype.
 """
 
 import functools
@@ -14,50 +14,36 @@ from torch import Tensor
 FLOOR = 1e-6  # fp32 rounding of a sum in another order; torch's own error can be zero on tiny shapes
 
 
-def normal(seed: int = 0) -> Callable[..., Tensor]:
-    """randn(*shape) in float64 on the CPU, from a generator of its own."""
-    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+def normal() -> Callable[..., Tensor]:
+    """Return randn(*shape) in float64 on the CPU with a generator of its own, the same in every call."""
+    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
 
-def place(
-    tensors: dict,
-    dtype: torch.dtype,
-    device: str,
-    layout: torch.memory_format,
-    weights: torch.dtype | None = None,
-) -> dict:
-    """Copies at dtype and device, 4-d ones in the layout, that want gradients; `weights` is the type of 1-d
-    tensors, if another."""
-    out = {}
+def inputs(
+    case: Case, dtype=torch.float32, device="cpu", *, randn: Callable | None = None, weights=None
+) -> tuple[dict[str, Tensor | None], dict]:
+    """Return the case's tensors, requiring gradients, and its constants; by default the same values in every
+    call. `weights` is the dtype of 1-d tensors if it is another."""
+    tensors, constants = case.make(randn or normal())
     for name, t in tensors.items():
         if t is not None:
-            t = t.to(device, weights or dtype if t.ndim == 1 else dtype, copy=True)
-            t = t.contiguous(memory_format=layout if t.ndim == 4 else torch.contiguous_format)
-            t.requires_grad_()
-        out[name] = t
-    return out
-
-
-def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[dict, dict]:
-    """The case's tensors, which want gradients, and its constants; the same values in every call."""
-    tensors, constants = case.make(normal())
-    return place(tensors, dtype, device, case.layout), constants
+            t = t.to(device, weights or dtype if t.ndim == 1 else dtype)
+            t = t.contiguous(memory_format=case.layout if t.ndim == 4 else torch.contiguous_format)
+            tensors[name] = t.requires_grad_()
+    return tensors, constants
 
 
 def outputs(fn: Callable, tensors: dict, constants: dict) -> tuple[Tensor, ...]:
-    """What fn returns, without outputs that are empty: they stand for what was not asked for."""
+    """Return the outputs of fn without the empty ones, which stand for an absent input's."""
     return tuple(y for y in as_tuple(fn(*tensors.values(), *constants.values())) if y.numel())
 
 
 def run(fn: Callable, tensors: dict, constants: dict, dys: list[Tensor]) -> dict[str, Tensor]:
-    """Outputs as y, y1, ... and a gradient for every tensor input."""
+    """Return the outputs as y, y1, ... and the gradient of every tensor input."""
     ys = outputs(fn, tensors, constants)
-    present = {name: t for name, t in tensors.items() if t is not None}
-    grads = torch.autograd.grad(
-        ys, list(present.values()), [g.to(y.dtype) for y, g in zip(ys, dys, strict=True)]
-    )
-    out = {f"y{i or ''}": y.detach() for i, y in enumerate(ys)}
-    return out | {f"d{name}": g for name, g in zip(present, grads, strict=True)}
+    present = {f"d{name}": t for name, t in tensors.items() if t is not None}
+    grads = torch.autograd.grad(ys, [*present.values()], [g.to(ys[0].dtype) for g in dys])
+    return {f"y{i or ''}": y.detach() for i, y in enumerate(ys)} | dict(zip(present, grads, strict=True))
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
@@ -65,26 +51,20 @@ def relative(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm().clamp_min(0.1 * exact.numel() ** 0.5)).item()
 
 
-def errors(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> dict[str, tuple[float, float]]:
-    """name -> (error of the kernel, error of torch), for every output and gradient."""
+def faults(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """Return a line for every output and gradient whose error is more than twice torch's."""
     randn = normal()
-    tensors, constants = case.make(randn)
-    rounded = place(tensors, dtype, device, case.layout)
+    rounded, constants = inputs(case, dtype, device, randn=randn)
     double = {k: None if t is None else t.detach().double().requires_grad_() for k, t in rounded.items()}
     with torch.no_grad():
         ys = outputs(kernel.reference, double, constants)
     dys = [randn(y.shape).to(dtype).double().to(device) for y in ys]
     exact = run(kernel.reference, double, constants, dys)
-    theirs = run(kernel.reference, place(tensors, dtype, device, case.layout), constants, dys)
-    ours = run(kernel, rounded, constants, [g.to(dtype) for g in dys])
-    return {name: (relative(ours[name], exact[name]), relative(theirs[name], exact[name])) for name in exact}
-
-
-def faults(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    """What errs more than twice torch's own error, in words; empty when all is well."""
-    # "not <=" so that a NaN is caught
-    return [
-        f"{name}: {ours:.2e}, torch {theirs:.2e}"
-        for name, (ours, theirs) in errors(kernel, case, dtype, device).items()
-        if not ours <= 2 * theirs + FLOOR
-    ]
+    theirs = run(kernel.reference, rounded, constants, dys)
+    ours = run(kernel, rounded, constants, dys)
+    lines = []
+    for name, value in exact.items():
+        our_error, torch_error = relative(ours[name], value), relative(theirs[name], value)
+        if not our_error <= 2 * torch_error + FLOOR:  # so written, it includes NaN
+            lines.append(f"{name}: {our_error:.2e}, torch {torch_error:.2e}")
+    return lines

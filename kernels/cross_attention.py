@@ -1,9 +1,9 @@
-"""Attention to a short text: at most 128 keys, so that K and V are held as a whole.
+"""Attention to a short text: at most 128 keys, so that a program holds all of K and V.
 
 The softmax is then exact in one pass, with no running maximum, and one backward kernel reads everything once:
-it writes dQ and keeps dK and dV of its share of the queries, which a second kernel sums in a fixed order.
-Letters and reference as in attention.py. CLIP's 77 keys are tiles of 64 + 16 in the forward and one of 128 in
-the backward, where two would need two sets of sums. Heads wider than 80 take attention.py's backward instead.
+it writes dQ, and dK and dV of its share of the queries, which a second kernel sums in a fixed order. Letters
+and reference as in attention.py. CLIP's 77 keys are tiles of 64 + 16 in the forward and one of 128 in the
+backward, where two would need two sets of sums. Heads wider than 80 use attention.py's backward instead.
 """
 
 import minisd.kernels.attention as attention
@@ -16,7 +16,7 @@ from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
 
 MAX_KEYS = 128
-BUSY_PROGRAMS = 1024  # programs that keep every multiprocessor busy, twice over
+BUSY_PROGRAMS = 1024  # twice as many programs as keep every multiprocessor busy
 
 # ------------------------------ Forward
 
@@ -28,7 +28,7 @@ def _fwd_kernel(
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     REPEAT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """REPEAT tiles of queries for one load of K and V; the keys are a first K0 (a) and K1 more (b)."""
+    """Process REPEAT tiles of queries with one load of K and V; the keys are K0 (a) and then K1 (b)."""
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     o_ptr += heads.dense_offset(n, nh, HD)
     a = tl.arange(0, K0)
@@ -68,7 +68,7 @@ def _bwd_kernel(
     scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn, split_rows,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dq, and part (splits, 2, b, m, nh, hd) in fp32: dk and dv of each split's queries."""
+    """Write dq, and part (splits, 2, b, m, nh, hd) in fp32: dk and dv of each split's queries."""
     b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
@@ -84,7 +84,7 @@ def _bwd_kernel(
         do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
         o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
         delta = heads.row_sums(do0, do1, o0, o1, D1)
-        # a row that is not there has P = 0
+        # infinity gives P = 0 for rows past the last
         lse = tl.load(lse_ptr + tl.program_id(1) * n + rows, mask=rows < n, other=float("inf"))
         p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
         p = tl.where(cols[:, None] < m, p, 0.0)
@@ -122,23 +122,23 @@ def new_gradients(do, q: Tensor, k: Tensor, v, o, lse) -> tuple[Tensor, Tensor]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o (b, n, nh, hd) dense, and the log-sum-exp (b, nh, n) in fp32 that the backward needs."""
+    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     q, k, v = (heads.dense(t) for t in (q, k, v))
     b, n, nh, hd = q.shape
     o, lse = attention.new_outputs(q, k, v)
-    keys = dict(zip(("K0", "K1"), heads.two_tiles(k.shape[1]), strict=True))
+    k0, k1 = heads.two_tiles(k.shape[1])
     tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
-    # Several tiles of queries for one load of K and V, as long as every multiprocessor still has work
+    # Several tiles of queries per load of K and V, as long as every multiprocessor still has work
     tiles = L.cdiv(n, tile["BLOCK_M"])
     repeat = 4 if tiles * b * nh >= 2 * BUSY_PROGRAMS else 2 if tiles * b * nh >= BUSY_PROGRAMS else 1
     args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
     grid = (L.cdiv(tiles, repeat), b * nh)
-    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **keys, REPEAT=repeat, **tile)
+    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), K0=k0, K1=k1, REPEAT=repeat, **tile)
     return o, lse
 
 
 def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """dq, and dk and dv as one tensor (2, b, m, nh, hd)."""
+    """Return dq, and dk and dv as one tensor (2, b, m, nh, hd)."""
     if q.shape[-1] > 80:
         dq, dk, dv = attention.backward(do, q, k, v, o, lse)
         return dq, torch.stack((dk, dv))
@@ -146,7 +146,7 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
     do = do.contiguous()
     b, n, nh, hd = q.shape
     tile = BWD_TILES.pick(heads.shape_class(hd), q.device)
-    # Two programs a multiprocessor of the largest chips, and few enough partial sums
+    # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
     most_splits = min(8, L.cdiv(264, b * nh))
     split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
     splits = L.cdiv(n, split_rows)
@@ -192,7 +192,7 @@ case = attention.case
 
 
 def text(b: int, n: int, hd: int, m: int = 77) -> Case:
-    """Attention of 8 heads to a prompt, as in SD."""
+    """Cross-attention with 8 heads to a prompt, as in SD."""
     return case(f"cross b{b} {n}x{m} hd{hd}", b, n, m, 8, hd)
 
 

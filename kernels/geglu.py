@@ -1,7 +1,7 @@
-"""GEGLU: a * gelu(g) with the exact gelu, for x = [a, g] side by side, forward and backward.
+"""GEGLU: a * gelu(g) with the exact gelu, for x = [a, g] in the last dimension, forward and backward.
 
-Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202. Eager torch writes gelu(g)
-and reads it back, the largest tensor of a transformer block; here x is read once, and x alone is kept.
+Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202. Eager torch writes gelu(g), the
+largest tensor of a transformer block, and reads it back; here x is read once, and only x is kept.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def reference(x: Tensor) -> Tensor:
-    """x (..., 2 d) -> (..., d)."""
+    """The same operation in plain torch: x (..., 2 d) -> (..., d)."""
     a, g = x.chunk(2, dim=-1)
     return a * F.gelu(g)
 
@@ -27,7 +27,7 @@ def reference(x: Tensor) -> Tensor:
 
 @triton.jit
 def _load_halves(x_ptr, row, col, d):
-    """a and g of one row in fp32, and what exists of them."""
+    """Load a and g of one row in fp32; also return the mask of existing columns."""
     ok = col < d
     x_ptr += row.to(tl.int64) * 2 * d
     a = tl.load(x_ptr + col, mask=ok, other=0.0).to(tl.float32)
@@ -55,14 +55,14 @@ def _fwd_kernel(
 def _bwd_kernel(
     x_ptr,  # (rows, 2 d)
     dy_ptr,  # (rows, d)
-    dx_ptr,  # (rows, 2 d); never over x, which another backward may still need
+    dx_ptr,  # (rows, 2 d); never the memory of x, which another backward may still need
     d,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     a, g, ok = _load_halves(x_ptr, row, col, d)
     dy = tl.load(dy_ptr + row.to(tl.int64) * d + col, mask=ok, other=0.0).to(tl.float32)
-    phi = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))  # the normal distribution up to g
+    phi = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))  # the standard normal distribution function
     density = 0.3989422804014327 * tl.exp2(g * g * -0.7213475204444817)  # exp(-g^2 / 2) / sqrt(2 pi)
     dx_ptr += row.to(tl.int64) * 2 * d
     tl.store(dx_ptr + col, (dy * g * phi).to(dx_ptr.dtype.element_ty), mask=ok)

@@ -1,16 +1,16 @@
-"""GroupNorm with an optional per-(sample, channel) add in front and an optional SiLU behind.
+"""GroupNorm with an optional addition per (sample, channel) before and an optional SiLU after it.
 
     y = silu(group_norm(x + add[:, :, None, None]))
 
 Wu and He, Group Normalization, https://arxiv.org/abs/1803.08494. Letters: b batch, c channels, n = h*w
 pixels, g groups, s splits of the pixels. Channels-last and contiguous tensors run through the same kernels,
-which see only strides: nothing is ever copied into the other layout.
+which see only strides: no tensor is copied into the other layout.
 
-Large images take three grids: per-(b, split, channel) means and squared deviations, a merge from channels to
-groups, and the map itself. The partial results belong to channels, so a group of 10 or 20 channels never cuts
-through a memory transaction; they are merged in a fixed order (Chan et al. 1979), exact for a mean
-far from zero and bit-equal in every run. Groups that fit the registers of one program take one grid. The
-backward recomputes xhat and SiLU from x, so a training step keeps x and two numbers a group.
+Large images take three launches: means and squared deviations per (b, split, channel), a merge from channels
+to groups, and the normalisation itself. Partial results are per channel, so that a group of 10 or 20 channels
+never cuts through a memory transaction; they are merged in a fixed order (Chan et al. 1979), exact for a mean
+far from zero and bit-equal in every run. Groups that fit the registers of one program take one launch. The
+backward recomputes xhat and SiLU from x, so a training step keeps x and two numbers per group.
 """
 
 import minisd.kernels.group_norm_kernels as device
@@ -26,7 +26,7 @@ from torch import Tensor
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> Tensor:
-    """What the kernels compute, in plain torch: x (b, c, ...), weight and bias (c,), add (b, c) or None."""
+    """The same operation in plain torch: x (b, c, ...), weight and bias (c,), add (b, c) or None."""
     if add is not None:
         x = x + add.reshape(*add.shape, *[1] * (x.ndim - 2))
     y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
@@ -35,26 +35,26 @@ def reference(
 
 # ------------------------------ Launchers
 
-# Elements of a padded group that 8 warps hold in registers: one tensor forward, two backward
+# Elements of a padded group that 8 warps hold in registers: of one tensor forward, of two backward
 MAX_GROUP_ELEMENTS = dict(forward=16384, backward=8192)
 
 
 def sizes(x: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
-    """b, c, n and the strides (b, n, c) of a dense x."""
+    """Return b, c, n and the strides (b, n, c) of a dense x."""
     b, c = x.shape[:2]
     n = x[0, 0].numel()
     return b, c, n, (c * n, c, 1) if L.layout(x) == "channels_last" else (c * n, 1, n)
 
 
 def whole_group(n: int, group_c: int, most: int) -> dict:
-    """The tile that holds a padded group, or nothing if that has more than `most` elements."""
+    """Return the tile that holds a padded group, or {} if it has more than `most` elements."""
     tile = dict(BLOCK_N=L.power_of_two(n, 16), BLOCK_C=L.power_of_two(group_c), num_warps=8)
     return dict(GROUP_C=group_c, **tile) if tile["BLOCK_N"] * tile["BLOCK_C"] <= most else {}
 
 
 def split_pixels(n: int, group_c: int, block_n: int) -> tuple[int, int, dict]:
-    """Number of splits, pixels in each (a whole number of tiles), and the tile of the merge, which holds
-    (splits, channels of a group) in one program."""
+    """Return the number of splits, the pixels in each (a whole number of tiles), and the tile of the merge,
+    which holds (splits, channels of a group) in one program."""
     block_c = L.power_of_two(group_c)
     most_splits = max(1, min(256, 4096 // block_c))
     split_rows = block_n * L.cdiv(L.cdiv(n, block_n), most_splits)
@@ -77,7 +77,7 @@ def new_gradients(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y in the layout and type of x, and the groups' mean and rstd (b, g) in fp32 for the backward."""
+    """Return y in the layout and dtype of x, and the groups' mean and rstd (b, g) in fp32."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     b, c, n, strides = sizes(x)
     y, mean, rstd = new_outputs(x, weight, bias, add, num_groups, eps, silu)
@@ -104,7 +104,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor,
     num_groups: int, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, (dbias, dweight) as (2, c) fp32, and dadd, empty without an add."""
+    """Return dx, (dbias, dweight) as (2, c) fp32, and dadd, which is empty without `add`."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     dy = L.dense(dy, like=x)
     b, c, n, strides = sizes(x)

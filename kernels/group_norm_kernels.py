@@ -1,9 +1,9 @@
-"""The Triton code of group_norm.py, which says what is computed and launches it; letters as there.
+"""The Triton code of group_norm.py, which explains the algorithm and launches it; letters as there.
 
-A large image takes three grids (statistics of splits, their merge, the map itself). A group that fits the
-registers of one program, at 8x8 and 16x16 pixels, takes one: `apply_kernel` and `bwd_dx_kernel` then hold its
-GROUP_C channels from the load to the store and compute the statistics themselves. With GROUP_C = 0 they are
-given.
+A large image takes three launches (statistics of splits, their merge, the normalisation). A group that fits
+the registers of one program, at 8x8 and 16x16 pixels, takes one: `apply_kernel` and `bwd_dx_kernel` then hold
+its GROUP_C channels from load to store and compute the statistics themselves; with GROUP_C = 0 they read
+them.
 
 Pointers, the same in every kernel:
 
@@ -25,13 +25,13 @@ import triton.language as tl
 
 @triton.jit
 def load_row(ptr, at, ok):
-    """One value a channel, (1, c) fp32: weight, bias, or a statistic of the channel's group."""
+    """Load one value per channel, (1, c) fp32: weight, bias, or a statistic of the channel's group."""
     return tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def load_tile(x_ptr, add_ptr, b, n, c, n_ok, c_ok, C, stride_b, stride_n, stride_c, HAS_ADD: tl.constexpr):
-    """x + add of sample b at pixels n and channels c, (n, c) fp32, and the mask of what exists."""
+    """Load x + add of sample b at pixels n and channels c, (n, c) fp32; also return the mask."""
     ok = n_ok[:, None] & c_ok[None, :]
     x_ptr += b.to(tl.int64) * stride_b  # a batch of VAE activations has more than 2^31 elements
     x = tl.load(x_ptr + n[:, None] * stride_n + c[None, :] * stride_c, mask=ok, other=0.0).to(tl.float32)
@@ -48,7 +48,7 @@ def store_tile(ptr, value, b, n, c, ok, stride_b, stride_n, stride_c):
 
 @triton.jit
 def place(N, C, GROUP_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's pixels and channels, and the mask of channels; a whole group if GROUP_C > 0."""
+    """Return this program's pixels and channels (a whole group if GROUP_C > 0) and the channels' mask."""
     n, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     if GROUP_C > 0:
         return n, tl.program_id(0) * GROUP_C + c, c < GROUP_C
@@ -59,14 +59,14 @@ def place(N, C, GROUP_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.conste
 
 @triton.jit
 def sigmoid(z):
-    """1 / (1 + exp(-z)) by exp2 and a reciprocal root: exp and division would add six guarding steps."""
+    """1 / (1 + exp(-z)) by exp2 and rsqrt; exp and division would add six instructions for special cases."""
     r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
     return r * r
 
 
 @triton.jit
 def grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """xhat and the gradient of xhat * weight + bias, both (n, c) and zero outside; SiLU is recomputed."""
+    """Return xhat and the gradient of xhat * weight + bias, both (n, c) and 0 outside; recomputes SiLU."""
     xhat = tl.where(ok, (x - mean) * rstd, 0.0)
     if SILU:
         z = xhat * weight + bias
@@ -119,7 +119,7 @@ def merge_kernel(
     at = (b * splits + s)[:, None] * C + g * (C // G) + k[None, :]
     rows = tl.minimum(N - s * split_rows, split_rows).to(tl.float32)[:, None]
     part_mean = tl.load(part_mean_ptr + at, mask=ok, other=0.0)
-    # Averaged about a value of its own size, so that a large common offset costs no digits
+    # Subtract a value of similar size before averaging, so that a large common offset costs no digits
     pivot = tl.load(part_mean_ptr + b * splits * C + g * (C // G))
     mean = pivot + tl.sum(tl.where(ok, (part_mean - pivot) * rows, 0.0)) * inv_total
     d = part_mean - mean
@@ -150,7 +150,7 @@ def apply_kernel(
         rstd = load_row(rstd_ptr, group, c_ok)
     weight = load_row(weight_ptr, c, c_ok)
     bias = load_row(bias_ptr, c, c_ok)
-    # mean is subtracted before anything is scaled: x * scale + shift cancels digits when the mean is large
+    # Subtract the mean before scaling: x * scale + shift would lose digits when the mean is large
     y = d * (rstd * weight) + bias
     if SILU:
         y = y * sigmoid(y)
@@ -217,7 +217,7 @@ def bwd_merge_kernel(
     tl.store(coef_ptr + b * G + g, mean_dz)
     tl.store(coef_ptr + (B + b) * G + g, mean_dz_xhat)
     if HAS_ADD:
-        # the sum of dx over the pixels, in closed form: no pass over the image
+        # the sum of dx over the pixels in closed form, without a pass over the image
         xhat = tl.sum(tl.load(part_ptr + 2 * plane + at, mask=ok, other=0.0), 0)
         dadd = tl.load(rstd_ptr + b * G + g) * (weight * dz - N * mean_dz - xhat * mean_dz_xhat)
         tl.store(dadd_ptr + b * C + c, dadd.to(dadd_ptr.dtype.element_ty), mask=here)
@@ -230,7 +230,7 @@ def bwd_dx_kernel(
     GROUP_C: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx; with GROUP_C also sums and dadd, without it coef is read."""
+    """Write dx, and with GROUP_C > 0 also sums and dadd; with GROUP_C = 0, read coef."""
     b, B = tl.program_id(2), tl.num_programs(2)
     n, c, c_ok = place(N, C, GROUP_C, BLOCK_N, BLOCK_C)
     x, ok = load_tile(x_ptr, add_ptr, b, n, c, n < N, c_ok, C, stride_b, stride_n, stride_c, HAS_ADD)

@@ -1,8 +1,8 @@
 """Tiles of an attention head, shared by attention.py and cross_attention.py.
 
-Stable Diffusion's head widths, 40, 80 and 160, are not powers of two, and a tile must be one. Padding to 64,
-128 and 256 would waste a third of every product, so a head is cut in two tiles (32 + 16, 64 + 16, 128 + 32):
-the pairs (x0, x1) everywhere. With D1 = 0 there is one tile; x1 is then x0 and unused.
+Stable Diffusion's head widths, 40, 80 and 160, are not powers of two, and the width of a tile must be one.
+Padding to 64, 128 and 256 would waste a third of every product, so a head is cut into two tiles (32 + 16,
+64 + 16, 128 + 32), written as a pair (x0, x1). With D1 = 0 there is one tile; x1 is then x0 and unused.
 
 Pointers, the same in every kernel:
 
@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634  # the kernels work in powers of two: exp2 is one instruction, exp is two
+LOG2E = 1.4426950408889634  # log2(e): the kernels use exp2, one instruction, instead of exp, two
 
 # ------------------------------ On the device
 
 
 @triton.jit
 def at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD: tl.constexpr):
-    """The pointers moved to this program's head: the grid's second axis counts batch x heads."""
+    """Return the pointers moved to this program's head; the grid's second axis is batch x heads."""
     b, h = (tl.program_id(1) // nh).to(tl.int64), tl.program_id(1) % nh
     q_ptr += b * stride_qb + h * HD
     k_ptr += b * stride_kb + h * HD
@@ -38,7 +38,7 @@ def at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD: tl.con
 
 @triton.jit
 def dense_offset(rows, nh, HD: tl.constexpr):
-    """Where this program's head begins in a dense tensor (b, rows, nh, hd)."""
+    """Return the offset of this program's head in a dense tensor (b, rows, nh, hd)."""
     b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
     return b.to(tl.int64) * rows * nh * HD + h * HD
 
@@ -48,7 +48,7 @@ def load_part(
     ptr, rows, num_rows, stride,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST to FIRST + WIDTH of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
+    """Load columns FIRST to FIRST + WIDTH of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
     cols = FIRST + tl.arange(0, WIDTH)
     at = ptr + rows[:, None] * stride + cols[None, :]
     if EVEN:
@@ -64,7 +64,7 @@ def load_part(
 def load(
     ptr, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Both parts of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
+    """Load both parts of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
     x0 = load_part(ptr, rows, num_rows, stride, 0, D0, HD, EVEN)
     x1 = x0
     if D1 > 0:
@@ -88,7 +88,7 @@ def store(ptr, x0, x1, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexp
 
 @triton.jit
 def dot(a0, a1, b0, b1, D1: tl.constexpr):
-    """a b^T over the whole head width: (rows of a, rows of b) fp32."""
+    """Return a b^T over the whole head width, (rows of a, rows of b) fp32."""
     s = tl.dot(a0, b0.T)
     if D1 > 0:
         s = tl.dot(a1, b1.T, s)
@@ -97,7 +97,7 @@ def dot(a0, a1, b0, b1, D1: tl.constexpr):
 
 @triton.jit
 def dot_onto(p, x0, x1, acc0, acc1, D1: tl.constexpr):
-    """acc + p x, both parts."""
+    """Return both parts of acc + p x."""
     acc0 = tl.dot(p, x0, acc0)
     if D1 > 0:
         acc1 = tl.dot(p, x1, acc1)
@@ -106,7 +106,7 @@ def dot_onto(p, x0, x1, acc0, acc1, D1: tl.constexpr):
 
 @triton.jit
 def row_sums(a0, a1, b0, b1, D1: tl.constexpr):
-    """The sum of a * b over the head width, (rows,) fp32."""
+    """Return the sum of a * b over the head width, (rows,) fp32."""
     total = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), 1)
     if D1 > 0:
         total += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
@@ -127,7 +127,7 @@ def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @functools.cache
 def two_tiles(size: int) -> tuple[int, int]:
-    """Two tiles that hold `size`: 40 is 32 + 16, 8 idle; (tile, 0) where two are not shorter (64, 56)."""
+    """Return two tiles that hold `size`: 40 is 32 + 16; (tile, 0) where two are not shorter (64, 56)."""
     whole = L.power_of_two(size, 16)
     first = max(16, whole // 2)
     second = L.power_of_two(size - first, 16) if size > first else 0
@@ -136,8 +136,9 @@ def two_tiles(size: int) -> tuple[int, int]:
 
 @functools.cache
 def split(hd: int) -> dict:
-    """The tiles of a head, as the kernels' constants."""
-    return dict(zip(("HD", "D0", "D1"), (hd, *two_tiles(hd)), strict=True))
+    """Return the head width and its tiles as the kernels' constants."""
+    first, second = two_tiles(hd)
+    return dict(HD=hd, D0=first, D1=second)
 
 
 # Shape classes of the tile tables: head width -> number of tokens of a typical layer with such heads
@@ -145,20 +146,20 @@ TOKENS = {32: 1024, 40: 4096, 64: 4096, 80: 1024, 128: 1024, 160: 256}
 
 
 def shape_class(hd: int) -> int:
-    """hd rounded up to a head width of the tile tables."""
+    """Return hd rounded up to a head width of the tile tables."""
     return next(c for c in TOKENS if hd <= c)
 
 
 def dense(t: Tensor) -> Tensor:
-    """t, copied only where its heads do not lie side by side (a slice of a fused QKV product is fine)."""
+    """Return t, copied only where its heads are not adjacent (slices of a fused QKV product are fine)."""
     return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
 
 
 def scalars(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    """What all kernels take after their tensors: n, m, nh and the strides of batch and tokens."""
+    """Return n, m, nh and the strides of batch and tokens, which all kernels take after their tensors."""
     return q.shape[1], k.shape[1], q.shape[2], *(s for t in (q, k, v) for s in t.stride()[:2])
 
 
 def scales(hd: int) -> tuple[float, float]:
-    """1 / sqrt(hd) for scores in powers of two, and for gradients."""
+    """Return log2(e) / sqrt(hd) for the scores, and 1 / sqrt(hd) for the gradients."""
     return LOG2E / math.sqrt(hd), 1 / math.sqrt(hd)

@@ -1,7 +1,7 @@
-"""What a kernel file offers, in one object, and the torch operators made of it.
+"""`Kernel`: what the file of one kernel provides, and the torch operators built from it.
 
-A file of this folder that defines `KERNEL = Kernel(...)` is a kernel, and nothing else lists it:
-minisd/ops.py, aot.py, bench.py, tune.py and the tests all go through `discover`.
+A file of this folder that defines `KERNEL = Kernel(...)` is a kernel. There is no other list of kernels:
+minisd/ops.py, aot.py, bench.py, tune.py and the tests all call `discover`.
 """
 
 import functools
@@ -19,18 +19,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """Named inputs of a kernel, and the work they are.
+    """A named set of inputs of a kernel, and how much work it is.
 
     `make(randn)` returns tensors by name (None allowed) and constants by name, both in the order of the
-    kernel's parameters; `randn(*shape)` decides on type, device and generator.
+    kernel's parameters; `randn(*shape)` chooses dtype, device and generator.
     """
 
     name: str
     make: Callable[[Callable[..., Tensor]], tuple[dict[str, Tensor | None], dict]]
     layout: torch.memory_format = torch.contiguous_format  # of the 4-d tensors
-    flops: float = 0.0  # of the forward's matrix products, 0 where bytes count; backward: 2.5 times
+    flops: float = 0.0  # of the forward's matrix products (the backward takes 2.5 times); 0: memory-bound
     elements: int = 0  # read and written by the forward
-    back: float = 2.0  # elements that the backward moves, relative to the forward
+    back: float = 2.0  # elements read and written by the backward, relative to the forward
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,23 +38,23 @@ class Kernel:
     """One operation: call it with the parameters of `reference`, tensors (or None) first, then constants."""
 
     name: str
-    reference: Callable  # the same in plain torch
-    forward: Callable  # launcher; its outputs after the first `differentiable` are for the backward alone
-    backward: Callable  # launcher: the gradients of the differentiable outputs, then what `save` returned
-    new_outputs: Callable  # what forward returns, not yet computed: all that torch.compile sees of it
+    reference: Callable  # the same operation in plain torch
+    forward: Callable  # launcher; outputs after the first `differentiable` are for the backward alone
+    backward: Callable  # launcher; takes the gradients of differentiable outputs, then what `save` returned
+    new_outputs: Callable  # uninitialised outputs of forward: all that torch.compile sees of it
     new_gradients: Callable  # the same for backward
     save: Callable = lambda inputs, outputs: (*inputs, *outputs)  # tensors, then constants, for the backward
-    gradients: Callable = lambda *results: results  # of backward, as one gradient for each tensor parameter
+    gradients: Callable = lambda *results: results  # backward's results as one gradient per tensor parameter
     differentiable: int = 1  # number of outputs that the caller gets
-    unsupported: Callable = lambda *arguments: ""  # a reason that is this kernel's own, or an empty string
+    unsupported: Callable = lambda *arguments: ""  # why this kernel cannot run, or an empty string
     dtypes: tuple[torch.dtype, ...] = L.FLOAT
 
     cases: Sequence[Case]  # small ones, each checked against float64 in the tests
-    timed: Sequence[Case]  # Stable Diffusion's: what bench.py times
-    compiled: Sequence[Case]  # what aot.py compiles
+    timed: Sequence[Case]  # Stable Diffusion's shapes, timed by bench.py
+    compiled: Sequence[Case]  # compiled by aot.py
     tiles: Sequence[L.Tiles] = ()
     typical: Callable[[int | str], Case] | None = None  # the case on which tune.py times a shape class
-    peers: Mapping[str, Callable] = field(default_factory=dict)  # torch's ways, if not eager and compiled
+    peers: Mapping[str, Callable] = field(default_factory=dict)  # torch's versions, if not eager and compiled
 
     def __post_init__(self):
         options = dict(mutates_args=(), device_types=("cuda", "cpu"))
@@ -69,8 +69,8 @@ class Kernel:
         self._function = type(self.name, (torch.autograd.Function,), pieces)
 
     def __call__(self, *arguments):
-        """The differentiable output, or a tuple of them."""
-        # Both run the same launchers; an operator's autograd costs some 80 us a call more, 150 times a UNet
+        """Return the differentiable output, or a tuple of them."""
+        # Both run the same launchers; an operator's autograd costs 80 us more a call, 150 calls per UNet
         plain = type(arguments[0]) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
         outputs = self._function.apply(*arguments) if plain else self.operator(*arguments)
         outputs = as_tuple(outputs)[: self.differentiable]
@@ -87,19 +87,19 @@ class Kernel:
         ctx.save_for_backward(*saved[: len(saved) - len(ctx.constants)])
 
     def _backward(self, ctx, *grads):
-        # saved_tensors once: under gradient checkpointing a second reading is an error
+        # Under gradient checkpointing it is an error to read saved_tensors twice
         arguments = (*grads[: self.differentiable], *ctx.saved_tensors, *ctx.constants)
         results = self.gradients(*as_tuple(self._backward_operator(*arguments)))
         return tuple(g if is_tensor else None for g, is_tensor in zip_longest(results, ctx.is_tensor))
 
     def launchers(self, *arguments) -> tuple[Callable, Callable]:
-        """The forward's and the backward's launches as calls without arguments, past autograd."""
+        """Return the forward's and the backward's launches as calls without arguments or autograd."""
         outputs = as_tuple(self.forward(*arguments))
         saved = (*outputs[: self.differentiable], *self.save(arguments, outputs))
         return functools.partial(self.forward, *arguments), functools.partial(self.backward, *saved)
 
     def why_not(self, *arguments) -> str:
-        """An empty string if the kernel can run on these arguments, else the reason."""
+        """Return why the kernel cannot run on these arguments, or an empty string."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         return self.unsupported(*arguments) or L.why_not(*tensors, dtypes=self.dtypes)
 
@@ -110,7 +110,13 @@ def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @functools.cache
 def discover() -> dict[str, Kernel]:
-    """The kernels of this folder by name: the files that define KERNEL."""
+    """Return the kernels of this folder by name: the files that define KERNEL."""
     paths = sorted(Path(__file__).parent.glob("*.py"))
     names = [p.stem for p in paths if re.search(r"^KERNEL = ", p.read_text(encoding="utf-8"), re.MULTILINE)]
     return {name: importlib.import_module(f"minisd.kernels.{name}").KERNEL for name in names}
+
+
+def select(cases: str, only: str) -> list[tuple[Kernel, Case]]:
+    """Return all kernels' `cases`, `timed` or `compiled` whose kernel or case name contains `only`."""
+    pairs = [(kernel, case) for kernel in discover().values() for case in getattr(kernel, cases)]
+    return [(kernel, case) for kernel, case in pairs if only in f"{kernel.name} {case.name}"]

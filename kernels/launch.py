@@ -1,11 +1,11 @@
-"""What every kernel needs before its first line: may this tensor take it, which tile, and the call itself.
+"""What every launcher needs: whether a kernel can run on these tensors, which tile it takes, and the call.
 
-    why_not(q, k, v)                      "" if kernels can run on these tensors, else the reason
+    why_not(q, k, v, dtypes=HALF)         why kernels cannot run on these tensors, or an empty string
     Tiles(...).pick(shape_class, device)  the tile of the table, a dict of constexprs and compile options
-    launch(kernel, grid, *args, **meta)   the call; while `record()` is open it is written down instead of run
+    launch(kernel, grid, *args, **meta)   the call; inside `record` it is recorded and not run
 
 Tiles are fixed by (launch, shape class, GPU family) and not searched at start-up: a search compiles every
-candidate, 1 to 3 s each. `MINISD_AUTOTUNE=1` searches once and keeps what it found: see tune.py.
+candidate, 1 to 3 s each. `MINISD_AUTOTUNE=1` searches once and keeps the fastest: see tune.py.
 """
 
 import contextlib
@@ -20,39 +20,29 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.float16, torch.bfloat16)
 FLOAT = (*HALF, torch.float32)
 
-# GPU families on which `pytest -m gpu` and the benchmark have been run. On others `auto` leaves the work to
-# torch: a kernel that nobody has timed on a chip may be slower there, and one that nobody has run, wrong.
+# GPU families on which `pytest -m gpu` and the benchmark have been run. On all others `auto` uses torch: a
+# kernel that has not been timed on a GPU may be slower there, and one that has not been run may be wrong.
 MEASURED: frozenset[int] = frozenset()
 
 # ------------------------------ The GPU
 
-FAMILIES = (100, 90, 86, 80)  # compute capabilities at which the tile tables may change, newest first
+FAMILIES = (80, 86, 90, 100)  # compute capabilities at which the tile tables may change
 
 
 def capability(device: torch.device) -> int:
-    """80 for an A100, 90 for an H100; the oldest supported one where no chip is asked (interpreter)."""
+    """Ten times the compute capability: 80 for an A100, 90 for an H100; 80 on the CPU (interpreter)."""
     if _recording is not None:
         return _recording[0]
     if device.type != "cuda":
         return 80
-    # of the calls that tell this, the one that torch.compile takes for a constant
+    # of the functions that return it, the one that torch.compile treats as a constant
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor
 
 
 def family(capability: int) -> int:
-    """The tile tables' key for a compute capability; 12.x has the shared memory and mma of 8.6."""
-    if capability >= 120:
-        return 86
-    for member in FAMILIES:
-        if member <= capability:
-            return member
-    return FAMILIES[-1]
-
-
-def measured(device: torch.device) -> bool:
-    """Whether the kernels have been run and timed on such a GPU."""
-    return family(capability(device)) in MEASURED
+    """Return the tile tables' key for a compute capability; 12.x has the shared memory and mma of 8.6."""
+    return 86 if capability >= 120 else max([f for f in FAMILIES if f <= capability], default=80)
 
 
 # ------------------------------ Tile tables
@@ -61,8 +51,7 @@ def measured(device: torch.device) -> bool:
 class Tiles:
     """The tiles of one launch: shape class -> GPU family -> tile; a missing family takes the next older one.
 
-    `candidates` are what MINISD_AUTOTUNE=1 tries beside the table, timing the kernel's forward or, with
-    `backward`, its backward.
+    MINISD_AUTOTUNE=1 also tries `candidates`, timing the kernel's forward or, if `backward`, its backward.
     """
 
     def __init__(self, name: str, table: dict, candidates: list[dict], *, backward: bool = False):
@@ -70,7 +59,7 @@ class Tiles:
         self._only: dict | None = None
 
     def pick(self, shape_class: int | str, device: torch.device) -> dict:
-        """A copy of the table's tile for this device, or of the one that MINISD_AUTOTUNE=1 found on it."""
+        """Return a copy of the table's tile for this device, or of the one found by MINISD_AUTOTUNE=1."""
         if self._only is not None:
             return dict(self._only)
         if AUTOTUNE and device.type == "cuda" and _recording is None:
@@ -83,7 +72,7 @@ class Tiles:
 
     @contextlib.contextmanager
     def only(self, tile: dict) -> Iterator[None]:
-        """Inside, every shape class and device gets this tile."""
+        """Inside, `pick` returns this tile for every shape class and device."""
         before, self._only = self._only, tile
         try:
             yield
@@ -91,16 +80,16 @@ class Tiles:
             self._only = before
 
 
-# ------------------------------ May a tensor take a kernel?
+# ------------------------------ Whether kernels can run
 
 
 def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
-    """An empty string if kernels can run on these tensors (one device, an allowed type), else the reason."""
+    """Return why kernels cannot run on these tensors (device or dtype), or an empty string."""
     device, dtype = tensors[0].device, tensors[0].dtype
     if any(t.device != device for t in tensors):
         return f"the tensors are on different devices, {sorted({str(t.device) for t in tensors})}"
     if INTERPRET and device.type == "cpu":
-        # fp32 is what the interpreter is for; its bf16 matrix product multiplies the raw bits, without a word
+        # The interpreter is meant for fp32, and in bf16 its matrix product silently multiplies the raw bits
         if dtypes == HALF and dtype == torch.bfloat16:
             return "Triton's interpreter gets bfloat16 products wrong"
         dtypes = FLOAT
@@ -123,13 +112,13 @@ def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def layout(x: Tensor) -> str:
-    """`channels_last` for a 4-d tensor dense in that order, otherwise `contiguous`."""
+    """Return "channels_last" for a 4-d tensor that is dense in that order, otherwise "contiguous"."""
     nhwc = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return "channels_last" if nhwc else "contiguous"
 
 
 def dense(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """t without gaps in the layout of `like` or its own: a gradient may come expanded or in the other."""
+    """Return t made dense, in its own layout or that of `like`: gradients may be expanded or transposed."""
     last = layout(t if like is None else like) == "channels_last"
     return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -137,13 +126,13 @@ def dense(t: Tensor, like: Tensor | None = None) -> Tensor:
 # ------------------------------ The call
 
 
-_recording: tuple[int, list] | None = None  # a compute capability, and the calls written down for it
+_recording: tuple[int, list] | None = None  # a compute capability, and the calls recorded for it
 
 
 @contextlib.contextmanager
 def record(capability: int) -> Iterator[list[tuple]]:
-    """Inside, `launch` only appends (kernel, arguments, constants) to the list that this yields, and every
-    device counts as one of this capability."""
+    """Yield a list; inside, `launch` appends (kernel, arguments, constants) to it and runs nothing, and every
+    device counts as a GPU of this capability."""
     global _recording
     calls: list[tuple] = []
     _recording = capability, calls
@@ -154,23 +143,21 @@ def record(capability: int) -> Iterator[list[tuple]]:
 
 
 def launch(kernel, grid: tuple, *args, **meta) -> None:
-    """kernel[grid](*args, **meta) on the device of the first argument."""
+    """Run kernel[grid](*args, **meta) on the device of the first argument."""
     if not INTERPRET:
-        # Triton 3.9 warns that the default will turn; without it every a * b + c is two instructions
+        # Triton 3.9 warns that the default will change; without it every a * b + c is two instructions
         meta["enable_fp_fusion"] = True
     if _recording is not None:
         return _recording[1].append((kernel, args, meta))
-    device = args[0].device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+    with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **meta)
 
 
-# Triton's own versions of these two are traceable, and slow: 5 us each, several times a call
+# Triton's own versions of these two also work in kernels, and take 5 us each, several times a launch
 
 
 def power_of_two(n: int, least: int = 1) -> int:
-    """The smallest one that is at least n."""
+    """Return the smallest power of two that is at least n, or `least` if that is larger."""
     return max(least, 1 << (n - 1).bit_length())
 
 

@@ -1,11 +1,11 @@
-"""LayerNorm over the last dimension, with an optional residual added in front, forward and backward.
+"""LayerNorm over the last dimension, with an optional residual added first, forward and backward.
 
-    s = x + residual        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias        gives y and s
+    s = x + residual        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias        returns y and s
 
 Ba et al., Layer Normalization, https://arxiv.org/abs/1607.06450. A transformer block adds, then normalises;
 fused, the sum is written once and not read back: four passes over the tokens instead of five. Statistics are
-fp32 from registers, so that a mean far from zero costs no digits. The backward's sums over tokens are partial
-sums of a fixed set of programs, added in a fixed order.
+computed in fp32 from registers, so that a mean far from zero costs no digits. The backward's sums over tokens
+are partial sums of a fixed number of programs, added in a fixed order.
 
 Pointers, the same in both kernels:
 
@@ -27,7 +27,7 @@ import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
 
-PROGRAMS = 264  # of the backward, each with its own partial sums: two a multiprocessor of an H100
+PROGRAMS = 264  # of the backward, each with its own partial sums: two per multiprocessor of an H100
 MAX_WIDTH = 8192  # a row must fit in the registers of one program
 
 # ------------------------------ Reference
@@ -36,7 +36,7 @@ MAX_WIDTH = 8192  # a row must fit in the registers of one program
 def reference(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """y and x + residual for x (..., d), weight and bias (d,); without a residual the second is empty."""
+    """Return y and x + residual for x (..., d), weight and bias (d,); the second is empty without one."""
     s = x if residual is None else x + residual
     y = F.layer_norm(s, s.shape[-1:], weight.to(s.dtype), bias.to(s.dtype), eps)
     return y, x.new_empty(0) if residual is None else s
@@ -56,7 +56,7 @@ def _fwd_kernel(
     s = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         s += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        # The next residual add sees the rounded sum, so the statistics must be its statistics
+        # The next residual add reads the rounded sum, so the statistics must be those of the rounded sum
         rounded = s.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=ok)
         s = rounded.to(tl.float32)
@@ -106,7 +106,7 @@ def _bwd_kernel(
 
 
 def tile(d: int) -> dict:
-    """A row in one program, about 8 elements a thread."""
+    """Return the tile: a row per program, about 8 elements per thread."""
     block = L.power_of_two(d, 128)
     return dict(BLOCK_N=block, num_warps=min(16, max(1, block // 256)))
 
@@ -123,7 +123,7 @@ def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor]:
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
+    """Return y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
     x, d = x.contiguous(), x.shape[-1]
     y, s, stats = new_outputs(x, residual, weight, bias, eps)
     residual_arg = x if residual is None else residual.contiguous()
@@ -141,7 +141,7 @@ def save(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     dy: Tensor | None, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dx, which is also the gradient of the residual, and (dbias, dweight) as (2, d) fp32."""
+    """Return dx, which is also the gradient of the residual, and (dbias, dweight) as (2, d) fp32."""
     s, d = s.contiguous(), s.shape[-1]
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
     rows = s.numel() // d

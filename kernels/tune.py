@@ -1,10 +1,11 @@
 """MINISD_AUTOTUNE=1: the first call of an (op, shape class) times candidates on this GPU and keeps the best.
 
-Winners go to ~/.cache/minisd/tiles.json (or $MINISD_TILES) under the device's name, so the search runs once
-on a machine. It times a typical shape of the class on tensors of its own, never the caller's, and is skipped
-while a CUDA graph is captured. Without the variable the kernels' tables hold, and nothing is searched.
+The fastest tiles are written to ~/.cache/minisd/tiles.json (or $MINISD_TILES) under the device's name, so the
+search runs once per machine. It times a typical shape of the class on tensors of its own, not the caller's,
+and is skipped while a CUDA graph is captured. Without the variable the kernels' own tables are used.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -21,16 +22,15 @@ from minisd.kernels.launch import Tiles
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-# What a tile raises that the chip cannot take
+# Raised for a tile that needs more than the GPU has
 UNFIT = OutOfResources, PTXASError, CompilationError
 
 
 def sample(tiles: Tiles, shape_class: int | str, device: torch.device) -> Callable:
-    """A call that runs the launch on the typical case of its shape class, in bf16."""
+    """Return a call that runs the launch on the typical case of its shape class, in bf16."""
     kernel = next(kernel for kernel in discover().values() if tiles in kernel.tiles)
-    case = kernel.typical(shape_class)
-    tensors, constants = case.make(functools.partial(torch.randn, device=device))
-    tensors = checks.place(tensors, torch.bfloat16, device, case.layout)
+    randn = functools.partial(torch.randn, device=device)
+    tensors, constants = checks.inputs(kernel.typical(shape_class), torch.bfloat16, device, randn=randn)
     return kernel.launchers(*tensors.values(), *constants.values())[tiles.backward]
 
 
@@ -39,16 +39,13 @@ def milliseconds(call: Callable) -> float:
 
 
 def search(tiles: Tiles, shape_class: int | str, device: torch.device) -> dict:
-    """The fastest candidate, the table's tile among them; those that do not fit the chip are left out."""
+    """Return the fastest of the table's tile and the candidates, without those that do not fit the GPU."""
     usual = tiles.pick(shape_class, device)
     call = sample(tiles, shape_class, device)
     times: list[tuple[float, dict]] = []
     for tile in [usual, *(t for t in tiles.candidates if t != usual)]:
-        try:
-            with tiles.only(tile):
-                times.append((milliseconds(call), tile))
-        except UNFIT:
-            continue
+        with tiles.only(tile), contextlib.suppress(*UNFIT):
+            times.append((milliseconds(call), tile))
     return min(times, key=lambda timed: timed[0])[1]
 
 
@@ -62,7 +59,7 @@ def stored() -> dict[str, dict]:
 
 
 def store(key: str, tile: dict) -> None:
-    """Written beside and renamed, so that a reader never meets half a file; the last writer wins."""
+    """Write the file atomically, so that no reader sees half of it; the last writer wins."""
     stored()[key] = tile
     path().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path().parent, delete=False) as file:
@@ -74,7 +71,7 @@ _searching = False
 
 
 def winner(tiles: Tiles, shape_class: int | str, device: torch.device) -> dict | None:
-    """The tile to use instead of the table's, or None."""
+    """Return the tile to use instead of the table's, or None; search for it if this is the first call."""
     global _searching
     key = f"{torch.cuda.get_device_name(device)}/{tiles.name}/{shape_class}"
     if key not in stored() and not _searching and not torch.cuda.is_current_stream_capturing():

@@ -1,8 +1,8 @@
 """The import name of the top-level folder `kernels/`.
 
 The folder itself must never be importable as `kernels`: a package of that name exists and transformers
-imports it. So the folder has no `__init__.py`, and its files are `minisd.kernels.attention` and so on. In a
-wheel the same folder travels as `minisd/_kernels`.
+imports it. So the folder has no `__init__.py`, and its files are `minisd.kernels.attention` and so on. A
+wheel contains the folder as `minisd/_kernels`.
 """
 
 from pathlib import Path

@@ -12,7 +12,8 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def min_snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
-    """Hang et al. 2023 (arXiv 2303.09556): the weight min(SNR, gamma) of x_0, (b,)."""
+    """The weights (b,) that give the error of x_0 a weight of min(SNR, gamma) (Hang et al. 2023, arXiv
+    2303.09556)."""
     snr = schedule.snr(timesteps)
     capped = snr.clamp(max=gamma)
     if schedule.prediction_type == "sample":

@@ -1,9 +1,11 @@
-"""The forward process: how much noise there is at each timestep, in fp32 whatever the model runs in.
+"""The forward process: the noise level at each timestep (in fp32, whatever the model's dtype), and all random
+draws of a run.
 
 Ho et al. 2020 (arXiv 2006.11239); v-prediction: Salimans and Ho 2022 (arXiv 2202.00512).
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,24 +16,21 @@ from torch import Tensor
 
 
 def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
-    """The variances that each of `steps` steps adds, (steps,)."""
+    """The variance that each step adds, (steps,), for a `kind` that a config's beta_schedule can have."""
     if kind == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float32)
     if kind == "scaled_linear":  # linear in the square root: Stable Diffusion's
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    if kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, equation 17
-
-        def bar(t: float) -> float:
-            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        betas = [min(1 - bar((i + 1) / steps) / bar(i / steps), 0.999) for i in range(steps)]
-        return torch.tensor(betas, dtype=torch.float32)
-    raise ValueError(f"beta_schedule {kind!r} is unknown; one of: linear, scaled_linear, squaredcos_cap_v2")
+    if kind != "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, equation 17
+        raise ValueError(f"beta_schedule {kind!r}: one of linear, scaled_linear, squaredcos_cap_v2")
+    bars = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(bars)]
+    return torch.tensor(betas, dtype=torch.float32)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and stretch sqrt(alphas_cumprod) so that nothing of the picture is left at the last timestep
-    (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
+    """Shift and stretch sqrt(alphas_cumprod) so that the last timestep is pure noise (Lin et al. 2023, arXiv
+    2305.08891, algorithm 1)."""
     s = (1 - betas).cumprod(0).sqrt()
     s = (s - s[-1]) * s[0] / (s[0] - s[-1])
     alphas_cumprod = s**2
@@ -42,9 +41,9 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 @dataclass(kw_only=True, eq=False)
 class NoiseSchedule:
     """alphas_cumprod (num_train_timesteps,), what the network predicts, and the algebra between the two. The
-    fields are keys of scheduler_config.json, with diffusers' defaults.
+    fields are keys of scheduler_config.json (formats/config_json.py checks them), with diffusers' defaults.
 
-    `timesteps` is an int64 tensor (b,), one per sample. What is computed of these is fp32.
+    In the methods, `timesteps` is an int64 tensor (b,), one per sample. Results are in fp32.
     """
 
     num_train_timesteps: int = 1000
@@ -56,12 +55,12 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
 
     def __post_init__(self):
-        kinds = ("epsilon", "v_prediction", "sample")
-        if self.prediction_type not in kinds:
-            raise ValueError(f"prediction_type {self.prediction_type!r}: one of {', '.join(kinds)}")
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type {self.prediction_type!r}: one of epsilon, v_prediction, sample")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr needs prediction_type v_prediction or sample: pure noise says nothing"
+                "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
+                "x_0 cannot be computed from pure noise and its prediction"
             )
         if self.trained_betas is not None:
             betas = torch.tensor(self.trained_betas, dtype=torch.float32)
@@ -74,13 +73,13 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """The schedule of a scheduler_config.json, whose other keys are settings of the schedulers."""
+        """The noise schedule of a scheduler_config.json; its other keys are settings of the schedulers."""
         names = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in config.items() if key in names and value is not None})
 
     def inference_timesteps(self, steps: int, spacing: str, offset: int) -> Tensor:
-        """The timesteps (steps,) that inference visits, descending and in fp64; with spacing "linspace" they
-        may lie between two of training (Lin et al. 2023, table 2)."""
+        """The timesteps (steps,) of inference, descending and in fp64, for a spacing "leading", "linspace" or
+        "trailing"; those of "linspace" need not be whole numbers (Lin et al. 2023, table 2)."""
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"steps {steps}: from 1 to {total}")
@@ -121,7 +120,7 @@ class NoiseSchedule:
         return alphas_cumprod / (1 - alphas_cumprod)
 
     def split(self, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0 and the noise in x as `pred` has them, at the noise level `alpha_cumprod` (a scalar tensor)."""
+        """The x_0 and the noise that `pred` implies for x, at the noise level `alpha_cumprod` (a scalar)."""
         pred, x = pred.float(), x.float()
         signal, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
         if self.prediction_type == "epsilon":
@@ -132,10 +131,10 @@ class NoiseSchedule:
 
 
 def generator(*names: object) -> torch.Generator:
-    """A CPU generator whose stream depends on `names` alone, such as (seed, "noise", number of the sample).
+    """A CPU generator that depends on `names` alone, for example (seed, "noise", number of the sample).
 
-    Every draw of a run comes from one of these, so that nothing random has to be stored to resume a run, and
-    nothing depends on the batch size, on the workers or on the number of devices.
+    All random draws of a run come from such generators. So no random state has to be stored to resume a run,
+    and nothing depends on the batch size, the workers or the number of devices.
     """
     digest = hashlib.blake2b(",".join(map(str, names)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -152,15 +151,15 @@ def chance(probability: float, generator: torch.Generator) -> bool:
 
 
 def choice(options: Sequence[Any], generator: torch.Generator) -> Any:
-    """One of the options, each equally likely."""
+    """An option drawn with equal probabilities."""
     return options[torch.randint(len(options), (), generator=generator).item()]
 
 
 def between(low: int, high: int, generator: torch.Generator) -> int:
-    """A whole number from low to high, both included."""
+    """An integer drawn from low to high, both included."""
     return torch.randint(low, high + 1, (), generator=generator).item()
 
 
 def subset(total: int, count: int | None, generator: torch.Generator) -> list[int]:
-    """`count` of the numbers below `total`, ascending; all of them if `count` is None."""
+    """`count` of the integers below `total`, drawn and sorted; all of them if `count` is None."""
     return sorted(torch.randperm(total, generator=generator)[:count].tolist())

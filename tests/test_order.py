@@ -138,8 +138,13 @@ def test_a_cycle_of_rounds_shows_every_place_as_often(size):
     assert [other[k] for k in range(n * size)] != [order[k] for k in range(n * size)]
 
 
+def test_memory_does_not_grow_with_a_round():
+    order = Bucketed([0, 1, 1, 0, 1], seed=5, size=10**9)  # a list of the epoch's indices would take 20 GB
+    assert [order[k] for k in range(4 * 10**9, 4 * 10**9 + 9)] == [0, 3, 3, 0, 0, 3, 3, 0, 0]
+
+
 def test_one_bucket_in_rounds_of_one_is_a_shuffle():
-    order, plain = Bucketed(["a"] * 9, seed=0, size=1), Shuffled(9, seed=0)
+    order, plain = Bucketed(["a"] * 9, seed=0, size=1), Shuffled(9, 0, "order")
     for epoch in range(3):
         numbers = range(epoch * 9, epoch * 9 + 9)
         assert sorted(order[k] for k in numbers) == sorted(plain[k] for k in numbers) == list(range(9))

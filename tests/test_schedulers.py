@@ -108,6 +108,14 @@ def test_zero_snr_cannot_predict_noise():
         NoiseSchedule(**SD, rescale_betas_zero_snr=True)
 
 
+def test_a_schedule_of_an_unknown_kind_is_refused():
+    for kind in ({"beta_schedule": "square"}, {"prediction_type": "noise"}):
+        with pytest.raises(ValueError, match=f"{[*kind][0]} '.*': one of"):
+            NoiseSchedule(**kind)
+    with pytest.raises(ValueError, match="timestep_spacing 'even': one of"):
+        NoiseSchedule().inference_timesteps(5, "even", 0)
+
+
 def test_ddpm_posterior_variance():
     """With 10 steps, the jump from 900 leaves this much noise: sigma^2 = 0.6019844."""
     first = drawn(ddpm, 10, torch.zeros(2000, 4, 1, 1), seeded(*range(2000)), lambda x, t: x * 0)[0]

@@ -1,1 +1,1 @@
-"""Pictures, datasets and the order in which they are seen."""
+"""Images, datasets and the order in which they are seen."""

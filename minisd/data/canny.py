@@ -1,19 +1,19 @@
-"""The edges of a picture (Canny 1986), as the published ControlNets for edges were trained on."""
+"""The edges of an image (Canny 1986), as in the training data of the published ControlNets for edges."""
 
 import numpy as np
 from PIL import Image
 
-TANGENT = np.tan(np.pi / 8)  # of 22.5 degrees: steeper than that, a direction counts as diagonal
+TANGENT = np.tan(np.pi / 8)  # of 22.5 degrees, where diagonal directions begin
 
 
 def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
-    """White lines, one pixel thin, on black: where the gradient is above `high`, and from there on as long as
-    it is above `low`. The picture is not blurred first, and |dx| + |dy| is the gradient's size, as in the
-    program that made those ControlNets' data."""
+    """White lines, one pixel thin, on black: where the gradient is above `high`, and connected pixels where
+    it is above `low`. The image is not blurred first, and the gradient's size is |dx| + |dy|, as in the
+    program that made the data of those ControlNets."""
     dx, dy = gradient(np.asarray(image.convert("RGB")))  # (h, w)
     size = abs(dx) + abs(dy)
 
-    # A line is where the gradient is largest along its own direction: of its two neighbours there.
+    # A line is where the gradient is larger than at the two neighbours in its direction.
     height, width = size.shape
     around = np.pad(size, 1)
 
@@ -32,7 +32,7 @@ def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
 
 
 def gradient(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sobel's dx and dy, each (h, w), of pixels (h, w, 3): of the colour that changes most."""
+    """Sobel's dx and dy, each (h, w), of pixels (h, w, 3), in the channel where |dx| + |dy| is largest."""
     p = np.pad(pixels.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     across, down = p[:, 2:] - p[:, :-2], p[2:] - p[:-2]
     dx = across[:-2] + 2 * across[1:-1] + across[2:]  # (h, w, 3)
@@ -42,7 +42,7 @@ def gradient(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def follow(seeds: np.ndarray, paths: np.ndarray) -> np.ndarray:
-    """The parts of `paths` (h, w) that touch `seeds`, corners included."""
+    """The parts of `paths` (h, w) that are connected to `seeds`, diagonally too."""
     paths, reached = np.pad(paths, 1), np.pad(seeds, 1)
     width = paths.shape[1]
     around = [y * width + x for y in (-1, 0, 1) for x in (-1, 0, 1)]

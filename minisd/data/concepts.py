@@ -1,4 +1,4 @@
-"""Custom Diffusion's pictures: concepts at random scales, and real or generated pictures of their classes."""
+"""Custom Diffusion's images: concepts at random scales, and real or generated images of their classes."""
 
 import json
 from dataclasses import dataclass, fields
@@ -31,8 +31,8 @@ class Concept:
 
 
 def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
-    """The concepts of a --concepts_list file. ValueError, naming the file, if it holds none, or if
-    `with_classes` and one has no class."""
+    """The concepts in a --concepts_list file. ValueError, naming the file, if it is broken or empty, or if a
+    concept has no class although `with_classes`."""
     if not path.is_file():
         raise ValueError(f"--concepts_list: there is no {path}")
     try:
@@ -60,15 +60,15 @@ def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
 
 
 def read_instances(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
-    """The pictures of all concepts, each under its caption or its concept's prompt."""
+    """The images of all concepts, each with its caption or its concept's prompt."""
     return source.join(
         [_read(c.instance_data_dir, c.instance_prompt, flag, skip_bad_images) for c in concepts]
     )
 
 
 def read_classes(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
-    """The pictures of the classes of all concepts: under their captions where images.txt and caption.txt list
-    them line by line (a retrieved set: --real_prior), else those in the folder under the class's prompt."""
+    """The images of the classes of all concepts: a retrieved set (--real_prior) with its captions where a
+    folder has an images.txt, else the images in the folder with the class's prompt."""
     return source.join(
         [
             _read_retrieved(c.class_data_dir, flag, skip_bad_images)
@@ -85,7 +85,7 @@ def _read(folder: Path, prompt: str, flag: str, skip_bad_images: bool) -> Source
 
 
 def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
-    """What a retrieval wrote: images.txt with paths, and caption.txt with as many lines."""
+    """The images of a retrieved set: images.txt has their paths, caption.txt their captions, line by line."""
     lists = folder / "images.txt", folder / "caption.txt"
     for path in lists:
         if not path.is_file():
@@ -95,7 +95,7 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
         raise ValueError(f"{flag}: {lists[0]} has {len(paths)} lines, and {lists[1]} has {len(captions)}")
     records = []
     for number, (name, caption) in enumerate(zip(map(str.strip, paths), captions, strict=True), 1):
-        # The paths are usually relative to where the retrieval ran; the file itself is in the folder.
+        # The paths are usually relative to where the retrieval ran; the files are in the folder.
         candidates = Path(name), folder / name, folder / "images" / Path(name).name
         path = next((p for p in candidates if p.is_file()), None)
         if path is None:
@@ -105,14 +105,13 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
 
 
 class CustomConcepts(Captioned):
-    """Instances of the concepts, squashed to a square of a random side s, two thirds of them up to
-    `resolution` and one third beyond it, with the extra "mask", (1, h, w) of the latents, 1 where there is
-    picture.
+    """Images of the concepts, squashed to a square of random side s, with the extra "mask" (1, h, w), which
+    is 1 at the latent pixels to train on. In two thirds of the draws s is at most `resolution`, else larger.
 
-    A smaller square stands anywhere on mid-grey, and its mask leaves out one latent pixel on each side; a
-    larger one is cut anywhere, and its mask is all ones. The prompt says whether it is far away or close up.
-    Without `augment`, s is `resolution`, which counts as a smaller one: the mask leaves out the border.
-    `factor` is the number of pixels along one latent pixel.
+    A smaller square is placed at random on mid-grey, and its mask excludes a border of one latent pixel; from
+    a larger one a random crop is taken, and its mask is all ones. The prompt says whether the concept is far
+    away or close up. Without `augment`, s is `resolution`, and the mask excludes the border. `factor` is the
+    number of pixels per latent along a side.
     """
 
     IMAGE_FLAG = CAPTION_FLAG = "--data"
@@ -123,22 +122,16 @@ class CustomConcepts(Captioned):
         super().__init__(source, resolution=resolution, random_flip=hflip, squash=True)
         self.resolution, self.augment, self.factor = resolution, augment, factor
 
-    def draw_side(self, generator: torch.Generator) -> int:
-        """The side s that a picture is squashed to."""
-        full = self.resolution
-        if not self.augment:
-            return full
-        if noise.chance(0.66, generator):
-            return noise.between(full // 3, full, generator)
-        return noise.between(int(1.2 * full), int(1.4 * full) - 1, generator)
-
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         record, full = self.epoch[index], self.resolution
-        prompt = self.draw_prompt(record, generator)
-        side = self.draw_side(generator)
+        prompt, side = self.draw_prompt(record, generator), full
+        if self.augment:
+            smaller = noise.chance(0.66, generator)
+            low, high = (full // 3, full) if smaller else (int(1.2 * full), int(1.4 * full) - 1)
+            side = noise.between(low, high, generator)
         margin = abs(full - side)
         left, top = noise.between(0, margin, generator), noise.between(0, margin, generator)
-        if side <= full:  # the box of a smaller one reaches beyond it
+        if side <= full:  # the box of a smaller square reaches beyond it
             left, top = -left, -top
         if side < 0.6 * full:
             prompt = noise.choice(FAR, generator) + prompt
@@ -151,7 +144,7 @@ class CustomConcepts(Captioned):
         return None if self.augment else super().views()
 
     def tensor(self, view: View, column: str) -> Tensor:
-        """(3, resolution, resolution) in [-1, 1], 0 around a smaller picture."""
+        """(3, resolution, resolution) in [-1, 1]; 0, mid-grey, around a smaller square."""
         image = self.open(view.record, column)
         image = ImageOps.mirror(image) if view.flipped else image  # before it is placed
         picture = images.to_tensor(image.resize(view.size, self.resampling))  # (3, s, s)
@@ -159,7 +152,7 @@ class CustomConcepts(Captioned):
         return pad(picture, (-left, right - side, -top, bottom - side))  # negative padding crops
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        """The mask, (1, h, w) of the latents."""
+        """The mask, (1, h, w)."""
         side, latent = view.size[0], self.resolution // self.factor
         if side > self.resolution:
             return {"mask": torch.ones(1, latent, latent)}
@@ -169,8 +162,8 @@ class CustomConcepts(Captioned):
         return {"mask": mask}
 
     def _inner(self, start: int, side: int) -> slice:
-        """The latent pixels within a picture's rows or columns, less one at each end. A picture too small for
-        that keeps the one in its middle: the loss divides by how many there are."""
+        """The latent pixels in a square's rows or columns, without one at each end. Where none is left, the
+        one in the middle: the loss divides by the mask's sum."""
         first, end = start // self.factor + 1, (start + side) // self.factor - 1
         if first < end:
             return slice(first, end)
@@ -179,7 +172,7 @@ class CustomConcepts(Captioned):
 
 
 class ClassPictures(Captioned):
-    """Pictures of the classes, with a mask of ones."""
+    """Images of the classes, with a mask of ones."""
 
     IMAGE_FLAG = CAPTION_FLAG = "--class_data_dir"
 

@@ -1,4 +1,4 @@
-"""Where a picture is cut: resizing, crops, and the shapes of aspect-ratio buckets."""
+"""The geometry of resizing, cropping and aspect-ratio buckets."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class View:
-    """A record's picture as the model sees it, which is all that a cached latent depends on: resized to
-    `size`, cut to `box` in that, then flipped. `part` is the dataset's number where a Prior joins several."""
+    """How a record's image is resized to `size`, cropped to `box` and flipped: all that a cached latent
+    depends on. `part` is the number of the dataset in a Prior."""
 
     record: int
     flipped: bool = False
@@ -19,13 +19,13 @@ class View:
 
     @property
     def shape(self) -> Size | None:
-        """Width and height of the cut."""
+        """Width and height of the crop."""
         return self.box and (self.box[2] - self.box[0], self.box[3] - self.box[1])
 
 
 def cover(size: Size, target: Size) -> Size:
-    """The smallest size with the aspect ratio of `size` that covers `target`. The longer side is rounded down
-    to whole pixels, as torchvision does it."""
+    """The smallest size with the aspect ratio of `size` that covers `target`. The longer side is rounded
+    down, as in torchvision."""
     (w, h), (tw, th) = size, target
     if tw * h >= th * w:  # the width decides
         return tw, max(th, tw * h // w)
@@ -33,7 +33,7 @@ def cover(size: Size, target: Size) -> Size:
 
 
 def center(size: Size, target: Size) -> Box:
-    """The centred box of `target` in `size`, rounded as torchvision rounds it: halves to the even."""
+    """The centred box of size `target` in `size`; halves are rounded to even, as in torchvision."""
     left, top = (round((s - t) / 2) for s, t in zip(size, target, strict=True))
     return left, top, left + target[0], top + target[1]
 
@@ -54,5 +54,5 @@ def bucket_shapes(resolution: int, step: int = 64) -> list[Size]:
 
 
 def nearest_shape(size: Size, shapes: list[Size]) -> Size:
-    """The bucket of a picture: its own size if that is one, else the one of the nearest aspect ratio."""
+    """The bucket of an image: that of its own size, or else that with the nearest aspect ratio."""
     return size if size in shapes else min(shapes, key=lambda s: abs(size[0] / size[1] - s[0] / s[1]))

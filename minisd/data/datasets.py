@@ -1,13 +1,13 @@
-"""What an example of each method is: a view of a picture, its prompt, and further tensors.
+"""The training examples of each method: a view of an image, its prompt, and further tensors.
 
 A dataset has
-    len(dataset)                  examples in an epoch
-    examples(index, generator)    the examples at an index; what is random is drawn from the generator
-    pixels(view)                  the picture (3, h, w) in [-1, 1] of a view
-    extras(view)                  further tensors that belong to it, by name
-    views()                       every view there can be, or None if crops are drawn
-    buckets                       the shape (w, h) at each index, or None if all are of one shape
-In which order a run takes the examples, and with which generators, is decided in order.py.
+    len(dataset)                  number of indices in an epoch
+    examples(index, generator)    the examples at an index; random choices are drawn from the generator
+    pixels(view)                  the image (3, h, w) in [-1, 1] of a view
+    extras(view)                  further tensors of a view, by name
+    views()                       all possible views, or None if crops are random
+    buckets                       the shape (w, h) at each index, or None if all images have one shape
+order.py decides the order of the examples in a run, and their generators.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A view of a picture, its prompt, and the weight of its loss."""
+    """A view of an image, its prompt, and the weight of its loss."""
 
     view: View
     prompt: str
@@ -36,17 +36,15 @@ class Example:
 
 
 class Captioned:
-    """Pictures under their captions: the shorter side resized to `resolution`, a centred or random square cut
-    out, flipped with probability 1/2 if `random_flip`.
+    """Images with captions: the shorter side is resized to `resolution`, and a centred or random square is
+    cut out; flipped with probability 1/2 if `random_flip`.
 
-    With `squash`, pictures are resized to the square whatever their shape. With `bucket` each is scaled to
-    cover the bucket nearest to its own aspect ratio (sides are multiples of `step` pixels), and the middle is
-    cut out.
+    With `squash`, the whole image is resized to the square. With `bucket`, it is scaled to cover the bucket
+    nearest to its aspect ratio (sides are multiples of `step` pixels), and the centre is cut out.
 
-    A record without a caption has `prompt`, if that is given (one of them is drawn, if it is several); with
-    caption_column=None every record has. A caption is left empty with probability `caption_dropout`.
-    `pair_column` holds a second picture of each record. ValueError, naming the flag, for a column that is
-    missing and for a pair with different aspect ratios.
+    Records without a caption get `prompt` (one of several is drawn); with caption_column=None all records do.
+    A caption is dropped with probability `caption_dropout`. `pair_column` holds a second image of each
+    record. ValueError, naming the flag, for a missing column or a pair with different aspect ratios.
     """
 
     IMAGE_FLAG, CAPTION_FLAG, PAIR_FLAG = "--image_column", "--caption_column", ""
@@ -85,7 +83,7 @@ class Captioned:
         self.center_crop = center_crop or bucket
         originals = [record.sizes[self.image_column] for record in source.records]
         shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]
-        self.shapes = [crop.nearest_shape(size, shapes) for size in originals]  # what each picture is cut to
+        self.shapes = [crop.nearest_shape(size, shapes) for size in originals]  # of each image's crop
         self.sizes = self.shapes if squash else list(map(crop.cover, originals, self.shapes))
         self.buckets = [self.shapes[i] for i in self.epoch] if bucket else None
 
@@ -94,38 +92,34 @@ class Captioned:
 
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         record = self.epoch[index]
-        prompt = self.draw_prompt(record, generator)
-        return [Example(view=self.draw_view(record, generator), prompt=prompt)]
+        prompt, box = self.draw_prompt(record, generator), self.fixed_box(record)
+        if box is None:
+            (w, h), (tw, th) = self.sizes[record], self.shapes[record]
+            left, top = noise.between(0, w - tw, generator), noise.between(0, h - th, generator)
+            box = left, top, left + tw, top + th
+        view = View(record, self.draw_flip(generator), self.sizes[record], box)
+        return [Example(view=view, prompt=prompt)]
 
     def draw_prompt(self, record: int, generator: torch.Generator) -> str:
-        """The prompt of a record."""
+        """Draw the prompt of a record."""
         prompt = self.prompt
         if self.caption_column is not None:
             prompt = self.source.caption(record, self.caption_column, generator)
         dropped = self.caption_dropout and noise.chance(self.caption_dropout, generator)
         return "" if dropped else prompt
 
-    def draw_view(self, record: int, generator: torch.Generator) -> View:
-        """How the picture of a record is cut and flipped."""
-        box = self.fixed_box(record)
-        if box is None:
-            (w, h), (tw, th) = self.sizes[record], self.shapes[record]
-            left, top = noise.between(0, w - tw, generator), noise.between(0, h - th, generator)
-            box = left, top, left + tw, top + th
-        return View(record, self.draw_flip(generator), self.sizes[record], box)
-
     def draw_flip(self, generator: torch.Generator) -> bool:
-        """Whether a picture is flipped."""
+        """Draw whether an image is flipped."""
         return noise.choice(self.flips, generator)
 
     def fixed_box(self, record: int) -> Box | None:
-        """Where the picture of a record is cut, or None if that is drawn."""
+        """The crop of a record's image, or None if it is random."""
         size, shape = self.sizes[record], self.shapes[record]
         return crop.center(size, shape) if self.center_crop or size == shape else None
 
     def views(self) -> list[View] | None:
-        """Every view there can be; None if crops are drawn."""
-        records = sorted(range(len(self.shapes)), key=lambda r: self.shapes[r])  # a bucket's stand together
+        """All possible views; None if crops are random."""
+        records = sorted(range(len(self.shapes)), key=lambda r: self.shapes[r])  # those of a bucket together
         boxes = [self.fixed_box(r) for r in records]
         if None in boxes:
             return None
@@ -137,20 +131,20 @@ class Captioned:
         return self.tensor(view, self.image_column)
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        """Further tensors that belong to a view, by name."""
+        """Further tensors of a view, by name."""
         return {}
 
     def open(self, record: int, column: str) -> Image.Image:
-        """A picture, before it is resized."""
+        """An image, before it is resized."""
         return self.source.open(record, column)
 
     def tensor(self, view: View, column: str) -> Tensor:
-        """(3, h, w) in [-1, 1]: the picture in a column, cut as the view says."""
+        """A view of the image in a column, (3, h, w) in [-1, 1]."""
         image = self.open(view.record, column).resize(view.size, self.resampling).crop(view.box)
         return images.to_tensor(ImageOps.mirror(image) if view.flipped else image)
 
     def summary(self) -> str:
-        """What is in the source, and how many pictures each bucket has."""
+        """The summary of the source, and the number of images in each bucket."""
         text = self.described.summary(self.caption_column)
         if self.buckets:
             counts = sorted(Counter(self.buckets).items())
@@ -159,11 +153,11 @@ class Captioned:
 
 
 class ConceptPictures(Captioned):
-    """The pictures of one concept, squashed to a square (with `center_crop` after cutting out the largest
-    one), flipped with probability `flip_p`, each `repeats` times in an epoch: textual inversion's data.
+    """The images of one concept, for textual inversion: squashed to a square (with `center_crop`, only the
+    largest centred square), flipped with probability `flip_p`, each `repeats` times in an epoch.
 
-    Prompts are made from templates; a caption beside a picture is used instead of these. In both, `{}` stands
-    for the concept's token. ValueError, naming the record, for a caption with neither `{}` nor the token.
+    Prompts are made from templates, or are an image's caption if it has one. In both, `{}` stands for the
+    concept's token. ValueError, naming the record, for a caption with neither `{}` nor the token.
     """
 
     IMAGE_FLAG = CAPTION_FLAG = "--data"
@@ -196,8 +190,8 @@ class ConceptPictures(Captioned):
 
 
 class Conditioned(Captioned):
-    """ControlNet's pictures, each with its conditioning image as the extra "conditioning", (3, h, w) in
-    [0, 1]: the one in `pair_column`, cut in the same way."""
+    """ControlNet's images, each with the one in `pair_column`, cropped in the same way, as the extra
+    "conditioning", (3, h, w) in [0, 1]."""
 
     PAIR_FLAG = "--conditioning_image_column"
 
@@ -206,8 +200,8 @@ class Conditioned(Captioned):
 
 
 class EditPairs(Captioned):
-    """InstructPix2Pix's pictures after the edit, each with the one before it as the extra "original",
-    (3, h, w) in [-1, 1]: the one in `pair_column`, cut and flipped in the same way."""
+    """InstructPix2Pix's images after the edit, each with the one before the edit, in `pair_column`, cropped
+    and flipped in the same way, as the extra "original", (3, h, w) in [-1, 1]."""
 
     IMAGE_FLAG, CAPTION_FLAG = "--edited_image_column", "--edit_prompt_column"
     PAIR_FLAG = "--original_image_column"
@@ -217,17 +211,17 @@ class EditPairs(Captioned):
 
 
 class Prior:
-    """Two datasets side by side (prior preservation): at each index an example of the instances and one of
-    their class. An epoch is as long as the longer of the two.
+    """Two datasets side by side (prior preservation): an example of the instances and one of their class at
+    each index. An epoch is as long as the longer of the two.
 
-    With the weights 2 and 2 * `weight`, the mean over both is the mean loss of the instances plus `weight`
-    times that of the class.
+    The weights of the losses are 2 and 2 * `weight`, so that the mean over both examples is the instance's
+    loss plus `weight` times that of the class.
     """
 
     buckets = None
 
     def __init__(self, instances: Captioned, classes: Captioned, weight: float):
-        assert instances.buckets is None and classes.buckets is None  # their pictures share a batch
+        assert instances.buckets is None and classes.buckets is None  # their images share a batch
         self.parts = instances, classes
         self.weights = 2.0, 2.0 * weight
 

@@ -1,4 +1,4 @@
-"""Pictures in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
+"""Images in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
 
 import io
 import itertools
@@ -18,12 +18,13 @@ from torch import Tensor
 from minisd import files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # pictures that would fill the memory
+GAP = 4  # pixels between the images of a grid
+BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # images that would exhaust the memory
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A picture in a dataset of the package `datasets`."""
+    """An image in a dataset of the package `datasets`."""
 
     table: Any
     row: int
@@ -33,7 +34,7 @@ class Cell:
         return f"row {self.row}, column {self.column}"
 
     def read_bytes(self) -> bytes:
-        """The encoded picture, as Path.read_bytes; nothing where the table has none."""
+        """The encoded image, as Path.read_bytes; empty if the cell is."""
         value = self.table[self.row][self.column] or b""
         if isinstance(value, bytes):
             return value
@@ -41,7 +42,7 @@ class Cell:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name, without hidden files. ValueError if it is not a folder."""
+    """The images in a folder, sorted by name, without hidden files. ValueError if it is not a folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     visible = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -49,8 +50,8 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "white") -> Image.Image:
-    """An RGB image, rotated as its EXIF says, with transparency laid on `behind`. ValueError, naming `path`,
-    if it is not one. `content` is read instead of the file, if it is given."""
+    """Read an RGB image from a file, or from `content`; EXIF rotation is applied, and `behind` is the
+    background of transparent pixels. ValueError, naming `path`, if it cannot be decoded."""
     try:
         file = io.BytesIO(path.read_bytes() if content is None else content)
         if not file.getbuffer():
@@ -69,8 +70,8 @@ def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "w
 
 
 def read_square(name: str, side: int, *, flag: str) -> Tensor:
-    """The middle of the picture at a path or an address, (3, side, side) in [-1, 1]. ValueError, naming
-    `flag`, if there is none."""
+    """The largest centred square of the image at a path or a URL, (3, side, side) in [-1, 1]. ValueError,
+    naming `flag`, if it cannot be read."""
     content = None
     try:
         if name.startswith(("http://", "https://")):
@@ -101,20 +102,20 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """Pictures side by side on white, each in a cell of the largest one's size; about square by default."""
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Images in a grid on white, in cells as large as the largest; by default the grid is about square."""
     columns = columns or max(1, round(len(images) ** 0.5))
     width, height = max(i.width for i in images), max(i.height for i in images)
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+        sheet.paste(image, (column * (width + GAP), row * (height + GAP)))
     return sheet
 
 
 def label(text: str, width: int, height: int = 0) -> Image.Image:
-    """Words on white, in lines that fit into `width`; at least `height` high."""
+    """Text on white, in lines that fit into `width`; at least `height` high."""
     font = ImageFont.load_default(12)
     lines = [""]
     for part in re.split(r"(?<=[ _/,.:-])", " ".join(text.split())):  # where a line may end
@@ -130,7 +131,7 @@ def label(text: str, width: int, height: int = 0) -> Image.Image:
 
 
 def stack(parts: Sequence[Image.Image], across: bool = False, gap: int = 0) -> Image.Image:
-    """Pictures of any size on white, one below the other, or with `across` side by side."""
+    """Images of any size on white, below each other, or with `across` side by side."""
     ends = list(itertools.accumulate((i.width if across else i.height) + gap for i in parts))
     length, breadth = ends[-1] - gap, max(i.height if across else i.width for i in parts)
     sheet = Image.new("RGB", (length, breadth) if across else (breadth, length), "white")
@@ -140,34 +141,30 @@ def stack(parts: Sequence[Image.Image], across: bool = False, gap: int = 0) -> I
 
 
 def labelled(image: Image.Image, text: str) -> Image.Image:
-    """The picture under its label."""
+    """The image under its label."""
     return stack([label(text, image.width), image])
 
 
-def table(
-    cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], gap: int = 4
-) -> Image.Image:
-    """Pictures in rows and columns, with the labels of these to the left and above."""
+def table(cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
+    """Images in rows and columns, with labels on the left and on top."""
     flat = [image for row in cells for image in row]
     width, height = max(i.width for i in flat), max(i.height for i in flat)
     fitting = (w for w in (64, 96, 160, 240) if all(label(text, w).height <= height for text in rows))
     margin = next(fitting, 320)
-    above = [
-        Image.new("RGB", (margin, 1), "white"),
-        stack([label(text, width) for text in columns], True, gap),
-    ]
-    left = stack([label(text, margin, height).crop((0, 0, margin, height)) for text in rows], gap=gap)
-    return stack([stack(above, across=True), stack([left, grid(flat, len(columns), gap)], across=True)])
+    above = stack([label(text, width) for text in columns], True, GAP)
+    above = ImageOps.expand(above, (margin, 0, 0, 0), "white")
+    left = stack([label(text, margin, height).crop((0, 0, margin, height)) for text in rows], gap=GAP)
+    return stack([above, stack([left, grid(flat, len(columns))], across=True)])
 
 
 def labelled_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 256) -> Image.Image:
-    """One row of pictures under each label, to compare results with what they should look like."""
+    """A row of images under each label, for example results and what they should look like."""
     strips = [(text, [i.resize((size, size)) for i in row]) for text, row in rows if row]
     return stack([labelled(grid(row, columns=len(row)), text) for text, row in strips])
 
 
 def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
-    """Write a PNG at once or not at all; `parameters` go into its text chunk of that name."""
+    """Write a PNG atomically, with `parameters` in the text chunk of that name."""
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
         info.add_itxt("parameters", parameters)

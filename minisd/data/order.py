@@ -1,16 +1,16 @@
 """The endless sequence of samples, cut into batches.
 
-Sample number k of a run is a function of (seed, k): its index in the shuffled epoch, its augmentation, its
-noise. So to resume a run the number is enough, and neither the batch size nor the workers nor the devices
-change what is drawn. With buckets the index is a function of the size of a round too (the batches of all
-processes together), because a round holds pictures of one bucket.
+Sample number k of a run is a function of (seed, k): its index in the shuffled epoch, its augmentation and its
+noise. So the number is enough to resume a run, and neither the batch size nor the workers nor the devices
+change what is drawn. With buckets the index also depends on the size of a round (the batches of all
+processes together), because a round holds images of one bucket.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,25 +20,21 @@ from minisd import noise
 
 if TYPE_CHECKING:
     from minisd.data.crop import View
-    from minisd.data.datasets import Captioned, Example, Prior
+    from minisd.data.datasets import Captioned, Prior
 
 
 class Shuffled:
-    """Each epoch is a permutation of the dataset's indices, a function of (seed, epoch)."""
+    """Endless permutations of the indices below `length`, one for each epoch, drawn from (*names, epoch)."""
 
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed = length, seed
-        self._latest: tuple[int, Tensor] | None = None
+    def __init__(self, length: int, *names: object):
+        self.length, self.names = length, names
+        self._latest: tuple[int, Any] | None = None
 
-    def permuted(self, values: Tensor, *names: object) -> Tensor:
-        """The values (n,) in an order that is a function of the seed and `names`."""
-        return values[torch.randperm(len(values), generator=noise.generator(self.seed, *names))]
+    def draw(self, epoch: int) -> Any:
+        """The permutation of an epoch, (length,)."""
+        return torch.randperm(self.length, generator=noise.generator(*self.names, epoch))
 
-    def draw(self, epoch: int) -> Tensor:
-        """The indices in the order of an epoch, (length,)."""
-        return self.permuted(torch.arange(self.length), "order", epoch)
-
-    def epoch(self, epoch: int) -> Tensor:
+    def epoch(self, epoch: int) -> Any:
         """As `draw`; the latest epoch is kept."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = epoch, self.draw(epoch)
@@ -54,31 +50,41 @@ class Bucketed(Shuffled):
     """Each round of `size` samples is of one bucket, and still every index occurs equally often.
 
     An epoch has as many rounds as the dataset has indices, n. A bucket of m indices has m of these rounds, in
-    an order that is a function of (seed, epoch). The m * size samples that a bucket has in an epoch are
-    `size` permutations of its indices, one after the other. So each index occurs exactly `size` times, and no
-    round is short or filled up with pictures that then count twice.
+    an order drawn from (seed, epoch). The m * size samples that a bucket has in an epoch are `size`
+    permutations of its indices, one after the other. So each index occurs exactly `size` times, and no round
+    is short or filled up with images that then count twice.
     """
 
     def __init__(self, buckets: Sequence, seed: int, size: int):
-        super().__init__(len(buckets) * size, seed)
+        super().__init__(len(buckets), seed, "buckets")
         numbers = {bucket: number for number, bucket in enumerate(sorted(set(buckets)))}
         self.buckets = torch.tensor([numbers[bucket] for bucket in buckets])  # (n,)
-        self.size = size
+        self.members = [(self.buckets == n).nonzero().flatten() for n in numbers.values()]  # (m,) each
+        self.seed, self.size = seed, size
 
-    def draw(self, epoch: int) -> Tensor:
-        rounds = self.permuted(self.buckets, "buckets", epoch)  # (n,) the bucket of each round
-        order = torch.empty(len(rounds), self.size, dtype=torch.int32)
-        for bucket in self.buckets.unique().tolist():
-            members = (self.buckets == bucket).nonzero().flatten().int()  # (m,)
-            turns = [self.permuted(members, "order", epoch, bucket, turn) for turn in range(self.size)]
-            order[rounds == bucket] = torch.cat(turns).view(-1, self.size)  # (m, size)
-        return order.flatten()  # (n * size,)
+    def draw(self, epoch: int) -> tuple[Tensor, Tensor, list[Shuffled]]:
+        """The bucket of each round (n,), the number of earlier rounds with it (n,), and the permutations of
+        each bucket."""
+        rounds = self.buckets[super().draw(epoch)]
+        earlier = torch.empty_like(rounds)
+        for bucket, members in enumerate(self.members):
+            earlier[rounds == bucket] = torch.arange(len(members))
+        names = self.seed, "order", epoch
+        return rounds, earlier, [Shuffled(len(m), *names, bucket) for bucket, m in enumerate(self.members)]
+
+    def __getitem__(self, number: int) -> int:
+        number, position = divmod(number, self.size)
+        epoch, number = divmod(number, self.length)
+        rounds, earlier, permutations = self.epoch(epoch)
+        bucket = rounds[number].item()
+        position += earlier[number].item() * self.size
+        return self.members[bucket][permutations[bucket][position]].item()
 
 
 class Stream:
     """Sample k as a list of {"number", "prompt", "weight"} with either "pixels" (3, h, w) or the cached
-    "mean" and "std" of its latents: one for each example at its index (an instance and a picture of its
-    class, say)."""
+    "mean" and "std" of its latents: one dict per example at its index (with prior preservation an instance
+    and an image of its class)."""
 
     def __init__(self, dataset: Captioned | Prior, seed: int):
         self.dataset = dataset
@@ -87,28 +93,23 @@ class Stream:
         self.arrange(1)
 
     def arrange(self, size: int) -> None:
-        """Make each round of `size` samples of one bucket, if the dataset has buckets."""
+        """Set the size of a round, which is of one bucket if the dataset has buckets."""
         if self.dataset.buckets is None:
-            self.order = Shuffled(len(self.dataset), self.seed)
+            self.order = Shuffled(len(self.dataset), self.seed, "order")
         else:
             self.order = Bucketed(self.dataset.buckets, self.seed, size)
 
     def views(self, size: int) -> list[list[View]]:
-        """Every view there can be, in parts of at most `size` of one shape; none if crops are drawn."""
+        """All possible views, in parts of at most `size` of one shape; none if crops are random."""
         parts = []
         for _, group in itertools.groupby(self.dataset.views() or [], key=lambda view: view.shape):
             alike = list(group)
             parts += [alike[start : start + size] for start in range(0, len(alike), size)]
         return parts
 
-    def examples(self, number: int) -> list[Example]:
-        """The examples of sample `number`: a function of the seed and the number alone (and, with buckets, of
-        the size of a round)."""
-        return self.dataset.examples(self.order[number], noise.generator(self.seed, "augment", number))
-
     def __getitem__(self, number: int) -> list[dict]:
-        samples = []
-        for i, example in enumerate(self.examples(number)):
+        samples, generator = [], noise.generator(self.seed, "augment", number)
+        for i, example in enumerate(self.dataset.examples(self.order[number], generator)):
             sample = {"number": f"{number}+{i}" if i else number, "prompt": example.prompt}
             sample |= {"weight": torch.tensor(example.weight)} | self.dataset.extras(example.view)
             if example.view in self.moments:
@@ -120,8 +121,7 @@ class Stream:
 
 
 def collate(samples: list[list[dict]]) -> dict:
-    """A batch: the first examples of all samples, then the second ones; tensors stacked, all else in
-    lists."""
+    """A batch: the first example of each sample, then the second ones; tensors stacked, all else in lists."""
     examples = [example for row in zip(*samples, strict=True) for example in row]
     columns = {key: [e[key] for e in examples] for key in examples[0]}
     return {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
@@ -137,13 +137,13 @@ def batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[dict]:
-    """`count` batches from sample number `first` on, for process `rank` of `world`, which share every round.
+    """Yield `count` batches from sample `first` on, for process `rank` of the `world` that share each round.
     ValueError if the dataset has buckets and `first` is within a round."""
     size = batch_size * world
     if stream.dataset.buckets is not None and first % size:
         raise ValueError(
             f"--bucket: sample {first} is within a round of {size}; "
-            "go on with the --train_batch_size and the number of processes that the run had"
+            "continue with the --train_batch_size and the number of processes of the run"
         )
     stream.arrange(size)
     starts = range(first + rank * batch_size, first + count * size, size)

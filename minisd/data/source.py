@@ -1,12 +1,10 @@
-"""What there is to train on: records of pictures and texts, read from a folder, a file or the hub.
+"""The data to train on: records of images and texts, read from a folder, a file or the hub.
 
-    source = read(Path("pictures"), flag="--data")           a folder, with or without metadata
+    source = read(Path("images"), flag="--data")             a folder, with or without metadata
     source = read("user/name", flag="--dataset_name")        the hub, a saved dataset, a parquet file
-    source = from_options(options, cache_dir=None)           whichever of these the flags name
-    print(source.summary())
+    source = from_options(options, cache_dir=None)           the location that the flags name
 
-Whatever is wrong with the data raises a one-line ValueError that names the flag and the file, before any
-training.
+All errors in the data are one-line ValueErrors that name the flag and the file, raised before training.
 """
 
 from __future__ import annotations
@@ -32,14 +30,13 @@ if TYPE_CHECKING:
 
 Subfolders = Literal["all", "repeated", "none"]
 
-REPEATED = re.compile(r"(\d+)_([^/]+)/")  # kohya's folders, such as 10_sks dog/: repeats and caption
-CAPTION_SUFFIXES = (".txt", ".caption")  # of a caption beside its picture; the first one that exists is read
-PROGRESS_BAR_FROM = 200  # pictures to check
+REPEATED = re.compile(r"(\d+)_([^/]+)/")  # kohya's folders: repeats and caption (10_sks dog/)
+CAPTION_SUFFIXES = (".txt", ".caption")  # of captions beside images; the first that exists is read
+PROGRESS_BAR_FROM = 200  # records; fewer are checked without a progress bar
 MAX_REASONS = 20  # of skipped files in a summary
 CAPTIONS_HINT = "; captions come from metadata.csv, metadata.jsonl, or .txt files beside the pictures"
 
-# Other names of a column, tried where it is missing: those of ControlNet's lines, and of pairs with
-# file_name.
+# Other names of a column, tried if it is missing: those in ControlNet's prompt.json and in edit datasets.
 ALIASES = {
     "image": ("target",),
     "conditioning_image": ("source",),
@@ -52,8 +49,8 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Record:
-    """The pictures of one example and its texts, both by column. `sizes` are the (width, height) of the
-    pictures in pixels, after their EXIF rotation; `repeats` is how often the record occurs in an epoch."""
+    """The images and texts of one example, by column. `sizes` are (width, height) of the images in pixels,
+    after EXIF rotation; `repeats` is the number of times that the record occurs in an epoch."""
 
     name: str
     pictures: dict[str, Path | images.Cell]
@@ -64,7 +61,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """Records in a fixed order, where they come from, and the files that were skipped, with the reasons."""
+    """Records in a fixed order, the name of their location, and the skipped files, with the reasons."""
 
     name: str
     records: tuple[Record, ...]
@@ -76,18 +73,18 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of pictures, then columns of texts."""
+        """Names of the columns: images, then texts."""
         pictures = [column for record in self.records for column in record.pictures]
         return list(dict.fromkeys(pictures + [column for record in self.records for column in record.texts]))
 
     @property
     def epoch(self) -> list[int]:
-        """The number of the record at each index of an epoch; one with repeats occurs several times."""
+        """The number of the record at each index of an epoch; records with repeats occur several times."""
         return [i for i, record in enumerate(self.records) for _ in range(record.repeats)]
 
     def column(self, name: str, *, flag: str, of: Literal["texts", "pictures"] = "texts") -> str:
         """The column called `name`, or by one of its aliases. ValueError, naming `flag`, if there is none, or
-        if a record has nothing in it."""
+        if it is empty in a record."""
         known = {c for r in self.records for c in getattr(r, of)}
         column = next((c for c in (name, *ALIASES.get(name, ())) if c in known), None)
         if column is None:
@@ -104,12 +101,12 @@ class Source:
         return column
 
     def pair_column(self, name: str, other: str, *, flag: str) -> str:
-        """As `column`, of pictures that have the aspect ratio of those in the column `other`. ValueError too,
-        naming `flag` and the files, if two have not."""
+        """As `column`, for images with the aspect ratios of those in the column `other`. ValueError, naming
+        `flag` and the files, also if two differ."""
         column = self.column(name, flag=flag, of="pictures")
         for record in self.records:
             (w, h), (ow, oh) = record.sizes[other], record.sizes[column]
-            if abs(w * oh - h * ow) > max(w, h, ow, oh):  # further apart than rounding to pixels explains
+            if abs(w * oh - h * ow) > max(w, h, ow, oh):  # more than by rounding to pixels
                 raise ValueError(
                     f"{flag}: an unequal pair in {self.name}: {record.pictures[other]} is {w}x{h}, "
                     f"{record.pictures[column]} is {ow}x{oh}"
@@ -117,22 +114,22 @@ class Source:
         return column
 
     def open(self, number: int, column: str) -> Image.Image:
-        """The RGB picture of record `number` in `column`."""
+        """The RGB image of record `number` in `column`."""
         return images.open_image(self.records[number].pictures[column])
 
     def caption(self, number: int, column: str, generator: torch.Generator) -> str:
-        """The text of record `number`; if it has several, one of them is drawn."""
+        """The text of record `number`, drawn if it has several."""
         text = self.records[number].texts[column]
         return text if isinstance(text, str) else noise.choice(text, generator)
 
     def with_prompt(self, prompt: str | Sequence[str], column: str = "text") -> Source:
-        """The same records, with `prompt` as the text of those that have none."""
+        """The same records, with `prompt` as the text of those without one."""
         records = (replace(r, texts={column: prompt} | r.texts) for r in self.records)
         return replace(self, records=tuple(records))
 
     def split(self, share: float, seed: int) -> tuple[Source, Source]:
-        """The records to train on, and those held out, drawn by the seed: a `share` of them if that is below
-        1, but at least one, else that number of them. ValueError if none is left to train on."""
+        """The records to train on and those held out, drawn by the seed: a `share` below 1 of the records,
+        but at least one, or else `share` records. ValueError if none is left to train on."""
         count = max(1, round(len(self) * share)) if share < 1 else int(share)
         if count >= len(self):
             raise ValueError(f"--validation_split {share:g} leaves none of {len(self)} examples to train on")
@@ -141,7 +138,7 @@ class Source:
         return tuple(replace(self, records=tuple(self.records[i] for i in n)) for n in (training, held_out))
 
     def summary(self, caption_column: str | None = None) -> str:
-        """Numbers of pictures and captions, columns, sizes, and which files were skipped and why."""
+        """Numbers of images and captions, columns, sizes, and the skipped files with the reasons."""
         sizes = Counter(size for r in self.records for size in r.sizes.values())
         pictures, repeated = sum(len(r.pictures) for r in self.records), len(self.epoch)
         column = caption_column or next((c for c in ("text", "prompt") if c in self.columns), None)
@@ -165,7 +162,7 @@ def _first_four(words: Sequence[str]) -> str:
 
 
 def from_options(options: Dataset, cache_dir: str | None) -> Source:
-    """What --data or --dataset_name names, read as the options say."""
+    """Read the location that --data or --dataset_name names."""
     return read(
         options.data or options.dataset_name,
         flag="--data" if options.data else "--dataset_name",
@@ -188,17 +185,17 @@ def read(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> Source:
-    """The pictures of a folder; or, through the package `datasets`, the split "train" of a parquet file, of a
-    folder that this package saved, or, if `location` is a str, of a dataset on the hub (`config` is its
+    """Read the images of a folder, or with the package `datasets` the split "train" of a parquet file, of a
+    folder saved by that package, or, if `location` is a str, of a dataset on the hub (`config` is its
     configuration).
 
-    A folder yields first the pictures of metadata files in the order of the rows, then the others by name;
-    those of its subfolders too: of all, of those in kohya's layout N_name alone ("repeated"), or of none.
-    Texts are the columns of the nearest metadata file at or above a picture; without one, "text" is that of a
-    .txt or .caption file beside the picture, or else kohya's name.
+    The records of a folder are the rows of its metadata files, then the other images by name. Subfolders are
+    read too: all, only those in kohya's layout N_name ("repeated"), or none. Texts are the columns of the
+    nearest metadata file in an image's folder or above it; without one, "text" is the content of a .txt or
+    .caption file beside the image, or else the name in kohya's folder.
 
-    If there are more than `max_samples` records, the seed draws that many. ValueError if anything does not
-    fit together, or, unless `skip_bad_images`, if a picture cannot be decoded.
+    From more than `max_samples` records, that number is drawn by the seed. ValueError if the data is
+    inconsistent, or, unless `skip_bad_images`, if an image cannot be decoded.
     """
     path, skipped, hidden = Path(location), [], []
     samples = noise.generator(seed, "samples")
@@ -225,7 +222,8 @@ def read(
 
 
 def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bool) -> Source:
-    """A source of the records, each picture decoded once. ValueError if one cannot be, or if none is left."""
+    """A source of the records, with their sizes; each image is decoded once. ValueError if one cannot be
+    decoded, or with `skip_bad_images` if none can."""
     good, bad = [], []
     size = functools.cache(lambda picture: images.open_image(picture).size)  # several records may share one
     for record in tqdm(records, desc="checking", leave=False, disable=len(records) < PROGRESS_BAR_FROM):
@@ -241,7 +239,7 @@ def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bo
 
 
 def join(sources: Sequence[Source]) -> Source:
-    """Several sources as one."""
+    """The records of several sources as one source."""
     return Source(
         name=", ".join(s.name for s in sources),
         records=tuple(record for s in sources for record in s.records),
@@ -251,7 +249,7 @@ def join(sources: Sequence[Source]) -> Source:
 
 
 class _Folder:
-    """The files in a folder and below it, and the records that they make."""
+    """Reads the records of a folder and its subfolders, and notes the skipped and hidden files."""
 
     def __init__(self, root: Path, subfolders: Subfolders):
         if not root.is_dir():
@@ -261,8 +259,8 @@ class _Folder:
         self.hidden: list[str] = []
 
     def records(self) -> list[Record]:
-        """Those of metadata files, then those of other pictures. ValueError if a picture has no row in the
-        metadata, if a row has no picture, or if there are no pictures at all."""
+        """The records of metadata files, then those of other images. ValueError if an image has no row in the
+        metadata, if a row has no image, or if there are no images."""
         files = list(self._files(self.root))
         folders = sorted({self.root, *(path.parent for path in files)})
         metadata = {folder: path for folder in folders if (path := tables.find(folder))}
@@ -281,19 +279,17 @@ class _Folder:
             elif path.suffix in CAPTION_SUFFIXES:
                 if path.with_suffix("") not in stems:
                     self._skip(path, "no picture of that name")
-            elif (read := metadata.get(path.parent)) != path:
-                self._skip(
-                    path, f"{read.name} counts" if read and path.name in tables.METADATA else "not a picture"
-                )
+            elif (used := metadata.get(path.parent)) != path:
+                unused = used and path.name in tables.METADATA
+                self._skip(path, f"{used.name} is used instead" if unused else "not a picture")
         if not records:
             others = len(self.skipped) + len(self.hidden)
-            raise ValueError(
-                f"no picture in {self.root} ({f'{others} other entries' if others else 'empty'})"
-            )
+            contents = f"{others} other entries" if others else "empty"
+            raise ValueError(f"no picture in {self.root} ({contents})")
         return records
 
     def _files(self, folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-        """The files in a folder and below it, by name; `above` are the folders that led here."""
+        """Yield the files in a folder and its subfolders by name; `above` are the folders above it."""
         real = os.path.realpath(folder)
         if real in above:  # a link that leads back up
             return
@@ -308,7 +304,7 @@ class _Folder:
                 yield from self._files(path, above | {real})
 
     def _exclusion(self, folder: Path) -> str | None:
-        """Why a folder is not read, if it is not. Only those right in the root can be excluded."""
+        """The reason to skip a folder, or None. Only folders directly in the root can be skipped."""
         kohya = REPEATED.match(f"{folder.name}/")
         if folder.parent != self.root or not any(folder.iterdir()):
             return None
@@ -317,7 +313,7 @@ class _Folder:
         return "repeated 0 times" if kohya and int(kohya[1]) == 0 else None
 
     def _record(self, pictures: dict[str, Path], texts: dict[str, Any]) -> Record:
-        """A record; without texts it has the caption beside its first picture, or kohya's."""
+        """A record; without texts, its text is the caption beside its first image, or kohya's."""
         path = next(iter(pictures.values()))
         kohya = REPEATED.match(self._short(path)) if self.subfolders != "none" else None
         if not texts:

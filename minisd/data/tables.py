@@ -1,4 +1,4 @@
-"""Tables: metadata.jsonl, .csv and .parquet beside pictures, and datasets of the package `datasets`."""
+"""Tables: metadata files (JSON lines, CSV, parquet) beside images, and datasets of the package `datasets`."""
 
 import csv
 import io
@@ -9,17 +9,17 @@ from typing import Any
 
 from minisd.data import images
 
-# Files whose rows describe the pictures of their folder and of its subfolders; the first one that exists is
+# Files whose rows describe the images of their folder and of its subfolders; the first one that exists is
 # read. prompt.json holds ControlNet's {"source", "target", "prompt"} lines.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "prompt.jsonl")
 
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what the package `datasets` writes into a folder
 
-Row = tuple[str, dict[str, Any]]  # its location ("metadata.csv, line 3"), and its columns
+Row = tuple[str, dict[str, Any]]  # location ("metadata.csv, line 3"), columns
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 file, with or without a byte order mark. ValueError if it is not UTF-8."""
+    """The text of a file in UTF-8, with or without a byte order mark. ValueError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -36,14 +36,14 @@ def find(folder: Path) -> Path | None:
 
 
 def _is_controlnet(path: Path) -> bool:
-    """Whether a prompt.json is ControlNet's: the name is a common one."""
+    """Whether a prompt.json is ControlNet's; other programs write files of that name too."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         first = file.readline(100_000)
     return '"source"' in first and '"target"' in first
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a metadata file. ValueError, naming file and line, where it is broken."""
+    """All rows of a metadata file. ValueError, naming file and line, if it is broken."""
     rows = list({".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)(path))
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -57,7 +57,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    # Not splitlines: a caption may hold U+2028, which ends no line of JSON.
+    # Not splitlines: in JSON lines, U+2028 does not end a line.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -83,7 +83,7 @@ def _csv(path: Path) -> Iterator[Row]:
             elif len(cells) != len(header):
                 raise ValueError(
                     f"{where}: {len(cells)} cells under {len(header)} columns ({', '.join(header)}); "
-                    "a text with a comma in it stands in double quotes"
+                    "a text with a comma needs double quotes"
                 )
             else:
                 yield where, dict(zip(header, cells, strict=True))
@@ -104,9 +104,9 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The picture files that a row names and its texts, both by column. "file_name" is the column "image",
+    """Split a row into image files and texts, both by column. The key "file_name" is the column "image",
     "x_file_name" the column "x", and ControlNet's "source" and "target" are files if the row has both.
-    ValueError, naming the row's location `where`, if it names no file, or one that is missing."""
+    ValueError, naming the row's location `where`, if it has no file or one is missing."""
     pictures, texts = {}, {}
     for key, value in row.items():
         if key in ("source", "target") and {"source", "target"} <= row.keys():
@@ -130,7 +130,7 @@ def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path
 
 
 def needs_datasets(folder: Path) -> bool:
-    """Whether a folder was saved by the package `datasets`, or holds parquet files and no pictures."""
+    """Whether a folder was saved by the package `datasets`, or has parquet files and no images."""
     if any((folder / name).is_file() for name in SAVED):
         return True
     suffixes = {p.suffix.lower() for p in folder.rglob("*") if p.name != "metadata.parquet"}
@@ -140,9 +140,9 @@ def needs_datasets(folder: Path) -> bool:
 def load_dataset(
     name: str, config: str | None, cache_dir: str | None, *, flag: str
 ) -> tuple[dict[str, Any], dict[str, list]]:
-    """The split "train" of a dataset on the hub, of one saved in a folder, or of a local parquet file: for
-    each column of pictures a table of it alone, undecoded; for each column of texts its values. ValueError,
-    naming `flag`, if it cannot be loaded or has no pictures."""
+    """Load the split "train" of a dataset on the hub, of one saved in a folder, or of a local parquet file.
+    Return a table for each column of images (undecoded), and the values of each column of texts. ValueError,
+    naming `flag`, if it cannot be loaded or has no images."""
     try:
         import datasets
     except ImportError:
@@ -165,13 +165,13 @@ def load_dataset(
         raise ValueError(f"{flag} {name}: {lines[0]}") from e
     pictures, texts = {}, {}
     for column, kind in data.features.items():
-        alone = data.select_columns(column)  # so that reading it reads no other column
-        inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)  # of lists: their items
+        alone = data.select_columns(column)  # so that reading a cell does not read the other columns
+        inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)  # a list's items
         dtype = getattr(inner, "dtype", None)
         if isinstance(kind, datasets.Image):
             pictures[column] = alone.cast_column(column, datasets.Image(decode=False))
         elif (isinstance(kind, dict) and "bytes" in kind) or dtype in ("binary", "large_binary"):
-            pictures[column] = alone  # parquet that was written by another program
+            pictures[column] = alone  # parquet written by another program
         elif dtype in ("string", "large_string"):
             texts[column] = alone[:][column]
     if not pictures:

@@ -1,1 +1,1 @@
-"""The networks: parameter names are those of the diffusers layout, because they are the file format."""
+"""The networks. Their parameters are named as in diffusers, because the names are the file format."""

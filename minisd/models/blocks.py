@@ -1,4 +1,4 @@
-"""The levels of the UNets, ControlNet and the VAE: ResnetBlocks, and attention where a level has it."""
+"""The levels of the UNets, ControlNet and the VAE: ResnetBlocks, and attention at some levels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from minisd.models.layers import Context, Downsample, ResnetBlock, Upsample
 
-MakeAttention = Callable[[int], nn.Module] | None  # makes an attention layer for a level; None: it has none
+MakeAttention = Callable[[int], nn.Module] | None  # level -> a new attention layer; None: no attention
 
 
 @dataclass(kw_only=True)
 class LevelsConfig:
-    """What these networks share; `block_out_channels` has an entry per level, highest resolution first. The
-    defaults, here and in the configs of the networks, are those of Stable Diffusion v1.5."""
+    """Settings that these networks share; `block_out_channels` has an entry per level, highest resolution
+    first. The defaults, here and in the networks' configs, are those of Stable Diffusion v1.5."""
 
     in_channels: int
     block_out_channels: tuple[int, ...]
@@ -32,7 +32,7 @@ class LevelsConfig:
 
 
 class Block(nn.Module):
-    """ResnetBlocks of the widths (c_in, c_out), and attention behind the first of them, or behind all."""
+    """ResnetBlocks with `widths` (c_in, c_out); attention follows each, only the first, or none of them."""
 
     def __init__(self, config: LevelsConfig, widths: list[tuple[int, int]]):
         super().__init__()
@@ -41,10 +41,10 @@ class Block(nn.Module):
             ResnetBlock(c_in, c_out, groups=groups, eps=eps, temb_dim=temb_dim) for c_in, c_out in widths
         )
         self.attentions = nn.ModuleList()
-        self.gradient_checkpointing = False  # recompute activations in the backward pass, not keep them
+        self.gradient_checkpointing = False  # recompute activations in the backward pass
 
     def layer(self, i: int, x: Tensor, temb: Tensor | None, context: Context) -> Tensor:
-        """ResnetBlock i and the attention behind it: (b, c_in, h, w) -> (b, c_out, h, w)."""
+        """ResnetBlock i, then its attention: (b, c_in, h, w) -> (b, c_out, h, w)."""
         x = self._run(self.resnets[i], x, temb)  # (b, c_out, h, w)
         return self._run(self.attentions[i], x, context) if i < len(self.attentions) else x
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """One level of an encoder. Each of its outputs is a skip connection of a UNet."""
+    """One level of an encoder. Each output is a skip connection in a UNet."""
 
     def __init__(self, config: LevelsConfig, level: int, attention: MakeAttention = None):
         channels, layers = config.block_out_channels, range(config.layers_per_block)
@@ -90,14 +90,14 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """One level of a decoder. In a UNet it takes layers_per_block + 1 skips from the end of `skips`."""
+    """One level of a decoder. In a UNet it pops layers_per_block + 1 tensors from `skips`."""
 
     def __init__(
         self, config: LevelsConfig, level: int, attention: MakeAttention = None, has_skips: bool = True
     ):
         channels, layers = config.block_out_channels, range(config.layers_per_block + 1)
         c_in, c_out = channels[min(level + 1, len(channels) - 1)], channels[level]
-        # Skips in the order they are popped: this level's, and last the one that entered the level.
+        # Skips in the order they are popped: this level's outputs, then its input.
         c_skips = [*[c_out] * config.layers_per_block, channels[max(level - 1, 0)]]
         c_skips = c_skips if has_skips else [0] * len(layers)
         super().__init__(config, [((c_out if i else c_in) + c_skips[i], c_out) for i in layers])
@@ -112,6 +112,6 @@ class UpBlock(Block):
                 x = torch.cat([x, skips.pop()], dim=1)  # (b, c + c_skip, h, w)
             x = self.layer(i, x, temb, context)  # (b, c_out, h, w)
         for upsample in self.upsamplers:
-            # The next skip's size, not twice this one's: they differ where a side was odd on the way down.
+            # To the size of the next skip, which is not twice x's if a side was odd on the way down.
             x = upsample(x, skips[-1].shape[-2:] if skips else None)  # (b, c_out, 2 h, 2 w)
         return x

@@ -1,4 +1,4 @@
-"""ControlNet: a trained copy of the UNet's encoder that steers it by an image (arXiv 2302.05543)."""
+"""ControlNet: a trained copy of the UNet's encoder that conditions it on an image (arXiv 2302.05543)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,11 +17,11 @@ Residuals = dict[str, Tensor | list[Tensor]]  # down_residuals and mid_residual,
 
 @dataclass(kw_only=True)
 class ControlNetConfig(EncoderConfig):
-    hint_channels: tuple[int, ...]  # of the hint network; each but the first halves the side
+    hint_channels: tuple[int, ...]  # of the hint network; each after the first halves the side
 
     @classmethod
     def of(cls, encoder: EncoderConfig, hint_channels: tuple[int, ...] = HINT_CHANNELS) -> "ControlNetConfig":
-        """The config of a ControlNet for a UNet."""
+        """The config of a ControlNet for a UNet with this encoder."""
         shared = {f.name: getattr(encoder, f.name) for f in fields(EncoderConfig)}
         return cls(**shared, hint_channels=hint_channels)
 
@@ -30,7 +30,7 @@ SD15 = ControlNetConfig.of(unet.SD15)
 
 
 class HintNetwork(nn.Module):
-    """The conditioning image at the size of the latents: (b, 3, 8h, 8w) in [0, 1] -> (b, c_out, h, w)."""
+    """Scales the conditioning image to the latents: (b, 3, 8h, 8w) in [0, 1] -> (b, c_out, h, w)."""
 
     def __init__(self, channels: tuple[int, ...], c_out: int):
         super().__init__()
@@ -44,18 +44,18 @@ class HintNetwork(nn.Module):
     def forward(self, hint: Tensor) -> Tensor:
         x = self.conv_in(hint)  # (b, channels[0], 8h, 8w)
         for block in self.blocks:
-            x = block(F.silu(x))  # every second one halves the side
+            x = block(F.silu(x))  # every second block halves the side
         return self.conv_out(F.silu(x))  # (b, c_out, h, w)
 
 
 class ControlNet(UNetEncoder):
-    """What to add to the UNet's skips and to its middle, given the UNet's inputs and a conditioning image."""
+    """Predicts residuals of the UNet's skips and middle from its inputs and a conditioning image."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
         self.controlnet_cond_embedding = HintNetwork(config.hint_channels, channels[0])
-        # One convolution per skip: conv_in's, then those of each level's layers and its downsampling.
+        # One convolution per skip: conv_in's output, then those of each level's layers and downsampling.
         skips = [channels[0]]
         for level, c in enumerate(channels):
             skips += [c] * (config.layers_per_block + (level < last))
@@ -64,16 +64,14 @@ class ControlNet(UNetEncoder):
 
     @classmethod
     def from_unet(cls, source: UNet, downscale: int = 8) -> "ControlNet":
-        """A copy of the UNet's encoder whose residuals are zero. `downscale`: pixels per latent along a side.
-
-        ValueError if no hint network scales by it.
-        """
+        """A ControlNet with a copy of the UNet's encoder and residuals of zero. `downscale` is the number of
+        pixels per latent along a side. ValueError if no hint network scales by it."""
         steps = downscale.bit_length() - 1
         if downscale != 2**steps or not 0 < steps < len(HINT_CHANNELS):
             raise ValueError(f"no hint network goes from pixels to latents {downscale} times smaller")
         config = ControlNetConfig.of(source.config, HINT_CHANNELS[: steps + 1])
         self = move(cls(config), source.conv_in.weight.device, source.conv_in.weight.dtype)
-        self.load_state_dict(source.state_dict(), strict=False)  # but for the decoder
+        self.load_state_dict(source.state_dict(), strict=False)  # without the decoder
         zero = [self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block]
         for conv in [*zero, *self.controlnet_down_blocks]:
             nn.init.zeros_(conv.weight)
@@ -89,9 +87,9 @@ class ControlNet(UNetEncoder):
         scale: float = 1.0,
         guess: bool = False,
     ) -> Residuals:
-        """The UNet's keywords `down_residuals` and `mid_residual`, times `scale`; with `guess` also times 0.1
-        at the first skip to 1 in the middle, evenly in the logarithm. The first three arguments are the
-        UNet's; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if it is of another size."""
+        """Return the UNet's keywords `down_residuals` and `mid_residual`, times `scale`; with `guess` also
+        times a factor that rises geometrically from 0.1 at the first skip to 1 in the middle. The first three
+        arguments are the UNet's; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if its size does not fit."""
         hint = self.controlnet_cond_embedding(hint)  # (b, c0, h, w)
         if hint.shape[-2:] != noisy_latents.shape[-2:]:
             raise ValueError(
@@ -106,8 +104,8 @@ class ControlNet(UNetEncoder):
 
 
 def total(residuals: list[Residuals], rows: int) -> Residuals:
-    """The sum of the residuals of several ControlNets. Those of a ControlNet that saw only the last of `rows`
-    samples are zero for the others."""
+    """The sum of the residuals of several ControlNets. Where a ControlNet ran for only the last of the `rows`
+    samples, its residuals for the first ones are zero."""
 
     def add(tensors: Sequence[Tensor]) -> Tensor:
         whole = [t if len(t) == rows else F.pad(t, (0, 0, 0, 0, 0, 0, rows - len(t), 0)) for t in tensors]

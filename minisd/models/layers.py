@@ -1,13 +1,13 @@
-"""The layers that the UNet, the VAE, ControlNet and the text encoder are made of.
+"""The layers of the UNet, the VAE, ControlNet and the text encoder.
 
-Shapes, here and in the files beside this one:
+Shapes, here and in the other files of this folder:
 
     b       batch                       s   text tokens
     c       channels                    d   width of a token
     h w     height and width            nh  heads
     n       image tokens, n = h * w     hd  width of a head, d = nh * hd
 
-h is never heads. Networks take and give images as (b, c, h, w), tokens as (b, n, d), text as (b, s, d).
+h is never heads. Images are (b, c, h, w), tokens (b, n, d), text (b, s, d).
 """
 
 import math
@@ -25,7 +25,7 @@ CHANNELS_LAST_DEVICES = {"cuda"}  # where `move` changes the layout
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of x (b, c, h, w) + add (b, c), and SiLU behind it with `silu`: one fused op."""
+    """GroupNorm of x (b, c, h, w) + add (b, c), followed by SiLU with `silu`: one fused op."""
 
     def forward(self, x: Tensor, *, silu: bool = False, add: Tensor | None = None) -> Tensor:
         return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, add=add)
@@ -43,8 +43,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The convolution of x (b, c_in, h, w) with weight (c_out, c_in, 1, 1) as the matrix product that it is,
-    in the memory layout of x: torch's convolution may copy x into another. Returns (b, c_out, h, w)."""
+    """Convolve x (b, c_in, h, w) with weight (c_out, c_in, 1, 1) as a matrix product, in the memory layout of
+    x; torch's convolution may copy x into another layout. Returns (b, c_out, h, w)."""
     weight = weight.flatten(1)  # (c_out, c_in)
     if x.is_contiguous(memory_format=torch.channels_last):
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)  # (b, c_out, h, w)
@@ -65,8 +65,8 @@ class Conv1x1(nn.Conv2d):
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
     """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), (b, dim) in fp32, of timesteps (b,):
-    Vaswani et al. 2017, section 3.5, with the cosines first as in SD. The DDPM of 2020 has a shift of 1 and
-    the sines first."""
+    Vaswani et al. 2017, section 3.5, with the cosines first as in SD. The published DDPM weights have a shift
+    of 1 and the sines first."""
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[:, None] * (exponent / (half - shift)).exp()  # (b, dim / 2)
@@ -75,7 +75,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_fir
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer MLP behind the sinusoids: (b, dim) -> (b, temb_dim)."""
+    """The two-layer MLP after the sinusoids: (b, dim) -> (b, temb_dim)."""
 
     def __init__(self, dim: int, temb_dim: int):
         super().__init__()
@@ -88,7 +88,7 @@ class TimestepEmbedding(nn.Module):
 
 class ResnetBlock(nn.Module):
     """GN, SiLU, conv, + temb, GN, SiLU, conv, + shortcut: (b, c_in, h, w) -> (b, c_out, h, w). `temb`
-    (b, temb_dim) comes with its SiLU already applied."""
+    (b, temb_dim) has its SiLU already applied."""
 
     def __init__(self, c_in: int, c_out: int, *, groups: int, eps: float, temb_dim: int | None = None):
         super().__init__()
@@ -107,8 +107,8 @@ class ResnetBlock(nn.Module):
 
 
 def fused_qkv(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """x (b, n, d) through each layer. One matrix product does it if the layers have nothing but weights, and
-    `to_channels_last` has put these into one piece of memory."""
+    """Apply each layer to x (b, n, d); in one matrix product, if the layers are plain and `to_channels_last`
+    has put their weights into one piece of memory."""
     weights = [layer.weight for layer in layers]
     if torch.compiler.is_compiling() or not all(map(_is_plain, layers)) or not _in_one_piece(weights):
         return [layer(x) for layer in layers]
@@ -125,28 +125,28 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 
 def _in_one_piece(weights: list[Tensor]) -> bool:
-    """Whether the weights lie one behind the other in the same memory."""
+    """Whether the weights follow each other in the same memory."""
     starts, ends = zip(*((w.storage_offset(), w.storage_offset() + w.numel()) for w in weights), strict=True)
     dense = all(w.is_contiguous() for w in weights)
     return dense and starts[1:] == ends[:-1] and len({w.untyped_storage().data_ptr() for w in weights}) == 1
 
 
 def multi_head(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, causal: bool = False) -> Tensor:
-    """Attention of q (b, n, d) to k and v (b, m, d) in `num_heads` heads. Returns (b, n, d)."""
+    """Multi-head attention of q (b, n, d) to k and v (b, m, d). Returns (b, n, d)."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # (b, n or m, nh, hd)
     return ops.attention(q, k, v, causal=causal).flatten(-2)  # (b, n, d)
 
 
 @dataclass(eq=False)
 class CachedContext:
-    """Text states (b, s, d), and the keys and values that cross-attention makes of them, each computed once:
-    for sampling, where neither the text nor a layer changes from step to step."""
+    """Text states (b, s, d), and the keys and values of cross-attention, each computed once: for sampling,
+    where neither the text nor the layers change between steps."""
 
     states: Tensor
     cache: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def project(self, layer: nn.Module) -> Tensor:
-        """The states through a layer's projection to keys or values."""
+        """The projection of the states by a layer to keys or values, (b, s, d)."""
         if layer not in self.cache:
             self.cache[layer] = layer(self.states)
         return self.cache[layer]
@@ -188,11 +188,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back: (b, n, d) -> (b, n, d)."""
+    """GEGLU to four times the width, and a linear layer back: (b, n, d) -> (b, n, d)."""
 
     def __init__(self, dim: int):
         super().__init__()
-        # Index 1 is the published layout's dropout, which SD trains without.
+        # Index 1 is dropout in the published layout; SD trains without it.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text and feed-forward, each behind a LayerNorm and added to its
+    """Self-attention, cross-attention to the text and feed-forward, each after a LayerNorm and added to its
     input: (b, n, d) -> (b, n, d)."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int):
@@ -238,7 +238,7 @@ class SpatialTransformer(nn.Module):
 
 
 class SelfAttention2d(nn.Module):
-    """Attention over the pixels of x (b, c, h, w), added to x: that of the VAE and the pixel UNet."""
+    """Attention over the pixels of x (b, c, h, w), added to x; for the VAE and the pixel UNet."""
 
     def __init__(self, channels: int, num_heads: int, *, groups: int, eps: float):
         super().__init__()
@@ -258,7 +258,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, pad_end_only: bool = False):
         super().__init__()
-        # The VAE pads one row and one column at the end only, the UNet all round.
+        # The VAE pads one row and one column at the end, the UNet pads all sides.
         self.pad_end_only = pad_end_only
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end_only else 1)
 
@@ -267,7 +267,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to `size`, twice x's by default, then a convolution:
+    """Nearest-neighbour upsampling to `size` (by default twice that of x), then a convolution:
     (b, c, h, w) -> (b, c, *size)."""
 
     def __init__(self, channels: int):
@@ -280,9 +280,9 @@ class Upsample(nn.Module):
 
 
 def to_channels_last(network: nn.Module) -> nn.Module:
-    """Arrange the weights as a GPU likes them; names, shapes and values stay. A convolution whose weight is
-    channels-last gives channels-last, in which pixels are tokens without a copy. The three weights of a
-    self-attention get one piece of memory, so that they are one product: see `fused_qkv`."""
+    """Lay out the weights in memory for a GPU; names, shapes and values stay. A convolution with a
+    channels-last weight returns channels-last, in which pixels become tokens without a copy. The three
+    weights of a self-attention share one piece of memory, for `fused_qkv`."""
     network.to(memory_format=torch.channels_last)
     for block in network.modules():
         if isinstance(block, TransformerBlock):
@@ -294,6 +294,6 @@ def to_channels_last(network: nn.Module) -> nn.Module:
 
 
 def move(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """The network on a device, in the layout that is fast there: channels-last gains nothing on a CPU."""
+    """Move a network to a device, in the fast memory layout there: channels-last gains nothing on a CPU."""
     network = network.to(device, dtype)
     return to_channels_last(network) if torch.device(device).type in CHANNELS_LAST_DEVICES else network

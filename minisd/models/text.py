@@ -57,7 +57,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention and MLP, each behind a LayerNorm, each added to its input: (b, s, d) -> (b, s, d)."""
+    """Self-attention and MLP, each after a LayerNorm and added to its input: (b, s, d) -> (b, s, d)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -72,7 +72,7 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Tokens and positions: ids (b, s) -> (b, s, d)."""
+    """The sum of token and position embeddings: ids (b, s) -> (b, s, d)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -85,16 +85,16 @@ class Embeddings(nn.Module):
 
 class TextEncoder(nn.Module):
     """Token ids (b, s) -> context (b, s, d): the states of the last layer, or of the layer `skip` before it,
-    behind the final LayerNorm. Padding is attended to, as SD was trained."""
+    after the final LayerNorm. Padding is attended to, as in the training of SD."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
         embeddings = Embeddings(config)
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        encoder = nn.ModuleDict({"layers": layers})
         norm = LayerNorm(config.hidden_size, eps=config.eps)
-        # Nested as the published names are.
+        # Nested like the published names.
+        encoder = nn.ModuleDict({"layers": layers})
         model = {"embeddings": embeddings, "encoder": encoder, "final_layer_norm": norm}
         self.text_model = nn.ModuleDict(model)
 

@@ -9,15 +9,15 @@ from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Words as CLIP cuts them: the two marks, an English ending, letters, one digit, or a run of other characters.
+# CLIP's words: the two marks, an English ending, letters, one digit, or a run of other characters.
 WORDS = rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 
 def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
-    """The byte pair encoding of a folder with vocab.json and merges.txt. ValueError if it has none.
+    """The byte pair encoding in a folder with vocab.json and merges.txt. ValueError if there is none.
 
-    It is put together here because importing transformers, to do the same, takes longer than drawing a small
-    image. Only a folder with a changed tokenizer is read by transformers.
+    It is assembled here because importing transformers takes longer than generating a small image. Only a
+    folder with a changed tokenizer is read by transformers.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if {"tokenizer.json", "added_tokens.json"} & names:
@@ -27,7 +27,7 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
     vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
     try:
         model = models.BPE.from_file(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>")
-    except Exception as e:  # it has no narrower class
+    except Exception as e:  # tokenizers raises no narrower class
         raise ValueError(f"{folder} has no readable tokenizer: {e}") from None
     bpe = tokenizers.Tokenizer(model)
     blanks = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
@@ -40,17 +40,17 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _transformers_tokenizer(folder: Path):
-    """transformers' tokenizer of a folder, which can also be written."""
+    """The tokenizer in a folder, as transformers reads it; this one can also be saved."""
     from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
 
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 class Tokenizer:
-    """Prompts to ids (b, max_length): start, at most max_length - 2 tokens, end, and padding with end.
+    """Turns prompts into ids (b, max_length): start, at most max_length - 2 tokens, end, and end as padding.
 
-    A placeholder is an added token: one or more ids behind the vocabulary's, which replace its name wherever
-    that stands in a prompt, in any case.
+    A placeholder is an added token: one or more ids after those of the vocabulary, which replace its name
+    wherever a prompt contains it, in upper or lower case.
     """
 
     def __init__(self, folder: Path, max_length: int):
@@ -62,14 +62,14 @@ class Tokenizer:
         self.placeholders: dict[str, list[int]] = {}
 
     def add_placeholder(self, token: str, num_vectors: int = 1) -> list[int]:
-        """Give `token` the next `num_vectors` ids, and return these. ValueError if it is a token already."""
+        """Give `token` the next `num_vectors` ids, and return them. ValueError if it is a token already."""
         token = self.check_placeholder(token)
         first = self.vocab_size + sum(len(ids) for ids in self.placeholders.values())
         self.placeholders[token] = list(range(first, first + num_vectors))
         return self.placeholders[token]
 
     def check_placeholder(self, token: str) -> str:
-        """The token in lower case. ValueError if it is a token already, or has blanks around it."""
+        """Return the token in lower case. ValueError if it is taken, empty, or has blanks around it."""
         if not token or token != token.strip():
             raise ValueError(f"placeholder {token!r} is empty or begins or ends with a blank")
         token = token.lower()
@@ -81,8 +81,8 @@ class Tokenizer:
         return token
 
     def save(self, folder: Path) -> Path:
-        """Write the tokenizer with its placeholders, those of n vectors as token, token_1, ..., token_(n-1).
-        Return its folder: `folder`, or the one it was read from, if there are no placeholders."""
+        """Write the tokenizer with its placeholders; one of n vectors is written as token, token_1, ...,
+        token_(n-1). Return its folder: without placeholders the one it was read from, else `folder`."""
         if not self.placeholders:
             return self.folder
         tokenizer = _transformers_tokenizer(self.folder)
@@ -92,11 +92,11 @@ class Tokenizer:
         return folder
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without start, end, truncation or padding."""
+        """The ids of a text, without start, end, truncation or padding."""
         return [i for unit in self.units(text) for i in unit]
 
     def units(self, text: str) -> list[list[int]]:
-        """The same, grouped into what must stay together: each id by itself, and all ids of a placeholder."""
+        """As `encode`, grouped into what must stay together: single ids, and all ids of a placeholder."""
         longest_first = sorted(self.placeholders, key=len, reverse=True)
         pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
         pieces = re.split(pattern, text, flags=re.IGNORECASE) if longest_first else [text]
@@ -107,8 +107,8 @@ class Tokenizer:
         return units
 
     def one(self, word: str) -> int | None:
-        """The id of a word that is one token, or else of the vocabulary's entry of that very name: no text is
-        ever encoded to "ktn", Custom Diffusion's. None if there is neither."""
+        """The id of a word that is one token, or else that of the vocabulary's entry with this name, or None.
+        (No text is encoded to the entry "ktn", which Custom Diffusion uses.)"""
         ids = self.encode(word)
         return ids[0] if len(ids) == 1 else self.bpe.token_to_id(word)
 

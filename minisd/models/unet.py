@@ -33,14 +33,14 @@ class EncoderConfig(LevelsConfig):
 @dataclass(kw_only=True)
 class UNetConfig(EncoderConfig):
     out_channels: int = 4
-    sample_size: int = 64  # side of the latents that the model was trained on
+    sample_size: int = 64  # side of the latents in training
 
 
 SD15 = UNetConfig()
 
 
 class UNetEncoder(nn.Module):
-    """The UNet as far as its middle, which a ControlNet has a copy of."""
+    """The UNet up to and including its middle; a ControlNet has a copy of it."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -72,9 +72,9 @@ class UNetEncoder(nn.Module):
     def encode(
         self, noisy_latents: Tensor, timesteps: Tensor, context: Context, hint: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The middle's output, the skips in the order they are made, and temb with its SiLU applied. `hint`
-        (b, c0, h, w) is added behind conv_in."""
-        # Time: sinusoids in fp32, then the MLP. The SiLU that every ResnetBlock starts with is applied once.
+        """Return the middle's output, the skips from first to last, and temb with its SiLU applied. `hint`
+        (b, c0, h, w) is added to the output of conv_in."""
+        # Time: sinusoids in fp32, then the MLP. The SiLU of all ResnetBlocks is applied to temb once.
         temb = self.sinusoids(timesteps).to(noisy_latents.dtype)  # (b, c0)
         temb = F.silu(self.time_embedding(temb))  # (b, temb_dim)
 
@@ -104,8 +104,8 @@ class UNet(UNetEncoder):
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
     def widen(self, in_channels: int) -> None:
-        """Take further input channels, with weights of zero: whatever they hold, the output stays what it
-        was (Brooks et al. 2022, arXiv 2211.09800, section 3.2)."""
+        """Add input channels with weights of zero, so that the output stays the same (Brooks et al. 2022,
+        arXiv 2211.09800, section 3.2)."""
         old, more = self.conv_in, in_channels - self.config.in_channels
         self.conv_in = nn.Conv2d(in_channels, old.out_channels, 3, padding=1, device="meta")
         weight = F.pad(old.weight.detach(), (0, 0, 0, 0, 0, more))  # (c0, in_channels, 3, 3), same layout

@@ -1,4 +1,4 @@
-"""The UNet of DDPM, which denoises pixels and is told nothing but the timestep (arXiv 2006.11239)."""
+"""The UNet of DDPM, which denoises pixels and is conditioned on the timestep alone (arXiv 2006.11239)."""
 
 from dataclasses import dataclass
 

@@ -21,7 +21,7 @@ class VAEConfig(LevelsConfig):
     out_channels: int = 3
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    sample_size: int = 512  # side of the images that it was trained on
+    sample_size: int = 512  # side of the images in training
     scaling_factor: float = 0.18215
     norm_eps: float = 1e-6
     pad_end_only: bool = True
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (b, c0, 8h, 8w)
         for block in self.down_blocks:
-            x = block(x)[-1]  # (b, c, side / 2, side / 2) but at the last level
+            x = block(x)[-1]  # (b, c, side / 2, side / 2), except at the last level
         x = self.mid_block(x)  # (b, c_last, h, w)
         return self.conv_out(self.conv_norm_out(x, silu=True))  # (b, 2 * latent_channels, h, w)
 
@@ -79,12 +79,12 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))  # (b, c_last, h, w)
         for block in self.up_blocks:
-            x = block(x, [])  # (b, c, 2 * side, 2 * side) but at the last level
+            x = block(x, [])  # (b, c, 2 * side, 2 * side), except at the last level
         return self.conv_out(self.conv_norm_out(x, silu=True))  # (b, 3, 8h, 8w)
 
 
 class AutoencoderKL(nn.Module):
-    """Latents in and out of here are scaled by `scaling_factor`, so that they have about unit variance."""
+    """The autoencoder. Its latents are scaled by `scaling_factor`, so that they have about unit variance."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -95,11 +95,11 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents' posterior, each (b, latent_channels, h, w)."""
+        """Mean and standard deviation of the scaled latents, each (b, latent_channels, h, w)."""
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         std = (0.5 * logvar.clamp(-30, 20)).exp()
         return self.config.scaling_factor * mean, self.config.scaling_factor * std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (b, 3, 8h, 8w), about [-1, 1], of scaled latents (b, latent_channels, h, w)."""
+        """Scaled latents (b, latent_channels, h, w) -> pixels (b, 3, 8h, 8w), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))

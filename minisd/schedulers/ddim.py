@@ -11,7 +11,7 @@ SETTINGS = TIMESTEPS | CLIPPING | {"eta": 0.0, "set_alpha_to_one": True}
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Equation 12, with sigma of equation 16 times `eta`: 0 is DDIM, 1 is DDPM's noise."""
+    """Equation 12, with the sigma of equation 16 times `eta`: 0 is DDIM, 1 adds as much noise as DDPM."""
     eta = problem.settings["eta"]
     timesteps = problem.timesteps().round().int().tolist()
     alphas_cumprod = problem.alphas_cumprod(to_one=problem.settings["set_alpha_to_one"])

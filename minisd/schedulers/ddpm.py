@@ -11,11 +11,8 @@ SETTINGS = TIMESTEPS | CLIPPING | {"variance_type": "fixed_small"}
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Algorithm 2: the posterior mean of equation 7, the variance of equation 7 ("fixed_small") or beta_t
-    ("fixed_large")."""
-    kind = problem.settings["variance_type"]
-    if kind not in ("fixed_small", "fixed_large"):
-        raise ValueError(f"variance_type {kind!r}: one of fixed_small, fixed_large")
+    """Algorithm 2: the posterior mean of equation 7, and as variance that of equation 7 ("fixed_small") or
+    beta_t ("fixed_large")."""
     timesteps = problem.timesteps().round().int().tolist()
     alphas_cumprod = problem.alphas_cumprod()
     bars = alphas_cumprod[timesteps]
@@ -28,7 +25,7 @@ def sample(problem: Problem) -> Iterator[Tensor]:
         x = (bar_prev.sqrt() * (1 - alpha) * denoised + alpha.sqrt() * (1 - bar_prev) * x) / (1 - bar)
         if t > 0:
             variance = 1 - alpha
-            if kind == "fixed_small":
+            if problem.settings["variance_type"] == "fixed_small":
                 variance = ((1 - bar_prev) / (1 - bar) * variance).clamp(min=1e-20)
             x = x + variance.sqrt() * problem.new_noise()
         x = problem.keep(x, step)

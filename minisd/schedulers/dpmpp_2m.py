@@ -20,12 +20,12 @@ SETTINGS = SIGMAS | {
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Algorithm 2. Each step solves for x exactly, with x_0 on the line through its last two values over
-    log sigma (solver_type "heun"), or with that line's value in the middle of the step ("midpoint", and any
-    other name). `eta` is how much of the noise is new: 0 for the flow, 1 for the reverse SDE."""
+    """Algorithm 2. Each step is the exact solution for an x_0 on the line through its last two values over
+    log sigma (solver_type "heun"), or for that line's value in the middle of the step ("midpoint", and any
+    other name). `eta` is the share of new noise: 0 for the probability flow, 1 for the reverse SDE."""
     settings = problem.settings
     eta, final, heun = settings["eta"], settings["final_sigmas_type"], settings["solver_type"] == "heun"
-    # But for "trailing", the last of the timesteps is the end and not visited.
+    # Except with "trailing", the last of these timesteps is the end of the last step.
     count = problem.steps + (settings["timestep_spacing"] != "trailing")
     timesteps = problem.timesteps(count).round()[: problem.steps]
     schedule = SigmaSchedule(problem, timesteps, final=final, entire=True)

@@ -1,4 +1,4 @@
-"""DPM-Solver++ 2M on the reverse SDE: as 2M, and every step adds new noise (arXiv 2211.01095)."""
+"""DPM-Solver++ 2M on the reverse SDE: 2M, with new noise at each step (arXiv 2211.01095)."""
 
 from minisd.schedulers import dpmpp_2m
 

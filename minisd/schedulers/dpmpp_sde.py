@@ -13,9 +13,9 @@ SETTINGS = SIGMAS | {"eta": 1.0}
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """The single-step solver of second order, with r = 1/2 and the ancestral noise of k-diffusion: a step to
-    the middle in log sigma, then the whole step with the x_0 that is predicted there. The noise of both is
-    one Brownian path over sigma. The step to a sigma of 0 ends at x_0."""
+    """The second-order single-step solver, with r = 1/2 and the ancestral noise of k-diffusion: a step to the
+    middle in log sigma, then the whole step with the x_0 predicted there. Both draw their noise from one
+    Brownian path over sigma. The step to a sigma of 0 ends at x_0."""
     eta = problem.settings["eta"]
     schedule = SigmaSchedule(problem, problem.timesteps())
     x, steps = schedule.begin()

@@ -1,4 +1,4 @@
-"""Euler: steps along the probability flow (Karras et al. 2022, arXiv 2206.00364, algorithm 2)."""
+"""Euler's method on the probability flow (Karras et al. 2022, arXiv 2206.00364, algorithm 2)."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ SETTINGS = SIGMAS | {"eta": 0.0, "final_sigmas_type": "zero"}
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """dx / dsigma = (x - x_0) / sigma, where x = x_0 + sigma noise; `eta` is how much of the noise is new."""
+    """dx / dsigma = (x - x_0) / sigma, where x = x_0 + sigma noise; `eta` is the share of new noise."""
     schedule = SigmaSchedule(problem, problem.timesteps(), final=problem.settings["final_sigmas_type"])
     x, steps = schedule.begin()
     for step in steps:

@@ -1,4 +1,4 @@
-"""Euler ancestral: each Euler step goes too far down, and new noise leads up again (arXiv 2006.11239)."""
+"""Euler ancestral: Euler steps to a lower noise level, and new noise back up (arXiv 2006.11239)."""
 
 from minisd.schedulers import euler
 

@@ -1,4 +1,4 @@
-"""LCM: a few steps of a distilled model, each to x_0 and up again (Luo et al. 2023, arXiv 2310.04378)."""
+"""LCM: few steps of a distilled model, each to x_0 and back to noise (Luo et al. 2023, arXiv 2310.04378)."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,8 @@ SETTINGS = {"original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps that the model was distilled at.
-    The consistency function is c_skip x + c_out x_0, where c_skip is 1 and c_out 0 at timestep 0 (Song et al.
+    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps of the distillation. The
+    consistency function is c_skip x + c_out x_0, where c_skip is 1 and c_out 0 at timestep 0 (Song et al.
     2023, arXiv 2303.01469, appendix C)."""
     count, scaling = problem.settings["original_inference_steps"], problem.settings["timestep_scaling"]
     if not 1 <= problem.steps <= count:

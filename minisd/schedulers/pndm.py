@@ -14,8 +14,8 @@ WEIGHTS = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Without the Runge-Kutta steps of the paper's beginning: the first step is taken twice, the second time
-    with the mean of the predictions at its two ends. That is one prediction more than there are steps."""
+    """PLMS without the paper's initial Runge-Kutta steps: instead, the first step is taken twice, the second
+    time with the mean of the predictions at its two ends. So there is one prediction more than steps."""
     schedule = problem.schedule
     timesteps = problem.timesteps().round().int().tolist()
     timesteps = timesteps[:2] + timesteps[1:]

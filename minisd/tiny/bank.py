@@ -1,7 +1,7 @@
-"""Every thing once in every style, with transparency: what the judge trains on and measures against.
+"""Every thing once in every style, with transparency: the images of the judge.
 
-bank.webp is one picture of 64x64 tiles in the order of world.json; minisd/tiny/data.py writes it. Its colours
-are lossy, which is why the model's own data is not drawn from it.
+bank.webp is one image of 64x64 tiles in the order of world.json, written by minisd/tiny/data.py. Its colours
+are lossy, so the model's own training data is not taken from it.
 """
 
 import functools
@@ -22,12 +22,12 @@ Tiles = dict[tuple[str, str], Image.Image]  # (name, style) -> 64x64 RGBA
 
 @functools.cache
 def world() -> dict:
-    """What world.json lists: the things by kind, the core of them, and what is held out of training."""
+    """Return the content of world.json: the things by kind, the core things, and what training excludes."""
     return json.loads(Path(__file__).with_name("world.json").read_text())
 
 
 def names() -> list[str]:
-    """All things, in the order of the tiles."""
+    """Return the names of all things, in the order of the tiles."""
     return [name for things in world()["concepts"].values() for name in things.split()]
 
 
@@ -38,7 +38,7 @@ def _boxes(count: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def write(path: Path, pictures: Tiles) -> None:
-    """Write the tiles into one picture; the tile of what `pictures` lacks stays empty."""
+    """Write the tiles into one image; the tiles that `pictures` lacks stay empty."""
     keys = [(name, style) for name in names() for style in STYLES]
     sheet = Image.new("RGBA", (SIDE * COLUMNS, SIDE * -(-len(keys) // COLUMNS)))
     for key, box in zip(keys, _boxes(len(keys)), strict=True):
@@ -48,7 +48,7 @@ def write(path: Path, pictures: Tiles) -> None:
 
 
 def read(path: Path = PATH) -> Tiles:
-    """The tiles that `write` wrote."""
+    """Return the tiles that `write` wrote."""
     keys = [(name, style) for name in names() for style in STYLES]
     with Image.open(path) as sheet:
         sheet = sheet.convert("RGBA")

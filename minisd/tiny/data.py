@@ -1,22 +1,22 @@
-"""The tiny model's data: openly licensed emoji, drawn at 64x64 and written as folders that train.py reads.
+"""Build the tiny model's data: openly licensed emoji at 64x64, in folders for train.py.
 
     python -m minisd.tiny.data OUT                      fetch the packages with npm, and draw them
     python -m minisd.tiny.data OUT --packages FOLDER    with FOLDER/fluent-emoji-3d and so on, unpacked
     python -m minisd.tiny.data OUT --world core         fewer things; wide: all, not only those of world.json
 
-    OUT/train       pictures with several captions each, the 3d and the flat style: the model's data
+    OUT/train       images with several captions each, in the 3d and the flat style: the model's training data
     OUT/noto        the same things in a style that the model has never seen
-    OUT/control     silhouette -> picture, for ControlNet
+    OUT/control     silhouette -> image, for ControlNet
     OUT/edits       3d -> flat with an instruction, for InstructPix2Pix
-    OUT/held_out    what no training may see: concepts/NAME, each five pictures of one thing with {} for its
-                    name; styles and hues, the pictures of held-out combinations; control and edits of the
-                    held-out things
-    OUT/cat         five pictures of a cat in a hue that no word names: those of cat/ at the top level
-    OUT/bank        every thing once in every style, with transparency: what metrics are measured against;
-                    bank.webp has the same in one file, with lossy colours, for the judge
+    OUT/held_out    excluded from all training: concepts/NAME, five images of one thing with {} for its name;
+                    styles and hues, images of held-out combinations; control and edits, of the held-out
+                    things
+    OUT/cat         five images of a cat in a hue without a name: those of cat/ at the top level
+    OUT/bank        every thing once in every style, with transparency, for minisd.tiny.metrics; bank.webp has
+                    the same in one file, with lossy colours, for the judge
 
-Building it twice gives equal bytes: every choice is a function of the names alone. The things, and what is
-held out of them, stand in world.json. OUT/NOTICE.md says under which licences the pictures are.
+Building twice gives equal bytes: every choice depends on the names alone. The things, and what is held out,
+are listed in world.json. OUT/NOTICE.md has the licences of the images.
 """
 
 import argparse
@@ -53,14 +53,14 @@ PACKAGES = {  # folder -> name and version for npm
     "names": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
 }
 STYLES = ("3d", "flat")
-# Named geometry: caption with {} for the thing, and rotation in degrees, scale, whether mirrored.
+# Poses: caption with {} for the thing -> rotation in degrees, scale, whether mirrored.
 POSES = {
     "small {}": (0, 0.65, False),
     "mirrored {}": (0, 1.0, True),
     "{} tilted to the left": (15, 0.95, False),
     "{} tilted to the right": (-15, 0.95, False),
 }
-# What --world wide takes: categories of the Noto package, without what has no shape of its own.
+# Categories of the Noto package that --world wide includes.
 WIDE = ("Animals & Nature", "Food & Drink", "Objects", "Activities", "Travel & Places", "Smileys & Emotion")
 TURQUOISE = 168  # degrees, between the named hues green and blue
 MASS = set("bread broccoli garlic popcorn bacon butter salt ice coral confetti".split())
@@ -75,12 +75,12 @@ and bank, from Noto Emoji, Copyright Google Inc., Apache License 2.0, as packed 
 
 
 def fetch(into: Path) -> None:
-    """Each package that `into` lacks, by `npm pack`. ValueError if npm is missing or fails."""
+    """Fetch each package that `into` lacks by `npm pack`. ValueError if npm is missing or fails."""
     missing = {folder: name for folder, name in PACKAGES.items() if not (into / folder).is_dir()}
     if missing and not shutil.which("npm"):
         raise ValueError(
             f"npm is not installed: install it, or unpack {', '.join(missing.values())} into "
-            f"folders named {', '.join(missing)} and give the folder above them as --packages"
+            f"folders named {', '.join(missing)} and pass their parent folder as --packages"
         )
     for folder, name in missing.items():
         with tempfile.TemporaryDirectory() as scratch:
@@ -95,12 +95,12 @@ def fetch(into: Path) -> None:
 
 
 def _key(code: str) -> str:
-    """An emoji's code points without the variation selector: what the packages agree on."""
+    """Return an emoji's code points without the variation selector, on which the packages differ."""
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
 class Emoji:
-    """The pictures of the packages, by style and by the name of the thing, such as "cat-face"."""
+    """The images of the packages, by style and by the name of the thing, such as "cat-face"."""
 
     def __init__(self, packages: Path):
         folders = {
@@ -119,7 +119,7 @@ class Emoji:
         self.table = packages / "noto" / "emoji.json"
 
     def wide(self) -> dict[str, list[str]]:
-        """All things with a shape: category -> names, in the order of the names."""
+        """Return all things of the categories in WIDE: category -> names, sorted."""
         kinds: dict[str, list[str]] = {}
         for row in json.loads(self.table.read_text()):
             name = self.names.get(_key(row["unified"]))
@@ -129,9 +129,9 @@ class Emoji:
         return {kind: sorted(names) for kind, names in sorted(kinds.items())}
 
     def draw(self, style: str, name: str) -> Image.Image:
-        """64x64 RGBA. ValueError, naming it, if a package lacks it."""
+        """Return a thing's image, 64x64 RGBA. ValueError if the package lacks it."""
         if name not in self.files[style]:
-            raise ValueError(f"--packages: {name!r} is not among the {style} pictures")
+            raise ValueError(f"--packages: there is no {style} image of {name!r}")
         path = self.files[style][name]
         if path.suffix == ".svg":
             return resized(Image.open(io.BytesIO(_rasterize(path.read_text()))))
@@ -150,17 +150,17 @@ def _rasterize(svg: str) -> bytes:
 
 
 def plain(name: str) -> str:
-    """ "cat-face" -> "cat face" """
+    """Return "cat face" for "cat-face"."""
     return name.replace("-", " ")
 
 
 def uncoloured(name: str) -> str:
-    """The words of a thing without a colour, so that none is called "a blue red apple"."""
+    """Return the words of a thing without a colour, so that nothing is called "a blue red apple"."""
     return " ".join(w for w in plain(name).split() if w not in HUES)
 
 
 def article(words: str) -> str:
-    """With "a" or "an", unless it is a plural or cannot be counted."""
+    """Return the words with "a" or "an", unless they are a plural or uncountable."""
     last = words.split(" with ")[0].split(" tilted ")[0].split()[-1]
     if last in MASS or last.endswith("s") and not last.endswith(("ss", "us", "os", "is")):
         return words
@@ -168,7 +168,7 @@ def article(words: str) -> str:
 
 
 def captions(style: str, words: str, ground: str = "", kind: str = "") -> list[str]:
-    """What a picture may be called; the first form most often. `kind` is what the thing is one of."""
+    """Return possible captions, the usual one several times. `kind` is the category of the thing."""
     behind, thing = f" on {article(ground)} background" if ground else "", article(words)
     usual = f"{style} emoji of {thing}{behind}"
     rows = [usual] * 5 + [
@@ -184,16 +184,16 @@ def captions(style: str, words: str, ground: str = "", kind: str = "") -> list[s
 
 
 class Folder:
-    """A folder of pictures that is being written, and its metadata.jsonl."""
+    """Writes a folder of images and its metadata.jsonl."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
         path.mkdir(parents=True, exist_ok=True)
 
-    def add(self, pictures: dict[str, Image.Image], **texts) -> None:
-        """A row: pictures by column ("" is file_name), and texts."""
+    def add(self, images: dict[str, Image.Image], **texts) -> None:
+        """Add a row: images by column ("" is file_name), and texts."""
         row = {}
-        for column, image in pictures.items():
+        for column, image in images.items():
             name = f"{len(self.rows):05}{'-' + column if column else ''}.png"
             image.save(self.path / name)
             row[f"{column}_file_name" if column else "file_name"] = name
@@ -205,14 +205,14 @@ class Folder:
 
 
 def jittered(image: Image.Image, chance: random.Random) -> Image.Image:
-    """Shifted by up to 2 pixels and scaled a little: a difference without a name."""
+    """Return the image shifted by up to 2 pixels and scaled a little, which no caption mentions."""
     shift = chance.randint(-2, 2), chance.randint(-2, 2)
     return posed(image, scale=1 - chance.randint(0, 3) / 40, shift=shift)
 
 
 def variants(name: str, kind: str, style: str, image: Image.Image, held_hues: set):
-    """The training pictures of a thing in a style, with their captions: plain, on coloured grounds, in other
-    hues, in other poses."""
+    """Yield the training images of a thing in a style, with their captions: plain, on coloured backgrounds,
+    in other hues, in another pose."""
     chance = random.Random(f"{name} {style}")
     words = plain(name)
     grounds = chance.sample(list(GROUNDS), 5)
@@ -220,44 +220,41 @@ def variants(name: str, kind: str, style: str, image: Image.Image, held_hues: se
     for _ in range(4):
         yield on(jittered(image, chance)), captions(style, words)
     for i, ground in enumerate(grounds[:3]):
-        posed_ = jittered(image, chance) if i else image
-        yield on(posed_, GROUNDS[ground]), captions(style, words, ground, kind if not i else "")
+        shifted = jittered(image, chance) if i else image
+        yield on(shifted, GROUNDS[ground]), captions(style, words, ground, kind if not i else "")
     hues = [h for h in hues_of(image) if (name, h) not in held_hues]
     for i, hue in enumerate(chance.sample(hues, min(3, len(hues)))):
         ground = "" if i < 2 else next(g for g in grounds[3:] if g != hue)
         other = recoloured(jittered(image, chance) if i else image, HUES[hue])
-        yield (
-            on(other, GROUNDS.get(ground, WHITE)),
-            captions(style, f"{hue} {uncoloured(name)}", ground),
-        )
+        yield on(other, GROUNDS.get(ground, WHITE)), captions(style, f"{hue} {uncoloured(name)}", ground)
     pose = chance.choice(list(POSES))
     angle, scale, mirror = POSES[pose]
     yield on(posed(image, angle=angle, scale=scale, mirror=mirror)), captions(style, pose.format(words))
 
 
 def loose(image: Image.Image, chance: random.Random) -> Image.Image:
-    """Anywhere, mirrored or not: what a control has to say, because no caption does."""
+    """Return the image at a random position and scale, perhaps mirrored: only the silhouette tells which."""
     shift = chance.randint(-5, 5), chance.randint(-5, 5)
     return posed(image, scale=chance.randint(28, 40) / 40, mirror=chance.random() < 0.5, shift=shift)
 
 
 def five(image: Image.Image) -> list[tuple[Image.Image, str]]:
-    """A thing on white and on four grounds, each with its caption, in which {} is the thing."""
+    """Return a thing on white and on four coloured backgrounds, with captions that have {} for its name."""
     grounds = {"": WHITE} | {g: GROUNDS[g] for g in ("red", "yellow", "purple", "gray")}
     behind = {g: f" on {article(g)} background" if g else "" for g in grounds}
     return [(on(image, colour), f"3d emoji of a {{}}{behind[g]}") for g, colour in grounds.items()]
 
 
 def write_cat(folder: Path, image: Image.Image) -> None:
-    """The five pictures of cat/, with their captions beside them."""
+    """Write the five images of cat/, and their captions as text files."""
     folder.mkdir()
-    for number, (picture, text) in enumerate(five(recoloured(image, TURQUOISE)), 1):
-        picture.save(folder / f"{number}.png")
+    for number, (variant, text) in enumerate(five(recoloured(image, TURQUOISE)), 1):
+        variant.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(text + "\n")
 
 
 def things_of(size: str, emoji: Emoji) -> dict[str, list[str]]:
-    """Kind -> names of the things of a world: "core", "small" or "wide"."""
+    """Return the things of a world, "core", "small" or "wide": kind -> names."""
     kinds = {kind: names.split() for kind, names in bank.world()["concepts"].items()}
     if size == "core":
         few = {*bank.world()["held_out"]["concepts"].split(), *bank.world()["core"].split()}
@@ -269,7 +266,7 @@ def things_of(size: str, emoji: Emoji) -> dict[str, list[str]]:
 
 
 class Writer:
-    """Writes what is drawn of one thing after another into the folders that the docstring above lists."""
+    """Writes the images of one thing after another into the folders listed in this file's docstring."""
 
     PARTS = "train noto control edits bank held_out/styles held_out/hues held_out/control held_out/edits"
 
@@ -282,7 +279,7 @@ class Writer:
         self.styles, self.hues = set(map(tuple, held["style"])), [tuple(pair) for pair in held["hue"]]
 
     def add(self, name: str, kind: str, drawn: dict[str, Image.Image]) -> None:
-        """All pictures of a thing, of which `drawn` has one in each style."""
+        """Write all images of a thing; `drawn` has one in each style."""
         for style, image in drawn.items():
             self.tiles[name, style] = image
             self._add_style(name, kind, style, image)
@@ -292,21 +289,21 @@ class Writer:
             self._add_pairs(name, drawn, "" if seen else "held_out/")
         if not known:
             concept = Folder(self.out / "held_out" / "concepts" / name)
-            for picture, text in five(drawn["3d"]):
-                concept.add({"": picture}, text=text)
+            for variant, text in five(drawn["3d"]):
+                concept.add({"": variant}, text=text)
             concept.close()
 
     def _add_style(self, name: str, kind: str, style: str, image: Image.Image) -> None:
-        """The pictures of a thing in one style: trained, or held out."""
+        """Write the images of a thing in one style, for training or held out."""
         known, usual = name not in self.unseen, captions(style, plain(name))[0]
         seen = known and style != "noto" and (name, style) not in self.styles
         about = {"name": plain(name), "kind": kind, "style": style, "seen": seen}
         self.folders["bank"].add({"": image}, text=usual, **about)
         if seen:
-            # A wide world's categories are no words for a thing.
-            said = kind if kind in bank.world()["concepts"] else ""
-            for picture, texts in variants(name, said, style, image, set(self.hues)):
-                self.folders["train"].add({"": picture}, text=texts)
+            # The categories of --world wide cannot be used in captions.
+            word = kind if kind in bank.world()["concepts"] else ""
+            for variant, texts in variants(name, word, style, image, set(self.hues)):
+                self.folders["train"].add({"": variant}, text=texts)
         elif known:
             part = "noto" if style == "noto" else "held_out/styles"
             self.folders[part].add({"": on(image)}, text=usual)
@@ -315,7 +312,7 @@ class Writer:
             self.folders["held_out/hues"].add({"": on(recoloured(image, HUES[hue]))}, text=text)
 
     def _add_pairs(self, name: str, drawn: dict[str, Image.Image], part: str) -> None:
-        """Silhouettes with their pictures, and pictures before and after an edit."""
+        """Write silhouettes with their images, and images before and after an edit."""
         chance = random.Random(f"{name} pairs")
         for turn in range(3):
             shape = loose(drawn["3d"], chance) if turn else drawn["3d"]
@@ -329,7 +326,7 @@ class Writer:
 
 
 def build(out: Path, packages: Path, world: str) -> str:
-    """Write all folders below `out`, which must be new; returns what was written, for people."""
+    """Write all folders into `out`, which must be empty; return the number of rows of each as a text."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     emoji, writer = Emoji(packages), Writer(out)

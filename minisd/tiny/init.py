@@ -1,6 +1,6 @@
-"""A tiny model that has learned nothing: random weights, and a vocabulary for the words of the data.
+"""Write an untrained tiny model: random weights, and a vocabulary for the words of the data.
 
-python -m minisd.tiny.init OUT --data DATA      DATA as minisd.tiny.data wrote it
+python -m minisd.tiny.init OUT --data DATA      DATA as written by minisd.tiny.data
 """
 
 import argparse
@@ -22,7 +22,7 @@ from minisd.tiny.clip_vocabulary import byte_names
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
-# Words of prompts that no picture of the data has, and how often the data would have to have them.
+# Words of prompts that are not in the captions, and how often to count each of them.
 FURTHER = """the photo rendering cropped close up bright dark large nice cool good clean dirty weird my one
 art depiction illustration painting drawing in with and of it make turn into noto black white brown teal style
 sks"""
@@ -30,7 +30,7 @@ OFTEN = 200
 
 
 def count_words(data: Path) -> collections.Counter:
-    """How often the captions and the names of all emoji have each word, as CLIP's tokenizer splits them."""
+    """Count the words of the captions and of the names of all emoji, split as by CLIP's tokenizer."""
     texts = [*(data / "names.txt").read_text().splitlines(), *[FURTHER] * OFTEN]
     for part in ("train", "noto"):
         for line in (data / part / "metadata.jsonl").read_text().splitlines():
@@ -40,8 +40,8 @@ def count_words(data: Path) -> collections.Counter:
 
 
 def merges_of(words: collections.Counter, count: int) -> list[tuple[str, str]]:
-    """Byte pair encoding (Sennrich et al. 2016, arXiv 1508.07909): the pair of neighbours that is most common
-    becomes one, again and again. Of equally common ones the last in the alphabet goes first."""
+    """Byte pair encoding (Sennrich et al. 2016, arXiv 1508.07909): repeatedly merge the most common pair of
+    neighbours. Of equally common pairs the last in the alphabet is merged first."""
     split = {(*word[:-1], word[-1] + "</w>"): n for word, n in words.items() if word.isascii()}
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
@@ -67,7 +67,7 @@ def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def write_tokenizer(folder: Path, words: collections.Counter) -> None:
-    """vocab.json, merges.txt and tokenizer_config.json, in the order and the form of CLIP's."""
+    """Write vocab.json, merges.txt and tokenizer_config.json, in the order and the format of CLIP's."""
     singles = byte_names()
     singles += [c + "</w>" for c in singles]
     merges = merges_of(words, VOCABULARY - len(singles) - 2)
@@ -83,17 +83,17 @@ def write_tokenizer(folder: Path, words: collections.Counter) -> None:
 
 
 def networks(seed: int = 0) -> dict[str, torch.nn.Module]:
-    """Random networks of the architecture in the box, by part."""
+    """Return random networks with the architecture of the tiny model, by part."""
     torch.manual_seed(seed)
     kinds = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
     parts = {part: kind(config_json.read(HERE / part, part)) for part, kind in kinds.items()}
     for table in parts["text_encoder"].text_model.embeddings.children():
-        torch.nn.init.normal_(table.weight, std=0.02)  # as CLIP's
+        torch.nn.init.normal_(table.weight, std=0.02)  # as in CLIP
     return parts
 
 
 def write(out: Path, data: Path, seed: int = 0) -> None:
-    """The whole model below `out`, in the diffusers layout."""
+    """Write the whole model to the folder `out`, in the diffusers layout."""
     parts = networks(seed)
     text: TextConfig = parts["text_encoder"].config
     assert text.vocab_size == VOCABULARY
@@ -112,8 +112,8 @@ def main() -> None:
         prog="python -m minisd.tiny.init", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--data", type=Path, required=True, help="what minisd.tiny.data wrote")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--data", type=Path, required=True, help="folder written by minisd.tiny.data")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     o = parser.parse_args()
     write(o.out, o.data, o.seed)
 

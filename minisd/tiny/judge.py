@@ -1,14 +1,14 @@
-"""Does a method learn what it should? Each is trained on what the tiny model has not seen, and measured.
+"""Train every method on images that the tiny model has not seen, and measure whether it learned them.
 
     python -m minisd.tiny.judge                          all methods, 12 minutes on two CPU cores
-    python -m minisd.tiny.judge lora controlnet          these
+    python -m minisd.tiny.judge lora controlnet          these methods
     python -m minisd.tiny.judge lora -- --rank 2         with other flags for train.py
 
-Each measure is taken before training and after, from the same noise, and stands beside what chance reaches
-and what is needed. OUT/METHOD.png shows what was measured. The exit status is 1 if anything fell short.
+Each measure is taken before and after training, from the same noise, and printed with its value by chance and
+the value needed. OUT/METHOD.png shows the images. The exit status is 1 if a measure falls short.
 
-The training is train.py's, with the tiny model's defaults and the flags that stand here. --shuffle is a fault
-put in on purpose: every picture gets the caption or the condition of another.
+Training runs train.py's code with the tiny model's defaults and the flags in this file. --shuffle is a
+deliberate fault: every image gets the caption or the condition of another.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from minisd.tiny.data import TURQUOISE, loose, plain
 from minisd.tiny.pictures import HUES, SIDE, on, recoloured, silhouette
 from minisd.tiny.trial import Measure, Thing, Trial, called
 
-# A pixel UNet for 32x32 pictures that learns in minutes.
+# A pixel-space UNet for 32x32 images that learns in minutes.
 PIXELS = UNet2DConfig(
     in_channels=3,
     out_channels=3,
@@ -60,11 +60,11 @@ def textual_inversion(t: Trial) -> None:
 
 def dreambooth(t: Trial) -> None:
     thing, base, word = Thing("bat"), t.load(), "sks mouse"
-    prompt = called("3d", "mouse", "")
+    prompt = called("3d", "mouse")
     drawn = t.draw(base, [prompt] * 16, 100)
     out = t.train_model(
         data=t.concept(thing, word),
-        instance_prompt=called("3d", word, ""),
+        instance_prompt=called("3d", word),
         with_prior_preservation=True,
         class_data_dir=t.write("class", [{"": image} for image in drawn]),
         class_prompt=prompt,
@@ -79,10 +79,10 @@ def custom_diffusion(t: Trial) -> None:
     things = {"<camel>": Thing("camel", HUES["green"]), "<dog>": Thing("dog", HUES["purple"])}
     base, concepts = t.load(), []
     for word, thing in things.items():
-        prompt = called("3d", thing.name, "")
+        prompt = called("3d", thing.name)
         drawn = t.draw(base, [prompt] * 8, 100)
         concepts.append({
-            "instance_prompt": called("3d", word, ""),
+            "instance_prompt": called("3d", word),
             "instance_data_dir": str(t.concept(thing, word)),
             "class_prompt": prompt,
             "class_data_dir": str(t.write(f"class-{thing.name}", [{"": image} for image in drawn])),
@@ -105,29 +105,30 @@ def custom_diffusion(t: Trial) -> None:
 
 
 def lora(t: Trial) -> None:
-    """The style is a blueprint's: drawings of the 3d things in blue on white."""
+    """The style is "blueprint": the 3d things in blue on white."""
     names, base, style = t.known("lora"), t.load(), "blueprint"
     for name in bank.names():
         t.bank[name, style] = blueprint(t.bank[name, "3d"])
-    taught, asked = names[12:60], names[:12]
+    taught, tested = names[12:60], names[:12]
     out = t.train_model(data=t.in_style(taught, style))
-    prompts, styles = [called(style, plain(n), "") for n in asked], t.styles(base, ("3d", "flat", style))
+    prompts, styles = [called(style, plain(n)) for n in tested], t.styles(base, ("3d", "flat", style))
     base.attach(out)
     drawn = {}
     for scale in (0, 0.5, 1):
         base.rescale(out, scale)
         drawn[scale] = t.draw(base, prompts)
-        t.rows.append((f"scale {scale}: " + ", ".join(map(plain, asked[:8])), drawn[scale][:8]))
+        t.rows.append((f"scale {scale}: " + ", ".join(map(plain, tested[:8])), drawn[scale][:8]))
     shares = [styles.share(drawn[scale], style) for scale in (0, 1)]
     t.measure("things not taught: share in the style", shares[0], 1 / 3, shares[1], 0.6, more=True)
     scores = [styles.score(d, style).mean().item() for d in drawn.values()]
     rises = min(scores[1] - scores[0], scores[2] - scores[1])
     t.measure("smaller rise, scale 0 to 0.5 to 1", 0, 0, rises, 0.05, more=True)
-    ranks = [t.rank_of(asked, drawn[scale], style) for scale in (0, 1)]
+    ranks = [t.rank_of(tested, drawn[scale], style) for scale in (0, 1)]
     t.measure("things not taught: rank in the style", ranks[0], len(bank.names()) / 2, ranks[1], 10)
 
 
 def blueprint(image: Image.Image) -> Image.Image:
+    """Return the image in shades of blue."""
     drawn = ImageOps.colorize(image.convert("L"), (20, 40, 120), (240, 245, 255))
     drawn.putalpha(image.getchannel("A"))
     return drawn
@@ -135,19 +136,19 @@ def blueprint(image: Image.Image) -> Image.Image:
 
 def text_to_image(t: Trial) -> None:
     names, base = t.known("text to image"), t.load()
-    taught, others = names[12:52], names[:12]
+    taught, held_out = names[12:52], names[:12]
     new = t.load(t.train_model(data=t.in_style(taught, "noto")))
-    for label, asked in (("taught", taught[:16]), ("not taught", others)):
-        prompts = [called("noto", plain(n), "") for n in asked]
+    for label, tested in (("taught", taught[:16]), ("not taught", held_out)):
+        prompts = [called("noto", plain(n)) for n in tested]
         before, after = (t.draw(sd, prompts) for sd in (base, new))
-        shown = [[on(t.bank[n, style]) for n in asked] for style in bank.STYLES]
-        t.rows += [(f"{label}: the data's", shown[-1][:8]), ("before", before[:8]), ("after", after[:8])]
-        ranks = [t.rank_of(asked, d, "noto") for d in (before, after)]
+        shown = [[on(t.bank[n, style]) for n in tested] for style in bank.STYLES]
+        t.rows += [(f"{label}: data", shown[-1][:8]), ("before", before[:8]), ("after", after[:8])]
+        ranks = [t.rank_of(tested, d, "noto") for d in (before, after)]
         t.measure(f"things {label}: rank in the style", ranks[0], len(bank.names()) / 2, ranks[1], 10)
-        if asked is not others:
+        if label == "taught":
             shares = []
             for drawn in (before, after):
-                near = torch.stack([measures.distance(drawn, pictures) for pictures in shown])  # (styles, n)
+                near = torch.stack([measures.distance(drawn, things) for things in shown])  # (styles, n)
                 shares.append((near.argmin(dim=0) == len(shown) - 1).float().mean())
             t.measure("taught: share nearest in the style", shares[0], 1 / 3, shares[1], 0.5, more=True)
 
@@ -157,13 +158,13 @@ def controlnet(t: Trial) -> None:
 
     def pair(name: str) -> dict:
         shape = loose(t.bank[name, "3d"], chance)
-        return {"": on(shape), "conditioning_image": silhouette(shape), "text": called("3d", plain(name), "")}
+        return {"": on(shape), "conditioning_image": silhouette(shape), "text": called("3d", plain(name))}
 
     out = t.train_model(data=t.write("control", [pair(n) for n in names for _ in range(3)]))
-    # Things that stand out from white.
+    # Only things whose outline is visible on white.
     clear = [n for n in names if measures.overlap(*outlines(on(t.bank[n, "3d"]), t.bank[n, "3d"])) > 0.95]
-    asked = [pair(n) for n in clear[:16]]
-    prompts, hints = [p["text"] for p in asked], [p["conditioning_image"] for p in asked]
+    tested = [pair(n) for n in clear[:16]]
+    prompts, hints = [p["text"] for p in tested], [p["conditioning_image"] for p in tested]
     shapes = [images.to_tensor(h)[0] > 0 for h in hints]
     control = registry.load("adapters", "controlnet").load(out, device="cpu", dtype=torch.float32)
     hint = torch.stack([images.to_tensor(h) for h in hints]) / 2 + 0.5
@@ -175,10 +176,11 @@ def controlnet(t: Trial) -> None:
     )
     free = sum(measures.overlap(measures.outline(d), s) for d, s in zip(before, shapes, strict=True))
     t.measure("overlap with the silhouette", free / len(before), another, same, 0.75, more=True)
-    t.rows += [("asked", hints[:8]), ("without control", before[:8]), ("drawn", after[:8])]
+    t.rows += [("silhouette", hints[:8]), ("without control", before[:8]), ("drawn", after[:8])]
 
 
-def outlines(image: Image.Image, transparent: Image.Image):
+def outlines(image: Image.Image, transparent: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the outline found in an image, and the true one from the transparency."""
     return measures.outline(image), images.to_tensor(silhouette(transparent))[0] > 0
 
 
@@ -197,19 +199,21 @@ def instruct_pix2pix(t: Trial) -> None:
 
     out = t.train_model(data=t.write("edits", [p for n in names[12:] for p in pairs(n)]))
     rows = [p for n in names[:12] for p in pairs(n)]
-    inputs, wanted = ([row[k] for row in rows] for k in ("input_image", "edited_image"))
+    inputs, targets = ([row[k] for row in rows] for k in ("input_image", "edited_image"))
     originals = torch.stack([images.to_tensor(image) for image in inputs])
-    asked, little = [row["edit_prompt"] for row in rows], {"guidance_scale": 1.5, "image_guidance_scale": 1.0}
-    drawn = t.draw(t.load(out), asked, sampling=little, init_images=originals)
-    before, after = (measures.distance(d, wanted).mean() for d in (inputs, drawn))
-    other = measures.distance(drawn, wanted[count:] + wanted[:count]).mean()  # the same edit of another thing
-    t.measure("distance from the true edit", before, other, after, 0.85 * before)
-    near = torch.stack([measures.distance(drawn, [wanted[i - i % count + k] for i in range(len(rows))])
-                        for k in range(count)])  # fmt: skip
+    guidance = {"guidance_scale": 1.5, "image_guidance_scale": 1.0}
+    prompts = [row["edit_prompt"] for row in rows]
+    drawn = t.draw(t.load(out), prompts, sampling=guidance, init_images=originals)
+    before, after = (measures.distance(d, targets).mean() for d in (inputs, drawn))
+    others = targets[count:] + targets[:count]  # the same edits of another thing
+    chance = measures.distance(drawn, others).mean()
+    t.measure("distance from the true edit", before, chance, after, 0.85 * before)
+    edits_of = [[targets[i - i % count + k] for i in range(len(rows))] for k in range(count)]
+    near = torch.stack([measures.distance(drawn, edit) for edit in edits_of])  # (edits, n)
     right = (near.argmin(dim=0) == torch.arange(len(rows)) % count).float().mean()
-    t.measure("share nearest to the edit that was asked for", 1 / count, 1 / count, right, 0.6, more=True)
+    t.measure("share nearest to the requested edit", 1 / count, 1 / count, right, 0.6, more=True)
     edits = "true edit: flat, " + ", ".join(hues)
-    t.rows += [("input", inputs[:12]), (edits, wanted[:12]), ("drawn", drawn[:12])]
+    t.rows += [("input", inputs[:12]), (edits, targets[:12]), ("drawn", drawn[:12])]
 
 
 def unconditional(t: Trial) -> None:
@@ -223,7 +227,7 @@ def unconditional(t: Trial) -> None:
         model_config_name_or_path=t.folder / "config.json",
         resolution=side,
         use_ema=True,
-        # Clean pictures are sooner right than noise is, of which little errors add up.
+        # Predicting the image looks right sooner than predicting noise, whose small errors add up.
         prediction_type="sample",
         snr_gamma=5.0,
         max_train_steps=500,
@@ -243,7 +247,7 @@ def unconditional(t: Trial) -> None:
              for i in range(count)]  # fmt: skip
     mean = images.to_pil(torch.stack([images.to_tensor(image) for image in things]).mean(dim=0))
     before, chance, after = (measures.frechet(d, things) for d in (noise, [mean] * count, drawn))
-    t.measure("Frechet distance (before: noise; chance: the mean)", before, chance, after, 0.7 * chance)
+    t.measure("Frechet distance (before: noise; chance: mean)", before, chance, after, 0.7 * chance)
     t.rows += [("data", things[:12]), ("drawn", drawn[:12]), ("drawn", drawn[12:24])]
 
 
@@ -255,7 +259,7 @@ TRIALS = {f.__name__: f for f in (textual_inversion, dreambooth, custom_diffusio
 
 
 def judge(method: str, model: Path, out: Path, flags: list[str], shuffled: bool = False) -> list[Measure]:
-    """Train, measure, print the table's lines and leave OUT/METHOD.png."""
+    """Train and measure a method, print its lines of the table, and write OUT/METHOD.png."""
     started = time.monotonic()
     trial = Trial(method, model, out / method, flags, shuffled)
     TRIALS[method](trial)
@@ -276,11 +280,9 @@ def main() -> int:
         prog="python -m minisd.tiny.judge", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(TRIALS))
-    parser.add_argument("--model", type=Path, default=TINY, help="folder of the model; that in the box")
-    parser.add_argument(
-        "--out", type=Path, default=Path("judged"), help="folder for what is trained and drawn"
-    )
-    parser.add_argument("--shuffle", action="store_true", help="give every picture another's caption")
+    parser.add_argument("--model", type=Path, default=TINY, help="folder of the model; default: the tiny one")
+    parser.add_argument("--out", type=Path, default=Path("judged"), help="folder for the results")
+    parser.add_argument("--shuffle", action="store_true", help="give every image the caption of another")
     own, flags = sys.argv[1:], []
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]

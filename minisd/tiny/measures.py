@@ -1,4 +1,4 @@
-"""What the judge asks of pictures: which style, what outline, how like a set, how near to one of many."""
+"""Measures of images for the judge: style, outline, similarity of sets, rank among many."""
 
 from collections.abc import Sequence
 
@@ -12,30 +12,31 @@ from minisd.tiny.metrics import features, ground_of
 
 
 def rank(drawn: Sequence[Image.Image], target: Image.Image, others: Sequence[Image.Image]) -> float:
-    """How many of the others are nearer to a picture than the target is: the median over the pictures."""
+    """Count the others that are nearer to an image than the target is; return the median over the images."""
     near = torch.cdist(features(drawn), features([target, *others]))  # (n, 1 + others)
     return (near[:, 1:] < near[:, :1]).sum(dim=1).float().quantile(0.5).item()
 
 
 def distance(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
-    """(n,) between the features of a[i] and of b[i]."""
+    """Return the distances between the features of a[i] and b[i], (n,)."""
     return (features(a) - features(b)).norm(dim=1)
 
 
 def outline(image: Image.Image) -> Tensor:
-    """(h, w) of bool: where a picture differs from its ground."""
+    """Return where an image differs from its background, (h, w) of bool."""
     pixels = images.to_tensor(image)
     ground = torch.tensor(ground_of(image))[:, None, None] / 127.5 - 1
     return (pixels - ground).abs().amax(dim=0) > 0.2
 
 
 def overlap(a: Tensor, b: Tensor) -> float:
-    """Intersection over union of two outlines."""
+    """Return the intersection over union of two outlines."""
     return ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
 
 
 def frechet(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> float:
-    """The squared Frechet distance of Gaussians fitted to the colours in 8x8 cells (FID has a network's)."""
+    """Return the squared Frechet distance of Gaussians fitted to the colours of 8x8 cells (FID: to Inception
+    features)."""
     means, covariances = [], []
     for drawn in (a, b):
         pixels = torch.stack([images.to_tensor(image) for image in drawn]) / 2 + 0.5
@@ -50,9 +51,8 @@ def frechet(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> float:
 
 
 class Styles:
-    """A linear classifier of styles by how large steps between neighbouring pixels are, how saturated and how
-    bright a picture is. What a model draws has been through its autoencoder, so what it is fitted on should
-    have been, too."""
+    """A linear classifier of styles by histograms of the steps between neighbouring pixels, of saturation and
+    of brightness. Drawn images come from the model's autoencoder, so the examples should, too."""
 
     def __init__(self, examples: dict[str, Sequence[Image.Image]]):
         self.styles = list(examples)
@@ -63,17 +63,17 @@ class Styles:
         self.weight = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
 
     def score(self, drawn: Sequence[Image.Image], style: str) -> Tensor:
-        """(n,) about 1 for that style, about 0 for others."""
+        """Return scores (n,), about 1 for images of that style and about 0 for others."""
         return (self._statistics(drawn) @ self.weight)[:, self.styles.index(style)]
 
     def share(self, drawn: Sequence[Image.Image], style: str) -> float:
-        """The share of pictures that are of that style rather than of another."""
+        """Return the share of images that are classified as that style."""
         best = (self._statistics(drawn) @ self.weight).argmax(dim=1)
         return (best == self.styles.index(style)).float().mean().item()
 
     @staticmethod
     def _statistics(drawn: Sequence[Image.Image]) -> Tensor:
-        """(n, 61)"""
+        """Return the classifier's inputs, (n, 61)."""
         pixels = torch.stack([images.to_tensor(image) for image in drawn]) / 2 + 0.5  # (n, 3, h, w)
         edges = torch.tensor([0, 0.004, 0.02, 0.05, 0.1, 0.2, 0.4, 2])
         parts = []
@@ -89,6 +89,6 @@ class Styles:
 
 
 def _shares(values: Tensor, edges: Tensor) -> Tensor:
-    """(n, bins): how much of each row lies between which edges."""
+    """Return a histogram of each row, as shares between the edges, (n, bins)."""
     below = torch.stack([(values < edge).float().mean(dim=1) for edge in edges[1:-1]], dim=1)
     return torch.diff(below, dim=1, prepend=torch.zeros(len(values), 1), append=torch.ones(len(values), 1))

@@ -1,4 +1,4 @@
-"""What is done to a 64x64 picture with transparency: other poses, other hues, a ground behind it."""
+"""Transformations of 64x64 images with transparency: pose, hue, background."""
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,7 @@ HUES = {
 
 
 def resized(image: Image.Image) -> Image.Image:
-    """64x64 RGBA; colours weighted by their opacity, so that nothing bleeds in from where there is none."""
+    """Return the image at 64x64, RGBA; weighting by opacity keeps hidden colours from bleeding in."""
     image = image.convert("RGBA")
     if image.size == (SIDE, SIDE):
         return image
@@ -37,7 +37,8 @@ def resized(image: Image.Image) -> Image.Image:
 def posed(
     image: Image.Image, *, angle: float = 0, scale: float = 1, mirror: bool = False, shift=(0, 0)
 ) -> Image.Image:
-    """Turned counter-clockwise by degrees, scaled about the middle, mirrored, shifted by pixels."""
+    """Return the image mirrored, scaled about the centre, rotated counter-clockwise (degrees), and shifted
+    (pixels), in this order."""
     image = image.convert("RGBa")
     if mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -56,12 +57,12 @@ def posed(
 
 
 def _hsv(image: Image.Image) -> np.ndarray:
-    """(64, 64, 3): hue, saturation and value, each from 0 to 1."""
+    """Return hue, saturation and value, each from 0 to 1, (64, 64, 3)."""
     return np.asarray(image.convert("RGB").convert("HSV"), dtype=np.float64) / 255
 
 
 def main_hue(image: Image.Image) -> tuple[float, float]:
-    """The mean hue of a thing in degrees, weighted by saturation, and its mean saturation."""
+    """Return a thing's mean hue in degrees, weighted by saturation, and its mean saturation."""
     h, s, v = np.moveaxis(_hsv(image), -1, 0)
     weight = np.asarray(image)[..., 3] / 255 * v
     direction = (weight * s * np.exp(2j * np.pi * h)).sum()
@@ -69,7 +70,7 @@ def main_hue(image: Image.Image) -> tuple[float, float]:
 
 
 def recoloured(image: Image.Image, hue: float) -> Image.Image:
-    """With its main hue turned to `hue` in degrees; a thing without colour of its own is tinted."""
+    """Return the image with its main hue rotated to `hue` (degrees); a colourless thing is tinted."""
     own, saturation = main_hue(image)
     hsv = _hsv(image)
     if saturation < 0.3:
@@ -77,24 +78,24 @@ def recoloured(image: Image.Image, hue: float) -> Image.Image:
         hsv[..., 1] = np.maximum(hsv[..., 1], 0.55)
     else:
         hsv[..., 0] = (hsv[..., 0] + (hue - own) / 360) % 1
-    hsv[..., 2] **= 0.8  # a brown that is turned is dark
+    hsv[..., 2] **= 0.8  # brighter, because a brown rotated to another hue is dark
     colour = Image.fromarray((hsv * 255).round().astype(np.uint8), "HSV").convert("RGB")
     colour.putalpha(image.getchannel("A"))
     return colour
 
 
 def hues_of(image: Image.Image) -> list[str]:
-    """The named hues that a thing does not have itself."""
+    """Return the names of the hues that are clearly not the thing's own."""
     own, saturation = main_hue(image)
     far = [n for n, hue in HUES.items() if min(abs(hue - own), 360 - abs(hue - own)) >= 40]
     return list(HUES) if saturation < 0.3 else far
 
 
 def on(image: Image.Image, ground: tuple[int, int, int] = WHITE) -> Image.Image:
-    """RGB on a ground."""
+    """Return the image on a background, RGB."""
     return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
 
 
 def silhouette(image: Image.Image) -> Image.Image:
-    """White where the thing is, black elsewhere, RGB."""
+    """Return an RGB image, white where the thing is and black elsewhere."""
     return image.getchannel("A").point(lambda a: 255 * (a > 127)).convert("RGB")

@@ -1,4 +1,4 @@
-"""One method's training by the judge, and what is measured of it."""
+"""One method's training by the judge, and its measurements."""
 
 import contextlib
 import functools
@@ -26,19 +26,19 @@ from minisd.training import loop
 from minisd.training.distributed import device
 from minisd.training.run_folder import RunFolder
 
-# Where a concept is asked for: as in its pictures, on a ground and in a style that none of them has.
+# How a concept is drawn: as in its training images, on another background, in another style.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
 
 
 @functools.cache
 def defaults() -> dict[str, dict]:
-    """The flags that suit the tiny model, by method; "sample" has those of sample.py."""
+    """Return the flags that suit the tiny model, by method; "sample" has those of sample.py."""
     return json.loads((TINY / "defaults.json").read_text())
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One line of the table: up to `need` is right, or from `need` on where more is better."""
+    """One line of the table: passed if `after` is at most `need`, or if `more`, at least `need`."""
 
     name: str
     before: float
@@ -54,7 +54,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing of the bank, in a hue (degrees) of its own if one is given."""
+    """A thing of the bank, in another hue (degrees) if one is given."""
 
     name: str
     hue: float | None = None
@@ -64,7 +64,7 @@ class Thing:
 
 
 class Trial:
-    """One method's training and what is measured of it; the functions below say what."""
+    """Trains one method in `folder` and collects its measures; with `shuffled`, on other rows' images."""
 
     def __init__(self, method: str, model: Path, folder: Path, flags: list[str], shuffled: bool):
         self.method, self.path, self.folder, self.flags = method, model, folder, flags
@@ -76,15 +76,15 @@ class Trial:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
-    # What is done
+    # Training and drawing
 
     def write(self, name: str, rows: list[dict]) -> Path:
-        """A folder for train.py: each row has pictures by column and texts."""
+        """Write a folder for train.py; each row has images and texts by column."""
         folder = Folder(self.folder / name)
         for i, row in enumerate(rows):
             drawn = {k: v for k, v in row.items() if isinstance(v, Image.Image)}
             texts = {k: v for k, v in row.items() if k not in drawn}
-            if self.shuffled:  # what is to be drawn is another row's
+            if self.shuffled:  # the image to be drawn is another row's
                 target = "edited_image" if "edited_image" in drawn else ""
                 drawn[target] = rows[(i + len(rows) // 3) % len(rows)][target]
             folder.add(drawn, **texts)
@@ -92,13 +92,10 @@ class Trial:
         return folder.path
 
     def train(self, **flags) -> Path:
-        """Run train.py's code; returns the folder of the result. What it prints goes to train.log."""
+        """Run train.py's code and return the folder of the result. Its output goes to train.log."""
         out = self.folder / "result"
-        flags = (
-            defaults().get(self.method, {})
-            | {"output_dir": out, "report_to": "none", "checkpointing_steps": 0}
-            | flags
-        )
+        common = {"output_dir": out, "report_to": "none", "checkpointing_steps": 0}
+        flags = defaults().get(self.method, {}) | common | flags
         argv = ["--method", self.method]
         for name, value in flags.items():
             argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -114,7 +111,7 @@ class Trial:
         return out
 
     def train_model(self, **flags) -> Path:
-        """The same for a method that starts from the model."""
+        """Run `train` for a method that starts from the model."""
         return self.train(model=self.path, num_validation_images=1, **flags)
 
     def load(self, path: Path | None = None) -> StableDiffusion:
@@ -122,7 +119,7 @@ class Trial:
 
     def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, sampling: dict | None = None,
              **further) -> list[Image.Image]:  # fmt: skip
-        """A picture for each prompt, with the seeds from `seed` on; `sampling` changes the defaults."""
+        """Draw an image for each prompt, with the seeds from `seed` on; `sampling` overrides the defaults."""
         settings = Settings(width=SIDE, height=SIDE, **defaults()["sample"] | (sampling or {}))
         seeds = range(seed, seed + len(prompts))
         return list(pictures(sd, prompts, seeds, settings, batch_size=8, **further))
@@ -136,7 +133,7 @@ class Trial:
         return on(thing.recolour(self.bank[thing.name, style]), GROUNDS.get(ground, WHITE))
 
     def concept(self, thing: Thing, word: str) -> Path:
-        """Five pictures of it on several grounds, with captions that call it `word`."""
+        """Write five images of it on several backgrounds, with captions that call it `word`."""
         shown = five(thing.recolour(self.bank[thing.name, "3d"]))
         rows = [{"": picture, "text": text.replace("{}", word)} for picture, text in shown]
         self.rows.append((f"{word} is", [row[""] for row in rows]))
@@ -144,8 +141,8 @@ class Trial:
 
     def learned(self, thing: Thing, old: StableDiffusion, old_word: str, new: StableDiffusion, word: str,
                 need: tuple[float, ...]) -> None:  # fmt: skip
-        """Measure how near `word` is to the thing and `old_word` was, among all other things of its style and
-        the same in its hue; `need` is for each of PLACES."""
+        """Measure how near images of `word` are to the thing, and those of `old_word` before, among all other
+        things of the style, also in the thing's hue; `need` has the limit on the rank for each of PLACES."""
         for (place, (style, ground)), limit in zip(PLACES.items(), need, strict=True):
             target = self.shown(thing, style, ground)
             names = [n for n in bank.names() if n != thing.name]
@@ -165,8 +162,8 @@ class Trial:
             ]
 
     def prior(self, thing: Thing, word: str, old: StableDiffusion, new: StableDiffusion) -> None:
-        """Measure whether `word` still means what it meant, rather than the thing that was learned."""
-        prompts = [called("3d", word, "")] * 8
+        """Measure whether images of `word` are nearer to those before training than to the learned thing."""
+        prompts = [called("3d", word)] * 8
         before, after = self.draw(old, prompts, 50), self.draw(new, prompts, 50)
         kept = measures.distance(after, before) < measures.distance(after, [self.shown(thing)] * len(after))
         self.measure(f"{word}: share kept", 1, 0.5, kept.float().mean(), 0.75, more=True)
@@ -175,13 +172,13 @@ class Trial:
     # Styles
 
     def known(self, seed: str) -> list[str]:
-        """The things that the model was trained on, shuffled."""
+        """Return the things that the model was trained on, shuffled."""
         names = bank.world()["core"].split()
         random.Random(seed).shuffle(names)
         return names
 
     def styles(self, sd: StableDiffusion, styles: tuple[str, ...]) -> measures.Styles:
-        """A classifier, fitted on what the autoencoder makes of the bank."""
+        """Return a classifier of styles, fitted on the autoencoder's reconstructions of the bank."""
         names, examples = self.known("styles")[:60], {}
         for style in styles:
             pixels = torch.stack([images.to_tensor(on(self.bank[name, style])) for name in names])
@@ -190,17 +187,19 @@ class Trial:
         return measures.Styles(examples)
 
     def in_style(self, names: list[str], style: str) -> Path:
-        rows = [{"": on(self.bank[n, style]), "text": called(style, plain(n), "")} for n in names]
+        """Write a captioned image of each thing in that style."""
+        rows = [{"": on(self.bank[n, style]), "text": called(style, plain(n))} for n in names]
         self.rows.append((f"{style}, of {len(names)}", [row[""] for row in rows[:8]]))
         return self.write(style, rows)
 
     def rank_of(self, names: list[str], drawn: list[Image.Image], style: str) -> float:
-        """How many things of a style are nearer to a picture than its own: the median over the pictures."""
+        """Count the things of a style that are nearer to image i than names[i] is; return the median."""
         things = bank.names()
         near = torch.cdist(*(features(p) for p in (drawn, [on(self.bank[n, style]) for n in things])))
         own = near.gather(1, torch.tensor([[things.index(name)] for name in names]))  # (n, 1)
         return (near < own).sum(dim=1).float().quantile(0.5).item()
 
 
-def called(style: str, word: str, ground: str) -> str:
+def called(style: str, word: str, ground: str = "") -> str:
+    """Return the usual caption of a thing that is called `word`."""
     return captions(style, word, ground)[0]
