@@ -1,4 +1,4 @@
-"""Files of tensors, text files and folders: read lazily, written whole or not at all."""
+"""Files and folders: tensors are read lazily, and everything is written whole or not at all."""
 
 import json
 import os
@@ -23,13 +23,11 @@ DTYPES = {
     torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 
-# Old training checkpoints hold their trainer's callbacks and NumPy's scalars beside the weights. They are not
-# needed: each of these names gets a class that takes anything and does nothing.
-INERT = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric)\..*|numpy\.(dtype|(_?core\.multiarray\.scalar))"
-)
-PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"  # holds the vectors of textual inversions of 2022
-MAX_DEPTH = 4  # of dicts in dicts
+# Old training checkpoints hold their trainer's callbacks and NumPy scalars beside the weights. They are not
+# needed: a class that accepts anything and does nothing replaces each of these.
+INERT = re.compile(r"(pytorch_)?lightning(_fabric)?\..*|numpy\.(dtype|_?core\.multiarray\.scalar)")
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"  # the vectors of textual inversions of 2022
+MAX_DEPTH = 4  # of nested dicts
 
 
 class _ParameterDict(dict):
@@ -46,16 +44,18 @@ class _Inert:
 
 
 def read(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of `read_with_metadata`."""
+    """Return the tensors of a file, as `read_with_metadata` does."""
     return read_with_metadata(path)[0]
 
 
 def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Name -> tensor of a .safetensors file or of a pickle (its `state_dict` if it has one), and the former's
-    metadata. A tensor that lies deeper in a pickle is named by the keys on the way to it, joined by dots.
+    """Return the tensors by name, and the metadata, of a .safetensors file or a pickle.
+
+    A pickle has no metadata. Only its `state_dict` is read, if it has one; a tensor in nested dicts is named
+    by its keys, joined by dots. No code from a pickle is run.
 
     The tensors are memory-mapped privately: a page is read when it is used, and a change in place stays in
-    memory. No code from a pickle is run. ValueError, naming the file, if it cannot be read.
+    memory. ValueError, naming the file, if it cannot be read.
     """
     path = Path(path)
     head = _head(path)
@@ -66,25 +66,25 @@ def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, s
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {_line(error)}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """The object in a JSON file. ValueError, naming the file, if there is none."""
+    """Return the object in a JSON file. ValueError, naming the file, if there is none."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as JSON: {_line(error)}") from error
+        raise ValueError(f"{path} is not readable as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a file of tensors. ValueError if it is missing, of another kind, or no such file."""
+    """Return the first bytes of a file of tensors. ValueError if it is missing, empty or of another kind."""
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if not path.is_file():
@@ -95,7 +95,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {_line(error)}") from error
+        raise ValueError(f"cannot read {path}: {first_line(error)}") from error
     if not head:
         raise ValueError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
@@ -103,7 +103,8 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's name if it has none."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (text.strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -112,15 +113,14 @@ def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         refused = [name for name in named if not INERT.fullmatch(name) and name != PARAMETER_DICT]
-        # torch puts entries into plain dicts only, so the trainer's AttributeDict has to be one.
-        inert = [(dict if name.endswith("Dict") else type("Inert", (_Inert,), {}), name)
-                 for name in named if INERT.fullmatch(name)]  # fmt: skip
+        # torch adds entries to plain dicts only, so the trainer's AttributeDict becomes one.
+        inert = [(dict if n.endswith("Dict") else _Inert, n) for n in named if INERT.fullmatch(n)]
         if not refused:
             with torch.serialization.safe_globals([*inert, (_ParameterDict, PARAMETER_DICT)]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise anything
-        # What torch says before its reason is how to run the code after all.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or _line(error)
+        # Before the reason, torch explains how to run the code after all.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or first_line(error)
         name = re.search(r"GLOBAL ([\w.]+)", reason)
         if not name:
             reason = reason.splitlines()[0][:200]
@@ -128,9 +128,7 @@ def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
         refused = [name[1]]
     if refused:
         names = ", ".join(sorted(refused)[:3])
-        raise ValueError(
-            f"{path} asks for {names}; minisd takes only tensors from a pickle, as others run code"
-        )
+        raise ValueError(f"{path} asks for {names}; minisd reads only tensors from a pickle, never code")
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     tensors = dict(_flat(content, "", MAX_DEPTH))
@@ -150,9 +148,9 @@ def _flat(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]
 def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file: the same tensors and metadata give the same bytes.
 
-    The library's order of the metadata changes from run to run, and it needs all tensors in memory at once;
-    here each goes from its device to the file by itself. `path` may be the very file that the tensors are
-    mapped from. ValueError, naming the file, if it cannot be written.
+    The safetensors library orders the metadata differently in each run, and needs all tensors in memory at
+    once; here they go from their device to the file one at a time. `path` may be the file that the tensors
+    are mapped from. ValueError, naming the file, if it cannot be written.
     """
     assert all(isinstance(text, str) for text in (metadata or {}).values())
     header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
@@ -180,12 +178,12 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+    """Write text in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_pickle(path: Path | str, tensors: Mapping[str, Any]) -> None:
-    """Write a .bin file, for programs that read no other."""
+    """Write a .bin file, for programs that cannot read .safetensors."""
     with _replacing(path) as file:
         try:
             torch.save(dict(tensors), file)
@@ -194,23 +192,23 @@ def write_pickle(path: Path | str, tensors: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """As `write_bytes`, as indented JSON."""
+    """Write indented JSON, as `write_bytes` does."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _temporary(path: Path) -> Path:
-    """An unused name in the same folder, hence on the same disk."""
+    """Return an unused name in the same folder, and so on the same disk."""
     return path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """The temporary files and folders, at any depth, of processes that were killed while they wrote."""
+    """Return the temporary files and folders, at any depth, that killed processes left."""
     return [p for p in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", p.name)]
 
 
 @contextmanager
 def _replacing(path: Path | str) -> Iterator[BinaryIO]:
-    """An open file that takes the name `path` when the block ends, and disappears if the block fails."""
+    """Open a file that is renamed to `path` when the block ends, and deleted if the block fails."""
     path = Path(path)
     temporary = _temporary(path)
     try:
@@ -223,7 +221,7 @@ def _replacing(path: Path | str) -> Iterator[BinaryIO]:
             raise IsADirectoryError(None, "it is a folder")
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {_line(error)}") from error
+        raise ValueError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -231,10 +229,10 @@ def _replacing(path: Path | str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends, and disappears if the block fails.
+    """Make a folder that is renamed to `path` when the block ends, and deleted if the block fails.
 
-    An existing folder is replaced; with `keep`, only its entries of the same names are. Should the process be
-    killed between the two renames that this takes, the old one remains beside it, as `.NAME.*.tmp`.
+    An existing folder is replaced; with `keep`, only its entries of the same names are. If the process is
+    killed between the two renames that this takes, the old folder remains beside `path`, as `.NAME.*.tmp`.
     """
     path = Path(path)
     path = path.parent.resolve() / path.name if not path.is_symlink() else path.resolve()
@@ -250,15 +248,15 @@ def new_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
         else:
             _move(temporary, path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {_line(error)}") from error
-    except ValueError as error:  # from a file inside: name the folder that the user asked for
+        raise ValueError(f"cannot write {path}: {first_line(error)}") from error
+    except ValueError as error:  # from a file inside: name the folder that the user knows
         raise ValueError(str(error).replace(str(temporary), str(path))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename over what is there. A folder cannot be renamed over, so it is moved aside first."""
+    """Rename `source` to `target`, replacing it. A folder cannot be replaced, so it is moved aside first."""
     if not target.is_dir() or target.is_symlink():
         os.replace(source, target)
         return

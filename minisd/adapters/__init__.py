@@ -1,1 +1,1 @@
-"""One file per kind of adapter: insert, state_dict, attach."""
+"""One file per kind of adapter; a kind is recognised by its `matches(tensors)`."""

@@ -1,7 +1,7 @@
-"""What LoRA's relatives add to a weight: LoHa, LoKr, DoRA, and convolutions factored after Tucker.
+"""LoRA's relatives, as changes of a weight: LoHa, LoKr, DoRA, and convolutions with a Tucker decomposition.
 
 Formulas as in LyCORIS (Yeh et al. 2023, arXiv 2309.14859) and DoRA (Liu et al. 2024, arXiv 2402.09353).
-All in fp32; `t` is kind -> tensor as formats/lora_names.py groups them.
+All in fp32; `t` is kind -> tensor, the kinds being those of formats/lora_names.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,25 +10,21 @@ import torch
 from torch import Tensor
 
 
-def is_full(t: Mapping[str, Tensor]) -> bool:
-    """Whether the update is a whole matrix, which two thin factors beside the layer could not compute."""
-    return any(kind.startswith(("hada_", "lokr_", "dora_", "magnitude")) for kind in t)
-
-
 def product(up: Tensor, down: Tensor) -> Tensor:
-    """B A of factors (c_out, r, ...) and (r, c_in, ...), in the layer's shape (c_out, c_in, ...)."""
+    """Return B A, in the layer's shape (c_out, c_in, ...), of factors (c_out, r, ...) and (r, c_in, ...)."""
     return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
 def inner_factor(t: Mapping[str, Tensor]) -> Tensor:
-    """A (r, c_in, k, k). A Tucker core (r, s, k, k) is multiplied into the file's own (s, c_in, 1, 1)."""
+    """Return A (r, c_in, k, k), the product of a Tucker core (r, s, k, k) and `down` (s, c_in, 1, 1) if there
+    is a core."""
     if "mid" not in t:
         return t["down"]
     return torch.einsum("rskl,si->rikl", t["mid"], t["down"].flatten(1))
 
 
 def delta(t: Mapping[str, Tensor], weight: Tensor, alpha: Callable[[int], float]) -> Tensor:
-    """What a file adds to `weight` (c_out, c_in, ...) at scale 1. `alpha` maps a rank to its alpha, and 0 to
+    """Return the change of `weight` (c_out, c_in, ...) at scale 1. `alpha` maps a rank to its alpha, and 0 to
     alpha / rank. KeyError if a factor is missing, RuntimeError if the factors do not fit."""
     if any(kind.startswith("hada_") for kind in t):
         update, rank = _loha(t)
@@ -43,8 +39,8 @@ def delta(t: Mapping[str, Tensor], weight: Tensor, alpha: Callable[[int], float]
 
 
 def _factor(t: Mapping[str, Tensor], name: str) -> tuple[Tensor, int]:
-    """A factor, and its rank: stored whole (rank 0), as a product of two, or as two (p, c_out), (q, c_in) and
-    a core (p, q, k, k), which make (c_out, c_in, k, k)."""
+    """Return a factor and its rank. It is stored whole (rank 0), as a product of two matrices, or as two
+    matrices (p, c_out), (q, c_in) and a core (p, q, k, k), which make (c_out, c_in, k, k)."""
     if name in t:
         return t[name], 0
     a, b, core = t[f"{name}_a"], t[f"{name}_b"], t.get(name.replace("_w", "_t"))
@@ -60,14 +56,14 @@ def _loha(t: Mapping[str, Tensor]) -> tuple[Tensor, int]:
 
 
 def _lokr(t: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """Kronecker product of a small matrix and a larger one, either of them possibly low-rank. Where neither
-    is, there is no rank (0)."""
+    """Kronecker product of a small matrix and a larger one. Either may be low-rank; the rank is 0 if neither
+    is."""
     (w1, rank), (w2, rank2) = _factor(t, "lokr_w1"), _factor(t, "lokr_w2")
     return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2), rank2 or rank
 
 
 def _dora(t: Mapping[str, Tensor], changed: Tensor) -> Tensor:
-    """The changed weight with other norms: of its rows or of its columns, as the scale's shape says."""
+    """Return the changed weight with new norms of its rows or its columns, depending on the scale's shape."""
     scale = t["magnitude"].reshape(-1, 1) if "magnitude" in t else t["dora_scale"]  # PEFT: one per output
     scale = scale.reshape(*scale.shape, *[1] * (changed.ndim - scale.ndim))
     dims = [d for d in range(changed.ndim) if scale.shape[d] == 1]

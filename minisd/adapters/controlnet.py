@@ -1,6 +1,6 @@
 """ControlNets: read from a folder, a single file or the hub; written as a folder.
 
-A ControlNet acts on an image of its own, so it is not attached: sampling takes it together with that image.
+A ControlNet needs a conditioning image, so it is not attached: sampling takes it together with that image.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ from minisd.models.unet import UNetConfig
 if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion
 
-PREFIXES = ("controlnet_", single_file.CONTROLNET, "zero_convs.", "input_hint_block.")
-
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith(PREFIXES) for name in tensors)
+    return any(name.startswith(single_file.CONTROLNET_NAMES) for name in tensors)
 
 
 def read(
     sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
 ) -> NoReturn:
-    """ValueError that says how it is used."""
+    """Raise a ValueError that says how a ControlNet is used."""
     raise ValueError(f"{source} is a ControlNet: give it as --controlnet, with its --control_image")
 
 
@@ -41,9 +39,9 @@ def load(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | None = None,
 ) -> ControlNet:
-    """The ControlNet in a folder of diffusers' layout, in a single file, or of a hub id; frozen.
+    """Load a ControlNet, frozen, from a folder in the diffusers layout, a single file, or a hub id.
 
-    ValueError, naming the file, if there is none, or if it is of another base than SD v1.x.
+    ValueError, naming the file, if there is none, or if it is not for SD v1.x.
     """
     path = hub.resolve(path, cache_dir=cache_dir)
     if path.is_dir():
@@ -54,15 +52,15 @@ def load(
 
 
 def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:
-    """ValueError, naming the path, if the network does not belong to such a UNet."""
+    """Raise a ValueError, naming the path, if the network does not fit a UNet of this config."""
     for name in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
         theirs, ours = getattr(network.config, name), getattr(unet, name)
         if theirs != ours:
-            raise ValueError(f"{path}: a ControlNet with {name} {theirs}, and the model has {ours}")
+            raise ValueError(f"{path}: a ControlNet with {name} {theirs}; the model has {ours}")
     if network.config.in_channels > unet.in_channels:
-        raise ValueError(f"{path}: a ControlNet of a model with {network.config.in_channels} channels")
+        raise ValueError(f"{path}: a ControlNet for a model with {network.config.in_channels} channels")
 
 
 def save(folder: Path, network: ControlNet) -> None:
-    """Write config.json and the weights. What else an existing folder holds stays there."""
+    """Write config.json and the weights. Other files of an existing folder stay there."""
     diffusers.save_part(folder, network)

@@ -1,15 +1,16 @@
 """Custom Diffusion: trained projections in cross-attention (Kumari et al. 2022, arXiv 2212.04488).
 
-The file has the whole trained matrices, as diffusers writes them:
-`down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`. The authors' own are read too: {"unet":
-{"down_blocks.0. ... .attn2.to_k.weight": ...}, "modifier_token": {"<new1>": (d,)}}, whose matrices may be
-{"u": ..., "v": ...} with u v the change; and those of their CompVis branch, with the tokens' rows in "embed".
+A file has the whole trained matrices, as diffusers writes them:
+`down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`. Two formats of the authors are read, too:
+{"unet": {"down_blocks.0. ... .attn2.to_k.weight": ...}, "modifier_token": {"<new1>": (d,)}}, whose matrices
+may be {"u": ..., "v": ...} with u v as the change; and their CompVis branch's, whose tokens are in "embed".
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from minisd import files
 from minisd.adapters import lora, token_embedding
+from minisd.adapters._adapter import Adapter
 from minisd.formats import lora_names
 from minisd.models.unet import UNet
 
@@ -34,9 +36,9 @@ WORDS, EMBED = "modifier_token.", "embed"
 
 
 class CustomLinear(nn.Linear):
-    """A projection with its base weights kept beside the trained ones, `custom` and `custom_bias`, in fp32.
+    """A projection that keeps its base weights beside the trained ones, `custom` and `custom_bias` in fp32.
 
-    Keys and values have no gradient from the first token, which is the same in every prompt.
+    Keys and values get no gradient from the first token, which is the same in every prompt.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,8 +50,8 @@ class CustomLinear(nn.Linear):
 
 
 def insert(unet: UNet, projections: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Make these projections of every cross-attention trainable; returns what trains, by the names of the
-    file. Each keeps its name and its tensors: only its class changes."""
+    """Make these projections of every cross-attention trainable; return their parameters, by their names in
+    the file. A projection keeps its name and its tensors: only its class changes."""
     parameters = {}
     for name, attention in unet.named_modules():
         for projection in projections if name.endswith(".attn2") else ():
@@ -67,18 +69,18 @@ def _trainable(base: Tensor) -> nn.Parameter:
 
 
 def stem(name: str) -> str:
-    """What the file's names for a projection begin with."""
+    """Return what the file's names for a projection begin with."""
     return re.sub(r"\.attn2\.(\w+)", r".attn2.processor.\1_custom_diffusion", name)
 
 
 def save(path: Path, unet: UNet, parameters: dict[str, nn.Parameter], metadata: dict[str, str]) -> None:
-    """Write the trained matrices; a .bin is what diffusers' `load_attn_procs` takes."""
+    """Write the trained matrices, as .safetensors, or as the .bin that diffusers' `load_attn_procs` reads."""
     tensors = {name: p.detach().cpu() for name, p in parameters.items()}
     if path.suffix == files.SAFETENSORS:
         files.write(path, tensors, metadata)
     else:
-        # Its reader wants an entry for every attention of the UNet, empty where nothing was trained, which a
-        # .safetensors file cannot hold.
+        # diffusers needs an entry for every attention of the UNet, an empty one where nothing was trained; a
+        # .safetensors file cannot hold these.
         processors = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
         trained = {name.rpartition("_custom_diffusion")[0].rpartition(".")[0] for name in tensors}
         empty = {f"{name}.processor": {} for name in processors if f"{name}.processor" not in trained}
@@ -96,8 +98,8 @@ def matches(tensors: Mapping[str, Tensor]) -> bool:
 
 def read(
     sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
-) -> lora.LayerUpdates:
-    """The change from the model's projections to those in the file, and the file's tokens."""
+) -> Adapter:
+    """Return the differences between the file's projections and the model's, and the file's tokens."""
     rows = {name.removeprefix(WORDS): t for name, t in tensors.items() if name.startswith(WORDS)}
     rows |= {f"<new{i}>": row for i, row in enumerate(tensors.get(EMBED, ()), 1)}
     tensors = {n: t for n, t in tensors.items() if not n.startswith(WORDS) and n != EMBED}
@@ -109,11 +111,11 @@ def read(
     tokens = token_embedding.read(sd, rows, metadata, source)
     description = f"Custom Diffusion of {len(updates)} projections" if updates else ""
     description = ", ".join(filter(None, [description, tokens.description]))
-    return lora.LayerUpdates(description=description, updates=updates, tokens=tokens.tokens)
+    return replace(tokens, description=description, updates=updates)
 
 
 def _update(sd: StableDiffusion, name: str, t: dict[str, Tensor], weight: Tensor) -> lora.FullDelta:
-    """The change to a layer's new weight, which may be the product of `u` and `v`, and to its new bias."""
+    """Return the change to a layer's trained weight, which may be stored as u v, and to its trained bias."""
 
     def change(kind: str) -> Tensor:
         base = lora.base(sd, name, kind)

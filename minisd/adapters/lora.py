@@ -1,14 +1,15 @@
 """LoRA: low-rank updates beside frozen layers (Hu et al. 2021, arXiv 2106.09685).
 
-y = W x + scale * alpha / rank * B (A x). A layer may carry several updates, each with a scale of its own:
-they add. The names of files are in formats/lora_names.py; a module's name here is its path in `networks(sd)`.
+y = W x + scale * alpha / rank * B (A x). A layer may have several updates, each with a scale of its own; they
+add up. Files' names for modules are in formats/lora_names.py; here a module's name is its path in
+`networks(sd)`, such as `unet.conv_in`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +21,14 @@ from torch import Tensor
 
 from minisd import files
 from minisd.adapters import _lycoris, token_embedding
-from minisd.adapters._adapter import network_name
+from minisd.adapters._adapter import NETWORK_NAMES, Adapter
 from minisd.formats import lora_names
 from minisd.models.layers import conv1x1
 
 if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion
 
-# Groups of layers that have a name, as ends of module names.
+# Named groups of layers, as ends of module names.
 TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
@@ -42,8 +43,8 @@ TARGETS = {
 
 
 class LowRank(nn.Module):
-    """One update of a layer with weight (c_out, c_in, ...): A (r, c_in, ...) and B (c_out, r, ...), in fp32
-    whatever the layer's type. `dropout` acts on the input, and only while gradients are recorded."""
+    """One update of a layer with weight (c_out, c_in, ...): A (r, c_in, ...) and B (c_out, r, ...), always in
+    fp32. `dropout` acts on the input, and only while gradients are recorded."""
 
     lora_bias = None
 
@@ -57,7 +58,7 @@ class LowRank(nn.Module):
 
     @classmethod
     def new(cls, weight: Tensor, rank: int, alpha: float, dropout: float) -> LowRank:
-        """A ~ N(0, 1 / rank^2) and B = 0: an update that changes nothing yet."""
+        """Return an update that changes nothing yet: A ~ N(0, 1 / rank^2) and B = 0."""
         a = torch.randn(rank, *weight.shape[1:]) / rank
         b = torch.zeros(len(weight), rank, *[1] * (weight.ndim - 2))
         return cls(a.to(weight.device), b.to(weight.device), alpha, dropout=dropout)
@@ -72,7 +73,7 @@ class LowRank(nn.Module):
 
     def forward(self, layer: UpdatedLinear | UpdatedConv2d, x: Tensor) -> Tensor:
         if self.dropout:
-            # Not self.training: frozen networks are always in evaluation mode.
+            # `self.training` is not used: frozen networks are always in evaluation mode.
             x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
         h = layer.apply_weight(x, self.lora_A.to(x.dtype))  # (b, n, r) or (b, r, h, w)
         if self.factor != 1:
@@ -81,12 +82,12 @@ class LowRank(nn.Module):
         return F.linear(h, b) if b.ndim == 2 else conv1x1(h, b)
 
     def delta(self) -> Tensor:
-        """What it adds to the weight, in fp32."""
+        """Return the change of the weight, in fp32."""
         return self.factor * _lycoris.product(self.lora_B.detach(), self.lora_A.detach())
 
 
 class FullDelta(nn.Module):
-    """An update that is a whole matrix (c_out, c_in, ...), and may have a bias (c_out,): LoHa, LoKr and DoRA,
+    """One update as a whole matrix (c_out, c_in, ...), with an optional bias (c_out,): LoHa, LoKr and DoRA,
     multiplied out, and Custom Diffusion's projections."""
 
     def __init__(self, delta: Tensor, bias: Tensor | None = None):
@@ -101,25 +102,25 @@ class FullDelta(nn.Module):
         return y if self.scale == 1 else y * self.scale
 
     def delta(self) -> Tensor:
-        """What it adds to the weight."""
+        """Return the change of the weight, in fp32."""
         return self.scale * self.lora_delta
 
 
 class Updated(nn.Module):
-    """A layer with `updates` beside its weights. `put` turns a layer into one by changing its class, so that
-    its name, its tensors and its hooks stay."""
+    """A layer with `updates` beside its weights. `put` makes it by changing a layer's class, so that the
+    layer's name, tensors and hooks stay."""
 
     updates: nn.ModuleList
 
     @property
     def idle(self) -> bool:
-        """Whether no update has an effect: the layer computes what it did without them."""
+        """Whether no update has an effect, so that the layer computes the same as without them."""
         return not any(update.scale for update in self.updates)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.apply_weight(x, self.weight, self.bias)
         for update in self.updates:
-            if update.scale:  # at scale 0 the result is that of the layer alone, to the bit
+            if update.scale:  # at scale 0 the output is the plain layer's, to the bit
                 y = y + update(self, x)
         return y
 
@@ -132,7 +133,7 @@ class UpdatedLinear(Updated, nn.Linear):
 
 
 class UpdatedConv2d(Updated, nn.Conv2d):
-    """A convolution with updates: A has the layer's kernel, stride and padding, and B is 1x1."""
+    """A convolution with updates: A has the layer's kernel size, stride and padding, and B is 1x1."""
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kernel_size == (1, 1):
@@ -140,35 +141,16 @@ class UpdatedConv2d(Updated, nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
 
-@dataclass(kw_only=True)
-class LayerUpdates(token_embedding.Tokens):
-    """Updates of layers, and the new tokens that the file holds beside them."""
-
-    updates: dict[str, nn.Module]  # native name of a layer -> LowRank or FullDelta
-
-    @property
-    def parts(self) -> set[str]:
-        return {name.partition(".")[0] for name in self.updates}
-
-    def put(self, sd: StableDiffusion) -> None:
-        super().put(sd)
-        put(networks(sd), self.updates)
-
-    def set_scales(self, scales: Mapping[str, float]) -> None:
-        for name, update in self.updates.items():
-            update.scale = scales[name.partition(".")[0]]
-
-
 # --- Putting updates into a network ----------------------------------------------------------------------
 
 
 def networks(sd: StableDiffusion) -> nn.ModuleDict:
-    """The networks that a LoRA may change, by the first part of their modules' native names."""
+    """Return the networks that a LoRA may change, in a module whose paths are the native names."""
     return nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
 
 
 def layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every layer that can carry an update, by name."""
+    """Return all layers that can have updates, by name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
@@ -185,8 +167,8 @@ def put(module: nn.Module, updates: Mapping[str, nn.Module]) -> None:
 def insert(
     module: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LowRank]:
-    """Add a new update to every layer that a target means; returns the updates by layer. A target is a key of
-    TARGETS, or the end of a module's name. ValueError, naming the flag, if a target means no layer."""
+    """Add a new update to every layer that a target means, and return the updates by layer. A target is a key
+    of TARGETS, or the end of a module's name. ValueError, naming the flag, if a target means no layer."""
     known = layers(module)
     updates: dict[str, LowRank] = {}
     for target in targets:
@@ -205,15 +187,15 @@ def insert(
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a network without its updates."""
+    """Return a network's state without its updates."""
     return {n: t for n, t in module.state_dict().items() if ".updates." not in f".{n}"}
 
 
 def merged(
     module: nn.Module, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The state of a network (`tensors`, or its own) with its updates added to the weights: in fp32, rounded
-    once, to `dtype` or to the type of the weight."""
+    """Return a network's state (`tensors`, or its own) with its updates added to the weights: in fp32, then
+    rounded once, to `dtype` or to the weight's dtype."""
     tensors = dict(own_state(module) if tensors is None else tensors)
     for name, layer in module.named_modules():
         active = [update for update in layer.updates if update.scale] if isinstance(layer, Updated) else []
@@ -230,7 +212,7 @@ def merged(
 
 
 def state_dict(updates: Mapping[str, LowRank], form: str = "diffusers") -> tuple[dict, dict[str, str]]:
-    """Tensors in fp32, and metadata, by the names of a format: `diffusers` or `kohya`."""
+    """Return the tensors, in fp32, and the metadata of a file of a format, `diffusers` or `kohya`."""
     factors = {
         name: (u.lora_A.detach().float(), u.lora_B.detach().float(), u.alpha) for name, u in updates.items()
     }
@@ -243,27 +225,25 @@ def save(
     form: str = "diffusers",
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the updates in a format, with `about` added to its metadata."""
+    """Write the updates to a file of a format, with `about` added to its metadata."""
     tensors, metadata = state_dict(updates, form)
     files.write(path, tensors, metadata | dict(about or {}))
 
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are of a LoRA or one of its relatives, known here or not. A token may be called <flora>:
-    what has no dot is none of their keys."""
+    """Return whether the tensors are those of a LoRA or a relative, supported or not. Their keys have dots;
+    a key without dots may be a token such as <flora>."""
     marks = ("lora", "lycoris", "hada_", "lokr_", "oft_")
     return any(mark in key for key in tensors if "." in key for mark in marks)
 
 
 def load(sd: StableDiffusion, path: Path, dropout: float = 0.0) -> dict[str, LowRank]:
-    """Put the updates in a file into the model, to train them further; they are still frozen. ValueError,
-    naming the file, if one of them is not a product of two low-rank factors."""
+    """Add a file's updates to the model, to train them further; they are still frozen. ValueError, naming the
+    file, if an update is not a product of two low-rank factors."""
     updates = read(sd, *files.read_with_metadata(path), path).updates
     for name, update in updates.items():
         if not isinstance(update, LowRank):
-            raise ValueError(
-                f"{path}: its update of {name} is not a plain LoRA: it cannot be trained further"
-            )
+            raise ValueError(f"{path}: only a plain LoRA can be trained further; its update of {name} is not")
         update.dropout = dropout
     put(networks(sd), updates)
     return updates
@@ -271,9 +251,9 @@ def load(sd: StableDiffusion, path: Path, dropout: float = 0.0) -> dict[str, Low
 
 def read(
     sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
-) -> LayerUpdates:
-    """The updates in a file of any format, by the names of their layers. ValueError, naming the file and the
-    keys, if one of them is unknown, incomplete, or for another model."""
+) -> Adapter:
+    """Return the updates and tokens in a file of any LoRA format. ValueError, naming the file, if it is for
+    another model, has unknown keys, or lacks a part of an update."""
     lora_names.refuse_others(tensors, sd.unet.config.cross_attention_dim, source)
     bundled = {key: t for key, t in tensors.items() if key.startswith(token_embedding.BUNDLE)}
     tokens = token_embedding.read(sd, bundled, metadata, source)
@@ -283,14 +263,14 @@ def read(
     alpha = lora_names.alphas(metadata, source)
     updates = make_updates(sd, groups, partial(_update, alpha), source)
     description = ", ".join(filter(None, [describe(updates), tokens.description]))
-    return LayerUpdates(description=description, updates=updates, tokens=tokens.tokens)
+    return replace(tokens, description=description, updates=updates)
 
 
 def make_updates(
     sd: StableDiffusion, groups: Mapping[str, dict[str, Tensor]], make: Callable[..., nn.Module], source: Path
 ) -> dict[str, nn.Module]:
-    """The updates that `make(layer, its tensors by kind, its weight)` returns, by layer; all in fp32.
-    ValueError, naming the file and the layer, if a tensor is missing (KeyError in `make`) or does not fit."""
+    """Return the update `make(name, tensors by kind, weight)` of each layer in `groups`, in fp32. ValueError,
+    naming the file and the layer, if a tensor is missing (KeyError in `make`) or does not fit."""
     updates = {}
     for name, t in groups.items():
         weight = base(sd, name)
@@ -307,7 +287,7 @@ def make_updates(
 
 
 def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
-    """A layer's weight, or its bias if it has one, in fp32, without updates."""
+    """Return a layer's weight, or its bias if it has one, in fp32, without updates."""
     part, _, path = name.partition(".")
     tensor = getattr(sd.parts[part].get_submodule(path), kind)
     if tensor is None:
@@ -316,22 +296,22 @@ def base(sd: StableDiffusion, name: str, kind: str = "weight") -> Tensor | None:
 
 
 def _update(alpha: lora_names.Alpha, name: str, t: dict[str, Tensor], weight: Tensor) -> LowRank | FullDelta:
-    """The update that a LoRA or one of its relatives means for a layer."""
+    """Return a layer's update in a LoRA or a relative: two thin factors, or else a whole matrix."""
     alpha = partial(alpha, name, t.pop("alpha", None))
-    if _lycoris.is_full(t):
+    if any(kind.startswith(("hada_", "lokr_", "dora_", "magnitude")) for kind in t):
         return FullDelta(_lycoris.delta(t, weight, alpha))
     down, up = _lycoris.inner_factor(t), t["up"]
     rank = len(up[0])
-    # 1x1 convolutions and linear layers are written as either: the layer here decides.
+    # A file may store 1x1 convolutions as linear layers, and the other way round: the shape is the layer's.
     a = down.reshape(rank, *weight.shape[1:])  # (r, c_in, ...)
     b = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))  # (c_out, r, ...)
     return LowRank(a.contiguous(), b.contiguous(), alpha(rank))
 
 
 def describe(updates: Mapping[str, nn.Module]) -> str:
-    """The ranks, and how many modules of which network are updated."""
+    """Return a line with the ranks, and the number of updated modules in each network."""
     counts = Counter(name.partition(".")[0] for name in updates)
     ranks = sorted({u.rank for u in updates.values() if isinstance(u, LowRank)})
     kind = f"LoRA of rank {', '.join(map(str, ranks))}" if ranks else "LoHa, LoKr or DoRA, multiplied out,"
-    where = [f"{counts[part]} modules of the {network_name(part)}" for part in sorted(counts, reverse=True)]
+    where = [f"{counts[part]} modules of the {NETWORK_NAMES[part]}" for part in sorted(counts, reverse=True)]
     return f"{kind} on {' and '.join(where)}"

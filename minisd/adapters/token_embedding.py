@@ -1,14 +1,14 @@
-"""New tokens: extra rows behind the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
+"""New tokens: extra rows after the text encoder's frozen table (Gal et al. 2022, arXiv 2208.01618).
 
-The file is {token: (d,) or (n, d)}, as diffusers writes it; or it holds one token that is called like the
-file: {"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A1111 and the authors write it.
-LoRA files may hold either with `bundle_emb.TOKEN.` before the keys.
+A file is {token: (d,) or (n, d)}, as diffusers writes it; or it holds one token, named after the file:
+{"emb_params": (n, d)}, or {"string_to_param": {"*": (n, d)}, ...} as A1111 and the authors write it. In LoRA
+files, `bundle_emb.TOKEN.` comes before any of these keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,21 +30,12 @@ NAMELESS = ("emb_params", "*")  # keys that stand for the file's name
 SDXL = {"clip_l", "clip_g"}
 
 
-@dataclass(kw_only=True)
-class Tokens(Adapter):
-    """New tokens, which have no scale."""
-
-    def put(self, sd: StableDiffusion) -> None:
-        for token, rows in self.tokens.items():
-            add_token(sd.tokenizer, sd.text_encoder, token, rows).requires_grad_(False)
-
-
 class TokenEmbedding(nn.Embedding):
-    """`weight` is the original table; higher ids are rows of the parameter `extra` (n, d), in fp32."""
+    """An embedding table whose higher ids are rows of a parameter `extra` (n, d), in fp32."""
 
     @classmethod
     def of(cls, table: nn.Embedding, extra: Tensor) -> TokenEmbedding:
-        self = cls(*table.weight.shape, _weight=table.weight)  # given, so that no random one is drawn
+        self = cls(*table.weight.shape, _weight=table.weight)  # so that none is drawn at random
         self.weight = table.weight
         self.extra = nn.Parameter(extra)
         return self
@@ -56,7 +47,7 @@ class TokenEmbedding(nn.Embedding):
 
 
 def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows: Tensor) -> nn.Parameter:
-    """Add a token to both, with its rows (n, d); returns the parameter of all extra rows."""
+    """Add a token to both, with its rows (n, d). Return the parameter that holds all extra rows."""
     tokenizer.add_placeholder(token, len(rows))
     embeddings = text_encoder.text_model.embeddings
     table = embeddings.token_embedding
@@ -68,7 +59,7 @@ def add_token(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, rows:
 
 
 def merged(text_encoder: TextEncoder, tensors: dict[str, Tensor]) -> tuple[TextConfig, dict[str, Tensor]]:
-    """Config and tensors of the text encoder, with the extra rows as part of its table."""
+    """Return the text encoder's config and `tensors` with the extra rows as part of its table."""
     name = "text_model.embeddings.token_embedding"
     if (extra := tensors.pop(f"{name}.extra", None)) is not None:
         table = tensors[f"{name}.weight"]
@@ -77,7 +68,7 @@ def merged(text_encoder: TextEncoder, tensors: dict[str, Tensor]) -> tuple[TextC
 
 
 def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None:
-    """Write {token: (n, d)} in fp32; as .bin for tools that read nothing else."""
+    """Write {token: (n, d)} in fp32, as .safetensors or, for programs that read nothing else, as .bin."""
     tensors = {token: rows.detach().float().cpu().contiguous()}
     if path.suffix == files.SAFETENSORS:
         files.write(path, tensors, metadata)
@@ -95,8 +86,8 @@ def matches(tensors: Mapping[str, Tensor]) -> bool:
 
 def read(
     sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
-) -> Tokens:
-    """The tokens in a file. ValueError, naming it, if one of them cannot be added to the model."""
+) -> Adapter:
+    """Return the tokens of a file. ValueError, naming it, if a token cannot be added to the model."""
     tokens: dict[str, Tensor] = {}
     for key, rows in tensors.items():
         bundled, token, key = key.startswith(BUNDLE), source.stem, key.removeprefix(BUNDLE)
@@ -104,7 +95,7 @@ def read(
             token, _, key = key.partition(".")
         if key in SDXL:
             raise ValueError(f"{source} is an embedding for SDXL ({key}); minisd is for SD v1.x")
-        if key.startswith("string_to_token."):  # an id in the vocabulary of the model it was trained with
+        if key.startswith("string_to_token."):  # the id of "*" in the vocabulary
             continue
         if not (bundled or key in NAMELESS or key.startswith(PARAM)):
             token = key
@@ -123,4 +114,4 @@ def read(
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         counts.append(f"{token} ({len(rows)} vector{'s' if len(rows) > 1 else ''})")
-    return Tokens(description=", ".join(counts), tokens=tokens)
+    return Adapter(description=", ".join(counts), tokens=tokens)

@@ -1,7 +1,7 @@
-"""config.json and scheduler_config.json as diffusers writes them: the one place that knows their keys.
+"""config.json and scheduler_config.json in the format of diffusers: the only module that knows their keys.
 
-A model's config is read and written by the same table, of which a row gives a key, the spelling of its value,
-the value that its absence means, and the attribute of our dataclass.
+The same table serves to read and to write a model's config. A row has a key, the spelling of its value, the
+default for files without the key, and the attribute of minisd's dataclass.
 """
 
 import math
@@ -29,10 +29,10 @@ INVALID = (ValueError, TypeError, LookupError)
 class Spelling(NamedTuple):
     """How a JSON file spells a value."""
 
-    allowed: str  # the values that `read` takes, for messages
-    read: Callable[[Any, int], Any]  # (file's value, number of levels) -> our value; raises one of INVALID
+    allowed: str  # the valid values, for messages
+    read: Callable[[Any, int], Any]  # (file's value, number of levels) -> attribute; raises one of INVALID
     write: Callable[[Any], Any] = lambda value: value
-    nullable: bool = False  # whether null is a value; elsewhere it means the same as an absent key
+    nullable: bool = False  # whether null is a value of its own; otherwise it stands for the default
 
 
 def _size(value: Any, levels: int = 0, *, least: int = 1) -> int:
@@ -48,14 +48,14 @@ def _number(value: Any, levels: int = 0) -> float:
 
 
 def _list(values: Any, item: Callable[[Any], Any], length: int = 0) -> tuple:
-    """A list of `length`, or else of one or more."""
+    """Read a list of `length` items, or of one or more if that is 0."""
     if not isinstance(values, (list, tuple)) or len(values) != (length or max(1, len(values))):
         raise ValueError
     return tuple(map(item, values))
 
 
 def _per_level(value: Any, levels: int) -> tuple[int, ...]:
-    """A size for each level, or one for all."""
+    """Read a size for each level, or one for all levels."""
     return _list([value] * levels if isinstance(value, int) else value, _size, levels)
 
 
@@ -65,7 +65,7 @@ def _same(value: Any, levels: int) -> int:
 
 
 def _one_of(values: dict[Any, Any]) -> Spelling:
-    """One of the file's values, each with ours."""
+    """Spell an attribute as one of a few values; `values` is file's value -> attribute."""
     ours = {value: key for key, value in values.items()}
     allowed = " or ".join("null" if value is None else repr(value) for value in values)
     return Spelling(allowed, lambda value, levels: values[value], ours.__getitem__)
@@ -80,7 +80,7 @@ def _block_types(kind: str, direction: str, attention: Iterable[bool]) -> list[s
 
 
 def _attention(kind: str) -> Spelling:
-    """Which levels have attention, as diffusers' names of their blocks."""
+    """Spell whether each level has attention, by diffusers' names of the blocks."""
     block, plain = _block_types(kind, "Down", (True, False))
     has = {block: True, plain: False}
     return Spelling(
@@ -114,27 +114,27 @@ ANYTHING = Spelling("anything", lambda value, levels: value)
 class Row(NamedTuple):
     key: str
     spelling: Spelling
-    default: Any  # of diffusers, for a file without the key
-    attribute: str = ""  # of our dataclass, if its name is another
+    default: Any  # in diffusers, for files without the key
+    attribute: str = ""  # of the dataclass, if it is not called like the key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """How one kind of model is spelled. Keys that are not in its table are errors unless null or false."""
+    """The keys of one kind of model. Keys that are not in its table are errors, unless null, false or 0."""
 
     config: type
-    rows: tuple[Row, ...]  # block_out_channels first: it tells the number of levels
-    written: dict[str, Any]  # further keys, with the only value that our models have
-    fixed: dict[str, Any]  # keys that later releases added, likewise, which are not written
-    labels: dict[str, Any]  # what is written for other programs, and not read
+    rows: tuple[Row, ...]  # block_out_channels first, as it tells the number of levels
+    written: dict[str, Any]  # further keys, with the only value that minisd supports
+    fixed: dict[str, Any]  # keys of later releases, with the only value supported; these are not written
+    labels: dict[str, Any]  # written for other programs, and not read
     derived: Callable[[Any], dict[str, Any]] = lambda config: {}  # keys whose values follow from the rows
-    heads: Callable[[Any], Iterable[tuple[int, int]]] = lambda config: ()  # (channels, what must divide them)
-    others: tuple[str, dict[int, str]] = ("", {})  # a key, and whose model it is by the key's value
-    nested: str = ""  # the key under which the config of a larger model has this one
-    ignores_others: bool = False  # whether all further keys are harmless
+    heads: Callable[[Any], Iterable[tuple[int, int]]] = lambda config: ()  # channels, and a divisor of them
+    others: tuple[str, dict[int, str]] = ("", {})  # a key, and its values in models that minisd does not have
+    nested: str = ""  # the key of this config in the config of a larger model
+    ignores_others: bool = False  # whether unknown keys are harmless
 
 
-# Harmless keys of any model: they change the rounding at most.
+# Harmless keys in any model: at most, they change the rounding.
 HARMLESS = {"upcast_attention", "force_upcast", "addition_embed_type_num_heads"}
 
 
@@ -147,7 +147,7 @@ def _labels(class_name: str) -> dict[str, str]:
 
 
 def _attending(config: UNet2DConfig) -> list[tuple[int, int]]:
-    """The channels of the levels with attention and of the middle block, each with the width of a head."""
+    """Return the channels of the levels with attention and of the middle block, each with a head's width."""
     channels = [c for c, has in zip(config.block_out_channels, config.attention, strict=True) if has]
     return [(c, config.head_dim or 1) for c in (*channels, config.block_out_channels[-1])]
 
@@ -156,7 +156,7 @@ ENCODER_ROWS = (
     Row("block_out_channels", SIZES, [320, 640, 1280, 1280]),
     Row("down_block_types", _attention("CrossAttn"),
         ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "attention"),
-    Row("attention_head_dim", PER_LEVEL, 8, "num_heads"),  # a misnomer: diffusers takes it for their number
+    Row("attention_head_dim", PER_LEVEL, 8, "num_heads"),  # a misnomer: it is the number of heads
     Row("layers_per_block", SAME, 2),
     Row("cross_attention_dim", SAME, 1280),
     Row("norm_eps", NUMBER, 1e-5),
@@ -167,12 +167,10 @@ ENCODER_WRITTEN = {
     "mid_block_scale_factor": 1,
 }  # fmt: skip
 ENCODER_FIXED = {
-    "center_input_sample": False, "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False,
-    "dropout": 0.0, "transformer_layers_per_block": 1, "dual_cross_attention": False,
-    "use_linear_projection": False, "class_embed_type": None, "addition_embed_type": None,
-    "num_class_embeds": None, "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional", "conv_in_kernel": 3,
-    "conv_out_kernel": 3, "attention_type": "default", "class_embeddings_concat": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1,
+    "use_linear_projection": False, "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "attention_type": "default",
 }  # fmt: skip
 
 TABLES = {
@@ -219,9 +217,7 @@ TABLES = {
         },
         fixed={
             "mid_block_type": "UNetMidBlock2D", "downsample_type": "conv", "upsample_type": "conv",
-            "dropout": 0.0, "resnet_time_scale_shift": "default", "class_embed_type": None,
-            "num_class_embeds": None, "attn_norm_num_groups": None, "time_embedding_dim": None,
-            "num_train_timesteps": None,
+            "resnet_time_scale_shift": "default",
         },
         labels=_labels("UNet2DModel"),
         derived=lambda c: {"up_block_types": _block_types("Attn", "Up", reversed(c.attention))},
@@ -257,41 +253,41 @@ TABLES = {
         fixed={},
         labels={
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "bos_token_id": 0,
-            "eos_token_id": 2,  # as published; other programs read it as "the highest id"
+            "eos_token_id": 2,  # as published; other programs take it for "the highest id"
             "pad_token_id": 1, "initializer_factor": 1.0, "initializer_range": 0.02,
         },
         derived=lambda c: {"projection_dim": c.hidden_size},
         heads=lambda c: [(c.hidden_size, c.num_heads)],
         others=("hidden_size", dict.fromkeys((1024, 1280), "the text encoder of SD2 or SDXL")),
         nested="text_config",
-        ignores_others=True,  # they are about CLIP's projection, about generation and about transformers
+        ignores_others=True,  # these are settings of CLIP's projection, of generation and of transformers
     ),
 }  # fmt: skip
 
 
 def read(folder: Path, part: str) -> Config:
-    """config.json of a part's folder as our dataclass; ValueError as in `from_json`."""
-    path = Path(folder) / "config.json"
+    """Read the config.json in a part's folder; ValueError as in `from_json`."""
+    path = folder / "config.json"
     return from_json(part, files.read_json(path), path)
 
 
 def write(folder: Path, part: str, config: Config) -> None:
     """Write config.json into a part's folder."""
-    files.write_json(Path(folder) / "config.json", to_json(part, config))
+    files.write_json(folder / "config.json", to_json(part, config))
 
 
 def from_json(part: str, content: dict[str, Any], source: Path | str) -> Config:
-    """The content of a config.json as our dataclass.
+    """Return the config that the content of a config.json describes.
 
-    ValueError, naming source and key, if it describes a network that our models cannot be, or has an unknown
-    key, which may mean that.
+    ValueError, naming source and key, if minisd does not support a value, or does not know a key.
     """
     table = TABLES[part]
     if isinstance(content.get(table.nested), dict):
         content = content[table.nested]
     key, families = table.others
-    if family := next((name for value, name in families.items() if content.get(key) == value), None):
-        raise ValueError(f"{source}: this is {family}; minisd is for SD v1.x")
+    for value, family in families.items():
+        if content.get(key) == value:
+            raise ValueError(f"{source}: this is {family}; minisd is for SD v1.x")
     values: dict[str, Any] = {}
     for row in table.rows:
         value = content.get(row.key)
@@ -306,16 +302,17 @@ def from_json(part: str, content: dict[str, Any], source: Path | str) -> Config:
     only = table.written | table.fixed | ({} if table.ignores_others else table.derived(config))
     known = {row.key for row in table.rows} | HARMLESS
     for key, value in content.items():
-        if key in only and value is not None and value != only[key]:
+        if key in known or key.startswith("_") or value is None or value == only.get(key, False):
+            continue
+        if key in only:
             raise _refused(source, key, value, repr(only[key]))
-        is_known = key in only or key in known or key.startswith("_") or table.ignores_others
-        if not is_known and value not in (None, False):
+        if not table.ignores_others:
             raise ValueError(f"{source}: unknown key {key!r}, which is {value!r}")
     return config
 
 
 def to_json(part: str, config: Config) -> dict[str, Any]:
-    """The content of a config.json, which `from_json` reads."""
+    """Return the content of a config.json, as `from_json` reads it."""
     table = TABLES[part]
     content = {row.key: row.spelling.write(getattr(config, row.attribute or row.key)) for row in table.rows}
     return dict(sorted((content | table.written | table.labels | table.derived(config)).items()))
@@ -334,8 +331,8 @@ def _refused(source: Path, key: str, value: Any, allowed: str) -> ValueError:
 
 # --- scheduler_config.json -------------------------------------------------------------------------------
 
-# What its keys may say. The user chooses the scheduler, whatever the file's class; each of ours
-# takes from the file what diffusers' class of its name would take.
+# The values that its keys may have. The user chooses the scheduler, not the file; each one uses the keys that
+# diffusers' class of the same name uses.
 SCHEDULER = {
     # The noise schedule, and what the network predicts.
     "num_train_timesteps": SIZE, "beta_start": NUMBER, "beta_end": NUMBER, "trained_betas": NUMBERS,
@@ -348,7 +345,7 @@ SCHEDULER = {
     "lower_order_final": FLAG, "euler_at_final": FLAG, "original_inference_steps": SIZE,
     "timestep_scaling": NUMBER,
     "solver_type": _choice("midpoint", "heun", "logrho", "bh1", "bh2"),  # the last three count as midpoint
-    # What would change the result, and is supported at its default alone. The algorithm is the scheduler's.
+    # Supported at their defaults only, as they change the result. The scheduler determines the algorithm.
     "algorithm_type": _choice("dpmsolver++", "sde-dpmsolver++", "deis", "data_prediction"),
     "solver_order": _choice(2), "interpolation_type": _choice("linear"), "timestep_type": _choice("discrete"),
     "lambda_min_clipped": _choice(-math.inf), "sigma_min": _choice(None), "sigma_max": _choice(None),
@@ -365,9 +362,9 @@ SCHEDULER = {
 
 
 def read_scheduler(content: dict[str, Any], source: Path | str) -> dict[str, Any]:
-    """The content of a scheduler_config.json, checked; null means the same as an absent key.
+    """Check the content of a scheduler_config.json and return it; null means the same as an absent key.
 
-    ValueError, naming source and key, for an unknown key, or a value that asks for what minisd does not do.
+    ValueError, naming source and key, for an unknown key, or a value that minisd does not support.
     """
     for key, value in content.items():
         if not key.startswith("_") and value is not None:

@@ -1,6 +1,6 @@
-"""A folder with model_index.json and a folder for each part: the layout of diffusers.
+"""The diffusers layout: a folder with model_index.json and a folder for each part.
 
-Native names are this layout's names.
+Its names of tensors are the native ones.
 """
 
 import re
@@ -25,48 +25,46 @@ TOKENIZER_FILES = (
 
 
 def matches(path: Path) -> bool:
-    path = Path(path)
     return (path / INDEX).is_file() or all((path / part / "config.json").is_file() for part in PARTS)
 
 
 def load(path: Path, *, variant: str | None = None, ema: bool = False) -> PipelineParts:
     """Read a folder.
 
-    `variant` is the `fp16` in `diffusion_pytorch_model.fp16.safetensors`; a part that has no such file gives
-    its plain one, as long as another part has it. ValueError, naming the folder or file, if anything is
-    missing or is not of SD v1.x.
+    `variant` is the `fp16` in `diffusion_pytorch_model.fp16.safetensors`; parts without such a file are read
+    from their plain one, if any part has it. ValueError, naming the folder or file, if anything is missing or
+    is not of SD v1.x.
     """
-    path = Path(path)
     if ema:
-        raise ValueError(f"{path} is a folder, which holds one set of weights: ask for EMA by its variant")
+        raise ValueError(f"{path} is a folder, which has one set of weights: choose EMA by its variant")
     index = files.read_json(path / INDEX) if (path / INDEX).is_file() else {}
     for name in ("text_encoder_2", "text_encoder_3", "transformer"):
         if index.get(name) not in (None, [None, None]):
             raise ValueError(f"{path} has a {name}: this is SDXL, SD3 or later; minisd is for SD v1.x")
     if index.get("_class_name") == "DDPMPipeline":
-        raise ValueError(f"{path} is a model of pixels without text (DDPMPipeline), not Stable Diffusion")
+        raise ValueError(f"{path} is a pixel model without text (DDPMPipeline), not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
     weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
-    networks = {part: _load(path / part, part, weights[part][0]) for part in PARTS}
-    taken, given = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
-    if taken != given:
+    networks = {part: load_part(path / part, part, weights[part][0]) for part in PARTS}
+    width, encoded = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
+    if width != encoded:
         raise ValueError(
-            f"{path}: the UNet takes text states of width {taken}, the text encoder gives {given}"
+            f"{path}: the UNet takes text states of width {width}, the text encoder gives {encoded}"
         )
     vocabulary = set(_names(path / "tokenizer"))
     if "tokenizer.json" not in vocabulary and not {"vocab.json", "merges.txt"} <= vocabulary:
         raise ValueError(f"{path / 'tokenizer'} has neither vocab.json and merges.txt nor tokenizer.json")
     return PipelineParts(
         **networks,
-        scheduler=_read_scheduler(path),
+        scheduler=config_json.read_scheduler(files.read_json(path / SCHEDULER), path / SCHEDULER),
         tokenizer=path / "tokenizer",
         pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
     )
 
 
 def save(folder: Path, pipeline: PipelineParts) -> None:
-    """Write a folder, whole or not at all. Other files of an existing folder stay there."""
+    """Write a folder, whole or not at all. Other files in an existing folder stay there."""
     index = {
         "_class_name": pipeline.pipeline_class,
         "feature_extractor": [None, None],
@@ -77,15 +75,15 @@ def save(folder: Path, pipeline: PipelineParts) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    # Other programs may need the two plain files of CLIP's vocabulary, which newer ones no longer write.
+    # Other programs may need vocab.json and merges.txt, which newer programs no longer write.
     tokenizer = parts.TOKENIZER if parts.is_standard_tokenizer(pipeline.tokenizer) else pipeline.tokenizer
     _save(folder, pipeline.networks, pipeline.scheduler, index, tokenizer)
 
 
 def load_ddpm(path: Path) -> tuple[UNet2D, dict[str, Any]]:
-    """The network and the content of scheduler_config.json of a DDPMPipeline's folder."""
-    path = Path(path)
-    return load_part(path / "unet", "unet2d"), _read_scheduler(path)
+    """Return the network and the content of scheduler_config.json in a DDPMPipeline's folder."""
+    source = path / SCHEDULER
+    return load_part(path / "unet", "unet2d"), config_json.read_scheduler(files.read_json(source), source)
 
 
 def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:
@@ -115,20 +113,13 @@ def _save(
         files.write_json(temporary / INDEX, dict(sorted(index.items())))
 
 
-def _read_scheduler(path: Path) -> dict[str, Any]:
-    return config_json.read_scheduler(files.read_json(path / SCHEDULER), path / SCHEDULER)
-
-
 # --- One part --------------------------------------------------------------------------------------------
 
 
-def load_part(folder: Path, part: str, variant: str | None = None) -> nn.Module:
-    """The network in a folder of its own (`unet/` and its like, or a VAE by itself)."""
-    folder = Path(folder)
-    return _load(folder, part, choose({part: _names(folder)}, variant, folder)[part][0])
-
-
-def _load(folder: Path, part: str, weights: str) -> nn.Module:
+def load_part(folder: Path, part: str, weights: str = "") -> nn.Module:
+    """Read one network from its folder, such as `unet/`. `weights` is a file of weights there or an index, by
+    default the plain one."""
+    weights = weights or choose({part: _names(folder)}, None, folder)[part][0]
     network = parts.build(part, config_json.read(folder, part), folder / "config.json")
     listed = {weights}
     if weights.endswith(".json"):
@@ -136,7 +127,7 @@ def _load(folder: Path, part: str, weights: str) -> nn.Module:
         listed = {str(name) for name in index.values()} if isinstance(index, dict) else set()
         absent = sorted(listed - {*_names(folder)})
         if absent or not listed:
-            absent = parts.first_names(absent) or "none"
+            absent = parts.first_names(absent) or "it lists none"
             raise ValueError(f"{folder / weights} lists files that are not there: {absent}")
     tensors = {name: tensor for file in sorted(listed) for name, tensor in files.read(folder / file).items()}
     return parts.fill(network, native(part, tensors), folder / weights)
@@ -144,18 +135,18 @@ def _load(folder: Path, part: str, weights: str) -> nn.Module:
 
 def save_part(folder: Path, network: nn.Module) -> None:
     """Write config.json and the weights of one network, whole or not at all."""
-    part = parts.part_of(network)
+    part = next(name for name, kind in parts.MODULES.items() if type(network) is kind)
     with files.new_folder(folder, keep=True) as temporary:
         files.write(temporary / f"{_stem(part)}.safetensors", network.state_dict())
         config_json.write(temporary, part, network.config)
 
 
-# Names of the attention in a VAE or UNet2D of 2022.
+# Names of the attention layers in a VAE or UNet2D of 2022.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under native names, from the names of older and newer files of the same layout."""
+    """Rename tensors from the names that older and newer releases use in this layout."""
 
     def rename(name: str) -> str:
         if part == "text_encoder" and not name.startswith("text_model."):
@@ -163,7 +154,7 @@ def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
         return match[1] + OLD_ATTENTION.get(match[2], match[2]) + match[3] if match else name
 
-    # The position_ids are 0 to 76, and wrong in files that were cast to half precision.
+    # The position_ids are 0 to 76; in files that were cast to half precision they are wrong.
     return {rename(name): t for name, t in tensors.items() if not name.endswith("embeddings.position_ids")}
 
 
@@ -179,8 +170,8 @@ def _stem(part: str) -> str:
 
 
 def variants(names: Collection[str], part: str) -> dict[str | None, str]:
-    """variant (None: plain) -> its weights' file, or the index of several, among the file names of a folder:
-    .safetensors before .bin, one file before several."""
+    """Return variant (None: plain) -> its file of weights, or its index of several, among a folder's file
+    names. A .safetensors file is preferred to a .bin, and one file to several."""
     pattern = re.compile(
         rf"(?:pytorch_)?{_stem(part)}(?:\.([^.-]+))?\.(safetensors|bin)(\.index(?:\.([^.-]+))?\.json)?"
     )
@@ -191,34 +182,31 @@ def variants(names: Collection[str], part: str) -> dict[str | None, str]:
     return weights
 
 
-def _shards(index: str) -> list[str]:
-    """Patterns of the names of the files that an index may list."""
-    stem, kind, _, *variant, _ = index.split(".")
-    middle = "".join(f".{word}" for word in variant)
-    return [f"{stem}{middle}-?????-of-?????.{kind}", f"{stem}-?????-of-?????{middle}.{kind}"]
-
-
 def choose(
     names: Mapping[str, Collection[str]], variant: str | None, source: Path | str
 ) -> dict[str, list[str]]:
-    """part -> its weights' file, or an index and patterns of its files, from part -> the file names of its
-    folder, which lies in `source`; one part alone lies in `source` itself.
+    """Return part -> its file of weights, or an index and the files that it lists. `names` is part -> the
+    file names in its folder; `source` is the folder of these folders, or the folder of the only part.
 
-    A part without the variant gives its plain weights, or the only ones it has, as long as another part has
-    the variant. ValueError that lists what there is if that is not it.
+    A part without the variant gets its plain weights, or the only ones it has, if another part has the
+    variant. ValueError, listing the variants, if no part has it.
     """
     weights = {part: variants(names[part], part) for part in names}
-    if variant and not any(variant in of_part for of_part in weights.values()):
-        known = sorted({str(v or "plain weights") for of_part in weights.values() for v in of_part})
-        raise ValueError(f"{source} has no variant {variant!r}; there are {', '.join(known) or 'no weights'}")
+    known = {name for of_part in weights.values() for name in of_part}
+    if variant and variant not in known:
+        listed = ", ".join(sorted(name or "plain weights" for name in known)) or "no weights"
+        raise ValueError(f"{source} has no variant {variant!r}; there are {listed}")
     chosen = {}
     for part, of_part in weights.items():
         folder = f"{source}/{part}" if len(names) > 1 else source
-        wanted = variant if variant in of_part else None
         if not of_part:
             raise ValueError(f"{folder} has no {_stem(part)}.safetensors")
-        if wanted not in of_part and len(of_part) > 1:
+        file = of_part.get(variant) or of_part.get(None)
+        if not file and len(of_part) > 1:
             raise ValueError(f"{folder} has no plain weights; there are {', '.join(sorted(of_part))}")
-        file = of_part.get(wanted) or next(iter(of_part.values()))
-        chosen[part] = [file, *_shards(file)] if file.endswith(".json") else [file]
+        file = file or next(iter(of_part.values()))
+        chosen[part] = [file]
+        if file.endswith(".json"):  # the files have the same name, with -00001-of-00002 in it
+            words = {*file.split(".")} - {"index", "json"}
+            chosen[part] += [n for n in names[part] if {*re.sub(r"-\d+-of-\d+", "", n).split(".")} == words]
     return chosen

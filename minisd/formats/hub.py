@@ -1,7 +1,8 @@
-"""What the user calls a model, as a path: a path itself, or an id on the hub, fetched and cached."""
+"""Models by path, or by id on the Hugging Face hub, from where they are fetched and cached."""
 
 import re
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from minisd import files
@@ -9,7 +10,7 @@ from minisd.formats import diffusers
 from minisd.formats.parts import PARTS
 
 CONFIG = "config.json"  # at the top of a repository that holds one network
-TIMEOUT = 10  # seconds, after which the cache is used instead
+TIMEOUT = 10  # seconds to wait for the hub before the cache is used
 
 
 def resolve(
@@ -19,10 +20,10 @@ def resolve(
     variant: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The path of a folder or file to read: `model` itself if it exists, else `org/name` from the hub.
+    """Return the path of a folder or file to read: `model` itself if it exists, else `org/name` from the hub.
 
-    Only the files that loading needs are fetched, and only once; without a network the cache alone is used.
-    ValueError, naming the model, if there is no such path, id or revision, or if it may not be fetched.
+    Only the files that loading needs are fetched, and only once; without a network, only the cache is used.
+    ValueError, naming the model, if there is no such path, id or revision, or if access is denied.
     """
     if not str(model):
         raise ValueError("no model was named")
@@ -40,12 +41,12 @@ def resolve(
 def _fetch(model: str, revision: str, variant: str | None, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
+    download = partial(snapshot_download, model, revision=revision, cache_dir=cache_dir)
     at = model if revision == "main" else f"{model} at revision {revision}"
     try:
-        names = HfApi().model_info(model, revision=revision, timeout=TIMEOUT).siblings or ()
-        needed_files = needed([file.rfilename for file in names], variant, model)
-        folder = snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=needed_files)
-        return _model_in(Path(folder), needed_files)
+        info = HfApi().model_info(model, revision=revision, timeout=TIMEOUT)
+        names = needed([file.rfilename for file in info.siblings or ()], variant, model)
+        return _model_in(Path(download(allow_patterns=names)), names)
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{model} is gated: accept its terms on its page, then log in with `hf auth login`"
@@ -56,27 +57,24 @@ def _fetch(model: str, revision: str, variant: str | None, cache_dir: str | Path
         raise ValueError(f"{model} has no revision {revision!r} on the hub") from error
     except ValueError:
         raise
-    except Exception as error:  # what an unreachable hub raises depends on the library's release
-        reason = "the hub is switched off" if constants.HF_HUB_OFFLINE else _first_line(error)
-    try:  # what an earlier run has fetched; which files that has to be is known only when their names are
-        cached = snapshot_download(
-            model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[]
-        )
+    except Exception as error:  # the error for an unreachable hub depends on the library's release
+        reason = "the hub is switched off" if constants.HF_HUB_OFFLINE else files.first_line(error)
+    try:  # the files that an earlier run has fetched; their names tell which of them are needed
+        cached = Path(download(local_files_only=True, allow_patterns=[]))
     except errors.LocalEntryNotFoundError:
         raise ValueError(f"{at} is not in the cache and cannot be fetched ({reason})") from None
-    names = [path.relative_to(cached).as_posix() for path in Path(cached).rglob("*") if path.is_file()]
+    names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
     try:
-        return _model_in(Path(cached), needed(names, variant, at))
+        return _model_in(cached, needed(names, variant, at))
     except ValueError as error:
         raise ValueError(f"{error}, in the cache; and the rest cannot be fetched ({reason})") from error
 
 
 def needed(names: Collection[str], variant: str | None, model: str) -> list[str]:
-    """The files, among a repository's, that loading reads. ValueError, naming the model, if it has none.
+    """Return the files that loading reads, of a repository's `names`. ValueError, naming the model, if none.
 
-    A repository in the layout of diffusers: the configs, the tokenizer, and one set of weights for each part.
-    One network by itself, such as a ControlNet: its config and one set of weights. Any other: its only single
-    file.
+    In the diffusers layout: the configs, the tokenizer, and one set of weights for each part. For one network
+    by itself, such as a ControlNet: its config and one set of weights. Otherwise the only single file.
     """
     top = [name for name in names if "/" not in name]
     if diffusers.INDEX in top:
@@ -98,7 +96,3 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
 
 def _model_in(folder: Path, names: list[str]) -> Path:
     return folder if {diffusers.INDEX, CONFIG} & {*names} else folder / names[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,9 +1,9 @@
-"""The names of LoRA files: kohya's, and every generation of the diffusers format. One table, both ways.
+"""The names in LoRA files: kohya's, and every generation of the diffusers format. One table serves both ways.
 
-A module's native name is its path with the part in front: `unet.conv_in`,
-`text_encoder.text_model.encoder.layers.0.mlp.fc1`. A key of a file is a stem, which names the module, and an
-ending, which says what the tensor is. Stems are built from the model's own names and never taken apart: where
-the dots of a path became underscores, there is no telling which underscores were dots.
+A module's native name is its part and its path: `unet.conv_in`,
+`text_encoder.text_model.encoder.layers.0.mlp.fc1`. A key in a file is a stem, which names the module, and an
+ending, which tells the kind of tensor. Stems are built from the model's names and never parsed: where dots
+became underscores, nothing tells which underscores were dots.
 """
 
 import json
@@ -15,27 +15,27 @@ import torch
 from torch import Tensor
 
 from minisd import files
-from minisd.formats import single_file
+from minisd.formats import parts, single_file
 from minisd.models.unet import UNetConfig
 
-# What may come before a module's path with its dots, or with underscores instead.
+# What may come before a module's path, with dots in it or with underscores instead.
 DOTTED = {
     "unet": ("unet.", "", "base_model.model.", "unet.base_model.model.", single_file.PREFIXES["unet"]),
     "text_encoder": ("text_encoder.", "base_model.model.", "text_encoder.base_model.model."),
 }
 FLAT = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the first is written
 
-# Endings of the keys of A (r, c_in, ...) and B (c_out, r, ...), by who writes them.
+# Endings of the keys of A (r, c_in, ...) and B (c_out, r, ...), by the program that writes them.
 FACTORS = {
     "peft": (".lora_A.weight", ".lora_B.weight"),
-    "peft_module": (".lora_A.default.weight", ".lora_B.default.weight"),  # of a module's own state dict
+    "peft_module": (".lora_A.default.weight", ".lora_B.default.weight"),  # a PEFT module's state dict
     "unet": (".lora.down.weight", ".lora.up.weight"),  # diffusers
     "text_encoder": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     "old": ("_lora.down.weight", "_lora.up.weight"),  # up to 0.19
     "kohya": (".lora_down.weight", ".lora_up.weight"),
 }
 
-# Ending of a key -> what the tensor is.
+# Ending of a key -> kind of tensor.
 ENDINGS = {
     **{down: "down" for down, _ in FACTORS.values()}, **{up: "up" for _, up in FACTORS.values()},
     ".lora_mid.weight": "mid", ".alpha": "alpha", ".dora_scale": "dora_scale",
@@ -46,41 +46,41 @@ ENDINGS = {
     )},
 }  # fmt: skip
 
-# What diffusers called the four projections of an attention before it had PEFT, in both networks.
+# The names that diffusers had for the projections of attention in both networks, before it used PEFT.
 OLD_ATTENTION = {
     "to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out",
     "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out",
 }  # fmt: skip
 
-METADATA = "lora_adapter_metadata"  # where diffusers puts PEFT's settings
+METADATA = "lora_adapter_metadata"  # the entry with PEFT's settings, as diffusers writes it
 
 
 # --- The table -------------------------------------------------------------------------------------------
 
 
 def kohya_stem(name: str) -> str:
-    """The stem that kohya's files have for a module, as they are written."""
+    """Return a module's stem in the kohya files that are written."""
     part, _, path = name.partition(".")
     return FLAT[part][0] + path.replace(".", "_")
 
 
 def table(names: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
-    """Stem -> native name, for every stem by which a file may call one of the modules `names`; None for stems
+    """Return stem -> native name, for all stems that a file may have for the modules `names`; None for stems
     whose tensors never had an effect."""
-    modules = single_file.unet_modules(unet)
+    modules = dict(single_file.unet_modules(unet))
     table: dict[str, str | None] = {}
     for name in names:
         for stem in _stems(name, modules):
             assert table.setdefault(stem, name) == name, f"{stem} means {table[stem]} and {name}"
         if name.startswith("text_encoder."):
-            # 0.16 gave each projection of the text encoder four pairs, and used the one called to_q.
+            # diffusers 0.16 wrote four pairs for each projection of the text encoder, and used to_q's.
             table |= dict.fromkeys((f"{name}.{old}" for old in ("to_k", "to_v", "to_out")), None)
     return table
 
 
 def _stems(name: str, modules: Mapping[str, str]) -> Iterator[str]:
-    """All stems of a module: of its path, and of its path in CompVis' UNet (`modules`), or without the
-    `text_model.` that transformers 5 left out."""
+    """Yield all stems of a module: of its path, and of its path in CompVis' UNet (`modules`), or without the
+    `text_model.` that transformers 5 leaves out."""
     part, _, path = name.partition(".")
     other = path.removeprefix("text_model.")
     if part == "unet":
@@ -99,7 +99,7 @@ def _stems(name: str, modules: Mapping[str, str]) -> Iterator[str]:
 
 
 def split(key: str, endings: Mapping[str, str] = ENDINGS) -> tuple[str, str]:
-    """Stem and kind of a key; the kind is empty if its ending is unknown."""
+    """Split a key into stem and kind; the kind is empty if the ending is unknown."""
     for ending, kind in endings.items():
         if key.endswith(ending):
             return key[: -len(ending)], kind
@@ -112,7 +112,7 @@ def group(
     source: Path,
     endings: Mapping[str, str] = ENDINGS,
 ) -> dict[str, dict[str, Tensor]]:
-    """Native name -> kind -> tensor. ValueError, naming keys, if some belong to no module of this model."""
+    """Return native name -> kind -> tensor. ValueError, naming the first keys, if any key is unknown."""
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -122,17 +122,15 @@ def group(
         elif (name := stems[stem]) is not None:
             modules.setdefault(name, {})[kind] = tensor
     if unknown:
-        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise ValueError(
-            f"{source}: {len(unknown)} of its {len(tensors)} keys are unknown or unsupported: {shown}"
-        )
+        count = f"{len(unknown)} of its {len(tensors)} keys"
+        raise ValueError(f"{source}: {count} are unknown or unsupported: {parts.first_names(unknown)}")
     if not modules:
         raise ValueError(f"{source}: none of its {len(tensors)} keys belongs to a module of this model")
     return modules
 
 
 def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> None:
-    """ValueError if the file is for a Stable Diffusion whose text states are not `width` wide."""
+    """Raise a ValueError if the file is for a Stable Diffusion whose text states are not `width` wide."""
     for key, tensor in tensors.items():
         theirs = width
         if key.startswith(("lora_te2_", "text_encoder_2.")):
@@ -141,18 +139,18 @@ def refuse_others(tensors: Mapping[str, Tensor], width: int, source: Path) -> No
             theirs = tensor.shape[1] if split(key)[1] in ("down", "hada_w1_b") else width
         if theirs != width:
             kind = {768: "SD v1.x", 1024: "SD2", 2048: "SDXL"}.get(theirs, "another model")
-            raise ValueError(
-                f"{source} is a LoRA for {kind}, with text states {theirs} wide; this model's are {width}"
-            )
+            raise ValueError(f"{source} is a LoRA for {kind}: its text states are {theirs} wide, not {width}")
 
 
 Alpha = Callable[[str, Tensor | None, int], float]
 
 
 def alphas(metadata: Mapping[str, str], source: Path) -> Alpha:
-    """alpha(native name, what the file stores as alpha, rank). If the file stores none, it is what PEFT's
-    settings say, in the metadata or in adapter_config.json beside the file; else the rank. For an update that
-    has no rank (0) the result is alpha / rank itself."""
+    """Return a function of native name, the alpha stored in the file or None, and rank, that gives alpha.
+
+    Without a stored alpha, it is the one in PEFT's settings, which are in the metadata or in
+    adapter_config.json beside the file, or else the rank. For a rank of 0 (none) it gives alpha / rank.
+    """
     beside = source.with_name("adapter_config.json")
     settings: dict = {}
     if text := metadata.get(METADATA):
@@ -164,23 +162,23 @@ def alphas(metadata: Mapping[str, str], source: Path) -> Alpha:
         settings = files.read_json(beside)
 
     def alpha(name: str, stored: Tensor | None, rank: int) -> float:
-        if stored is not None:  # 0 stands for the rank, and has no meaning without one
+        if stored is not None:  # 0 stands for the rank
             return (stored.item() or rank) if rank else 1.0
         part, _, path = name.partition(".")
         prefix = f"{part}."
-        own = settings | {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
+        config = settings | {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
 
-        def pattern(key: str, value: float | None) -> float | None:
-            """PEFT's exceptions, by the end of a path."""
-            ends = [end for end in own.get(key) or {} if f".{path}".endswith("." + end.lstrip("^"))]
-            return own[key][ends[-1]] if ends else value
+        def exception(key: str, default: float | None) -> float | None:
+            """Look up PEFT's exceptions, which are by the end of a path."""
+            ends = [end for end in config.get(key) or {} if f".{path}".endswith("." + end.lstrip("^"))]
+            return config[key][ends[-1]] if ends else default
 
-        value = pattern("alpha_pattern", own.get("lora_alpha") or own.get("alpha"))
+        value = exception("alpha_pattern", config.get("lora_alpha") or config.get("alpha"))
         if value is None:
             return float(rank or 1)
         if not rank:
-            return value / pattern("rank_pattern", own.get("r"))
-        return value * rank**0.5 if own.get("use_rslora") else float(value)
+            return value / exception("rank_pattern", config.get("r"))
+        return value * rank**0.5 if config.get("use_rslora") else float(value)
 
     return alpha
 
@@ -190,18 +188,15 @@ def alphas(metadata: Mapping[str, str], source: Path) -> Alpha:
 Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # native name -> A, B, alpha
 
 
-def _pair(stem: str, form: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    return dict(zip((stem + ending for ending in FACTORS[form]), (a, b), strict=True))
-
-
 def to_diffusers(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata as diffusers' `save_lora_weights` writes them. Its readers take alpha from the
-    metadata; without it they would take the rank."""
+    """Return tensors and metadata as diffusers' `save_lora_weights` writes them. diffusers takes alpha from
+    the metadata, or else takes the rank."""
     tensors, settings = {}, {}
     by_part: dict[str, dict[str, tuple[int, float]]] = {}  # part -> path -> rank, alpha
     for name, (a, b, alpha) in factors.items():
         part, _, path = name.partition(".")
-        tensors |= _pair(name, part, a, b)
+        down, up = FACTORS[part]
+        tensors |= {name + down: a, name + up: b}
         # Without `text_model.`: diffusers compares ends of paths, and not all transformers have it.
         by_part.setdefault(part, {})[path.removeprefix("text_model.")] = len(a), alpha
     for part, modules in by_part.items():
@@ -218,11 +213,12 @@ def to_diffusers(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def to_kohya(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata as kohya's sd-scripts writes them; A1111 and ComfyUI read them."""
+    """Return tensors and metadata as kohya's sd-scripts writes them; A1111 and ComfyUI read them."""
     tensors, linear, convolutions = {}, Counter(), Counter()
+    down, up = FACTORS["kohya"]
     for name, (a, b, alpha) in factors.items():
         stem = kohya_stem(name)
-        tensors |= _pair(stem, "kohya", a, b) | {f"{stem}.alpha": torch.tensor(float(alpha))}
+        tensors |= {stem + down: a, stem + up: b, f"{stem}.alpha": torch.tensor(float(alpha))}
         kind = linear if a.shape[2:] in ((), (1, 1)) else convolutions
         kind[len(a), alpha] += 1
     rank, alpha = (linear or convolutions).most_common(1)[0][0]

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from minisd import files
 from minisd.models.controlnet import ControlNet, ControlNetConfig
 from minisd.models.text import TextConfig, TextEncoder
 from minisd.models.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from minisd.models.vae import AutoencoderKL, VAEConfig
 
 Config = UNetConfig | VAEConfig | TextConfig | ControlNetConfig | UNet2DConfig
 
-PARTS = ("unet", "vae", "text_encoder")  # of a Stable Diffusion; other networks have files of their own
+PARTS = ("unet", "vae", "text_encoder")  # of a Stable Diffusion; further networks have their own files
 MODULES: dict[str, type[nn.Module]] = {
     "unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder, "controlnet": ControlNet,
     "unet2d": UNet2D,
@@ -53,14 +54,14 @@ SD1_SCHEDULER = {
 
 @dataclass(kw_only=True)
 class PipelineParts:
-    """What the files of a Stable Diffusion hold. The networks' tensors are memory-mapped after loading."""
+    """The contents of a Stable Diffusion's files. After loading, the networks' tensors are memory-mapped."""
 
     unet: UNet
     vae: AutoencoderKL
     text_encoder: TextEncoder
     scheduler: dict[str, Any]  # the content of scheduler_config.json
     tokenizer: Path  # folder with vocab.json and merges.txt, or with tokenizer.json
-    pipeline_class: str  # diffusers' class that runs it, in model_index.json
+    pipeline_class: str  # the class in diffusers that runs it, from model_index.json
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -68,8 +69,8 @@ class PipelineParts:
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves new parameters as they are. On the meta device they have no values to draw, yet the first draw
-    there costs 1.5 seconds of imports."""
+    """Skips the initialization of parameters. On the meta device they have no values, yet the first random
+    draw there costs 1.5 seconds of imports."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -78,25 +79,20 @@ class _NoInit(TorchFunctionMode):
 
 
 def build(part: str, config: Config, source: Path | str) -> nn.Module:
-    """The part's network on the meta device. ValueError, naming `source`, if it cannot be built."""
+    """Build a part's network on the meta device. ValueError, naming `source`, if that fails."""
     try:
         with torch.device("meta"), _NoInit():
             return MODULES[part](config)
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = files.first_line(error)
         raise ValueError(f"{source}: no {part} can be built from its config: {reason}") from error
 
 
-def part_of(network: nn.Module) -> str:
-    """The name by which a network is built."""
-    return next(part for part, module in MODULES.items() if type(network) is module)
-
-
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
-    """Give a network on the meta device these tensors, without a copy: they stay memory-mapped if they were.
-    A linear layer (o, i) also takes the weight of a 1x1 convolution (o, i, 1, 1).
+    """Give a network on the meta device its tensors, without a copy: memory-mapped tensors stay so. A linear
+    layer (o, i) also takes the weight of a 1x1 convolution (o, i, 1, 1). Return the network.
 
-    ValueError, naming `source` and the names, unless names and shapes are exactly the network's.
+    ValueError, naming `source` and the tensors, unless names and shapes are exactly the network's.
     """
     expected = network.state_dict()
     check_names(tensors, expected, source)
@@ -113,7 +109,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) 
 
 
 def check_names(names: Collection[str], expected: Collection[str], source: Path | str) -> None:
-    """ValueError, naming `source`, with the number of missing and unknown names and some of them, if any."""
+    """Raise a ValueError, naming `source` and the first names, if any names are missing or unknown."""
     missing = [name for name in expected if name not in names]
     unknown = [name for name in names if name not in expected]
     problems = [f"{len(these)} {kind} ({first_names(these)})"
@@ -123,12 +119,12 @@ def check_names(names: Collection[str], expected: Collection[str], source: Path 
 
 
 def first_names(names: Collection[str]) -> str:
-    """The first three names, for messages."""
+    """Return the first three names, for messages."""
     return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def is_standard_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer folder holds CLIP's own vocabulary and nothing more."""
+    """Return whether a tokenizer folder has exactly CLIP's own vocabulary."""
 
     def vocabulary(folder: Path) -> tuple[dict[str, int], list]:
         bpe = Tokenizer(folder, 77).bpe

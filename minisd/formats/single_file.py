@@ -1,10 +1,11 @@
 """A single .safetensors or .ckpt file with the names of CompVis' stable-diffusion, as model sites share it.
 
-One table, native name <-> file's name, serves both directions. It is computed from the configs, and every
-name of the file has to be in it.
+A table of native names and the file's names serves both directions. It is computed from the configs, and
+every name in the file must be in it.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,28 +27,30 @@ PREFIXES = {
 }
 EMA = "model_ema."
 CONTROLNET = "control_model."
+CONTROLNET_NAMES = (CONTROLNET, "controlnet_", "zero_convs.", "input_hint_block.")  # in any layout
 
-# Names that training leaves in such files: the noise schedule, the loss' own network, counters, and marks of
-# the kind of model. Those that end in `.` or `_` stand for all that begin so.
-IGNORED = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_", "log_one_minus_", "posterior_", "logvar",
-    "lvlb_weights", "first_stage_model.loss.", EMA, "v_pred", "ztsnr",
-)  # fmt: skip
+# Names that training leaves in such files: the noise schedule, the VAE's loss, counters, and marks of the
+# model's kind.
+IGNORED = re.compile(
+    r"betas|alphas_cumprod(_prev)?|(sqrt|log_one_minus|posterior)_.*|logvar|lvlb_weights|v_pred|ztsnr|"
+    r"first_stage_model\.loss\..*|model_ema\.(decay|num_updates)|"
+    r"cond_stage_model\.transformer\..*embeddings\.position_ids"
+)
+# Where some newer files leave out the `text_model.` of the text encoder's names.
+NO_TEXT_MODEL = re.compile(r"^cond_stage_model\.transformer\.(?!text_model\.)")
 
-CONFIG = "minisd.config"  # the metadata entry with the configs, for models that are not of SD v1.5's size
+CONFIG = "minisd.config"  # the metadata entry with the configs, as sizes may differ from those of SD v1.5
 
 
 def matches(path: Path) -> bool:
-    path = Path(path)
     return path.is_file() and path.suffix in (files.SAFETENSORS, *files.PICKLES)
 
 
 def load(path: Path, *, variant: str | None = None, ema: bool = False) -> PipelineParts:
-    """Read a single file; with `ema` the UNet is the averaged one. The tokenizer is the one in minisd.
+    """Read a single file, with the averaged UNet if `ema`. The tokenizer is minisd's copy of CLIP's.
 
-    ValueError, naming the file and some of the names, if it is of another model or not complete.
+    ValueError, naming the file and some of its names, if it is incomplete or of another model.
     """
-    path = Path(path)
     if variant:
         raise ValueError(f"{path} is a single file, which has no variant {variant!r}")
     tensors, metadata = files.read_with_metadata(path)
@@ -55,14 +58,18 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     configs, scheduler, pipeline_class = _described(metadata, tensors, path)
     networks = {part: parts.build(part, configs[part], path) for part in PARTS}
     tables = {part: table(part, network) for part, network in networks.items()}
-    tensors = {_canonical(name): tensor for name, tensor in tensors.items() if not _is_ignored(name, ema)}
+    other_unet = PREFIXES["unet"] if ema else EMA
+    tensors = {
+        NO_TEXT_MODEL.sub(r"\g<0>text_model.", name): tensor
+        for name, tensor in tensors.items()
+        if not (name.startswith(other_unet) or IGNORED.fullmatch(name))
+    }
     if ema:
         tables["unet"] = {name: _ema_name(file_name) for name, file_name in tables["unet"].items()}
-        if not any(name in tensors for name in tables["unet"].values()):
+        if tensors.keys().isdisjoint(tables["unet"].values()):
             raise ValueError(f"{path} holds no EMA weights")
-        tensors = {name: t for name, t in tensors.items() if not name.startswith(PREFIXES["unet"])}
     for part in PARTS:
-        if not any(name in tensors for name in tables[part].values()):
+        if tensors.keys().isdisjoint(tables[part].values()):
             raise ValueError(f"{path} holds no {part} ({PREFIXES[part]}*): it is not a whole checkpoint")
     parts.check_names(tensors, {name for part in PARTS for name in tables[part].values()}, path)
     for part, network in networks.items():
@@ -73,14 +80,13 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
 
 
 def save(file: Path, pipeline: PipelineParts) -> None:
-    """Write a single .safetensors file. ValueError if the model has a vocabulary of its own, which has no
-    place there."""
-    file = Path(file)
+    """Write a single .safetensors file. ValueError, naming it, if the model's vocabulary is not CLIP's, for
+    which a single file has no place."""
     if file.suffix != files.SAFETENSORS:
         raise ValueError(f"{file}: a single file is written as {files.SAFETENSORS}")
     if not parts.is_standard_tokenizer(pipeline.tokenizer):
         raise ValueError(
-            f"cannot write {file}: a single file holds no tokenizer, and {pipeline.tokenizer} is not "
+            f"cannot write {file}: a single file has no tokenizer, and {pipeline.tokenizer} is not "
             "CLIP's own; write a folder instead"
         )
     tensors: dict[str, Tensor] = {}
@@ -89,7 +95,7 @@ def save(file: Path, pipeline: PipelineParts) -> None:
         configs[part] = config_json.to_json(part, network.config)
         names = table(part, network)
         for name, tensor in network.state_dict().items():
-            # The VAE's attention has 1x1 convolutions (o, i, 1, 1) there.
+            # In the file, the VAE's attention has 1x1 convolutions (o, i, 1, 1).
             is_convolution = part == "vae" and ".attentions." in name and tensor.ndim == 2
             tensors[names[name]] = tensor[:, :, None, None] if is_convolution else tensor
     kind = pipeline.scheduler.get("prediction_type", "epsilon")
@@ -103,17 +109,16 @@ def save(file: Path, pipeline: PipelineParts) -> None:
 
 
 def load_controlnet(path: Path) -> controlnet.ControlNet:
-    """The ControlNet in a single file: alone, with or without `control_model.` before its names, or with them
-    and the base model that it was trained with.
+    """Read the ControlNet in a single file. Its names may begin with `control_model.`; then the file may also
+    hold the base model that it was trained with.
 
-    ValueError, naming the file, if there is none in it, or if it is of another base than SD v1.x.
+    ValueError, naming the file, if it holds none, or one that is not for SD v1.x.
     """
-    path = Path(path)
     tensors, metadata = files.read_with_metadata(path)
     if any(name.startswith(CONTROLNET) for name in tensors):
         tensors = {n.removeprefix(CONTROLNET): t for n, t in tensors.items() if n.startswith(CONTROLNET)}
     if "difference" in tensors:
-        raise ValueError(f"{path} holds differences from its base model: only whole ones are read")
+        raise ValueError(f"{path} holds differences from its base model; only whole ControlNets are read")
     if "zero_convs.0.0.weight" not in tensors:
         raise ValueError(f"{path} holds no ControlNet (zero_convs.*, input_hint_block.*)")
     config = controlnet.SD15
@@ -138,15 +143,15 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def table(part: str, network: nn.Module) -> dict[str, str]:
-    """Native name -> file's name, for every tensor of a network, in its order."""
-    rows = {"unet": _unet, "vae": _vae, "text_encoder": lambda config: (), "controlnet": _controlnet}
+    """Return native name -> file's name, for all tensors of a network, in its order."""
+    rows = {"unet": unet_modules, "vae": _vae, "text_encoder": lambda config: (), "controlnet": _controlnet}
     modules = dict(rows[part](network.config))
     prefix = PREFIXES.get(part, "")
     return {name: prefix + rename(name, modules) for name in network.state_dict()}
 
 
 def rename(name: str, modules: Mapping[str, str]) -> str:
-    """The name with its longest beginning that is a row of `modules` replaced."""
+    """Return the name with its longest beginning that is in `modules` replaced."""
     head = name
     while head := head.rpartition(".")[0]:
         if head in modules:
@@ -154,14 +159,9 @@ def rename(name: str, modules: Mapping[str, str]) -> str:
     return name
 
 
-def unet_modules(config: unet.UNetConfig) -> dict[str, str]:
-    """Native module -> file's module, without the prefix, for `rename`."""
-    return dict(_unet(config))
-
-
 def _encoder(config: unet.EncoderConfig) -> Iterator[tuple[str, str]]:
-    """Rows native module -> file's module. The file counts blocks through all levels; in a block, index 0 is
-    the ResnetBlock, 1 the transformer, and what changes the size comes last."""
+    """Yield native module, file's module. The file counts blocks through all levels; in a block, index 0 is
+    the ResnetBlock, 1 the transformer, and the last one the change of size."""
     layers = config.layers_per_block
     yield from {
         "time_embedding.linear_1": "time_embed.0",
@@ -183,7 +183,8 @@ def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
     return ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in UNET_RESNET.items())
 
 
-def _unet(config: unet.UNetConfig) -> Iterator[tuple[str, str]]:
+def unet_modules(config: unet.UNetConfig) -> Iterator[tuple[str, str]]:
+    """Yield native module, file's module without the prefix, for `rename`."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
     yield from _encoder(config)
     yield from {"conv_norm_out": "out.0", "conv_out": "out.2"}.items()
@@ -197,7 +198,7 @@ def _unet(config: unet.UNetConfig) -> Iterator[tuple[str, str]]:
 
 
 def _controlnet(config: controlnet.ControlNetConfig) -> Iterator[tuple[str, str]]:
-    """Rows native module -> file's module; in the hint network the file counts the SiLUs, too."""
+    """Yield native module, file's module. In the hint network, the file counts the SiLUs, too."""
     yield from _encoder(config)
     for i in range(len(config.block_out_channels) * (config.layers_per_block + 1)):
         yield f"controlnet_down_blocks.{i}", f"zero_convs.{i}.0"
@@ -210,7 +211,7 @@ def _controlnet(config: controlnet.ControlNetConfig) -> Iterator[tuple[str, str]
 
 
 def _vae(config: vae.VAEConfig) -> Iterator[tuple[str, str]]:
-    """Rows native module -> file's module. The file counts the decoder's levels from the finest one."""
+    """Yield native module, file's module. The file counts the decoder's levels from the finest one."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
     resnets = {}
     for half in ("encoder", "decoder"):
@@ -232,7 +233,7 @@ def _vae(config: vae.VAEConfig) -> Iterator[tuple[str, str]]:
 
 
 def _ema_name(file_name: str) -> str:
-    """The averaged weights' names are the plain ones without `model.` and without dots."""
+    """Return the name of a tensor's average: without `model.` and without dots."""
     return EMA + file_name.removeprefix("model.").replace(".", "")
 
 
@@ -240,13 +241,13 @@ def _ema_name(file_name: str) -> str:
 
 
 def _text_width(tensors: Mapping[str, Tensor]) -> int:
-    """The width of the text states that cross-attention takes; 0 if there is none."""
+    """Return the width of the text states that cross-attention takes, or 0 if there is none."""
     keys = (t for name, t in tensors.items() if name.endswith("attn2.to_k.weight") and t.ndim == 2)
     return next((key.shape[1] for key in keys), 0)
 
 
 def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError that says what a file is, if it is of a kind that people mistake for a whole checkpoint."""
+    """Raise a ValueError that says what a file is, if it is of a kind often mistaken for a checkpoint."""
 
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in tensors)
@@ -257,7 +258,7 @@ def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:
     kinds = {
         "an SDXL checkpoint": has("conditioner.", PREFIXES["unet"] + "label_emb.") or width == 2048,
         "an SD2 checkpoint": has("cond_stage_model.model.") or width == 1024,
-        "a ControlNet": has(CONTROLNET, "controlnet_", "zero_convs.", "input_hint_block."),
+        "a ControlNet": has(*CONTROLNET_NAMES),
         "a LoRA, an adapter": any("lora_" in name or ".lora" in name for name in tensors),
         "a textual inversion embedding, an adapter": not base and has("string_to_param", "emb_params"),
         "a VAE alone": not base and vae_alone,
@@ -270,7 +271,7 @@ def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def _reading_metadata(path: Path) -> Iterator[None]:
-    """Errors of a damaged entry with the configs as ValueErrors that name file and entry."""
+    """Turn the errors of a damaged entry with the configs into ValueErrors that name file and entry."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -280,7 +281,8 @@ def _reading_metadata(path: Path) -> Iterator[None]:
 def _described(
     metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Config], dict[str, Any], str]:
-    """Configs by part, scheduler and pipeline: our own metadata, else SD v1.5's with what the file shows."""
+    """Return configs by part, scheduler and pipeline class: those in minisd's metadata, or else SD v1.5's,
+    changed as the file's tensors and metadata tell."""
     if CONFIG in metadata:
         with _reading_metadata(path):
             entry = json.loads(metadata[CONFIG])
@@ -291,32 +293,12 @@ def _described(
     conv_in = tensors.get(first, tensors.get(_ema_name(first)))
     in_channels = conv_in.shape[1] if conv_in is not None and conv_in.ndim == 4 else 4
     if in_channels not in parts.PIPELINES:
-        known = [*parts.PIPELINES]
-        raise ValueError(f"{path}: its UNet takes {in_channels} channels; minisd knows {known}")
-    configs = {
-        "unet": replace(unet.SD15, in_channels=in_channels),
-        "vae": vae.SD15,
-        "text_encoder": text.SD15,
-    }
+        raise ValueError(f"{path}: its UNet takes {in_channels} channels; minisd knows {[*parts.PIPELINES]}")
+    unet_config = replace(unet.SD15, in_channels=in_channels)
+    configs = {"unet": unet_config, "vae": vae.SD15, "text_encoder": text.SD15}
     scheduler = dict(parts.SD1_SCHEDULER)
     if "v_pred" in tensors or metadata.get("modelspec.prediction_type", "").startswith("v"):
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in tensors:
         scheduler["rescale_betas_zero_snr"] = True
     return configs, scheduler, parts.PIPELINES[in_channels]
-
-
-def _is_ignored(name: str, ema: bool) -> bool:
-    if name.startswith(EMA):
-        return not ema or name in (EMA + "decay", EMA + "num_updates")
-    return any(name.startswith(i) if i[-1] in "._" else name == i for i in IGNORED) or (
-        name.startswith(PREFIXES["text_encoder"]) and name.endswith("embeddings.position_ids")
-    )
-
-
-def _canonical(name: str) -> str:
-    """The text encoder's names have `text_model.`, which some newer files leave out."""
-    prefix = PREFIXES["text_encoder"]
-    if name.startswith(prefix) and not name.startswith(prefix + "text_model."):
-        return prefix + "text_model." + name.removeprefix(prefix)
-    return name

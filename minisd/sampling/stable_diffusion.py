@@ -152,7 +152,10 @@ class StableDiffusion:
         tokens = [token.lower() for adapter in adapters for token in adapter.tokens]
         require(len({*tokens}) == len(tokens), f"{path} has the same token in several files")
         for adapter in adapters:
-            adapter.put(self)
+            for token, rows in adapter.tokens.items():
+                extra = token_embedding.add_token(self.tokenizer, self.text_encoder, token, rows)
+                extra.requires_grad_(False)
+            lora.put(lora.networks(self), adapter.updates)
         self.attached[path.resolve()] = attached
         return [adapter.description for adapter in adapters]
 
