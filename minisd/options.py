@@ -137,7 +137,7 @@ class Optimizer(Group):
     use_8bit_adam: bool = flag(False, "keep AdamW's state in 8 bits, with bitsandbytes")
     scale_lr: bool = flag(False, "multiply the learning rate by the number of images per update")
     lr_scheduler: LR_SCHEDULERS = flag("constant", "learning rate schedule, counted in updates")
-    lr_warmup_steps: int | None = flag(None, "updates of linear warm-up; 500, or 0 with constant")
+    lr_warmup_steps: int | None = flag(None, "updates of linear warm-up; by default 500, or 0 with constant")
     lr_num_cycles: int = flag(1, "number of restarts of cosine_with_restarts")
     lr_power: float = flag(1.0, "exponent of polynomial")
     train_batch_size: int = flag(4, "images in one forward pass on one device")

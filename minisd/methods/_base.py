@@ -18,11 +18,11 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.options import Captions, Diffusion, Validation
+from minisd.methods._previews import Previews
+from minisd.options import Captions, Diffusion
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor
 
     from minisd.data.datasets import Captioned
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion
 
     Parameters = dict[str, torch.nn.Parameter]
-    Prompts = list[tuple[str, Tensor | None]]  # each with its conditioning image (3, h, w) in [-1, 1]
 
 
-class Method:
+class Method(Previews):
     """One run: its options, its model, and one loss function for the loop."""
 
     def __init__(self, options: Training, device: torch.device):
@@ -84,18 +83,6 @@ class Method:
         pred = self.predict_noisy(noisy, timesteps, batch)
         weights = batch["weight"] * self.weights(timesteps)
         return (self.errors(pred, target, batch) * weights.to(self.device)).mean()
-
-    def preview(self, final: bool) -> Image | None:
-        """The image to save during training, if a flag asks for one, or at the end of it (`final`): a row for
-        each prompt, with its conditioning image first."""
-        from minisd.data import images
-
-        prompts = self.validation_prompts or (self.training_prompts() if final else [])
-        rows = []
-        for prompt, image in prompts:
-            conditioning = [] if image is None else [images.to_pil(image)]
-            rows.append((prompt, conditioning + self.samples(prompt, image)))
-        return images.labelled_rows(rows) if rows else None
 
     def save_interval(self, updates_per_epoch: int) -> int:
         """Number of updates between two calls of `save_intermediate`; 0 for none."""
@@ -217,26 +204,6 @@ class Method:
         """Write the result: the whole model, trained parts in fp32 and the other parts as they were read."""
         self.sd.save(folder, self.unfrozen)
 
-    def read_validation_prompts(self) -> Prompts:
-        """The prompts to validate with, from the flags."""
-        o = self.options
-        return [(o.validation_prompt, None)] if isinstance(o, Validation) and o.validation_prompt else []
-
-    def training_prompts(self) -> Prompts:
-        """The prompts of the final preview if no flag gives any: one of the training set."""
-        from minisd.noise import generator
-
-        example = self.data.examples(0, generator(self.options.seed, "result"))[0]
-        return [(example.prompt, self.conditioning_image(example.view))]
-
-    def conditioning_image(self, view) -> Tensor | None:
-        """The image (3, h, w) in [-1, 1] that conditions a view of the training set."""
-        return None
-
-    def sampling_kwargs(self, images: Tensor) -> dict:
-        """The arguments of generate.pictures for conditioning images (b, 3, h, w) in [-1, 1]."""
-        raise NotImplementedError
-
     # What the methods use
 
     def unfreeze(self, name: str, module: torch.nn.Module) -> Parameters:
@@ -265,27 +232,6 @@ class Method:
             return token_embedding.add_token(sd.tokenizer, sd.text_encoder, token, rows)
         except ValueError as e:
             raise ValueError(f"{flag}: {e}") from None
-
-    def samples(self, prompt: str, image: Tensor | None = None) -> list[Image]:
-        """--num_validation_images images for a prompt, from the same noise every time; `image` (3, h, w) in
-        [-1, 1] conditions them."""
-        from tqdm import tqdm
-
-        from minisd.sampling.generate import Settings, pictures
-
-        o, count = self.options, self.options.num_validation_images
-        settings = Settings(
-            width=o.resolution,
-            height=o.resolution,
-            steps=25,
-            guidance_scale=o.validation_guidance_scale,
-            scheduler=o.validation_scheduler,
-            plain_prompt=True,
-        )
-        kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
-        seeds = [o.seed + i for i in range(count)]
-        with tqdm(total=count * settings.steps, desc="drawing", leave=False) as bar, self.autocast():
-            return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update, **kwargs))
 
     def predict_noisy(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         """`predict` in the run's precision."""

@@ -12,7 +12,8 @@ from minisd.methods._base import Method
 from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag
 
 if TYPE_CHECKING:
-    from minisd.methods._base import Image, Parameters, StableDiffusion, Tensor
+    from minisd.methods._base import Parameters, StableDiffusion, Tensor
+    from minisd.methods._previews import Image
 
 
 @dataclass(kw_only=True)

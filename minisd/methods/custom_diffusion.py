@@ -12,7 +12,8 @@ from minisd.options import Prior, Training, flag, require
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
+    from minisd.methods._base import Parameters, StableDiffusion, Tensor
+    from minisd.methods._previews import Prompts
 
 CHANNELS = 4  # of the latents
 

@@ -38,12 +38,23 @@ class Options(Subject, Training):
     lora_dropout: float = flag(0.0, "dropout probability of the updates' inputs")
     init_lora: Path | None = flag(None, "initial LoRA file, which sets layers, ranks and alphas")
     save_format: Literal["diffusers", "kohya"] = flag("diffusers", "kohya is what A1111 and ComfyUI read")
-    learning_rate: float | None = flag(None, "peak learning rate; 1e-4, as DreamBooth 5e-4")
-    train_batch_size: int | None = flag(None, "images in a forward pass on one device; 16, as DreamBooth 4")
-    num_train_epochs: int | None = flag(None, "passes over the data; 100, as DreamBooth 1")
+    learning_rate: float | None = flag(
+        None, "peak learning rate; by default 1e-4, or 5e-4 with --instance_prompt"
+    )
+    train_batch_size: int | None = flag(
+        None, "images in a forward pass on one device; by default 16, or 4 with --instance_prompt"
+    )
+    num_train_epochs: int | None = flag(
+        None, "passes over the data; by default 100, or 1 with --instance_prompt"
+    )
     validation_steps: int | None = flag(None)
-    validation_epochs: int | None = flag(None, "epochs between validations; 1, as DreamBooth 50")
-    output_dir: Path | None = flag(None, "sd-model-finetuned-lora, as DreamBooth lora-dreambooth-model")
+    validation_epochs: int | None = flag(
+        None, "epochs between validations; by default 1, or 50 with --instance_prompt"
+    )
+    output_dir: Path | None = flag(
+        None,
+        "by default sd-model-finetuned-lora, or lora-dreambooth-model with --instance_prompt",
+    )
 
     def check(self):
         dreambooth = self.instance_prompt is not None

@@ -12,7 +12,8 @@ from minisd.options import Training, flag
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._base import Image, Parameters, Prompts, StableDiffusion
+    from minisd.methods._base import Parameters, StableDiffusion
+    from minisd.methods._previews import Image, Prompts
 
 
 @dataclass(kw_only=True)

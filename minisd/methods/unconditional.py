@@ -20,7 +20,8 @@ from minisd.options import (
 )
 
 if TYPE_CHECKING:
-    from minisd.methods._base import Image, Parameters, Tensor
+    from minisd.methods._base import Parameters, Tensor
+    from minisd.methods._previews import Image
     from minisd.sampling.pixel_diffusion import PixelDiffusion
 
 
