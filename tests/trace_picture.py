@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
+ROOT = Path(__file__).parent.parent
 Hop = tuple[str | None, str | None, str]  # the caller's file and function, the file called
 
 
@@ -31,7 +32,8 @@ def trace(root: Path) -> tuple[set[Hop], set[Hop]]:
 
     def file(frame: FrameType | None) -> str | None:
         name = frame.f_code.co_filename if frame else ""
-        return str(Path(name).relative_to(root)) if name.startswith(f"{root}/") else None
+        project = tuple(f"{root}/{part}" for part in ("sample.py", "minisd/", "kernels/"))
+        return str(Path(name).relative_to(root)) if name.startswith(project) else None
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         if event != "call" or not file(frame):
@@ -75,7 +77,9 @@ def is_one_step(file: str, function: str) -> bool:
 
 
 if __name__ == "__main__":
-    for name, hops in zip(("in all", "in short"), trace(Path(sys.argv[-1]).resolve()), strict=True):
+    for name, hops in zip(
+        ("in all", "in short"), trace(Path((sys.argv[1:] or [ROOT])[0]).resolve()), strict=True
+    ):
         files = {file for hop in hops for file in (hop[0], hop[2])}
         print(f"{name}: {len(files)} files, {len(hops)} hops")
         for hop in sorted(hops, key=str):
