@@ -6,17 +6,20 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import NoReturn
 
-from minisd import registry
+from minisd import launcher, registry
 from minisd.options import TINY
 from minisd.sampling import infotext, sweep
 from minisd.sampling.options import Job, Sample, default_of
+from minisd.spelling import ELSEWHERE, SPELLED, as_written
 
 WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaults are shown in the help
 
@@ -63,8 +66,16 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
             kwargs["action"] = "extend"  # a flag that is given twice adds up
     else:
         kwargs |= {"type": hint, "metavar": hint.__name__.upper()}
+    if hint in (str, Path) or kwargs.get("type") in (str, Path):
+        kwargs["type"] = functools.partial(_expand, kwargs["type"])
     names = (f.name, *_metadata(cls, f.name).get("also", ()))
     group.add_argument(*(f"--{name}" for name in names), help=_help(cls, f), **kwargs)
+
+
+def _expand(kind: type, text: str) -> str | Path:
+    """A text or a path, with the ~ of a home folder expanded, which shells do not do after = or in quotes."""
+    home = kind is Path or re.match(r"~[\w.-]*/", text)
+    return kind(os.path.expanduser(text) if home else text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,20 +85,29 @@ class Parser(argparse.ArgumentParser):
     methods: tuple[str, ...] = ()  # methods to name in the message about an unknown flag
 
     def error(self, message):
-        print(f"{self.prog}: error: {self.where}{message}", file=sys.stderr)
+        print(as_written(f"{self.prog}: error: {self.where}{message}"), file=sys.stderr)
         sys.exit(2)
 
     def read(self, argv: list[str]) -> dict[str, object]:
         """The flags in `argv` and their values. Exits with one line if they are wrong."""
         known = self._option_string_actions
         for name in (arg.partition("=")[0] for arg in argv):  # before argparse reports missing flags
-            if not name.startswith("--") or name == "--" or name in known:
-                continue
-            if owners := [m for m in self.methods if name[2:] in names_of(options_of(m))]:
-                self.error(f"{name} is not a flag of this method; it belongs to: {', '.join(owners)}")
-            close = difflib.get_close_matches(name, known, n=1)
-            self.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+            if name in known:
+                SPELLED[known[name].dest] = name.removeprefix("--").removeprefix("no-")
+            elif name.startswith("--") and name != "--":
+                self.unknown(name)
         return vars(self.parse_args(argv))
+
+    def unknown(self, name: str) -> NoReturn:
+        """Exit with a line about an unknown flag: the methods that have it, or the nearest flag."""
+        ours = ELSEWHERE.get(name[2:], name[2:])
+        if f"--{ours}" in self._option_string_actions:
+            self.error(f"unknown flag {name}; did you mean --{ours}?")
+        if owners := [m for m in self.methods if ours in names_of(options_of(m))]:
+            here = name if ours == name[2:] else f"{name}, here --{ours},"
+            self.error(f"{here} is not a flag of this method; it belongs to: {', '.join(owners)}")
+        close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        self.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
 
     def build(self, cls: type, values: dict[str, object], command: str):
         """The options with these values; without --model, those of the tiny model for `command`."""
@@ -132,6 +152,7 @@ def options_of(method: str) -> type:
 
 def parse_train(argv: list[str]) -> tuple[str, object]:
     """(method name, its Options). If the flags are wrong, exits with status 2 and one line."""
+    SPELLED.clear()
     early = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     early.add_argument("--method")
     known, rest = early.parse_known_args(argv)
@@ -151,12 +172,18 @@ def parse_train(argv: list[str]) -> tuple[str, object]:
     cls = options_of(method)
     parser = parser_of(cls, f"train.py --method {method}", registry.summary("methods", method))
     parser.methods = names
-    return method, parser.build(cls, parser.read(rest), method)
+    values = parser.read(rest)
+    try:
+        values |= launcher.flags(values, default_of(cls.__dataclass_fields__["mixed_precision"]))
+    except ValueError as e:
+        parser.error(str(e))
+    return method, parser.build(cls, values, method)
 
 
 def parse_sample(argv: list[str]) -> list[Job]:
     """The jobs of a command line: one, or one for each row of --csv. A row has priority over the flags, and
     these over the settings in the image of --like."""
+    SPELLED.clear()
     parser = parser_of(Sample, "sample.py", "Generate images with a Stable Diffusion v1.x model.")
     values, rows, jobs = parser.read(argv), {"": {}}, []
     try:
@@ -203,7 +230,7 @@ def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
         raise ValueError(f"generated by the model {about.get('Model', '')!r}: give its path by --model")
     if "scheduler" in flags and "scheduler" not in given:
         try:
-            registry.find("schedulers", flags["scheduler"][0])
+            registry.find_scheduler(flags["scheduler"][0])
         except ValueError as e:
             raise ValueError(f"{e}; or choose one by --scheduler") from None
     if ignored:
@@ -235,5 +262,5 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as e:
         if os.environ.get("MINISD_DEBUG"):
             raise
-        print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(as_written(f"{prog}: error: {' '.join(str(e).split())}"), file=sys.stderr)
         sys.exit(2)

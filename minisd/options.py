@@ -106,8 +106,11 @@ class Run(Group):
     checkpointing_steps: int = flag(500, "updates between checkpoints; 0 saves none", free=True)
     checkpoints_total_limit: int | None = flag(None, "number of checkpoints to keep", free=True)
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or 'latest'", free=True)
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = flag(
-        "tensorboard", "tracker to log to besides log.jsonl, if installed", also=("logger",), free=True
+    report_to: Literal["none", "tensorboard", "wandb", "comet_ml", "all"] = flag(
+        "tensorboard",
+        "tracker to log to besides log.jsonl, if installed; comet_ml is not supported",
+        also=("logger",),
+        free=True,
     )
     logging_dir: str = flag("logs", "tensorboard's folder within --output_dir", free=True)
     push_to_hub: bool = flag(False, "upload the result to the hub", free=True)
@@ -119,6 +122,7 @@ class Run(Group):
     def check(self):
         self.positive("max_train_steps", "num_train_epochs", "checkpoints_total_limit")
         self.not_negative("checkpointing_steps")
+        require(self.seed >= 0, "--seed must not be negative: training never draws one, so that runs repeat")
         self.exclusive("overwrite_output_dir", "resume_from_checkpoint")
         shown = self.report_to in ("wandb", "all") and self.hub_token
         require(not shown, "--hub_token would be visible on wandb: log in to the hub instead")
@@ -174,6 +178,7 @@ class Diffusion(Group):
 
 
 KERNELS = Literal["auto", "triton", "torch"]
+PRECISIONS = Literal["no", "fp16", "bf16"]
 
 
 @dataclass(kw_only=True)
@@ -183,7 +188,9 @@ class Precision(Group):
     kernels: KERNELS = flag(
         "auto", "implementation of attention and norms; auto is the fastest measured", free=True
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "precision of frozen networks and autocast")
+    mixed_precision: PRECISIONS | None = flag(
+        None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
+    )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")
     enable_xformers_memory_efficient_attention: bool = flag(
@@ -194,11 +201,14 @@ class Precision(Group):
 
     def check(self):
         self.not_negative("dataloader_num_workers")
+        self.mixed_precision = self.mixed_precision or "no"
 
 
 @dataclass(kw_only=True)
 class Data(Group):
     """Data"""
+
+    SUBFOLDERS = "all"  # which are read: see data/source.py
 
     data: Path = flag(help="folder of training images", also=("train_data_dir", "instance_data_dir"))
     resolution: int = flag(512, "side of the training images in pixels, a multiple of 8")
@@ -213,8 +223,12 @@ class Data(Group):
 class Dataset(Data):
     """Data with columns"""
 
+    DATA_HAS_SPLITS = False  # whether names in --data tell splits apart, as always in --dataset_name
+
     data: Path | None = flag(None)
-    dataset_name: str | None = flag(None, "dataset on the hub, a folder or a parquet file, by `datasets`")
+    dataset_name: str | None = flag(
+        None, "dataset on the hub, a folder or a parquet file; --data is then a folder in it"
+    )
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     max_train_samples: int | None = flag(None, "use only this many examples, drawn by --seed")
     validation_split: float = flag(
@@ -226,8 +240,11 @@ class Dataset(Data):
     def check(self):
         split = self.validation_split
         require(0 <= split < 1 or split == int(split) > 0, "--validation_split must be below 1, or whole")
-        require(bool(self.data) != bool(self.dataset_name), "give one of --data and --dataset_name")
+        require(bool(self.data or self.dataset_name), "give --data or --dataset_name")
         self.positive("max_train_samples")
+
+
+INTERPOLATIONS = Literal["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
 @dataclass(kw_only=True)
@@ -237,7 +254,7 @@ class Captions(Dataset):
     image_column: str = flag("image", "column of the images")
     caption_column: str = flag("text", "column of the captions; of several, one is drawn each time")
     random_flip: bool = flag(False, "flip images with probability 1/2")
-    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"] = flag("lanczos", "how to resize")
+    image_interpolation_mode: INTERPOLATIONS = flag("lanczos", "how to resize")
     caption_dropout: float = flag(0.0, "probability of an empty caption; guidance needs some")
     train_text_encoder: bool = flag(False, "train the text encoder as well")
     bucket: bool = flag(False, "batch by aspect ratio instead of cropping to squares")
@@ -338,7 +355,8 @@ class Validation(ValidationImages):
     validation_scheduler: str = flag("ddim", "scheduler of validation images, as --scheduler of sample.py")
 
     def check(self):
-        self.validation_scheduler = registry.find("schedulers", self.validation_scheduler)
+        name, karras = registry.find_scheduler(self.validation_scheduler)
+        self.validation_scheduler = f"{name} karras" if karras else name
 
 
 @dataclass(kw_only=True)

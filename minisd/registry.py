@@ -17,20 +17,27 @@ def names(package: str) -> list[str]:
 
 
 def find(package: str, name: str) -> str:
-    """The module with this name or A1111 name, in any case and spacing. ValueError, with the nearest name, if
-    there is none."""
+    """The module of this name, or of this name in A1111 or diffusers, in any case and spacing. ValueError,
+    with the nearest name, if there is none."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9+]", "", text.lower())
 
     if name in names(package):
         return name
-    known = {plain(alias): n for n in names(package) for alias in (n, *_a1111_names(package, n))}
+    known = {plain(alias): n for n in names(package) for alias in (n, *_other_names(package, n))}
     if plain(name) in known:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
     advice = f"did you mean {known[close[0]]!r}?" if close else f"one of: {', '.join(names(package))}"
     raise ValueError(f"unknown {package.removesuffix('s')} {name!r}; {advice}")
+
+
+def find_scheduler(name: str) -> tuple[str, bool]:
+    """The scheduler of this name, and whether the name ends in " Karras" as A1111's older ones do. ValueError
+    if there is none."""
+    plain = re.sub(r"[\s_]+karras$", "", name.strip(), flags=re.IGNORECASE)
+    return find("schedulers", plain), plain != name.strip()
 
 
 def load(package: str, name: str) -> ModuleType:
@@ -49,9 +56,9 @@ def _source(package: str, name: str) -> str:
     return (HERE / package / f"{name}.py").read_text(encoding="utf-8")
 
 
-def _a1111_names(package: str, name: str) -> list[str]:
-    """The module's constant A1111, read without running the file; none if it has no such constant."""
-    return re.findall(r'^A1111 = "(.+)"', _source(package, name), re.MULTILINE)
+def _other_names(package: str, name: str) -> list[str]:
+    """The module's constants A1111 and DIFFUSERS, those that it has, read without running the file."""
+    return re.findall(r'^(?:A1111|DIFFUSERS) = "(.+)"', _source(package, name), re.MULTILINE)
 
 
 def summary(package: str, name: str) -> str:

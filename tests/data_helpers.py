@@ -10,7 +10,11 @@ from PIL import Image
 from minisd.data.datasets import EditPairs
 
 SIZES = [(40, 31), (31, 40), (32, 32), (57, 20), (20, 57), (33, 32)]
-FILTERS = {
+FILTERS = {  # torchvision's modes, and what its Resize does with a PIL image
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,

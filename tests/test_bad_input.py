@@ -51,7 +51,7 @@ CASES = {
     "a target that means no layer": (
         ["lora", "--target", "attn9", "--instance_prompt", "x"],
         {},
-        r"--target_modules 'attn9' means no layer; it is one of attention, feed_forward",
+        r"--target 'attn9' means no layer; it is one of attention, feed_forward",
     ),
     "all pictures held out": (
         ["text_to_image", "--validation_split", "2"],

@@ -25,7 +25,6 @@ CHANGED = {
     "seed": "0 where the field draws one, so that the same command gives the same result",
     "lr_warmup_steps": "the field's 500 are not applied by its default curve, constant; ours says 0 there",
     "max_grad_norm": "",
-    "mixed_precision": "the field leaves it to its launcher; ours says no",
     "local_rank": "",
     "train_data_dir": "our name is data",
     "output_dir": "DreamBooth's was textual inversion's",

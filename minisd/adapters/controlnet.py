@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from minisd import files
 from minisd.formats import diffusers, hub, single_file
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import move
@@ -39,13 +40,16 @@ def load(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | None = None,
 ) -> ControlNet:
-    """Load a ControlNet, frozen, from a folder in the diffusers layout, a single file, or a hub id.
+    """Load a ControlNet, frozen, from a folder in the diffusers layout, or its file of weights, to which the
+    config.json beside it belongs; from a single file; or from the hub by its id.
 
     ValueError, naming the file, if there is none, or if it is not for SD v1.x.
     """
     path = hub.resolve(path, cache_dir=cache_dir)
     if path.is_dir():
         network = diffusers.load_part(path, "controlnet")
+    elif any(name.startswith("controlnet_") for name in files.read(path)):  # of such a folder
+        network = diffusers.load_part(path.parent, "controlnet", path.name)
     else:
         network = single_file.load_controlnet(path)
     return move(network, device, dtype).eval().requires_grad_(False)

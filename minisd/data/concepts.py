@@ -1,6 +1,7 @@
 """Custom Diffusion's images: concepts at random scales, and real or generated images of their classes."""
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
             raise ValueError(f"{where}: every value is a text")
         if with_classes and not (entry.get("class_prompt") and entry.get("class_data_dir")):
             raise ValueError(f"{where}: --with_prior_preservation needs class_prompt and class_data_dir")
-        paths = {k: Path(v) for k, v in entry.items() if k.endswith("_dir") and v}
+        paths = {k: Path(os.path.expanduser(v)) for k, v in entry.items() if k.endswith("_dir") and v}
         concepts.append(Concept(**entry | paths))
     return concepts
 

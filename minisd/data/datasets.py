@@ -79,7 +79,7 @@ class Captioned:
         self.epoch = source.epoch  # the record at each index
         self.flips = (False, True) if random_flip else (False,)
         self.caption_dropout = caption_dropout
-        self.resampling = Image.Resampling[interpolation.upper()]
+        self.resampling = Image.Resampling[interpolation.upper().removesuffix("_EXACT")]  # as torchvision
         self.center_crop = center_crop or bucket
         originals = [record.sizes[self.image_column] for record in source.records]
         shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]

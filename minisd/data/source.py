@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -24,9 +24,7 @@ from tqdm import tqdm
 
 from minisd import noise
 from minisd.data import images, tables
-
-if TYPE_CHECKING:
-    from minisd.options import Dataset
+from minisd.options import Data, Dataset
 
 Subfolders = Literal["all", "repeated", "none"]
 
@@ -67,6 +65,7 @@ class Source:
     records: tuple[Record, ...]
     skipped: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # what is not of the split train
 
     def __len__(self) -> int:
         return len(self.records)
@@ -149,6 +148,8 @@ class Source:
             lines.append(f"  examples: {len(self)}{epoch}")
         lines.append(f"  columns: {', '.join(self.columns)}")
         lines.append(f"  sizes: {_first_four([f'{w}x{h} ({n})' for (w, h), n in sizes.most_common()])}")
+        if self.left_out:
+            lines.append(f"  only the split train; left out: {', '.join(self.left_out)}")
         if self.hidden:
             lines.append(f"  hidden: {_first_four(self.hidden)}")
         lines += [f"  skipped: {reason}" for reason in self.skipped[:MAX_REASONS]]
@@ -161,16 +162,27 @@ def _first_four(words: Sequence[str]) -> str:
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
-def from_options(options: Dataset, cache_dir: str | None) -> Source:
-    """Read the location that --data or --dataset_name names."""
+def from_options(options: Data, cache_dir: str | None) -> Source:
+    """Read the location that --dataset_name or --data names. If both are given, --data is a folder in the
+    dataset."""
+    location, flag, further = options.data, "--data", {}
+    if isinstance(options, Dataset):
+        further = {
+            "by_split": options.DATA_HAS_SPLITS,
+            "config": options.dataset_config_name,
+            "max_samples": options.max_train_samples,
+        }
+        if options.dataset_name:
+            location, flag = options.dataset_name, "--dataset_name"
+            further |= {"by_split": True, "folder": options.data}
     return read(
-        options.data or options.dataset_name,
-        flag="--data" if options.data else "--dataset_name",
-        config=options.dataset_config_name,
+        location,
+        flag=flag,
+        subfolders=options.SUBFOLDERS,
         cache_dir=cache_dir,
         skip_bad_images=options.skip_bad_images,
-        max_samples=options.max_train_samples,
         seed=options.seed,
+        **further,
     )
 
 
@@ -179,6 +191,8 @@ def read(
     *,
     flag: str,
     subfolders: Subfolders = "all",
+    folder: Path | None = None,
+    by_split: bool = False,
     config: str | None = None,
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
@@ -187,28 +201,35 @@ def read(
 ) -> Source:
     """Read the images of a folder, or with the package `datasets` the split "train" of a parquet file, of a
     folder saved by that package, or, if `location` is a str, of a dataset on the hub (`config` is its
-    configuration).
+    configuration); of the `folder` in it alone, if that is given.
 
     The records of a folder are the rows of its metadata files, then the other images by name. Subfolders are
     read too: all, only those in kohya's layout N_name ("repeated"), or none. Texts are the columns of the
     nearest metadata file in an image's folder or above it; without one, "text" is the content of a .txt or
-    .caption file beside the image, or else the name in kohya's folder.
+    .caption file beside the image, or else the name in kohya's folder. With `by_split`, only what is of the
+    split train by its name is read: see `tables.splits`.
 
     From more than `max_samples` records, that number is drawn by the seed. ValueError if the data is
     inconsistent, or, unless `skip_bad_images`, if an image cannot be decoded.
     """
-    path, skipped, hidden = Path(location), [], []
+    path, skipped, hidden, left_out = Path(location), [], [], []
     samples = noise.generator(seed, "samples")
+    if folder and path.exists():
+        path = path / folder
+        if folder.is_absolute() or not path.is_dir():
+            raise ValueError(f"--data {folder}: {location} of {flag} has no such folder in it")
+        location, folder = type(location)(path), None
     local = path.is_dir() or (isinstance(location, Path) and path.suffix != ".parquet")
     if local and not tables.needs_datasets(path):
         try:
-            folder = _Folder(path, subfolders)
-            records, skipped, hidden = folder.records(), folder.skipped, folder.hidden
+            root = _Folder(path, subfolders, by_split)
+            records, skipped, hidden, left_out = root.records(), root.skipped, root.hidden, root.left_out
         except ValueError as e:
             raise ValueError(f"{flag}: {e}") from None
         records = [records[i] for i in noise.subset(len(records), max_samples, samples)]
     else:
-        pictures, texts = tables.load_dataset(str(location), config, cache_dir, flag=flag)
+        inside = str(folder) if folder else None
+        pictures, texts, left_out = tables.load_dataset(str(location), config, cache_dir, inside, flag=flag)
         records = [
             Record(
                 name=f"row {i}",
@@ -218,7 +239,8 @@ def read(
             for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples)
         ]
     source = verified(str(location), records, flag=flag, skip_bad_images=skip_bad_images)
-    return replace(source, skipped=(*skipped, *source.skipped), hidden=tuple(hidden))
+    skipped = (*skipped, *source.skipped)
+    return replace(source, skipped=skipped, hidden=tuple(hidden), left_out=tuple(left_out))
 
 
 def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bool) -> Source:
@@ -245,27 +267,32 @@ def join(sources: Sequence[Source]) -> Source:
         records=tuple(record for s in sources for record in s.records),
         skipped=tuple(reason for s in sources for reason in s.skipped),
         hidden=tuple(name for s in sources for name in s.hidden),
+        left_out=tuple(what for s in sources for what in s.left_out),
     )
 
 
 class _Folder:
     """Reads the records of a folder and its subfolders, and notes the skipped and hidden files."""
 
-    def __init__(self, root: Path, subfolders: Subfolders):
+    def __init__(self, root: Path, subfolders: Subfolders, by_split: bool):
         if not root.is_dir():
             raise ValueError(f"{root} is not a folder" if root.exists() else f"there is no {root}")
-        self.root, self.subfolders = root, subfolders
+        self.root, self.subfolders, self.by_split = root, subfolders, by_split
         self.skipped: list[str] = []
         self.hidden: list[str] = []
+        self.left_out: list[str] = []
 
     def records(self) -> list[Record]:
         """The records of metadata files, then those of other images. ValueError if an image has no row in the
         metadata, if a row has no image, or if there are no images."""
         files = list(self._files(self.root))
+        others = self._other_splits(files) if self.by_split else set()
+        files = [path for path in files if path not in others]
         folders = sorted({self.root, *(path.parent for path in files)})
         metadata = {folder: path for folder in folders if (path := tables.find(folder))}
         rows = [(folder, *row) for folder, path in metadata.items() for row in tables.read(path)]
         records = [self._record(*tables.split(row, folder, where)) for folder, where, row in rows]
+        records = [r for r in records if not others.issuperset(r.pictures.values())]
         described = {os.path.normpath(p) for record in records for p in record.pictures.values()}
         stems = {p.with_suffix("") for p in files if p.suffix.lower() in images.SUFFIXES}
         for path in files:
@@ -287,6 +314,20 @@ class _Folder:
             contents = f"{others} other entries" if others else "empty"
             raise ValueError(f"no picture in {self.root} ({contents})")
         return records
+
+    def _other_splits(self, files: list[Path]) -> set[Path]:
+        """The files that are not of the split train. ValueError if that leaves no picture."""
+        names = {self._short(path): path for path in files}
+        pictures = {name for name, path in names.items() if path.suffix.lower() in images.SUFFIXES}
+        splits = tables.splits(names, pictures)
+        training = splits.pop("train")
+        counts = {split: len(pictures & found - training) for split, found in splits.items()}
+        counts["no split"] = len(pictures - training.union(*splits.values()))
+        self.left_out = [f"{count} of {split}" for split, count in counts.items() if count]
+        if pictures and not pictures & training:
+            raise ValueError(f"{self.root} has no split train by its names, but {', '.join(self.left_out)}")
+        others = pictures.union(*splits.values()) - training
+        return {names[name] for name in others}
 
     def _files(self, folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
         """Yield the files in a folder and its subfolders by name; `above` are the folders above it."""

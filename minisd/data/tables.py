@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,28 @@ def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path
     return pictures, texts
 
 
+# Splits
+
+# The words for each split in the names of folders and files, by the package `datasets`.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def splits(paths: Collection[str], pictures: Collection[str]) -> dict[str, set[str]]:
+    """The files of each split that has any, by the rules of `datasets`: a folder on a file's path has a word
+    of the split between separators; where this holds for none of the `pictures`, the file's name has. Where
+    neither holds, all are of the split train. `paths` are those of all files, with `/`, within the root."""
+    for tail in (r"(?:[-._ 0-9][^/]*)?/", r"[-._ 0-9][^/]*$"):
+        patterns = {s: re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(w)}){tail}") for s, w in SPLITS.items()}
+        found = {split: set(filter(pattern.search, paths)) for split, pattern in patterns.items()}
+        if any(files & set(pictures) for files in found.values()):
+            return found
+    return {"train": set(paths)}
+
+
 # The package `datasets`
 
 
@@ -138,11 +161,12 @@ def needs_datasets(folder: Path) -> bool:
 
 
 def load_dataset(
-    name: str, config: str | None, cache_dir: str | None, *, flag: str
-) -> tuple[dict[str, Any], dict[str, list]]:
-    """Load the split "train" of a dataset on the hub, of one saved in a folder, or of a local parquet file.
-    Return a table for each column of images (undecoded), and the values of each column of texts. ValueError,
-    naming `flag`, if it cannot be loaded or has no images."""
+    name: str, config: str | None, cache_dir: str | None, folder: str | None = None, *, flag: str
+) -> tuple[dict[str, Any], dict[str, list], list[str]]:
+    """Load the split "train" of a dataset on the hub (of its `folder`, if given), of one saved in a folder,
+    or of a local parquet file. Return a table for each column of images (undecoded), the values of each
+    column of texts, and what was left out. ValueError, naming `flag`, if it cannot be loaded, or has no split
+    train or no images."""
     try:
         import datasets
     except ImportError:
@@ -154,15 +178,19 @@ def load_dataset(
         raise ValueError(f"{flag}: there is no {path}")
     try:
         if path.suffix == ".parquet":
-            data = datasets.load_dataset("parquet", data_files=name, split="train", cache_dir=cache_dir)
+            data = datasets.load_dataset("parquet", data_files=name, cache_dir=cache_dir)
         elif any((path / n).is_file() for n in SAVED):
             data = datasets.load_from_disk(name)
-            data = data["train"] if isinstance(data, dict) else data
         else:
-            data = datasets.load_dataset(name, config, split="train", cache_dir=cache_dir)
+            data = datasets.load_dataset(name, config, data_dir=folder, cache_dir=cache_dir)
     except Exception as e:  # of the package, the network or the hub
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ValueError(f"{flag} {name}: {lines[0]}") from e
+    sizes = {split: len(part) for split, part in data.items()} if isinstance(data, dict) else {"train": 0}
+    if "train" not in sizes:
+        raise ValueError(f"{flag} {name}: it has no split train, but {', '.join(sizes)}")
+    data = data["train"] if isinstance(data, dict) else data
+    left_out = [f"{count} of {split}" for split, count in sizes.items() if split != "train"]
     pictures, texts = {}, {}
     for column, kind in data.features.items():
         alone = data.select_columns(column)  # so that reading a cell does not read the other columns
@@ -178,4 +206,4 @@ def load_dataset(
         raise ValueError(
             f"{flag} {name}: no column holds pictures; the columns are {', '.join(data.features)}"
         )
-    return pictures, texts
+    return pictures, texts, left_out

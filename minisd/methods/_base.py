@@ -4,6 +4,7 @@ A method overrides what differs:
 
 load       the model that training starts from
 build      what trains
+read       what the data is
 dataset    what a batch is
 condition  what the UNet gets besides the noisy latents
 loss       noisy_batch makes input and target, errors and weights turn the prediction into a number
@@ -53,8 +54,16 @@ class Method(Previews):
         self.lr_scale = 1.0  # a further factor of --scale_lr
         self.unfrozen: set[str] = set()  # the parts of the model that train as a whole
         self.encode_prompt = functools.lru_cache(maxsize=1000)(self._encode_prompt)
+        self.read = functools.cache(self.read)
 
     # What the training loop calls
+
+    def read(self) -> Source:
+        """The data that the flags name. It is read only once, and before anything is made or loaded, so that
+        what is wrong with it is reported at once."""
+        from minisd.data.source import from_options
+
+        return from_options(self.options, self.options.cache_dir)
 
     def prepare(self) -> None:
         """Make what the data needs, in one process only, before the model is loaded."""
@@ -67,10 +76,7 @@ class Method(Previews):
 
     def datasets(self) -> tuple[Captioned, Captioned | None]:
         """The training set, and the held-out set if --validation_split is given: see data/datasets.py."""
-        from minisd.data.source import from_options
-
-        o, held_out = self.options, None
-        examples = from_options(o, o.cache_dir)
+        o, held_out, examples = self.options, None, self.read()
         if o.validation_split:
             examples, held_out = examples.split(o.validation_split, o.seed)
             held_out = self.dataset(held_out)

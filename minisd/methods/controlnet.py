@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Options(Dataset, Training):
     """ControlNet"""
 
+    DATA_HAS_SPLITS = True
     controlnet_model_name_or_path: str | None = flag(
         None, "initial ControlNet: a folder, a file or a hub id; by default a copy of the model's UNet"
     )

@@ -12,7 +12,7 @@ from minisd.options import Prior, Training, flag, require
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._base import Parameters, StableDiffusion, Tensor
+    from minisd.methods._base import Parameters, Source, StableDiffusion, Tensor
     from minisd.methods._previews import Prompts
 
 CHANNELS = 4  # of the latents
@@ -75,6 +75,7 @@ class CustomDiffusion(PriorPreservation):
                 class_data_dir=options.class_data_dir,
             )
             self.concepts = [concept]
+        self.skip = {"skip_bad_images": options.skip_bad_images}
         self.words = options.modifier_token.split("+") if options.modifier_token else []
         if options.with_prior_preservation:
             self.lr_scale = 2.0  # twice the images, as diffusers' example script counts them
@@ -104,16 +105,20 @@ class CustomDiffusion(PriorPreservation):
             trained["modifier_tokens"] = self.rows  # one parameter for all words so far
         return trained
 
+    def read(self) -> Source:
+        from minisd.data import concepts
+
+        flag, skip = "--concepts_list" if self.options.concepts_list else "--data", self.skip
+        return concepts.read_instances(self.concepts, flag=flag, **skip)
+
     def datasets(self) -> tuple:
         from minisd.data import concepts, datasets
 
         o = self.options
         size = {"resolution": o.resolution, "factor": self.sd.vae.config.downscale}
-        skip = {"skip_bad_images": o.skip_bad_images}
-        source = concepts.read_instances(self.concepts, flag="--data", **skip)
-        self.data = concepts.CustomConcepts(source, augment=not o.noaug, hflip=o.hflip, **size)
+        self.data = concepts.CustomConcepts(self.read(), augment=not o.noaug, hflip=o.hflip, **size)
         if o.with_prior_preservation:
-            source = concepts.read_classes(self.concepts, flag="--class_data_dir", **skip)
+            source = concepts.read_classes(self.concepts, flag="--class_data_dir", **self.skip)
             classes = concepts.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
             share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
             self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Options(Training):
     """Textual inversion"""
 
+    SUBFOLDERS = "none"
     placeholder_token: str | None = flag(None, "the new token; by default <FOLDER>, after the name of --data")
     initializer_token: str | None = flag(None, "the word to start from; by default the folder's name")
     num_vectors: int = flag(1, "number of embedding vectors of the token")
@@ -31,6 +32,7 @@ class Options(Training):
     only_save_embeds: bool = flag(True, "save the token only, without the model")
     save_as_full_pipeline: bool = flag(False, "also save the whole model, with the token in it")
     learning_rate: float = flag(1e-4)
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no")
     train_batch_size: int = flag(16)
     max_train_steps: int | None = flag(5000)
     max_grad_norm: float = flag(0.0)
@@ -61,11 +63,11 @@ class TextualInversion(Method):
         return {"rows": self.rows}
 
     def datasets(self) -> tuple:
-        from minisd.data import datasets, source
+        from minisd.data import datasets
 
         o = self.options
         self.data = datasets.ConceptPictures(
-            source.read(o.data, flag="--data", subfolders="none", skip_bad_images=o.skip_bad_images),
+            self.read(),
             self.token,
             style=o.learnable_property == "style",
             resolution=o.resolution,

@@ -7,17 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from minisd.methods._base import Method
-from minisd.options import (
-    LR_SCHEDULERS,
-    Average,
-    Dataset,
-    Diffusion,
-    Optimizer,
-    Precision,
-    Run,
-    flag,
-    require,
-)
+from minisd.options import LR_SCHEDULERS, Average, Dataset, Diffusion, Optimizer, Precision, Run, flag
 
 if TYPE_CHECKING:
     from minisd.methods._base import Parameters, Tensor
@@ -29,6 +19,7 @@ if TYPE_CHECKING:
 class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     """Unconditional"""
 
+    DATA_HAS_SPLITS = True
     model_config_name_or_path: Path | None = flag(None, "config.json of another network, or its folder")
     image_column: str = flag("image", "column of the images")
     random_flip: bool = flag(False, "flip images with probability 1/2")
@@ -48,6 +39,7 @@ class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     resolution: int = flag(64)
     train_batch_size: int = flag(16)
     learning_rate: float = flag(1e-4)
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no")
     lr_scheduler: LR_SCHEDULERS = flag("cosine")
     adam_beta1: float = flag(0.95)
     adam_weight_decay: float = flag(1e-6)
@@ -57,8 +49,8 @@ class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     def check(self):
         self.positive("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size")
         self.positive("save_images_epochs", "save_model_epochs")
-        fewer = self.ddpm_num_inference_steps <= self.ddpm_num_steps
-        require(fewer, "--ddpm_num_inference_steps must not be more than --ddpm_num_steps")
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            raise ValueError("--ddpm_num_inference_steps must not be more than --ddpm_num_steps")
 
     def validation_interval(self, updates_per_epoch: int) -> int:
         """Number of updates between two validations."""

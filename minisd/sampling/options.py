@@ -5,6 +5,7 @@ Each is declared once, here: flag, keyword, column of a --csv table, and key in 
 with `infotext=None` do not shape the image, or sampling/infotext.py writes them in a form of their own.
 """
 
+import random
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,9 @@ class Settings(Group):
     """Sampling"""
 
     steps: int = flag(50, "number of denoising steps", also=("num_inference_steps",), infotext="Steps")
-    scheduler: str = flag("ddim", "sampler, by A1111's name or", listing="schedulers", infotext="Sampler")
+    scheduler: str = flag(
+        "ddim", "by its name in A1111, diffusers or", listing="schedulers", infotext="Sampler"
+    )
     use_karras_sigmas: bool | None = flag(
         None,
         "noise levels of Karras et al., for euler and dpmpp; by default those of the model's scheduler",
@@ -55,7 +58,10 @@ class Settings(Group):
 
     def check(self):
         self.positive("steps", "clip_skip")
-        self.scheduler = registry.find("schedulers", self.scheduler)
+        self.scheduler, karras = registry.find_scheduler(self.scheduler)
+        contrary = karras and self.use_karras_sigmas is False
+        require(not contrary, "--no-use_karras_sigmas excludes a --scheduler whose name ends in Karras")
+        self.use_karras_sigmas = karras or self.use_karras_sigmas
         require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
         require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
         for name in ("width", "height"):
@@ -76,7 +82,9 @@ class Drawing(Settings):
     """Images"""
 
     prompt: list[str] = unwritten([], "what the images should show; one image for each prompt")
-    seed: int = flag(0, "seed of the first image; the next one has seed + 1, and so on", infotext="Seed")
+    seed: int = flag(
+        0, "seed of the first image, or -1 to draw one; the next one has seed + 1, and so on", infotext="Seed"
+    )
     num_images: int = unwritten(1, "number of images for each prompt")
     batch_size: int | None = unwritten(None, "images generated at once; by default 4 on a GPU and 1 on a CPU")
     image: list[Path] = flag(
@@ -98,6 +106,7 @@ class Drawing(Settings):
 
     def check(self):
         self.positive("num_images", "batch_size")
+        self.seed = random.randrange(2**32) if self.seed == -1 else self.seed
         for name in ("strength", "mask", "image_guidance_scale"):
             require(getattr(self, name) in (None, []) or self.image, f"--{name} needs --image")
         guided = self.image_guidance_scale is None or self.guidance_scale > 1

@@ -7,6 +7,7 @@ from torch import Tensor
 from minisd.schedulers._problem import CLIPPING, TIMESTEPS, Problem
 
 A1111 = "DDIM"
+DIFFUSERS = "DDIMScheduler"
 SETTINGS = TIMESTEPS | CLIPPING | {"eta": 0.0, "set_alpha_to_one": True}
 
 

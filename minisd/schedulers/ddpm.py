@@ -7,6 +7,7 @@ from torch import Tensor
 from minisd.schedulers._problem import CLIPPING, TIMESTEPS, Problem
 
 A1111 = "DDPM"
+DIFFUSERS = "DDPMScheduler"
 SETTINGS = TIMESTEPS | CLIPPING | {"variance_type": "fixed_small"}
 
 

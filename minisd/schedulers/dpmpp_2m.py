@@ -10,6 +10,7 @@ from minisd.schedulers._problem import Problem
 from minisd.schedulers._sigmas import SIGMAS, SigmaSchedule
 
 A1111 = "DPM++ 2M"
+DIFFUSERS = "DPMSolverMultistepScheduler"
 SETTINGS = SIGMAS | {
     "eta": 0.0,
     "final_sigmas_type": "zero",

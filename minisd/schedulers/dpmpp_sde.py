@@ -9,6 +9,7 @@ from minisd.schedulers._problem import Problem
 from minisd.schedulers._sigmas import SIGMAS, SigmaSchedule, ancestral
 
 A1111 = "DPM++ SDE"
+DIFFUSERS = "DPMSolverSDEScheduler"
 SETTINGS = SIGMAS | {"eta": 1.0}
 
 

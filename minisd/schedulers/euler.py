@@ -8,6 +8,7 @@ from minisd.schedulers._problem import Problem
 from minisd.schedulers._sigmas import SIGMAS, SigmaSchedule, ancestral
 
 A1111 = "Euler"
+DIFFUSERS = "EulerDiscreteScheduler"
 SETTINGS = SIGMAS | {"eta": 0.0, "final_sigmas_type": "zero"}
 
 

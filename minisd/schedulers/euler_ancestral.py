@@ -3,6 +3,7 @@
 from minisd.schedulers import euler
 
 A1111 = "Euler a"
+DIFFUSERS = "EulerAncestralDiscreteScheduler"
 SETTINGS = euler.SETTINGS | {"eta": 1.0}
 
 sample = euler.sample

@@ -7,6 +7,7 @@ from torch import Tensor
 from minisd.schedulers._problem import TIMESTEPS, Problem
 
 A1111 = "PLMS"
+DIFFUSERS = "PNDMScheduler"
 SETTINGS = TIMESTEPS | {"set_alpha_to_one": False}
 
 # Adams-Bashforth weights of the newest predictions, newest first.

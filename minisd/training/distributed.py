@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minisd import launcher
+
 
 def device() -> torch.device:
-    """This process's own GPU, or the CPU."""
-    if not torch.cuda.is_available():
+    """This process's own GPU, or the CPU: without a GPU, or by `accelerate launch --cpu`."""
+    if launcher.is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(gpu)

@@ -25,7 +25,8 @@ def train(method: Method, folder: RunFolder) -> int:
     options, processes = method.options, Processes()
 
     # Start
-    earlier = folder.resume()  # first, so that wrong flags are reported before a model is loaded
+    earlier = folder.resume()  # first, so that wrong flags and data are reported before a model is loaded
+    method.read()
     torch.manual_seed(options.seed)
     if processes.first:
         method.prepare()

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -142,6 +143,9 @@ def peak_memory() -> str:
     """The peak of the GPU's memory, or of the process's without a GPU."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f}G"
-    import resource
-
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "?"
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # there in bytes, elsewhere in KiB
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f}G"

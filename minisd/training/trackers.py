@@ -6,6 +6,7 @@ from PIL import Image
 
 from minisd.data import images
 from minisd.options import Run
+from minisd.spelling import as_written
 
 
 class TensorBoard:
@@ -54,10 +55,16 @@ def start(options: Run, recorded: dict) -> list[TensorBoard | WandB]:
             try:
                 trackers.append(tracker(options, recorded))
             except ImportError:
-                print(f"--report_to {name}: not installed (pip install 'minisd[track]'); log.jsonl is kept")
+                _say(name, "not installed (pip install 'minisd[track]')")
             except Exception as e:  # no login, no network: each library has its own errors
-                print(f"--report_to {name}: {str(e).splitlines()[0]}; log.jsonl is kept")
+                _say(name, str(e).splitlines()[0])
+    if options.report_to == "comet_ml":
+        _say("comet_ml", "minisd does not log there")
     return trackers
+
+
+def _say(name: str, reason: str) -> None:
+    print(as_written(f"--report_to {name}: {reason}; log.jsonl is kept"))
 
 
 def create_repository(options: Run) -> str | None:
