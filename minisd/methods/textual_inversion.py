@@ -32,7 +32,7 @@ class Options(Training):
     only_save_embeds: bool = flag(True, "save the token only, without the model")
     save_as_full_pipeline: bool = flag(False, "also save the whole model, with the token in it")
     learning_rate: float = flag(1e-4)
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "precision of frozen networks and autocast")
     train_batch_size: int = flag(16)
     max_train_steps: int | None = flag(5000)
     max_grad_norm: float = flag(0.0)

@@ -39,7 +39,7 @@ class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     resolution: int = flag(64)
     train_batch_size: int = flag(16)
     learning_rate: float = flag(1e-4)
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "precision of frozen networks and autocast")
     lr_scheduler: LR_SCHEDULERS = flag("cosine")
     adam_beta1: float = flag(0.95)
     adam_weight_decay: float = flag(1e-6)
