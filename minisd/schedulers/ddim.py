@@ -6,8 +6,8 @@ from torch import Tensor
 
 from minisd.schedulers._problem import CLIPPING, TIMESTEPS, Problem
 
-A1111 = "DDIM"
 DIFFUSERS = "DDIMScheduler"
+A1111 = "DDIM"
 SETTINGS = TIMESTEPS | CLIPPING | {"eta": 0.0, "set_alpha_to_one": True}
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from minisd.schedulers._problem import CLIPPING, TIMESTEPS, Problem
 
-A1111 = "DDPM"
 DIFFUSERS = "DDPMScheduler"
+A1111 = "DDPM"
 SETTINGS = TIMESTEPS | CLIPPING | {"variance_type": "fixed_small"}
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from minisd.schedulers._problem import Problem
 from minisd.schedulers._sigmas import SIGMAS, SigmaSchedule
 
-A1111 = "DPM++ 2M"
 DIFFUSERS = "DPMSolverMultistepScheduler"
+A1111 = "DPM++ 2M"
 SETTINGS = SIGMAS | {
     "eta": 0.0,
     "final_sigmas_type": "zero",

@@ -8,8 +8,8 @@ from torch import Tensor
 from minisd.schedulers._problem import Problem
 from minisd.schedulers._sigmas import SIGMAS, SigmaSchedule, ancestral
 
-A1111 = "DPM++ SDE"
 DIFFUSERS = "DPMSolverSDEScheduler"
+A1111 = "DPM++ SDE"
 SETTINGS = SIGMAS | {"eta": 1.0}
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from minisd.schedulers._problem import Problem
 from minisd.schedulers._sigmas import SIGMAS, SigmaSchedule, ancestral
 
-A1111 = "Euler"
 DIFFUSERS = "EulerDiscreteScheduler"
+A1111 = "Euler"
 SETTINGS = SIGMAS | {"eta": 0.0, "final_sigmas_type": "zero"}
 
 

@@ -2,8 +2,8 @@
 
 from minisd.schedulers import euler
 
-A1111 = "Euler a"
 DIFFUSERS = "EulerAncestralDiscreteScheduler"
+A1111 = "Euler a"
 SETTINGS = euler.SETTINGS | {"eta": 1.0}
 
 sample = euler.sample

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from minisd.schedulers._problem import Problem
 
-A1111 = "LCM"
 DIFFUSERS = "LCMScheduler"
+A1111 = "LCM"
 SETTINGS = {"original_inference_steps": 50, "timestep_scaling": 10.0}
 
 

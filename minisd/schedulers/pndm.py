@@ -6,8 +6,8 @@ from torch import Tensor
 
 from minisd.schedulers._problem import TIMESTEPS, Problem
 
-A1111 = "PLMS"
 DIFFUSERS = "PNDMScheduler"
+A1111 = "PLMS"
 SETTINGS = TIMESTEPS | {"set_alpha_to_one": False}
 
 # Adams-Bashforth weights of the newest predictions, newest first.
