@@ -75,8 +75,8 @@ class CustomDiffusion(PriorPreservation):
                 class_data_dir=options.class_data_dir,
             )
             self.concepts = [concept]
-        self.skip = {"skip_bad_images": options.skip_bad_images}
         self.words = options.modifier_token.split("+") if options.modifier_token else []
+        self.skip = {"skip_bad_images": options.skip_bad_images}
         if options.with_prior_preservation:
             self.lr_scale = 2.0  # twice the images, as diffusers' example script counts them
 
