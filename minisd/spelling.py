@@ -9,9 +9,9 @@ def as_written(message: str) -> str:
     """The message with its flags as the user wrote them: `--train_data_dir` for `--data`."""
 
     def spelled(match: re.Match) -> str:
-        return f"--{SPELLED[match[1]]}" if match[1] in SPELLED else match[0]
+        return f"--{match[1]}{SPELLED[match[2]]}" if match[2] in SPELLED else match[0]
 
-    return re.sub(r"(?<![\w-])--(\w+)(?:/--\w+)*", spelled, message)
+    return re.sub(r"(?<![\w-])--(no-|)(\w+)(?:/--\w+)*", spelled, message)
 
 
 # What A1111, kohya's scripts and CompVis's call our flags, where no flag of ours is spelled so.
