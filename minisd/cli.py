@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import difflib
 import functools
+import io
 import json
 import math
 import os
@@ -250,9 +251,11 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     """Exit with the status that `main()` returns; for wrong input, with status 2 and one line, or with a
     traceback if MINISD_DEBUG is set."""
     keep_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may be no valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, OverflowError) as e:
         if os.environ.get("MINISD_DEBUG"):
             raise
         sys.exit(complain(prog, str(e)))
