@@ -69,7 +69,7 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
             kwargs["action"] = "extend"  # a flag that is given twice adds up
     else:
         kwargs |= {"type": {float: finite}.get(hint, hint), "metavar": hint.__name__.upper()}
-    if hint in (str, Path) or kwargs.get("type") in (str, Path):
+    if kwargs.get("type") in (str, Path):
         kwargs["type"] = functools.partial(_expand, kwargs["type"])
     names = (f.name, *_metadata(cls, f.name).get("also", ()))
     group.add_argument(*(f"--{name}" for name in names), help=_help(cls, f), **kwargs)
