@@ -6,9 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+
+from minisd import ops
 
 pytest.importorskip("triton")
 from minisd.kernels.trial import Bench, Call, Spec, Wrong  # noqa: E402
@@ -16,6 +19,7 @@ from minisd.kernels.verdicts import Table, Verdicts  # noqa: E402
 
 from minisd.kernels import verdicts  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
+from tests.method_helpers import options, train  # noqa: E402
 
 ABOUT = dict(GPU="a chip", capability="9.0", torch="2", CUDA="13", triton="3", kernels="abc")
 
@@ -396,3 +400,57 @@ def test_summary(table):
     for call in (attention(), geglu(), geglu(1000)):
         found.decide(call)
     assert found.summary().startswith("attention 1 of 1, geglu 0 of 2 on a chip (settled in ")
+
+
+FIRST_TO_ASK = """
+from minisd.training.distributed import Processes
+processes = Processes()
+print("found", [processes.first_to_ask(f"a key {i}", lambda: {"rank": processes.rank})["rank"] for i in range(9)])
+processes.close()
+"""
+
+
+def test_two_processes_take_the_answer_of_the_first_to_ask(tmp_path):
+    (tmp_path / "ask.py").write_text(FIRST_TO_ASK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "ask.py")], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found")]
+    assert len(lines) == 2 and lines[0] == lines[1]
+
+
+def test_the_verdicts_of_a_training_run(model, captioned, tmp_path, monkeypatch):
+    """They are in the checkpoints and the folder, and a run that goes on begins with them."""
+    monkeypatch.setattr(verdicts, "of", lambda device, pinned, share: Verdicts(Memory(), pinned, share))
+    monkeypatch.setattr(ops, "_device", "cpu")
+    flags = ["--model", model, "--data", captioned, "--resolution", 32, "--checkpointing_steps", 1]
+    flags += ["--num_validation_images", 1, "--output_dir", tmp_path]
+    try:
+        assert train("text_to_image", options("text_to_image", *flags)) == 0
+        state = tmp_path / "checkpoint-1" / "state.json"
+        content = json.loads(state.read_text())
+        found = content["kernels"]
+        assert {key.split()[0] for key in found} > {"group_norm", "attention"} and set(found.values()) == {
+            "torch"
+        }
+        assert json.loads((tmp_path / "kernels.json").read_text()).items() >= found.items()
+        key = next(key for key in found if key.startswith("group_norm training"))
+        state.write_text(json.dumps(content | {"kernels": found | {key: "group_norm"}}))
+        resume = options("text_to_image", *flags, "--resume_from_checkpoint", "checkpoint-1")
+        with pytest.raises(ValueError, match="--kernels auto: .*group_norm training.*the tensors are on cpu"):
+            train("text_to_image", resume)
+        monkeypatch.setattr(ops, "_device", "cuda")
+        with pytest.raises(ValueError, match="--kernels auto: .*needs a GPU; --kernels torch"):
+            train("text_to_image", resume)
+        assert train("text_to_image", replace(resume, kernels="torch")) == 0
+    finally:
+        ops.choose("auto")
+
+
+def test_a_run_on_a_cpu_has_no_verdicts(model, captioned, tmp_path):
+    flags = ["--model", model, "--data", captioned, "--resolution", 32, "--checkpointing_steps", 1]
+    flags += ["--num_validation_images", 1, "--output_dir", tmp_path]
+    assert train("text_to_image", options("text_to_image", *flags)) == 0
+    assert "kernels" not in json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())
+    assert not (tmp_path / "kernels.json").exists()
