@@ -103,9 +103,10 @@ def _kernel(name: str, *arguments):
         return None
     call = (name, tuple([_spec(a, compiling) if isinstance(a, Tensor) else a for a in arguments]),
             torch.is_grad_enabled(), torch.is_autocast_enabled(device), graph)  # fmt: skip
-    choice = _known(call, compiling)
+    choice = _known(call, compiling, arguments[0].device.index)
     if choice is None:
-        choice = _verdicts.decide(call, _kernels[name].why_not(*arguments))
+        with torch.cuda.device_of(arguments[0]):
+            choice = _verdicts.decide(call, _kernels[name].why_not(*arguments))
     return _kernels[choice] if choice else None
 
 
@@ -120,7 +121,7 @@ def _spec(t: Tensor, compiling: bool) -> tuple:
     return shape, stride, t.dtype, t.requires_grad
 
 
-def _known(call: tuple, compiling: bool) -> str | None:
+def _known(call: tuple, compiling: bool, index: int | None) -> str | None:
     """Return the name of the kernel, "" for torch, or None if that is to be decided."""
     global _verdicts
     if _verdicts is None:
@@ -128,7 +129,7 @@ def _known(call: tuple, compiling: bool) -> str | None:
             return ""
         from minisd.kernels.verdicts import of
 
-        _verdicts = of(torch.device(_device), _record, _share)
+        _verdicts = of(torch.device(_device, index), _record, _share)
     choice = _verdicts.choices.get(call)
     return _verdicts.leave(call, "first met by torch.compile") if choice is None and compiling else choice
 

@@ -405,7 +405,8 @@ def test_summary(table):
 FIRST_TO_ASK = """
 from minisd.training.distributed import Processes
 processes = Processes()
-print("found", [processes.first_to_ask(f"a key {i}", lambda: {"rank": processes.rank})["rank"] for i in range(9)])
+answers = [processes.first_to_ask(f"a key {i}", lambda: {"rank": processes.rank}) for i in range(9)]
+print("found", answers)
 processes.close()
 """
 

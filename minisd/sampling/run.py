@@ -88,6 +88,9 @@ def draw(
             text = infotext.write(prompts[i].text, seeds[i], sd.name, of_this, ops.digest())
             images.save_png(image, paths[i], text)
             ops.say_verdicts()
+            like = None if i else getattr(settings, "like", None)
+            if like and dict(infotext.parse(infotext.read(like))[2]).get("Kernels", "") != ops.digest():
+                print(f"--like {like}: other kernels computed it, so the last digits differ")
             yield paths[i], image
 
 
