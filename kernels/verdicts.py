@@ -169,28 +169,27 @@ class Verdicts:
         return rows.get(k, row)
 
     def _try(self, k: str, call: Call) -> dict:
-        sound, errors, reasons, times = [], {}, {}, {}
+        errors, reasons = {}, {}
 
-        def attempt(name: str, function: Callable[[], None]) -> None:
+        @contextlib.contextmanager
+        def trying(name: str) -> Iterator[None]:
             try:
-                function()
+                yield
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler or a driver raises
                 reasons[name] = reason_of(error)
                 say(f"{k}: not {name}, {reasons[name]}")
 
-        def prove(kernel: Kernel) -> None:
-            self.bench.compile(kernel, call)
-            errors[kernel.name] = self.bench.check(kernel, call)
-            sound.append(kernel)
-
         for kernel in candidates(call):
-            attempt(kernel.name, lambda kernel=kernel: prove(kernel))
-        if sound:
-            attempt("timed", lambda: times.update(self.bench.time_ms(sound, call)))
-        choice = fastest(times) if times else TORCH
+            with trying(kernel.name):
+                self.bench.compile(kernel, call)
+                errors[kernel.name] = self.bench.check(kernel, call)
+        sound, times = [kernel for kernel in candidates(call) if kernel.name in errors], {}
+        with trying("timed"):
+            times = self.bench.time_ms(sound, call) if sound else {}
         ms = {name: statistics.median(t) for name, t in times.items()}
+        choice = fastest(times) if times else TORCH
         return dict(choice=choice, ms=ms, errors=errors, reasons=reasons)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 CHOICES = ("auto", "triton", "torch")
 _choice = "auto"
 _device = "cuda"  # where "auto" asks for kernels
-graph = False  # whether networks run as CUDA graphs, in which the host's time does not count
+in_graph = False  # whether networks run as CUDA graphs, in which the host's time does not count
 _record: dict[str, str] = {}  # the verdicts that a run goes on with
 _share: Callable | None = None
 _verdicts = None  # kernels.verdicts.Verdicts, once "auto" has met a GPU
@@ -102,7 +102,7 @@ def _kernel(name: str, *arguments):
             _say(f"torch, {_missing or f'the tensors are on {device}'}")
         return None
     call = (name, tuple([_spec(a, compiling) if isinstance(a, Tensor) else a for a in arguments]),
-            torch.is_grad_enabled(), torch.is_autocast_enabled(device), graph)  # fmt: skip
+            torch.is_grad_enabled(), torch.is_autocast_enabled(device), in_graph)  # fmt: skip
     choice = _known(call, compiling, arguments[0].device.index)
     if choice is None:
         with torch.cuda.device_of(arguments[0]):

@@ -13,7 +13,7 @@ from tests.kernel_helpers import automatic, interpreter  # noqa: F401
 pytest.importorskip("triton")
 from minisd.kernels.trial import Bench, Call, Spec, Wrong  # noqa: E402
 
-from minisd.kernels import attention, checks, geglu, kernel, launch, trial, verdicts  # noqa: E402
+from minisd.kernels import attention, checks, geglu, kernel, trial, verdicts  # noqa: E402
 
 pytestmark = [interpreter, pytest.mark.usefixtures("automatic")]
 
@@ -176,9 +176,12 @@ def gpu(monkeypatch, ms: float, record=None, check=None) -> list[str]:
 
 @pytest.fixture
 def launches(monkeypatch) -> list:
-    found, run = [], launch.launch
+    """The kernels that are launched."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    found, on_grid = [], InterpretedFunction.__getitem__
     monkeypatch.setattr(
-        launch, "launch", lambda kernel, *a, **k: (found.append(kernel), run(kernel, *a, **k))
+        InterpretedFunction, "__getitem__", lambda kernel, grid: found.append(kernel) or on_grid(kernel, grid)
     )
     return found
 
@@ -234,9 +237,9 @@ def test_auto_tries_inference_apart_from_training_and_a_graph_apart_from_both(mo
         ops.geglu(x)
         with torch.no_grad():
             ops.geglu(x)
-            monkeypatch.setattr(ops, "graph", True)
+            monkeypatch.setattr(ops, "in_graph", True)
             ops.geglu(x)
-            monkeypatch.setattr(ops, "graph", False)
+            monkeypatch.setattr(ops, "in_graph", False)
         ops.geglu(x.detach())  # no gradient is wanted: inference
         with torch.autocast("cpu", torch.bfloat16):
             ops.geglu(x)
