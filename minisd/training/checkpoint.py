@@ -30,7 +30,7 @@ def save(trainer: Trainer, folder: Path, recorded: dict, verdicts: dict[str, str
 
 def verdicts(folder: Path | None) -> dict[str, str]:
     """The kernels' verdicts with which the run of a checkpoint goes on."""
-    return files.read_json(folder / "state.json").get("kernels", {}) if folder else {}
+    return reading.read_json(folder / "state.json").get("kernels", {}) if folder else {}
 
 
 @torch.no_grad()
