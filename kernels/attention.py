@@ -8,6 +8,8 @@ The backward takes two kernels, one for queries and one for keys, so that each s
 atomics, the same bits in every run. The price is a second computation of the scores.
 """
 
+import dataclasses
+
 import minisd.kernels.heads as heads
 import minisd.kernels.launch as L
 import torch
@@ -187,16 +189,24 @@ def new_gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse) -> tuple[Tensor, 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
+    return _forward(q, k, v, anchor=False)
+
+
+def anchored(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`forward` with fewer instructions. Not for fp16, which ends at 65504: exponentials above the anchor
+    would overflow there, where those of bf16 and fp32 do not."""
+    return _forward(q, k, v, anchor=True)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *, anchor: bool) -> tuple[Tensor, Tensor]:
     q, k, v = (heads.dense(t) for t in (q, k, v))
     b, n, nh, hd = q.shape
     o, lse = new_outputs(q, k, v)
     tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
     even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
     args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
-    # fp16 ends at 65504: exponentials above the anchor would overflow where those of bf16 and fp32 do not
-    tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
     grid = (L.cdiv(n, tile["BLOCK_M"]), b * nh)
-    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **even, **tile)
+    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **even, ANCHOR=anchor, **tile)
     return o, lse
 
 
@@ -241,8 +251,6 @@ def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int) -> dict:
 
 
 # The shape class is the head width. Chosen by compiling, not yet by timing: aot.py prints the registers.
-CANDIDATES = [Tile(64, 32, 4), Tile(32, 64, 4), Tile(64, 64, 4)]
-CANDIDATES += [Tile(64, 128, 4), Tile(128, 64, 8), Tile(128, 128, 8)]
 FWD_TILES = L.Tiles(
     "attention_fwd",
     {
@@ -250,7 +258,6 @@ FWD_TILES = L.Tiles(
         80: {80: Tile(64, 64, 4)},
         **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (128, 160)},
     },
-    CANDIDATES + [tile | dict(ANCHOR=True) for tile in CANDIDATES],  # ANCHOR: in bf16 alone
 )
 DQ_TILES = L.Tiles(
     "attention_bwd_dq",
@@ -258,8 +265,6 @@ DQ_TILES = L.Tiles(
         **{hd: {80: Tile(64, 64, 4)} for hd in (32, 40, 64)},
         **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (80, 128, 160)},
     },
-    CANDIDATES,
-    backward=True,
 )
 DKDV_TILES = L.Tiles(
     "attention_bwd_dkdv",
@@ -268,8 +273,6 @@ DKDV_TILES = L.Tiles(
         128: {80: Tile(32, 64, 8), 90: Tile(32, 64, 4)},
         160: {80: Tile(32, 64, 4), 86: Tile(16, 64, 8), 90: Tile(32, 64, 8)},
     },
-    CANDIDATES,
-    backward=True,
 )
 
 
@@ -301,7 +304,7 @@ PEERS = {  # the reference by each of torch's own kernels
 KERNEL = Kernel(
     name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF, peers=PEERS,
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    tiles=(FWD_TILES, DQ_TILES, DKDV_TILES), typical=lambda hd: square(4, heads.TOKENS[hd], hd),
+    tiles=(FWD_TILES, DQ_TILES, DKDV_TILES), size_class=heads.size_class,
     cases=[
         case("40 = 32 + 16, two heads", 1, 64, 128, 2, 40),
         case("80 = 64 + 16, ragged, batch 3", 3, 33, 70, 1, 80),
@@ -326,3 +329,6 @@ KERNEL = Kernel(
         for n, hd in ((4096, 40), (1024, 80), (256, 160), (144, 160), (1024, 32), (1024, 64), (1024, 128))
     ],
 )  # fmt: skip
+KERNEL.variants = (
+    dataclasses.replace(KERNEL, name="attention_anchored", forward=anchored, dtypes=(torch.bfloat16,)),
+)

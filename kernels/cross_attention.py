@@ -168,14 +168,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 # ------------------------------ Tiles and cases
 
-CANDIDATES = [dict(BLOCK_M=m, num_warps=w) for m, w in ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8))]
 FWD_TILES = L.Tiles(
     "cross_attention_fwd",
     {
         **{hd: {80: dict(BLOCK_M=64, num_warps=4)} for hd in (32, 40, 64, 80, 128)},
         160: {80: dict(BLOCK_M=64, num_warps=8), 90: dict(BLOCK_M=64, num_warps=4)},
     },
-    CANDIDATES,
 )
 BWD_TILES = L.Tiles(
     "cross_attention_bwd",
@@ -185,8 +183,6 @@ BWD_TILES = L.Tiles(
         64: {80: dict(BLOCK_M=32, num_warps=8)},
         80: {80: dict(BLOCK_M=32, num_warps=8)},
     },
-    CANDIDATES,
-    backward=True,
 )
 case = attention.case
 
@@ -200,7 +196,7 @@ KERNEL = Kernel(
     name="cross_attention", reference=attention.reference, unsupported=unsupported, dtypes=L.HALF,
     forward=forward, backward=backward, new_outputs=attention.new_outputs, new_gradients=new_gradients,
     gradients=lambda dq, dkv: (dq, dkv[0], dkv[1]), peers=attention.PEERS,
-    tiles=(FWD_TILES, BWD_TILES), typical=lambda hd: text(4, heads.TOKENS[hd], hd),
+    tiles=(FWD_TILES, BWD_TILES), size_class=heads.size_class,
     cases=[
         case("77 keys, 40", 1, 128, 77, 2, 40),
         case("77 keys, 80, ragged, batch 3", 3, 70, 77, 1, 80),

@@ -102,8 +102,7 @@ def unsupported(x: Tensor) -> str:
 
 # ------------------------------ Tiles and cases
 
-CANDIDATES = [dict(BLOCK_N=n, num_warps=w) for n, w in ((512, 2), (512, 4), (1024, 4), (2048, 8))]
-TILES = L.Tiles("geglu", {"any": {80: dict(BLOCK_N=1024, num_warps=4)}}, CANDIDATES)
+TILES = L.Tiles("geglu", {"any": {80: dict(BLOCK_N=1024, num_warps=4)}})
 
 
 def case(name: str, *shape: int, scale: float = 1.0) -> Case:
@@ -117,7 +116,7 @@ KERNEL = Kernel(
     name="geglu", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
     save=lambda inputs, outputs: inputs,
-    tiles=(TILES,), typical=lambda shape_class: case("", 4, 4096, 2560),
+    tiles=(TILES,), size_class=lambda x: f"{x[-1] // 2} x{L.power_of_two(math.prod(x[:-1]))}",
     cases=[
         case("tokens", 2, 5, 128),
         case("wider than a tile, ragged", 3, 2 * 1300),

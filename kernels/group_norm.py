@@ -13,6 +13,8 @@ far from zero and bit-equal in every run. Groups that fit the registers of one p
 backward recomputes xhat and SiLU from x, so a training step keeps x and two numbers per group.
 """
 
+import math
+
 import minisd.kernels.group_norm_kernels as device
 import minisd.kernels.launch as L
 import torch
@@ -29,7 +31,9 @@ def reference(
     """The same operation in plain torch: x (b, c, ...), weight and bias (c,), add (b, c) or None."""
     if add is not None:
         x = x + add.reshape(*add.shape, *[1] * (x.ndim - 2))
-    y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if not torch.is_autocast_enabled(x.device.type):  # which casts by itself
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y) if silu else y
 
 
@@ -139,6 +143,11 @@ def unsupported(x: Tensor, weight, bias, add: Tensor | None, num_groups: int, ep
     return ""
 
 
+def size_class(x: tuple, weight, bias, add: tuple | None, num_groups: int, eps, silu: bool) -> str:
+    pixels, batch = math.prod(x[2:]), L.power_of_two(x[0])
+    return f"{x[1]}/{num_groups} at {pixels} x{batch}{' add' if add else ''}{' silu' if silu else ''}"
+
+
 # ------------------------------ Tiles and cases
 
 
@@ -147,12 +156,8 @@ def Tile(BLOCK_N: int, BLOCK_C: int, num_warps: int = 4) -> dict:
     return dict(BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=num_warps)
 
 
-CANDIDATES = [Tile(32, 64), Tile(64, 64), Tile(64, 64, 8), Tile(32, 128)]  # channels-last
-CANDIDATES += [Tile(256, 8), Tile(512, 8), Tile(1024, 4), Tile(512, 4)]  # contiguous
-FWD_TABLE = {"channels_last": {80: Tile(64, 64)}, "contiguous": {80: Tile(512, 8)}}
-BWD_TABLE = {"channels_last": {80: Tile(32, 64)}, "contiguous": {80: Tile(256, 8)}}
-FWD_TILES = L.Tiles("group_norm_fwd", FWD_TABLE, CANDIDATES)
-BWD_TILES = L.Tiles("group_norm_bwd", BWD_TABLE, CANDIDATES, backward=True)
+FWD_TILES = L.Tiles("group_norm_fwd", {"channels_last": {80: Tile(64, 64)}, "contiguous": {80: Tile(512, 8)}})
+BWD_TILES = L.Tiles("group_norm_bwd", {"channels_last": {80: Tile(32, 64)}, "contiguous": {80: Tile(256, 8)}})
 
 
 def case(
@@ -180,7 +185,7 @@ KERNEL = Kernel(
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
     save=lambda inputs, outputs: (*inputs[:4], *outputs[1:], inputs[4], inputs[6]),
     gradients=lambda dx, sums, dadd: (dx, sums[1], sums[0], dadd),
-    tiles=(FWD_TILES, BWD_TILES), typical=lambda layout: square(4, 320, 64, add=False, layout=layout),
+    tiles=(FWD_TILES, BWD_TILES), size_class=size_class,
     cases=[
         case("small, batch 3", 3, 64, 4, 4, 4),
         case("small, 10 channels a group", 1, 80, 4, 4, 8, eps=1e-6, silu=False, add=False),

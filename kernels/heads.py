@@ -141,13 +141,17 @@ def split(hd: int) -> dict:
     return dict(HD=hd, D0=first, D1=second)
 
 
-# Shape classes of the tile tables: head width -> number of tokens of a typical layer with such heads
-TOKENS = {32: 1024, 40: 4096, 64: 4096, 80: 1024, 128: 1024, 160: 256}
+WIDTHS = (32, 40, 64, 80, 128, 160)  # of heads: the shape classes of the tile tables
 
 
 def shape_class(hd: int) -> int:
     """Return hd rounded up to a head width of the tile tables."""
-    return next(c for c in TOKENS if hd <= c)
+    return next(c for c in WIDTHS if hd <= c)
+
+
+def size_class(q: tuple, k: tuple, v: tuple) -> str:
+    """Head width, queries x keys, heads in the batch up to the next power of two."""
+    return f"hd{q[3]} {q[1]}x{k[1]} x{L.power_of_two(q[0] * q[2])}"
 
 
 def dense(t: Tensor) -> Tensor:

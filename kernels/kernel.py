@@ -1,7 +1,7 @@
 """`Kernel`: what the file of one kernel provides, and the torch operators built from it.
 
 A file of this folder that defines `KERNEL = Kernel(...)` is a kernel. There is no other list of kernels:
-minisd/ops.py, aot.py, bench.py, tune.py and the tests all call `discover`.
+minisd/ops.py, aot.py, bench.py, verdicts.py and the tests all call `discover`.
 """
 
 import functools
@@ -15,6 +15,8 @@ from pathlib import Path
 import minisd.kernels.launch as L
 import torch
 from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Kernel:
     timed: Sequence[Case]  # Stable Diffusion's shapes, timed by bench.py
     compiled: Sequence[Case]  # compiled by aot.py
     tiles: Sequence[L.Tiles] = ()
-    typical: Callable[[int | str], Case] | None = None  # the case on which tune.py times a shape class
+    size_class: Callable[..., str]  # sizes that share a verdict; takes tensors' shapes in place of tensors
+    variants: Sequence["Kernel"] = ()  # other kernels of the same operation, each with a name of its own
     peers: Mapping[str, Callable] = field(default_factory=dict)  # torch's versions, if not eager and compiled
 
     def __post_init__(self):
@@ -71,7 +74,7 @@ class Kernel:
     def __call__(self, *arguments):
         """Return the differentiable output, or a tuple of them."""
         # Both run the same launchers; an operator's autograd costs 80 us more a call, 150 calls per UNet
-        plain = type(arguments[0]) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        plain = type(arguments[0]) in PLAIN and not torch.compiler.is_compiling()
         outputs = self._function.apply(*arguments) if plain else self.operator(*arguments)
         outputs = as_tuple(outputs)[: self.differentiable]
         return outputs if self.differentiable > 1 else outputs[0]
@@ -89,8 +92,13 @@ class Kernel:
     def _backward(self, ctx, *grads):
         # Under gradient checkpointing it is an error to read saved_tensors twice
         arguments = (*grads[: self.differentiable], *ctx.saved_tensors, *ctx.constants)
-        results = self.gradients(*as_tuple(self._backward_operator(*arguments)))
-        return tuple(g if is_tensor else None for g, is_tensor in zip_longest(results, ctx.is_tensor))
+        # The operator is what compilers trace, and what says that there is no second derivative
+        plain = type(arguments[self.differentiable]) in PLAIN and not torch.is_grad_enabled()
+        results = (self.backward if plain else self._backward_operator)(*arguments)
+        return tuple(
+            g if is_tensor else None
+            for g, is_tensor in zip_longest(self.gradients(*as_tuple(results)), ctx.is_tensor)
+        )
 
     def launchers(self, *arguments) -> tuple[Callable, Callable]:
         """Return the forward's and the backward's launches as calls without arguments or autograd."""

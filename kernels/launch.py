@@ -4,8 +4,8 @@
     Tiles(...).pick(shape_class, device)  the tile of the table, a dict of constexprs and compile options
     launch(kernel, grid, *args, **meta)   the call; inside `record` it is recorded and not run
 
-Tiles are fixed by (launch, shape class, GPU family) and not searched at start-up: a search compiles every
-candidate, 1 to 3 s each. `MINISD_AUTOTUNE=1` searches once and keeps the fastest: see tune.py.
+Tiles are fixed by (launch, shape class, GPU family) and not searched: every candidate would take 1 to 3 s to
+compile.
 """
 
 import contextlib
@@ -15,14 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-AUTOTUNE = os.environ.get("MINISD_AUTOTUNE") == "1"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.float16, torch.bfloat16)
 FLOAT = (*HALF, torch.float32)
-
-# GPU families on which `pytest -m gpu` and the benchmark have been run. On all others `auto` uses torch: a
-# kernel that has not been timed on a GPU may be slower there, and one that has not been run may be wrong.
-MEASURED: frozenset[int] = frozenset()
 
 # ------------------------------ The GPU
 
@@ -49,35 +44,15 @@ def family(capability: int) -> int:
 
 
 class Tiles:
-    """The tiles of one launch: shape class -> GPU family -> tile; a missing family takes the next older one.
+    """The tiles of a launch: shape class -> GPU family -> tile; a missing family takes the next older one."""
 
-    MINISD_AUTOTUNE=1 also tries `candidates`, timing the kernel's forward or, if `backward`, its backward.
-    """
-
-    def __init__(self, name: str, table: dict, candidates: list[dict], *, backward: bool = False):
-        self.name, self.table, self.candidates, self.backward = name, table, candidates, backward
-        self._only: dict | None = None
+    def __init__(self, name: str, table: dict):
+        self.name, self.table = name, table
 
     def pick(self, shape_class: int | str, device: torch.device) -> dict:
-        """Return a copy of the table's tile for this device, or of the one found by MINISD_AUTOTUNE=1."""
-        if self._only is not None:
-            return dict(self._only)
-        if AUTOTUNE and device.type == "cuda" and _recording is None:
-            import minisd.kernels.tune as tune
-
-            if winner := tune.winner(self, shape_class, device):
-                return dict(winner)
+        """Return a copy of the table's tile for this device."""
         row = self.table[shape_class]
         return dict(row[max(f for f in row if f <= family(capability(device)))])
-
-    @contextlib.contextmanager
-    def only(self, tile: dict) -> Iterator[None]:
-        """Inside, `pick` returns this tile for every shape class and device."""
-        before, self._only = self._only, tile
-        try:
-            yield
-        finally:
-            self._only = before
 
 
 # ------------------------------ Whether kernels can run

@@ -38,7 +38,9 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Return y and x + residual for x (..., d), weight and bias (d,); the second is empty without one."""
     s = x if residual is None else x + residual
-    y = F.layer_norm(s, s.shape[-1:], weight.to(s.dtype), bias.to(s.dtype), eps)
+    if not torch.is_autocast_enabled(x.device.type):  # which casts by itself
+        weight, bias = weight.to(s.dtype), bias.to(s.dtype)
+    y = F.layer_norm(s, s.shape[-1:], weight, bias, eps)
     return y, x.new_empty(0) if residual is None else s
 
 
@@ -162,6 +164,10 @@ def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
     return ""
 
 
+def size_class(x: tuple, residual: tuple | None, weight, bias, eps) -> str:
+    return f"{x[-1]} x{L.power_of_two(math.prod(x[:-1]))}{' add' if residual else ''}"
+
+
 # ------------------------------ Cases
 
 
@@ -176,7 +182,7 @@ def case(name: str, *shape: int, residual: bool = True, shift: float = 0.0) -> C
 KERNEL = Kernel(
     name="layer_norm", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    save=save, gradients=lambda dx, sums: (dx, dx, sums[1], sums[0]), differentiable=2,
+    size_class=size_class, save=save, gradients=lambda dx, sums: (dx, dx, sums[1], sums[0]), differentiable=2,
     cases=[
         case("320, tokens", 2, 7, 320),
         case("no residual", 5, 64, residual=False),

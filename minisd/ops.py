@@ -1,14 +1,16 @@
 """The only interface between the models and the kernels: each op has one signature for Triton and torch.
 
-`choose` sets which of them computes. "auto", the default, uses a Triton kernel where one can run and has been
-measured on this GPU's family, otherwise torch; "triton" raises an error, with the reason, where no kernel can
-run; "torch" never uses kernels. The kernels are imported when first needed, which is never on a CPU.
+`choose` sets which of them computes. "auto", the default, uses a Triton kernel where it is right and faster
+than torch on the GPU at hand (kernels/verdicts.py); "triton" raises an error, with the reason, where no
+kernel can run; "torch" never uses kernels. They are imported when first needed, which is never on a CPU.
 
 Shapes: b batch, c channels, h w height and width, n tokens, nh heads, hd head width, d width.
 """
 
+import hashlib
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +20,50 @@ from torch import Tensor
 
 CHOICES = ("auto", "triton", "torch")
 _choice = "auto"
-_printed: set[str] = set()  # reasons that "auto" has printed
+_device = "cuda"  # where "auto" asks for kernels
+in_graph = False  # whether networks run as CUDA graphs, in which the host's time does not count
+_record: dict[str, str] = {}  # the verdicts that a run goes on with
+_share: Callable | None = None
+_verdicts = None  # kernels.verdicts.Verdicts, once "auto" has met a GPU
 _kernels: dict = {}  # name -> Kernel (kernels/kernel.py); empty until they are needed
 _missing = ""  # why they cannot be imported
+_printed, _said = "", 0  # the last line, and of how many verdicts it was
 
 
-def choose(kernels: str) -> None:
-    """Choose what computes from now on, one of CHOICES. ValueError if Triton cannot be imported."""
-    global _choice
+def choose(kernels: str, record: dict[str, str] | None = None, share: Callable | None = None) -> None:
+    """Choose what computes from now on, one of CHOICES. "auto" decides like the run that `record` comes from;
+    `share(key, decide)` returns what the first of several processes decides. ValueError if that cannot be."""
+    global _choice, _record, _share, _verdicts, _printed, _said
     if kernels not in CHOICES:
         raise ValueError(f"--kernels {kernels}: choose from {', '.join(CHOICES)}")
     if kernels == "triton" and _load():
         raise ValueError(f"--kernels triton: {_missing}")
-    if kernels == "auto" and torch.cuda.is_available() and _measured(torch.device("cuda")):
-        _load()
-    _choice = kernels
-    _printed.clear()
+    used = [key for key, choice in (record or {}).items() if choice != "torch"]
+    if kernels == "auto" and used and _device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--kernels auto: this run computes `{used[0]}` by a kernel, which needs a GPU; --kernels torch "
+            "continues it without kernels, and with other last digits"
+        )
+    _choice, _record, _share, _verdicts, _printed, _said = kernels, record or {}, share, None, "", 0
 
 
-def _measured(device: torch.device) -> bool:
-    from minisd.kernels.launch import MEASURED, capability, family  # does not import triton
+def verdicts() -> dict[str, str]:
+    """What "auto" decided, by key: "torch" or the name of a kernel. Empty without a GPU."""
+    return _verdicts.record() if _verdicts else _record
 
-    return family(capability(device)) in MEASURED
+
+def say_verdicts() -> None:
+    """Print how many calls kernels compute, if that is new."""
+    global _said
+    if _verdicts and len(_verdicts.rows) != _said:
+        _said = len(_verdicts.rows)
+        _say(_verdicts.summary())
+
+
+def digest() -> str:
+    """Eight digits that stand for the kernels in use, empty if there are none."""
+    used = sorted(f"{key}: {choice}" for key, choice in verdicts().items() if choice != "torch")
+    return hashlib.sha256("\n".join(used).encode()).hexdigest()[:8] if used else ""
 
 
 def _load() -> str:
@@ -49,35 +73,69 @@ def _load() -> str:
         try:
             from minisd.kernels.kernel import discover
 
-            _kernels.update(discover())
+            for kernel in discover().values():
+                _kernels.update({k.name: k for k in (kernel, *kernel.variants)})
         except ImportError as error:
             _missing = f"triton cannot be imported ({error})"
     return _missing
 
 
-def _why_torch(name: str, x: Tensor, *arguments) -> str:
-    """Return why the kernel `name` is not used for these arguments, or an empty string."""
-    if _choice == "auto" and not x.is_cuda:
-        return f"the tensors are on {x.device.type}"
-    if _choice == "auto" and not _measured(x.device):
-        return "the kernels have not been measured on this GPU; --kernels triton uses them anyway"
-    if torch.compiler.is_compiling() and not _kernels:  # nothing can be imported while torch.compile traces
-        return _missing or "the kernels were not loaded before compilation"
-    return _load() or _kernels[name].why_not(x, *arguments)
+def _say(line: str) -> None:
+    """Print a line on stderr, unless it was the last one; of several processes, the first one does."""
+    global _printed
+    if line != _printed and os.environ.get("RANK", "0") == "0":
+        print(f"kernels: {line}", file=sys.stderr)
+    _printed = line
 
 
 def _kernel(name: str, *arguments):
-    """Return the kernel `name`, or None if torch is to compute this. "auto" prints each reason once."""
+    """Return the kernel that computes this, or None if torch does."""
     if _choice == "torch":
         return None
-    reason = _why_torch(name, *arguments)
-    if reason and _choice == "triton":
-        raise ValueError(f"--kernels triton: {name.replace('_', ' ')} cannot run: {reason}")
-    if _choice == "auto" and reason not in _printed and not torch.compiler.is_compiling():
-        _printed.add(reason)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"kernels: {f'torch, {reason}' if reason else 'triton'}", file=sys.stderr)
-    return None if reason else _kernels[name]
+    if _choice == "triton":
+        if reason := _load() or _kernels[name].why_not(*arguments):
+            raise ValueError(f"--kernels triton: {name.replace('_', ' ')} cannot run: {reason}")
+        return _kernels[name]
+    device, compiling = arguments[0].device.type, torch.compiler.is_compiling()
+    if device != _device or _missing:
+        if not compiling:
+            _say(f"torch, {_missing or f'the tensors are on {device}'}")
+        return None
+    call = (name, tuple([_spec(a, compiling) if isinstance(a, Tensor) else a for a in arguments]),
+            torch.is_grad_enabled(), torch.is_autocast_enabled(device), in_graph)  # fmt: skip
+    choice = _known(call, compiling, arguments[0].device.index)
+    if choice is None:
+        with torch.cuda.device_of(arguments[0]):
+            choice = _verdicts.decide(call, _kernels[name].why_not(*arguments))
+    return _kernels[choice] if choice else None
+
+
+def _spec(t: Tensor, compiling: bool) -> tuple:
+    shape, stride = t.shape, t.stride()
+    if compiling:
+        from torch.fx.experimental.symbolic_shapes import (
+            guard_scalar,
+        )  # a verdict holds for these sizes alone
+
+        shape, stride = (tuple([guard_scalar(n) for n in sizes]) for sizes in (shape, stride))
+    return shape, stride, t.dtype, t.requires_grad
+
+
+def _known(call: tuple, compiling: bool, index: int | None) -> str | None:
+    """Return the name of the kernel, "" for torch, or None if that is to be decided."""
+    global _verdicts
+    if _verdicts is None:
+        if _load():
+            return ""
+        from minisd.kernels.verdicts import of
+
+        _verdicts = of(torch.device(_device, index), _record, _share)
+    choice = _verdicts.choices.get(call)
+    return _verdicts.leave(call, "first met by torch.compile") if choice is None and compiling else choice
+
+
+# torch.compile calls it while it traces, once. The decorator that says so would import the compiler.
+_known._dynamo_marked_constant = True
 
 
 # ------------------------------ The ops

@@ -132,10 +132,9 @@ def test_why_not(kernel, case):
 @pytest.mark.parametrize("name", kernel.discover())
 def test_every_file_is_complete(name):
     """A kernel is called like its file; it has cases for every tool; each row of a table has a tile for the
-    oldest GPU family, and each shape class a case to be tuned on."""
+    oldest GPU family."""
     found = kernel.discover()[name]
     assert found.name == name and found.cases and found.timed and found.compiled
     for tiles in found.tiles:
         for shape_class, row in tiles.table.items():
             assert 80 in row and set(row) <= set(launch.FAMILIES), (tiles.name, shape_class)
-            assert found.typical(shape_class).elements > 0

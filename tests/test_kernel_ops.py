@@ -91,17 +91,6 @@ def test_a_forced_choice_that_cannot_run_says_why():
 
 
 @ordinary
-def test_what_auto_asks_of_a_gpu_compiles_without_a_break():
-    pytest.importorskip("triton")
-
-    def step(x):
-        return x + ops._measured(x.device)
-
-    x = torch.ones(2)
-    assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(x), x)
-
-
-@ordinary
 def test_auto_says_once_what_it_chose(capsys):
     ops.choose("auto")
     for _ in range(2):

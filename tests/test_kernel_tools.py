@@ -1,7 +1,5 @@
-"""aot, bench and tune as far as a CPU can go: the parts around the GPU."""
+"""aot and bench as far as a CPU can go: the parts around the GPU."""
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from tests.kernel_helpers import interpreter, ordinary
 
 pytest.importorskip("triton")
-from minisd.kernels import aot, attention, bench, cross_attention, geglu, launch, tune  # noqa: E402
+from minisd.kernels import aot, attention, bench, cross_attention, launch  # noqa: E402
 
 
 @ordinary
@@ -54,47 +52,6 @@ def test_bench_table(monkeypatch):
     text = bench.markdown(table, dict(device="none"))
     assert "| cross_attention | cross b1 16x77 hd40 | forward | 1.0000 (0.9000-1.1000) |" in text
     assert "cross_attention both: geometric mean ratio 1.00" in text
-
-
-@interpreter
-def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
-    monkeypatch.setenv("MINISD_TILES", str(tmp_path / "sub" / "tiles.json"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    tune.stored.cache_clear()
-    small, tiles, cpu = torch.zeros(2, 64), geglu.TILES, torch.device("cpu")
-    monkeypatch.setattr(tune, "sample", lambda *_: lambda: geglu.forward(small))
-    seen, run = [], launch.launch
-    monkeypatch.setattr(launch, "launch", lambda *a, **meta: (seen.append(meta["BLOCK_N"]), run(*a, **meta)))
-    monkeypatch.setattr(tune, "milliseconds", lambda call: (call(), abs(seen[-1] - 512))[1])
-    before = tiles.pick("any", cpu)
-    assert tune.winner(tiles, "any", cpu) == dict(BLOCK_N=512, num_warps=2)
-    assert tiles.pick("any", cpu) == before and set(seen) == {512, 1024, 2048}
-    tune.stored.cache_clear()  # another process
-    monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched again"))
-    assert tune.winner(tiles, "any", cpu) == dict(BLOCK_N=512, num_warps=2)
-    assert list(json.loads((tmp_path / "sub" / "tiles.json").read_text())) == ["a chip/geglu/any"]
-    assert os.listdir(tmp_path / "sub") == ["tiles.json"]
-    tune.stored.cache_clear()
-
-
-def test_tuning_leaves_out_what_does_not_fit(monkeypatch):
-    """And nothing of a search remains, however it ends."""
-    tiles, cpu = attention.DQ_TILES, torch.device("cpu")
-    table, fitting = tiles.pick(40, cpu), tiles.candidates[1]
-
-    def milliseconds(call):
-        if tiles.pick(40, cpu) not in (table, fitting):
-            raise tune.OutOfResources(1, 0, "shared memory")
-        return 1.0 if tiles.pick(40, cpu) == fitting else 2.0
-
-    monkeypatch.setattr(tune, "sample", lambda *_: None)
-    monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    assert tune.search(tiles, 40, cpu) == fitting and tiles.pick(40, cpu) == table
-    monkeypatch.setattr(tune, "milliseconds", lambda call: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        tune.search(tiles, 40, cpu)
-    assert tiles.pick(40, cpu) == table
 
 
 @ordinary

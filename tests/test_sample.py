@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from minisd import cli
+from minisd import cli, ops
 from minisd.adapters import lora, token_embedding
 from minisd.data import images
 from minisd.sampling import infotext, run
@@ -114,6 +114,20 @@ def test_like_redraws_the_same_pixels(model, loras, tmp_path):
     assert np.array_equal(pixels(other), pixels(drawn[1]))
     with pytest.raises(ValueError, match="parameters"):
         infotext.read(drawn[4])
+
+
+def test_like_says_if_other_kernels_compute(model, tmp_path, capsys, monkeypatch):
+    flags = ["--model", model, "--prompt", "a cat", "--steps", 1, "--output"]
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(ops, "digest", lambda: "12345678")
+        (path,) = sample(*flags, tmp_path / "gpu.png")
+    assert "Kernels: 12345678" in infotext.read(path)
+    (again,) = sample("--like", path, "--model", model, "--output", tmp_path / "cpu.png")
+    assert "Kernels" not in infotext.read(again)
+    assert "other kernels" in capsys.readouterr().out
+    sample("--like", again, "--model", model, "--output", tmp_path / "cpu2.png")
+    out = capsys.readouterr().out
+    assert "other kernels" not in out and "ignored" not in out
 
 
 def test_like_needs_the_pictures_again(model, tmp_path):

@@ -25,8 +25,8 @@ def key_of(f: Field) -> str | None:
     return f.metadata.get("infotext", f.name)
 
 
-def write(prompt: str, seed: int, model: str, settings: Settings) -> str:
-    """The parameters of an image, for the model of that name."""
+def write(prompt: str, seed: int, model: str, settings: Settings, kernels: str = "") -> str:
+    """The parameters of an image, for the model of that name; `kernels` is the digest of those in use."""
     pairs = [("Seed", seed), ("Size", f"{settings.width}x{settings.height}"), ("Model", model)]
     for f in fields(settings):
         key, value = key_of(f), getattr(settings, f.name)
@@ -36,7 +36,7 @@ def write(prompt: str, seed: int, model: str, settings: Settings) -> str:
             pairs += [(key, v) for v in values]
     pairs.sort(key=lambda pair: FIRST.index(pair[0]) if pair[0] in FIRST else len(FIRST))
     pairs[1] = "Sampler", registry.load("schedulers", settings.scheduler).A1111
-    pairs += [("RNG", "CPU"), ("Version", "minisd")]
+    pairs += [("RNG", "CPU"), ("Version", "minisd"), *([("Kernels", kernels)] if kernels else [])]
     negative = settings.negative_prompt
     prompts = f"{prompt}\n{NEGATIVE}{negative}" if negative else prompt
     last = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs)
@@ -107,6 +107,6 @@ def flags(text: str) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
             values["width"], values["height"] = [size[1]], [size[2]]
         elif f and value in (words := f.metadata.get("words", {value: value})):
             values.setdefault(f.name, []).append(str(words[value]))
-        elif key not in ("Model", "RNG", "Version", "Prompts"):
+        elif key not in ("Model", "RNG", "Version", "Kernels", "Prompts"):
             ignored.append(key)
     return values, dict(pairs), ignored

@@ -89,7 +89,12 @@ def draw(
     with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
         for i, image in enumerate(pictures(sd, **arguments, on_step=bar.update)):
             of_this = replace(settings, **request.images.of(i, count)) if request.images else settings
-            images.save_png(image, paths[i], infotext.write(prompts[i].text, seeds[i], sd.name, of_this))
+            text = infotext.write(prompts[i].text, seeds[i], sd.name, of_this, ops.digest())
+            images.save_png(image, paths[i], text)
+            ops.say_verdicts()
+            like = None if i else getattr(settings, "like", None)
+            if like and dict(infotext.parse(infotext.read(like))[2]).get("Kernels", "") != ops.digest():
+                print(f"--like {like}: other kernels computed it, so the last digits differ")
             yield paths[i], image
 
 

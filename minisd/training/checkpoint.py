@@ -14,9 +14,9 @@ from minisd import files, reading
 from minisd.training.step import Trainer
 
 
-def save(trainer: Trainer, folder: Path, recorded: dict) -> None:
+def save(trainer: Trainer, folder: Path, recorded: dict, verdicts: dict[str, str]) -> None:
     """Write trained.safetensors, optimizer.safetensors with the optimizer's state as NAME|KEY and the average
-    as NAME|average, and state.json with the options, `recorded`."""
+    as NAME|average, and state.json with the options, `recorded`, and the verdicts on kernels."""
     names, slots = list(trainer.trained), trainer.optimizer.state_dict()["state"]
     tensors = {f"{names[i]}|{k}": torch.as_tensor(v) for i, slot in slots.items() for k, v in slot.items()}
     if trainer.ema:
@@ -24,7 +24,13 @@ def save(trainer: Trainer, folder: Path, recorded: dict) -> None:
     files.write(folder / "trained.safetensors", {name: p.detach() for name, p in trainer.trained.items()})
     files.write(folder / "optimizer.safetensors", tensors)
     numbers = {"step": trainer.step, "samples": trainer.samples, "scaler": trainer.scaler.state_dict()}
-    files.write_text(folder / "state.json", json.dumps(numbers | {"options": recorded}, indent=2))
+    kernels = {"kernels": verdicts} if verdicts else {}
+    files.write_text(folder / "state.json", json.dumps(numbers | kernels | {"options": recorded}, indent=2))
+
+
+def verdicts(folder: Path | None) -> dict[str, str]:
+    """The kernels' verdicts with which the run of a checkpoint goes on."""
+    return reading.read_json(folder / "state.json").get("kernels", {}) if folder else {}
 
 
 @torch.no_grad()

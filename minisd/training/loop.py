@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+from minisd import files, ops
 from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
 from minisd.options import Training
@@ -27,6 +28,7 @@ def train(method: Method, folder: RunFolder) -> int:
     # Start
     earlier = folder.resume()  # first, so that wrong flags and data are reported before a model is loaded
     method.read()
+    ops.choose(options.kernels, checkpoint.verdicts(earlier), processes.first_to_ask)
     torch.manual_seed(options.seed)
     if processes.first:
         method.prepare()
@@ -54,8 +56,9 @@ def train(method: Method, folder: RunFolder) -> int:
             stop = processes.agree(sum(signals))  # a signal to any process, or 0
             if stop or is_due(trainer.step, options.checkpointing_steps):
                 log.flush()
+                kernels = verdicts(processes)
                 if processes.first:
-                    folder.save_checkpoint(trainer)
+                    folder.save_checkpoint(trainer, kernels)
                 processes.wait()
 
     # End
@@ -72,6 +75,11 @@ def train(method: Method, folder: RunFolder) -> int:
 def is_due(step: int, interval: int) -> bool:
     """Whether something that happens every `interval` updates, or never if that is 0, is due after `step`."""
     return interval > 0 and step % interval == 0
+
+
+def verdicts(processes: Processes) -> dict[str, str]:
+    """The kernels' verdicts of all processes: each may have met shapes of its own."""
+    return {key: choice for found in processes.gather(ops.verdicts()) for key, choice in found.items()}
 
 
 def describe(trainer: Trainer, held_out) -> str:
@@ -104,6 +112,7 @@ def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> Non
     """Write the log, an intermediate result, held-out loss and validation images where they are due."""
     method, step, epoch = trainer.method, trainer.step, trainer.updates_per_epoch
     last = step == trainer.total
+    ops.say_verdicts()
     if method.device.type == "cpu" or is_due(step, 10) or last:
         log.flush()
     if is_due(step, method.save_interval(epoch)):
@@ -137,6 +146,8 @@ def end(trainer: Trainer, folder: RunFolder, stopped: bool) -> None:
         length = f"{trainer.step} of {trainer.total}"
         print(f"stopped at update {length}; --resume_from_checkpoint latest continues", file=sys.stderr)
         return
+    if ops.verdicts():
+        files.write_json(folder.path / "kernels.json", ops.verdicts())
     with trainer.averaged():
         trainer.method.save(folder.path)
         folder.save_image(trainer.step, "result", trainer.method.preview(final=True), "result.png")

@@ -93,10 +93,10 @@ class RunFolder:
         print(f"continuing from {path}")
         return path
 
-    def save_checkpoint(self, trainer: Trainer) -> None:
+    def save_checkpoint(self, trainer: Trainer, verdicts: dict[str, str]) -> None:
         """Write checkpoint-STEP, whole or not at all; then remove the oldest ones beyond the limit."""
         with files.new_folder(self.path / f"checkpoint-{trainer.step}") as folder:
-            checkpoint.save(trainer, folder, self.recorded)
+            checkpoint.save(trainer, folder, self.recorded, verdicts)
         limit = self.options.checkpoints_total_limit
         for path in self.checkpoints()[: -limit if limit else 0]:
             shutil.rmtree(path)

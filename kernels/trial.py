@@ -1,0 +1,217 @@
+"""A trial of a kernel on this GPU: does it compile, is it right, how long does it take beside torch?
+
+It works on tensors and generators of its own, so that nothing of a run changes. verdicts.py decides on the
+results; its tests replace `BENCH`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import minisd.kernels.checks as checks
+import torch
+from minisd.kernels.kernel import Kernel, as_tuple
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = "cuda"
+TORCH = "torch"  # the name of the other candidate
+ROUNDS, REPEATS = 15, 20  # of a timing: rounds, in each of which every candidate makes so many calls in a row
+CANARY = 512  # bytes behind each buffer that must stay as they are
+FILL = 0xFF  # each byte of a new buffer and of its canary: NaN in all floating types
+
+
+class Spec(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+class Call(NamedTuple):
+    """What decides how long a call of an op takes."""
+
+    op: str
+    arguments: tuple[Any, ...]  # Spec or None in place of tensors, then constants
+    grad: bool  # gradients are on
+    autocast: bool
+    graph: bool  # a CUDA graph will replay it, so that the host's time does not count
+
+    @property
+    def specs(self) -> list[Spec]:
+        return [Spec(*a) for a in self.arguments if isinstance(a, tuple)]
+
+    @property
+    def training(self) -> bool:
+        return self.grad and any(spec.requires_grad for spec in self.specs)
+
+
+class Bench(NamedTuple):
+    """The three parts of a trial."""
+
+    compile: Callable[[Kernel, Call], object]  # raises what the compiler or the launch raises
+    check: Callable[[Kernel, Call], list[float]]  # errors as shares of what is allowed; raises Wrong
+    time_ms: Callable[[Sequence[Kernel], Call], Mapping[str, list[float]]]  # by name, torch's too
+
+
+class Wrong(Exception):
+    """A kernel's result is wrong."""
+
+
+# ------------------------------ Tensors
+
+
+def filled(spec: Spec) -> tuple[Tensor, Tensor]:
+    """Return a tensor of NaN, and its canary."""
+    last = sum((n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True))
+    size = (last + 1) * spec.dtype.itemsize if math.prod(spec.shape) else 0
+    whole = torch.full((size + CANARY,), FILL, dtype=torch.uint8, device=DEVICE)
+    return whole[:size].view(spec.dtype).as_strided(spec.shape, spec.stride), whole[size:]
+
+
+class Filled(TorchDispatchMode):
+    """Inside, every new buffer is `filled`; `canaries` lie behind them."""
+
+    NEW = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+    def __init__(self):
+        super().__init__()
+        self.canaries: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in self.NEW:
+            made, canary = filled(Spec(made.shape, made.stride(), made.dtype, False))
+            self.canaries.append(canary)
+        return made
+
+
+def inputs(call: Call, seed: int = 0) -> tuple[list, list[Tensor]]:
+    """Return standard normal tensors for a call, with its constants, and the canaries."""
+    generator, arguments, canaries = torch.Generator(DEVICE).manual_seed(seed), [], []
+    for a in call.arguments:
+        if isinstance(a, tuple):
+            spec = Spec(*a)
+            if 0 in spec.stride:  # an expanded tensor cannot be filled
+                spec = spec._replace(stride=torch.empty(spec.shape, device="meta").stride())
+            a, canary = filled(spec)
+            a.normal_(generator=generator).requires_grad_(call.training and spec.requires_grad)
+            canaries.append(canary)
+        arguments.append(a)
+    return arguments, canaries
+
+
+def step(fn: Callable, arguments: list, dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
+    """Return a call of `fn` without arguments, in `dtype` or else in their own types. It returns the outputs
+    and the gradients that are required; the outputs' own are the same for every fn, but for rounding."""
+    given = [a.detach().to(dtype or a.dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+             for a in arguments]  # fmt: skip
+    wanted = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
+
+    def forward() -> list[Tensor]:
+        with torch.set_grad_enabled(bool(wanted)):
+            return [y for y in as_tuple(fn(*given)) if y.numel()]
+
+    if not wanted:
+        return forward
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    dys = [torch.randn(y.shape, device=DEVICE, generator=generator).to(y) for y in forward()]
+
+    def both() -> list[Tensor]:
+        ys = forward()
+        return [y.detach() for y in ys] + list(torch.autograd.grad(ys, wanted, dys))
+
+    return both
+
+
+# ------------------------------ The parts of a trial
+
+
+def launch(kernel: Kernel, call: Call) -> None:
+    """Run the kernel once, compiling what is not compiled, and wait for it."""
+    step(kernel, inputs(call)[0])()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def check(kernel: Kernel, call: Call) -> list[float]:
+    """Return the errors of outputs and gradients as shares of what is allowed: twice torch's error beside a
+    reference of higher precision. Raise Wrong if one is larger, if two runs differ in a bit, or if the kernel
+    writes where it should not."""
+    arguments, canaries = inputs(call)
+    before = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+    precise = torch.float64 if arguments[0].dtype == torch.float32 else torch.float32
+    matmul = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # in TF32 it would be no reference
+    try:
+        with torch.autocast(DEVICE, enabled=False):
+            exact = step(kernel.reference, arguments, precise)()
+            torchs = step(kernel.reference, arguments)()
+            with Filled() as mode:
+                ours, again = step(kernel, arguments)(), step(kernel, arguments)()
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+    if not all(bool((canary == FILL).all()) for canary in canaries + mode.canaries):
+        raise Wrong("it writes past the end of a buffer")
+    if not all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True) if isinstance(a, Tensor)):
+        raise Wrong("it changes its input")
+    if not all(map(torch.equal, ours, again)):
+        raise Wrong("two runs differ, or it computes NaN")
+    shares = []
+    for own, theirs, value in zip(ours, torchs, exact, strict=True):
+        error, allowed = (checks.relative(found, value.double()) for found in (own, theirs))
+        shares.append(error / (2 * allowed + checks.FLOOR))
+        if not shares[-1] <= 1:  # so written, it includes NaN
+            raise Wrong(f"an error of {error:.1e}, where torch's is {allowed:.1e}")
+    return shares
+
+
+def time_ms(kernels: Sequence[Kernel], call: Call) -> dict[str, list[float]]:
+    """Return the times of all rounds, by name. The candidates take turns, so that a changing clock is fair,
+    and so do sets of inputs, which together exceed the L2 cache."""
+    size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in call.specs)
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    sets = [inputs(call, seed)[0] for seed in range(min(REPEATS, 1 + 2 * cache // size))]
+    half = call.specs[0].dtype if call.specs[0].dtype != torch.float32 else None
+    with torch.autocast(DEVICE, half, enabled=call.autocast):
+        fns = {TORCH: kernels[0].reference} | {kernel.name: kernel for kernel in kernels}
+        runs = {name: repeated([step(fn, s) for s in sets], call.graph) for name, fn in fns.items()}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for name in list(runs) * ROUNDS:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            runs[name]()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / REPEATS)
+    return times
+
+
+def repeated(steps: list[Callable], graph: bool) -> Callable[[], object]:
+    """Return REPEATS steps in a row as one call, once warm; a graph if the network will be in one. Without it
+    the time from first to last is the host's or the GPU's, whichever is longer."""
+
+    def run() -> None:
+        for i in range(REPEATS):
+            steps[i % len(steps)]()
+
+    if not graph:
+        run()
+        return run
+    captured = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+        # Not torch.cuda.graph, which would empty the caches; other threads, as of a data loader, may go on
+        captured.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            captured.capture_end()
+    torch.cuda.synchronize()
+    return captured.replay
+
+
+BENCH = Bench(launch, check, time_ms)

@@ -1,0 +1,277 @@
+"""Which of a kernel and torch computes a call on this GPU: tried once, remembered, and then constant.
+
+A kernel must be right, and 5 % faster than torch. Whatever fails or is wrong is torch, with one line, and
+stays so. Calls of similar size have one key, and so one verdict. It is looked for in the record of the run
+that goes on, in this process, and in the user's cache, in a file for this GPU, these versions and kernels.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import minisd.kernels.trial as trial
+import torch
+from minisd.kernels.kernel import Kernel, discover
+from minisd.kernels.trial import TORCH, Bench, Call
+
+try:
+    import fcntl
+except ImportError:  # Windows: of two processes that write at once, one may have to try again some day
+    fcntl = None
+
+MARGIN = 1.05  # a kernel must be so many times as fast as torch
+BUDGET = 300.0  # seconds that a process spends on trials
+HANGS = 600.0  # seconds after which a trial counts as hanging
+
+# ------------------------------ Keys and decisions
+
+
+def key(call: Call) -> str:
+    """Return what calls have in common that share a verdict."""
+    specs, shape, stride = call.specs, call.specs[0].shape, call.specs[0].stride
+    channels_last = len(shape) == 4 and stride[1] == 1 < shape[1] and shape[2] * shape[3] > 1
+    words = [
+        call.op,
+        "graph" if call.graph else "",
+        "training " + "".join("01"[s.requires_grad] for s in specs) if call.training else "inference",
+        "+".join(dict.fromkeys(str(s.dtype).removeprefix("torch.") for s in specs)),
+        "autocast" if call.autocast else "",
+        "channels_last" if channels_last else "",
+        discover()[call.op].size_class(*(a[0] if isinstance(a, tuple) else a for a in call.arguments)),
+    ]
+    return " ".join(word for word in words if word)
+
+
+def candidates(call: Call) -> list[Kernel]:
+    """Return the op's kernel, and those of its variants that take these types."""
+    kernel, types = discover()[call.op], {spec.dtype for spec in call.specs}
+    return [kernel, *(k for k in kernel.variants if types <= {*k.dtypes})]
+
+
+def fastest(times: dict[str, list[float]]) -> str:
+    """Return the candidate with the lowest median of those that are faster than torch by the margin and
+    beyond the noise: their 80th percentile is below torch's 20th. If there is none, torch."""
+    median = {name: statistics.median(ms) for name, ms in times.items()}
+    low, high = ({name: statistics.quantiles(ms, n=5)[i] for name, ms in times.items()} for i in (0, -1))
+    faster = [n for n in times if median[n] * MARGIN <= median[TORCH] and high[n] < low[TORCH]]
+    return min(faster, key=median.__getitem__, default=TORCH)
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+
+
+def say(text: str) -> None:
+    print(f"kernels: {text}", file=sys.stderr)
+
+
+class Verdicts:
+    """The decisions of a process. `pinned` are those of the run that goes on, choices by key; `share(key,
+    decide)` returns what the first of several processes decides."""
+
+    def __init__(
+        self,
+        table: "Table",
+        pinned: dict[str, str],
+        share: Callable | None = None,
+        bench: Bench = trial.BENCH,
+    ):
+        self.table, self.pinned, self.bench = table, pinned, bench
+        self.share = share or (lambda key, decide: decide())
+        self.choices: dict[tuple, str] = {}  # call -> name of a kernel or "", torch; what an op looks up
+        self.rows: dict[str, dict] = {}  # key -> verdict
+        self.seconds = 0.0
+
+    def decide(self, call: tuple, why_not: str = "") -> str:
+        """Decide a call, and return its choice; `why_not` is why kernels cannot compute it. ValueError if one
+        of the run that goes on cannot."""
+        if why_not:
+            return self.leave(call, why_not, unable=True)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self.leave(call, "first met in the capture of a graph")
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass, where checkpointing computes again
+            return self.leave(call, "first met in a backward pass")
+        call, start = Call(*call), time.monotonic()
+        k = key(call)
+        if k not in self.rows and k in self.pinned:
+            self.rows[k] = self._pinned_row(k, call)
+        if k not in self.rows:
+            self.rows[k] = self.share(k, lambda: self._look_up(k, call))
+            self.seconds += time.monotonic() - start
+        return self._choose(call, k)
+
+    def leave(self, call: tuple, reason: str, *, unable: bool = False) -> str:
+        """Leave a call that cannot be tried now to torch, for good, unless it has a verdict. ValueError if
+        kernels are `unable` to compute it, and the run that goes on used one."""
+        k = key(Call(*call))
+        pinned = self.pinned.get(k, TORCH)
+        if unable and pinned != TORCH:
+            raise ValueError(unable_to_go_on(k, pinned, reason))
+        self.rows.setdefault(k, dict(choice=pinned, reason=reason))
+        return self._choose(call, k)
+
+    def record(self) -> dict[str, str]:
+        """Return the choices of this run by key."""
+        return dict(sorted((self.pinned | {k: row["choice"] for k, row in self.rows.items()}).items()))
+
+    def summary(self) -> str:
+        """Return how many keys of each op a kernel computes, and how long that took to find."""
+        ops: dict[str, list[bool]] = {}
+        for k, row in sorted(self.rows.items()):
+            ops.setdefault(k.split()[0], []).append(row["choice"] != TORCH)
+        counts = ", ".join(f"{op} {sum(won)} of {len(won)}" for op, won in ops.items())
+        return f"{counts} on {self.table.about['GPU']} (settled in {self.seconds:.1f} s)"
+
+    def _choose(self, call: tuple, k: str) -> str:
+        choice = self.rows[k]["choice"]
+        self.choices[tuple(call)] = choice = "" if choice == TORCH else choice
+        return choice
+
+    def _pinned_row(self, k: str, call: Call) -> dict:
+        name = self.pinned[k]
+        try:
+            for kernel in [] if name == TORCH else [{c.name: c for c in candidates(call)}[name]]:
+                self.bench.compile(kernel, call)
+                self.bench.check(kernel, call)
+        except torch.OutOfMemoryError:
+            pass  # it was right when the run began
+        except Exception as error:
+            raise ValueError(unable_to_go_on(k, name, reason_of(error))) from error
+        return dict(choice=name, reason="as before in this run")
+
+    def _look_up(self, k: str, call: Call) -> dict:
+        row = self.table.read().get(k, {})
+        if "choice" in row:
+            return row
+        if dead(row):
+            say(f"{k}: torch, a process ended or hung while it tried the kernel")
+            row = dict(choice=TORCH, reason="a process ended or hung while it tried the kernel")
+            return self.table.write({k: row})[k]
+        if self.seconds > BUDGET:
+            return dict(choice=TORCH, reason=f"not tried, after {BUDGET:.0f} s of trials")
+        kept = None
+        self.table.write({k: dict(trying=[socket.gethostname(), os.getpid(), time.time()])})
+        try:
+            row = kept = self._try(k, call)
+        except torch.OutOfMemoryError:
+            row = dict(choice=TORCH, reason="no memory for a trial")
+        finally:  # an interruption is no verdict
+            rows = self.table.write({k: kept})
+        return rows.get(k, row)
+
+    def _try(self, k: str, call: Call) -> dict:
+        errors, reasons = {}, {}
+
+        @contextlib.contextmanager
+        def trying(name: str) -> Iterator[None]:
+            try:
+                yield
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler or a driver raises
+                reasons[name] = reason_of(error)
+                say(f"{k}: not {name}, {reasons[name]}")
+
+        for kernel in candidates(call):
+            with trying(kernel.name):
+                self.bench.compile(kernel, call)
+                errors[kernel.name] = self.bench.check(kernel, call)
+        sound, times = [kernel for kernel in candidates(call) if kernel.name in errors], {}
+        with trying("timed"):
+            times = self.bench.time_ms(sound, call) if sound else {}
+        ms = {name: statistics.median(t) for name, t in times.items()}
+        choice = fastest(times) if times else TORCH
+        return dict(choice=choice, ms=ms, errors=errors, reasons=reasons)
+
+
+def unable_to_go_on(k: str, name: str, reason: str) -> str:
+    return (
+        f"--kernels auto: this run computes `{k}` by the kernel {name}, which cannot run here ({reason}); "
+        "--kernels torch continues it without kernels, and with other last digits"
+    )
+
+
+# ------------------------------ On disk
+
+
+def dead(row: dict) -> bool:
+    """Whether a row is the mark of a process that ended or hangs in a trial."""
+    host, pid, since = row.get("trying", (None, 0, 0.0))
+    if host is None:
+        return False
+    if time.time() - since > HANGS or (host, pid) == (socket.gethostname(), os.getpid()):
+        return True  # a mark with this process's number is that of an earlier one
+    if host != socket.gethostname() or os.name != "posix":
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+class Table:
+    """The verdicts by key in a file that several processes may write. One that cannot be written is empty."""
+
+    def __init__(self, path: Path, about: dict[str, str]):
+        self.path, self.about, self.failed = path, about, False
+
+    def read(self) -> dict[str, dict]:
+        """Return the rows. A file that is not readable counts as empty; the next write replaces it."""
+        try:
+            rows = json.loads(self.path.read_text(encoding="utf-8"))["verdicts"]
+            return {k: row for k, row in rows.items() if "choice" in row or "trying" in row}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def write(self, rows: dict[str, dict | None]) -> dict[str, dict]:
+        """Add rows, None to delete a mark, and return all. A verdict that is there already stays."""
+        try:
+            with self._locked():
+                before = self.read()
+                verdicts = {k: row for k, row in before.items() if "choice" in row}
+                rows = {k: row for k, row in (before | rows | verdicts).items() if row}
+                text = json.dumps(dict(about=self.about, verdicts=rows), indent=1, sort_keys=True)
+                with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                    file.write(text)
+                os.replace(file.name, self.path)
+        except OSError as error:
+            if not self.failed:
+                say(f"verdicts are not kept, {self.path}: {error.strerror}")
+            self.failed = True
+        return {k: row for k, row in rows.items() if row}
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Wait for other writers. The system unlocks the file when a process ends, however it does."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("a") as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def of(device: torch.device, pinned: dict[str, str], share: Callable | None) -> Verdicts:
+    """Return the verdicts for this GPU, these versions and these kernels."""
+    import triton
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    p = torch.cuda.get_device_properties(device)
+    versions = dict(torch=torch.__version__, CUDA=str(torch.version.cuda), triton=triton.__version__)
+    about = dict(GPU=p.name, capability=f"{p.major}.{p.minor}", **versions, kernels=digest.hexdigest())
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisd" / "kernels"
+    return Verdicts(
+        Table(cache / f"{re.sub('[^A-Za-z0-9]+', '-', p.name)}-{name}.json", about), pinned, share
+    )
