@@ -1,6 +1,8 @@
 """A training step waits for nothing on a GPU. Here torch's `meta` stands for the GPU: it holds no numbers, so
 whatever reads one fails by itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,6 +12,7 @@ from minisd import registry
 from minisd.data.order import Stream, batches
 from minisd.device import send
 from minisd.methods._base import Method
+from minisd.training import loop
 from minisd.training.distributed import Processes
 from minisd.training.optim import AdamW
 from minisd.training.step import Trainer
@@ -137,3 +140,28 @@ def test_fp16_waits_for_nothing():
             plain.step(torch.tensor(2.0))
             assert torch.equal(ours, theirs) and not torch.equal(ours, before)
     assert mine.steps.item() == 2 and mine.found_inf is None
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_new_captions_are_encoded_together(fixed, short_run, monkeypatch):
+    """On a GPU, and kept there; by --deterministic each alone, whatever else is in its batch."""
+    m = registry.load_class("methods", "lora")(short_run("lora"), META)
+    m.setup()
+    m.options.deterministic, asked, encode = fixed, [], m.sd.encode_text
+    monkeypatch.setattr(m.sd, "encode_text", lambda prompts: asked.append(prompts) or encode(prompts))
+    with Copies(monkeypatch):
+        for prompts in (["a", "b", "a"], ["b", "c"], ["c", "a"]):
+            assert m.frozen_context(prompts).shape[:2] == (len(prompts), 77)
+    assert asked == ([["a"], ["b"], ["c"]] if fixed else [["a", "b"], ["c"]])
+    assert {context.device for context in m.contexts.values()} == {META}
+
+
+def test_losses_are_read_every_ten_updates():
+    flushed = []
+    options = SimpleNamespace(validation_interval=lambda epoch: 0)
+    method = SimpleNamespace(device=META, options=options, save_interval=lambda epoch: 0)
+    log = SimpleNamespace(flush=lambda: flushed.append(step))
+    for step in range(1, 26):
+        trainer = SimpleNamespace(method=method, step=step, total=25, updates_per_epoch=5)
+        loop.after_update(trainer, None, None, log)
+    assert flushed == [10, 20, 25]

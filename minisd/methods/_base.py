@@ -312,7 +312,7 @@ class Method(Previews):
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.contexts]
         alone = self.device.type == "cpu" or self.options.deterministic
         for part in [[prompt] for prompt in new] if alone else [new] * bool(new):
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 self.contexts |= zip(part, self.sd.encode_text(part).to(self.dtype), strict=True)
         context = torch.stack([self.contexts[prompt] for prompt in prompts])
         for prompt in list(self.contexts)[:-1000]:
