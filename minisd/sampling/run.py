@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from minisd import files
 from minisd.data import images
 from minisd.device import configure
 from minisd.sampling import infotext, sweep
@@ -50,6 +51,10 @@ def load(options: Loading) -> StableDiffusion:
     """Load the model and attach its adapters."""
     configure(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
+        raise ValueError(f"--device {device}: {files.first_line(error)}") from error
     dtype = DTYPES.get(options.dtype)
     sd = StableDiffusion.load(
         options.model,
