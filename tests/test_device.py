@@ -21,6 +21,13 @@ from tests.test_methods import METHODS, NEEDS
 META = torch.device("meta")
 
 
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    """`meta` has none."""
+    monkeypatch.setattr(Method, "autocast", lambda self: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+
+
 class Copies(TorchDispatchMode):
     """Count the copies from the CPU to the device, and fail at one that waits."""
 
@@ -69,8 +76,6 @@ CASES += [
 @pytest.mark.parametrize("method, changes", CASES, ids=str)
 def test_a_step_waits_for_nothing(method, changes, short_run, cat, monkeypatch):
     o = short_run(method, *NEEDS.get(method, []), class_data_dir=cat, **changes)
-    monkeypatch.setattr(Method, "autocast", lambda self: torch.autocast("cpu", enabled=False))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # `meta` has none
     m = registry.load_class("methods", method)(o, META)
     trained, (dataset, _) = m.setup(), m.datasets()
     trainer, stream = Trainer(m, trained, len(dataset), Processes()), Stream(dataset, o.seed)
