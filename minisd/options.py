@@ -188,6 +188,11 @@ class Precision(Group):
     kernels: KERNELS = flag(
         "auto", "implementation of attention and norms; auto is the fastest measured", free=True
     )
+    deterministic: bool = flag(
+        False,
+        "the same command gives the same bytes on the same GPU, if somewhat later; --kernels auto is then "
+        "torch; not promised for the sums over several GPUs, nor with --use_8bit_adam",
+    )
     mixed_precision: PRECISIONS | None = flag(
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
     )

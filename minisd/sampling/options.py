@@ -136,6 +136,9 @@ class Loading(Model):
     adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
     device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
     kernels: KERNELS = unwritten("auto", "attention and norm kernels; auto is triton where it is faster")
+    deterministic: bool = flag(
+        False, "the same command gives the same bytes on the same GPU; --kernels auto is then torch"
+    )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
         "auto", "precision; auto is fp16 on a GPU, fp32 on a CPU, and for --export that of the model's files"
     )

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import files, ops
+from minisd import files
 from minisd.data import images
+from minisd.device import configure
 from minisd.sampling import infotext, sweep
 from minisd.sampling.generate import pictures
 from minisd.sampling.input_images import InputImages
@@ -48,7 +49,7 @@ class Request:
 
 def load(options: Loading) -> StableDiffusion:
     """Load the model and attach its adapters."""
-    ops.choose(options.kernels)
+    configure(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
