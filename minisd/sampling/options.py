@@ -38,7 +38,14 @@ class Settings(Group):
         infotext="Emphasis",
         words={"None": True},
     )
-    clip_skip: int = flag(1, "layer of the text encoder, counted from the last one", infotext="Clip skip")
+    clip_skip: int = flag(
+        1,
+        "layer of the text encoder, counted from the last one; of the negative prompt too, as in A1111",
+        infotext="Clip skip",
+    )
+    negative_clip_skip: int | None = flag(
+        None, "that of the negative prompt, if it differs from the default --clip_skip; 1 is as in diffusers"
+    )
     lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
     eta: float | None = flag(None, "noise per step, from 0 to 1; by default the scheduler's", infotext="Eta")
     width: int | None = unwritten(None, SIDE)
@@ -54,7 +61,7 @@ class Settings(Group):
     )
 
     def check(self):
-        self.positive("steps", "clip_skip")
+        self.positive("steps", "clip_skip", "negative_clip_skip")
         self.scheduler = registry.find("schedulers", self.scheduler)
         require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
         require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")

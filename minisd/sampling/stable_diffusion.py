@@ -107,11 +107,12 @@ class StableDiffusion:
         """Context (b, s, d) of prompts as plain text, truncated to the encoder's length."""
         return self.encode_ids(self.tokenizer(prompts))
 
-    def encode_ids(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
-        """Context (b, s, d) of token ids (b, s); `clip_skip` counts layers from the end, 1 is the last."""
+    def encode_ids(self, ids: Tensor, clip_skip: int = 1, flag: str = "clip_skip") -> Tensor:
+        """Context (b, s, d) of token ids (b, s); `clip_skip` counts layers from the end, 1 is the last.
+        ValueError, naming the flag, if there are not so many."""
         layers = self.text_encoder.config.num_layers
         if not 1 <= clip_skip <= layers:
-            raise ValueError(f"--clip_skip {clip_skip}: this text encoder has {layers} layers, 1 is the last")
+            raise ValueError(f"--{flag} {clip_skip}: this text encoder has {layers} layers, 1 is the last")
         return self.text_encoder(ids.to(self.device), clip_skip - 1)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
