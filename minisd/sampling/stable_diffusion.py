@@ -233,9 +233,11 @@ class StableDiffusion:
         configs = {part: network.config for part, network in self.parts.items()}
         configs["text_encoder"], words = token_embedding.merged(self.text_encoder, tensors["text_encoder"])
         tensors = tensors | {"text_encoder": words}
+        networks = {part: fill(build(part, configs[part], path), tensors[part], path) for part in PARTS}
+        networks["vae"].new_attention = getattr(self.vae, "new_attention", False)
         with tempfile.TemporaryDirectory() as tokenizer:
             yield PipelineParts(
-                **{part: fill(build(part, configs[part], path), tensors[part], path) for part in PARTS},
+                **networks,
                 scheduler=self.scheduler,
                 tokenizer=self.tokenizer.save(Path(tokenizer)),
                 pipeline_class=PIPELINES[self.unet.config.in_channels],
