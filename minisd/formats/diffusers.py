@@ -43,8 +43,8 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     for name in ("text_encoder_2", "text_encoder_3", "transformer"):
         if index.get(name) not in (None, [None, None]):
             raise ValueError(f"{path} has a {name}: this is SDXL, SD3 or later; minisd is for SD v1.x")
-    if index.get("_class_name") == "DDPMPipeline":
-        raise ValueError(f"{path} is a pixel model without text (DDPMPipeline), not Stable Diffusion")
+    if is_pixels(path):
+        raise ValueError(f"{path} is a model of pixels, without text, not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
     weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
@@ -82,10 +82,21 @@ def save(folder: Path, pipeline: PipelineParts) -> None:
     _save(folder, pipeline.networks, pipeline.scheduler, index, tokenizer)
 
 
-def load_ddpm(path: Path) -> tuple[UNet2D, dict[str, Any]]:
-    """Return the network and the content of scheduler_config.json in a DDPMPipeline's folder."""
-    source = path / SCHEDULER
-    return load_part(path / "unet", "unet2d"), config_json.read_scheduler(files.read_json(source), source)
+def is_pixels(path: Path) -> bool:
+    """Whether a folder holds a model of pixels: a UNet2D and nothing else (DDPMPipeline, DDIMPipeline)."""
+    index = files.read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    parts = {name: kind for name, kind in index.items() if not name.startswith("_")}
+    return parts.keys() == {"unet", "scheduler"} and parts["unet"] == ["diffusers", "UNet2DModel"]
+
+
+def load_ddpm(path: Path, variant: str | None = None) -> tuple[UNet2D, dict[str, Any]]:
+    """Return the network and the content of scheduler_config.json in the folder of a model of pixels. Folders
+    of 2022 have all files at the top."""
+    unet, source = path / "unet", path / SCHEDULER
+    if not unet.is_dir():
+        unet, source = path, path / source.name
+    weights = choose({"unet2d": _names(unet)}, variant, unet)["unet2d"][0]
+    return load_part(unet, "unet2d", weights), config_json.read_scheduler(files.read_json(source), source)
 
 
 def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Each is declared once, here: flag, keyword, column of a --csv table, and key in 
 with `infotext=None` do not shape the image, or sampling/infotext.py writes them in a form of their own.
 """
 
+from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Literal, NamedTuple
 from minisd import registry
 from minisd.options import KERNELS, Group, Model, flag, require
 
+NO_PROMPT = "give --prompt or --prompt_file"
 unwritten = partial(flag, infotext=None)
 SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
@@ -155,14 +157,20 @@ class Sample(Drawing, Loading):
     def check(self):
         self.exclusive("prompt", "prompt_file")
         draws = self.prompt or self.prompt_file
-        require(draws or self.export, "give --prompt or --prompt_file")
+        require(draws or self.export or self.may_lack_text(), NO_PROMPT)
         require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
         self.positive("preview")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
         used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
-        for f in fields(self):
-            unused = not draws and f.name not in used and getattr(self, f.name) != default_of(f)
-            require(not unused, f"--{f.name} draws nothing without --prompt")
+        name = None if draws or not self.export else unused(self, used)
+        require(name is None, f"--{name} draws nothing without --prompt")
+
+    def may_lack_text(self) -> bool:
+        """Whether the model is one of pixels, which takes no prompt, or on the hub, so that it may be one."""
+        from minisd.formats import diffusers
+
+        path = Path(self.model)
+        return diffusers.is_pixels(path) or not path.exists()
 
     def read_prompts(self) -> list[str]:
         """The prompts of the command line, or of the file. ValueError if that cannot be read."""
@@ -170,12 +178,20 @@ class Sample(Drawing, Loading):
             lines = self.prompt_file.read_text(encoding="utf-8").splitlines() if self.prompt_file else []
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"--prompt_file {self.prompt_file}: {e}") from None
+        if not (self.prompt or self.prompt_file or self.export):
+            return [""]  # for a model without text
         return self.prompt or [line.strip() for line in lines if line.strip()]
 
 
 def default_of(f: Field) -> object:
     """A flag's default."""
     return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def unused(options: Group, used: Collection[str]) -> str | None:
+    """The first flag that is not among the `used` ones, and yet is not at its default."""
+    names = (f.name for f in fields(options) if getattr(options, f.name) not in (default_of(f), [""]))
+    return next((name for name in names if name not in used), None)
 
 
 class Job(NamedTuple):

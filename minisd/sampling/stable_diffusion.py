@@ -46,6 +46,7 @@ class StableDiffusion:
         self.attached: dict[Path, Attached] = {}
         self.controlnets: dict[str, ControlNet] = {}  # loaded so far, by path or hub id
         self.downscale = vae.config.downscale  # pixels per latent along a side
+        self.channels = vae.config.latent_channels
         self.default_size = unet.config.sample_size * self.downscale  # side of the training images, in pixels
 
     @classmethod
