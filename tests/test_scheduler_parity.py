@@ -287,6 +287,24 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
         assert error == 0 or 10 * math.log10(255**2 / error) >= 50
 
 
+def test_a_folder_without_skip_prk_steps(model):
+    """Such as one of DDIM: theirs begins by Runge-Kutta steps, and so does ours."""
+    from minisd.sampling.generate import Settings, pictures
+    from minisd.sampling.stable_diffusion import StableDiffusion
+    from tests.picture_helpers import psnr
+
+    sd = StableDiffusion.load(model)
+    del sd.scheduler["skip_prk_steps"]
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    config = {name: value for name, value in pipe.scheduler.config.items() if name != "skip_prk_steps"}
+    drawn = next(pictures(sd, ["a cat"], [3], Settings(width=32, height=32, steps=6, scheduler="pndm")))
+    for settings, same in ((config, True), (config | {"skip_prk_steps": True}, False)):
+        pipe.scheduler = diffusers.PNDMScheduler.from_config(settings)
+        expected = pipe("a cat", width=32, height=32, generator=seeded(3), num_inference_steps=6).images[0]
+        assert (psnr(drawn, expected) >= 50) == same
+
+
 @pytest.mark.parametrize(
     "scheduler, flags, message",
     [
