@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 from minisd.formats import config_json, parts
 from minisd.formats.parts import PARTS, PipelineParts
 from minisd.models.unet2d import UNet2D
@@ -39,7 +39,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     """
     if ema:
         raise ValueError(f"{path} is a folder, which has one set of weights: choose EMA by its variant")
-    index = files.read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    index = reading.read_json(path / INDEX) if (path / INDEX).is_file() else {}
     for name in ("text_encoder_2", "text_encoder_3", "transformer"):
         if index.get(name) not in (None, [None, None]):
             raise ValueError(f"{path} has a {name}: this is SDXL, SD3 or later; minisd is for SD v1.x")
@@ -59,7 +59,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
         raise ValueError(f"{path / 'tokenizer'} has neither vocab.json and merges.txt nor tokenizer.json")
     return PipelineParts(
         **networks,
-        scheduler=config_json.read_scheduler(files.read_json(path / SCHEDULER), path / SCHEDULER),
+        scheduler=config_json.read_scheduler(reading.read_json(path / SCHEDULER), path / SCHEDULER),
         tokenizer=path / "tokenizer",
         pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
     )
@@ -84,7 +84,7 @@ def save(folder: Path, pipeline: PipelineParts) -> None:
 
 def is_pixels(path: Path) -> bool:
     """Whether a folder holds a model of pixels: a UNet2D and nothing else (DDPMPipeline, DDIMPipeline)."""
-    index = files.read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    index = reading.read_json(path / INDEX) if (path / INDEX).is_file() else {}
     parts = {name: kind for name, kind in index.items() if not name.startswith("_")}
     return parts.keys() == {"unet", "scheduler"} and parts["unet"] == ["diffusers", "UNet2DModel"]
 
@@ -96,7 +96,7 @@ def load_ddpm(path: Path, variant: str | None = None) -> tuple[UNet2D, dict[str,
     if not unet.is_dir():
         unet, source = path, path / source.name
     weights = choose({"unet2d": _names(unet)}, variant, unet)["unet2d"][0]
-    return load_part(unet, "unet2d", weights), config_json.read_scheduler(files.read_json(source), source)
+    return load_part(unet, "unet2d", weights), config_json.read_scheduler(reading.read_json(source), source)
 
 
 def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def load_part(folder: Path, part: str, weights: str = "") -> nn.Module:
     network = parts.build(part, config_json.read(folder, part), folder / "config.json")
     listed = {weights}
     if weights.endswith(".json"):
-        index = files.read_json(folder / weights).get("weight_map")
+        index = reading.read_json(folder / weights).get("weight_map")
         listed = {str(name) for name in index.values()} if isinstance(index, dict) else set()
         absent = sorted(listed - {*_names(folder)})
         if absent or not listed:
