@@ -1,5 +1,6 @@
 """aot and bench as far as a CPU can go: the parts around the GPU."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace

@@ -19,6 +19,7 @@ This file and the methods import torch only inside functions, so that `--help` d
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
