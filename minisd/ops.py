@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd import graph
+
 # ------------------------------ Triton or torch
 
 CHOICES = ("auto", "triton", "torch")
@@ -34,6 +36,7 @@ def choose(kernels: str) -> None:
         _load()
     _choice = kernels
     _printed.clear()
+    graph.forget()
 
 
 def _measured(device: torch.device) -> bool:
@@ -114,7 +117,9 @@ def group_norm(
         return kernel(*arguments)
     if add is not None:
         x = x + add[:, :, None, None]
+    last = x.is_contiguous(memory_format=torch.channels_last)
     x = F.group_norm(x, num_groups, weight, bias, eps)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x  # on a GPU torch returns NCHW
     return F.silu(x) if silu else x
 
 

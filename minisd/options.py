@@ -174,6 +174,7 @@ class Diffusion(Group):
 
 
 KERNELS = Literal["auto", "triton", "torch"]
+GRAPH = Literal["auto", "on", "off"]
 
 
 @dataclass(kw_only=True)
@@ -183,6 +184,12 @@ class Precision(Group):
     kernels: KERNELS = flag(
         "auto", "implementation of attention and norms; auto is the fastest measured", free=True
     )
+    graph: GRAPH = flag(
+        "auto",
+        "forward and backward pass as a CUDA graph; auto uses one where it gives the same bits",
+        free=True,
+    )
+    compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "precision of frozen networks and autocast")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")

@@ -39,9 +39,10 @@ class Method(Previews):
     def __init__(self, options: Training, device: torch.device):
         import torch
 
-        from minisd import ops
+        from minisd import graph, ops
 
         ops.choose(options.kernels)
+        graph.choose(options.graph)
         self.options, self.device = options, device
         precision = options.mixed_precision
         if precision == "fp16" and device.type == "cpu":

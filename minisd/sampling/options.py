@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisd import registry
-from minisd.options import KERNELS, Group, Model, flag, require
+from minisd.options import GRAPH, KERNELS, Group, Model, flag, require
 
 unwritten = partial(flag, infotext=None)
 SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
@@ -127,6 +127,8 @@ class Loading(Model):
     adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
     device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
     kernels: KERNELS = unwritten("auto", "attention and norm kernels; auto is triton where it is faster")
+    graph: GRAPH = unwritten("auto", "the UNet as a CUDA graph; auto uses one where it gives the same bits")
+    compile: bool = unwritten(False, "compile the UNet with torch.compile, which takes a minute")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
         "auto", "precision; auto is fp16 on a GPU, fp32 on a CPU, and for --export that of the model's files"
     )

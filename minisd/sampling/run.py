@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import ops
+from minisd import graph, ops
 from minisd.data import images
 from minisd.sampling import infotext, sweep
 from minisd.sampling.generate import pictures
@@ -49,6 +49,7 @@ class Request:
 def load(options: Loading) -> StableDiffusion:
     """Load the model and attach its adapters."""
     ops.choose(options.kernels)
+    graph.choose(options.graph)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES.get(options.dtype)
     sd = StableDiffusion.load(
@@ -61,6 +62,8 @@ def load(options: Loading) -> StableDiffusion:
         tokenizer=options.tokenizer_name,
         cache_dir=options.cache_dir,
     )
+    if options.compile:
+        sd.unet.compile(dynamic=False)
     for adapter in options.adapter:
         for line in sd.attach(*split_scale(adapter)):
             print(f"{adapter}: {line}")
