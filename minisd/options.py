@@ -190,6 +190,11 @@ class Precision(Group):
         free=True,
     )
     compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
+    deterministic: bool = flag(
+        False,
+        "the same command gives the same bytes on the same GPU, if somewhat later; --kernels auto is then "
+        "torch; not promised for the sums over several GPUs, nor with --use_8bit_adam",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "precision of frozen networks and autocast")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")

@@ -155,10 +155,10 @@ def test_a_prompt_is_encoded_once_and_by_itself(options, monkeypatch):
     encode = m.sd.encode_text
     monkeypatch.setattr(m.sd, "encode_text", lambda prompts: asked.append(prompts) or encode(prompts))
     for _ in range(2):
-        assert m.condition(batch)["context"].shape == (4, 77, 32)
+        assert m.condition(m.inputs(batch))["context"].shape == (4, 77, 32)
     assert asked == [["a photo of sks cat"]]
     m.frozen_context([str(i) for i in range(1001)])
-    assert m.encode_prompt.cache_info().currsize == 1000
+    assert len(m.contexts) == 1000 and "1000" in m.contexts
 
 
 def test_defaults_follow_the_kind(cat):

@@ -121,7 +121,7 @@ class CustomDiffusion(PriorPreservation):
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
         """The mean squared error within the mask, (b,)."""
-        mask = batch["mask"].to(pred.device)  # (b, 1, h, w)
+        mask = batch["mask"]  # (b, 1, h, w)
         squares = ((pred.float() - target.float()).square() * mask).flatten(1).sum(dim=1)
         channels = 1 if self.options.cd_loss == "reference" else CHANNELS
         return squares / (channels * mask.flatten(1).sum(dim=1))

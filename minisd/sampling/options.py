@@ -129,6 +129,9 @@ class Loading(Model):
     kernels: KERNELS = unwritten("auto", "attention and norm kernels; auto is triton where it is faster")
     graph: GRAPH = unwritten("auto", "the UNet as a CUDA graph; auto uses one where it gives the same bits")
     compile: bool = unwritten(False, "compile the UNet with torch.compile, which takes a minute")
+    deterministic: bool = flag(
+        False, "the same command gives the same bytes on the same GPU; --kernels auto is then torch"
+    )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
         "auto", "precision; auto is fp16 on a GPU, fp32 on a CPU, and for --export that of the model's files"
     )

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import graph, ops
 from minisd.data import images
+from minisd.device import configure
 from minisd.sampling import infotext, sweep
 from minisd.sampling.generate import pictures
 from minisd.sampling.input_images import InputImages
@@ -48,8 +48,7 @@ class Request:
 
 def load(options: Loading) -> StableDiffusion:
     """Load the model and attach its adapters."""
-    ops.choose(options.kernels)
-    graph.choose(options.graph)
+    configure(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES.get(options.dtype)
     sd = StableDiffusion.load(

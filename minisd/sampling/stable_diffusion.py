@@ -11,6 +11,7 @@ from torch import Tensor
 from minisd import files, registry
 from minisd.adapters import _adapter, controlnet, lora, token_embedding
 from minisd.adapters._adapter import Attached
+from minisd.device import send
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import PARTS, PIPELINES, PipelineParts, build, fill
 from minisd.models.controlnet import ControlNet
@@ -112,7 +113,7 @@ class StableDiffusion:
         layers = self.text_encoder.config.num_layers
         if not 1 <= clip_skip <= layers:
             raise ValueError(f"--clip_skip {clip_skip}: this text encoder has {layers} layers, 1 is the last")
-        return self.text_encoder(ids.to(self.device), clip_skip - 1)
+        return self.text_encoder(send(ids, self.device), clip_skip - 1)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the scaled latents (b, 4, h, w), in fp32, of pixels (b, 3, 8h, 8w)."""
