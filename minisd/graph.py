@@ -2,7 +2,8 @@
 without Python's share of the time.
 
     choose("auto")                          what --graph says
-    Graphs()(networks, function, *values)   function(*values) by a graph, or None where it has to run eagerly
+    run(networks, function, *values)        function(*values), by a graph if there can be one
+    Graphs()(networks, function, *values)   the same, or None where it has to run eagerly
 
 A function is recorded at its second call with tensors of the same shapes: by then kernels are compiled and
 algorithms are chosen. The recording is replayed at once and compared with the eager function, bit for bit.
@@ -43,9 +44,10 @@ class CUDA:
 
     def capture(self, function: Callable[[], list[Tensor]], memory: dict) -> tuple[Callable, list[Tensor]]:
         """Record a function. Returns what replays it, and the tensors that hold its results afterwards."""
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local", because other threads go on: those that pin batches, and NCCL's
-        with torch.cuda.graph(graph, capture_error_mode="thread_local", **memory):
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.stream(torch.cuda.current_stream())
+        # Where a recording fails, torch leaves its stream behind: `before` goes back. "thread_local", because
+        # other threads go on: those that pin batches, and NCCL's.
+        with before, torch.cuda.graph(graph, capture_error_mode="thread_local", **memory):
             results = function()
         return graph.replay, results
 
@@ -75,9 +77,13 @@ def wanted(device: torch.device) -> bool:
 _of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def of(network: nn.Module) -> "Graphs":
-    """The graphs with which a network is sampled, kept as long as it lives."""
-    return _of.setdefault(network, Graphs())
+def run(networks: list[nn.Module], function: Callable, *values) -> list[Tensor]:
+    """function(*values), a list of tensors, by a graph that is kept as long as the first of the networks lives.
+    The first value is a tensor; the others, and what the function must not do, are as in `Graphs`."""
+    found = None
+    if wanted(values[0].device) and not torch.is_grad_enabled():
+        found = _of.setdefault(networks[0], Graphs())(networks, function, *values)
+    return function(*values) if found is None else [tensor.clone() for tensor in found]
 
 
 def forget() -> None:
@@ -143,15 +149,13 @@ class Graph:
 
     def __init__(self, function: Callable, values: tuple, tensors: list[Tensor], memory: dict):
         self.inputs = [t.detach().clone() for t in tensors]
-        global capturing
         values = refill(values, iter(self.inputs))
         gpus = [t.device for t in tensors[:1] if t.is_cuda]
         with _alone(gpus):
             expected = [t.clone() for t in function(*values)]
-        with _alone(gpus):
+        with _alone(gpus, recording=True):
             # Another seed than that of the comparison, which then fails if random numbers were recorded.
             torch.manual_seed(0)
-            capturing = True
             self.replay, self.results = backend.capture(lambda: function(*values), memory)
         with _alone(gpus):
             for result in self.results:
@@ -167,10 +171,10 @@ class Graph:
 
 
 @contextmanager
-def _alone(gpus: list[torch.device]) -> Iterator[None]:
+def _alone(gpus: list[torch.device], *, recording: bool = False) -> Iterator[None]:
     """Leave the random state as it was, and no weights in autocast's cache, whose memory ends with it."""
     global capturing
-    cached = torch.is_autocast_cache_enabled()
+    cached, capturing = torch.is_autocast_cache_enabled(), recording
     torch.set_autocast_cache_enabled(False)
     try:
         with torch.random.fork_rng(gpus, device_type="cuda"):
@@ -210,8 +214,8 @@ def refill(value: object, tensors: Iterator[Tensor]) -> object:
 
 
 def state_of(networks: Iterable[nn.Module]) -> list:
-    """What a recording holds of networks: where their tensors are, which of them train, and the scales of
-    adapters. A module with hooks, which a recording would leave out, is None."""
+    """What a recording holds of networks: the addresses of their tensors, and the scales of adapters. A
+    module with hooks, which a recording would leave out, is None."""
     state: list = []
     rest = [*networks]
     while rest:
@@ -222,6 +226,6 @@ def state_of(networks: Iterable[nn.Module]) -> list:
             state.append(module["scale"])
         for tensor in (*module["_parameters"].values(), *module["_buffers"].values()):
             if tensor is not None:
-                state += tensor.data_ptr(), tensor.requires_grad
+                state.append(tensor.data_ptr())
         rest += module["_modules"].values()
     return state

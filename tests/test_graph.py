@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisd import graph, ops
+from minisd import graph, ops, registry
 from minisd.adapters import lora
 from minisd.data.datasets import Captioned
+from minisd.device import configure
 from minisd.models import controlnet, unet
 from minisd.models.layers import to_channels_last
 from minisd.sampling.generate import Control, Denoiser, Settings, pictures, text_branches
@@ -319,84 +320,99 @@ def test_the_flag_where_there_is_no_gpu(command, monkeypatch):
 
 # ------------------------------ Training
 
-COMMON = ["--max_train_steps", "4", "--learning_rate", "1e-2", "--gradient_accumulation_steps", "2"]
+ACCUMULATED = ["--gradient_accumulation_steps", "2", "--learning_rate", "1e-2"]
 RUNS = [(method, []) for method in METHODS]
-RUNS += [(method, ["--gradient_checkpointing"]) for method in METHODS]
+RUNS += [(method, ["--gradient_checkpointing"]) for method in ("autoencoder", "controlnet", "lora")]
 RUNS += [
-    ("text_to_image", ["--dream_training", "--mixed_precision", "bf16", "--no-cache_latents"]),
-    ("lora", ["--lora_dropout", "0.5", "--train_text_encoder", "--validation_split", "1"]),
+    ("text_to_image", ["--dream_training", "--mixed_precision", "bf16", "--snr_gamma", "5"]),
+    ("lora", ["--lora_dropout", "0.5", "--train_text_encoder"]),
     ("lora", ["--lora_dropout", "0.5", "--gradient_checkpointing", "--mixed_precision", "bf16"]),
+    ("dreambooth", ["--adam_beta1", "0.5", "--max_grad_norm", "1e-3"]),
 ]
 
 
+def trained(
+    method, o, updates: int = 3, scaler=None, device: str = "cpu"
+) -> tuple[list[torch.Tensor], Trainer]:
+    """What some updates leave: losses and norms, parameters, and their averages."""
+    torch.manual_seed(0)  # as the loop does; LoRA draws from it
+    m = registry.load_class("methods", method)(o, torch.device(device))
+    parameters = m.setup()
+    m.datasets()
+    trainer, stream = Trainer(m, parameters, 8, Processes()), method_helpers.Stream(m.data, o.seed)
+    trainer.scaler = scaler or trainer.scaler
+    count = updates * o.gradient_accumulation_steps
+    batches = iter([method_helpers.collate([stream[2 * k], stream[2 * k + 1]]) for k in range(count)])
+    left = [value for _ in range(updates) for value in trainer.update(batches)[:2]]
+    left += [p.detach().clone() for p in parameters.values()]
+    return left + (trainer.ema.average if trainer.ema else []), trainer
+
+
 @pytest.mark.parametrize("method, flags", RUNS, ids=str)
-def test_training_leaves_the_same_bytes(method, flags, short_run, stand_in, tmp_path):
-    """Files, log and images, with accumulation, averages, and images drawn in between."""
-    changes = {"validation_steps": 3, "checkpointing_steps": 2, "dataloader_num_workers": 0}
-    changes |= {"validation_prompt": "a cat"} if method in ("lora", "text_to_image") else {}
-    o = short_run(method, *COMMON, *NEEDS.get(method, []), *flags, **changes)
+def test_training_is_the_same(method, flags, short_run, stand_in):
+    """To the bit, with accumulation, and averages where a method has them."""
+    o = short_run(method, *ACCUMULATED, *NEEDS.get(method, []), *flags)
+    eager, _ = trained(method, o)
+    backend = stand_in()
+    ours, _ = trained(method, o)
+    assert all(map(graph.same_bits, ours, eager))
+    assert backend.recorded == 1 and backend.replays == 2 * 3  # the first is eager, the second compared
+
+
+def both_runs(method, o, stand_in, folder) -> StandIn:
+    """Train to the end without graphs and with them: the same files, log and images."""
     left = []
     for name in ("eager", "graph"):
         backend = stand_in() if name == "graph" else None
-        assert method_helpers.train(method, replace(o, output_dir=tmp_path / name)) == 0
-        left.append(outputs(tmp_path / name))
+        assert method_helpers.train(method, replace(o, output_dir=folder / name)) == 0
+        left.append(outputs(folder / name))
     same(*left)
     for file in ("log.jsonl", "result.png"):
-        assert (tmp_path / "eager" / file).read_bytes() == (tmp_path / "graph" / file).read_bytes()
-    assert backend.recorded >= 1 and backend.replays >= 2 * 4 - 1
+        assert (folder / "eager" / file).read_bytes() == (folder / "graph" / file).read_bytes()
+    return backend
+
+
+def test_a_run_leaves_the_same_bytes(short_run, stand_in, tmp_path):
+    """With averages, for which the weights move while images are drawn; there they are recorded anew."""
+    flags = "--use_ema", "--center_crop", "--validation_prompt", "a cat", "--mixed_precision", "bf16"
+    o = short_run("text_to_image", *ACCUMULATED, *flags, "--max_train_steps", 4, validation_steps=2)
+    assert both_runs("text_to_image", o, stand_in, tmp_path).recorded >= 3
 
 
 def test_every_bucket_has_a_graph(short_run, stand_in, tmp_path, monkeypatch):
-    """And one that comes in the middle of an update adds to what is there."""
-    flags = ["--bucket", "--use_ema", *COMMON, "--resolution", "64", "--train_batch_size", "1"]
-    o = replace(short_run("text_to_image", *flags), max_train_steps=12)
-    init = Captioned.__init__
+    """Also one that is recorded in the middle of an update, to whose gradients it adds."""
+    sizes = "--resolution", 64, "--train_batch_size", 1, "--max_train_steps", 10
+    init = Captioned.__init__  # with more buckets than this network's own step has
     monkeypatch.setattr(Captioned, "__init__", lambda self, *a, **k: init(self, *a, **k | {"step": 8}))
-    left = []
-    for name in ("eager", "graph"):
-        backend = stand_in() if name == "graph" else None
-        assert method_helpers.train("text_to_image", replace(o, output_dir=tmp_path / name)) == 0
-        left.append(outputs(tmp_path / name))
-    same(*left)
-    assert backend.recorded >= 3
-
-
-def trained(o, scaler=None, updates: int = 6):
-    """What a few updates leave: parameters, losses, and the scale of the losses."""
-    m, parameters, batch = method_helpers.built(o[0], o[1], 2)
-    trainer = Trainer(m, parameters, 8, Processes())
-    trainer.scaler = scaler or trainer.scaler
-    losses = [trainer.update(iter([batch] * o[1].gradient_accumulation_steps))[0] for _ in range(updates)]
-    return [*(p.detach().clone() for p in parameters.values()), *losses], trainer.scaler.get_scale()
+    o = short_run("text_to_image", *ACCUMULATED, "--bucket", *sizes)
+    assert both_runs("text_to_image", o, stand_in, tmp_path).recorded >= 3
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_scale_of_the_loss(accumulation, short_run, stand_in):
     """It grows with every second update until gradients overflow, and is halved; a replay reads it anew."""
-    o = "lora", short_run("lora", *NEEDS["lora"], gradient_accumulation_steps=accumulation)
-    scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=2)  # noqa: E731
-    eager, scale = trained(o, scaler())
+    o = short_run("lora", *NEEDS["lora"], gradient_accumulation_steps=accumulation)
+    scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**125, growth_interval=2)  # noqa: E731
+    eager, trainer = trained("lora", o, 6, scaler())
     backend = stand_in()
-    ours, ours_scale = trained(o, scaler())
-    assert all(map(graph.same_bits, ours, eager)) and ours_scale == scale != 2.0**126
-    assert backend.replays == 6 * accumulation
+    ours, again = trained("lora", o, 6, scaler())
+    assert all(map(graph.same_bits, ours, eager)) and backend.replays == 6 * accumulation
+    assert again.scaler.get_scale() == trainer.scaler.get_scale() != 2.0**125
 
 
-def test_random_numbers_that_are_recorded(short_run, stand_in, capsys):
-    """A graph whose dropout would be the same in every step is not used."""
-    o = "lora", short_run("lora", *NEEDS["lora"], "--lora_dropout", "0.5")
-    eager = trained(o)
-    stand_in(KeepsRandomNumbers)
-    assert all(map(torch.equal, trained(o)[0], eager[0]))
-    assert "graph: eager, a replay differs" in capsys.readouterr().err
-
-
-def test_a_recording_that_fails_leaves_training_as_it_is(short_run, stand_in, capsys):
-    o = "text_to_image", short_run("text_to_image", gradient_accumulation_steps=2)
-    eager = trained(o)
-    backend = stand_in(Raises)
-    assert all(map(torch.equal, trained(o)[0], eager[0])) and backend.recorded == 1
-    assert "graph: eager, operation not permitted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "cls, flags, reason",
+    [(KeepsRandomNumbers, ["--lora_dropout", "0.5"], "a replay differs"), (Raises, [], "operation not perm")],
+)
+def test_training_goes_on_without_a_graph(cls, flags, reason, short_run, stand_in, capsys):
+    """Also where the dropout of a graph would be the same in every step. Nothing is kept for graphs."""
+    o = short_run("lora", *ACCUMULATED, *NEEDS["lora"], *flags)
+    eager, _ = trained("lora", o)
+    backend = stand_in(cls)
+    capsys.readouterr()
+    ours, trainer = trained("lora", o)
+    assert all(map(graph.same_bits, ours, eager)) and backend.recorded == 1 and not trainer.gradients
+    assert capsys.readouterr().err.count(f"graph: eager, {reason}") == 1
 
 
 # ------------------------------ torch.compile
@@ -437,8 +453,8 @@ def test_a_compiled_unet_draws_the_same(sd, compiles):
 @pytest.mark.parametrize("method", ["lora", "controlnet", "unconditional"])
 def test_a_compiled_unet_trains_the_same(method, flags, short_run, compiles):
     o = short_run(method, *NEEDS.get(method, []), *flags)
-    eager = trained((method, o), updates=2)[0]
-    ours = trained((method, replace(o, compile=True)), updates=2)[0]
+    eager, _ = trained(method, o, 2)
+    ours, _ = trained(method, replace(o, compile=True), 2)
     assert len(compiles) == 1 + (method == "controlnet")
     for a, b in zip(ours, eager, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -496,26 +512,11 @@ def test_sampling_on_the_gpu(dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_training_on_the_gpu(method, precision, flags, short_run):
     """--graph on against off, with accumulation and deterministic algorithms: the same bits."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    needs = [*NEEDS.get(method, []), *flags, "--mixed_precision", precision]
-    o = short_run(method, *needs, "--gradient_accumulation_steps", 2, "--learning_rate", "1e-3")
-    found = []
-    try:
-        for choice in ("off", "on"):
-            m = method_helpers.registry.load_class("methods", method)(
-                replace(o, graph=choice), torch.device("cuda")
-            )
-            m.prepare()
-            parameters = m.setup()
-            stream = method_helpers.Stream(m.datasets()[0], o.seed)
-            trainer = Trainer(m, parameters, 8, Processes())
-            batches = [method_helpers.collate([stream[k], stream[k + 1]]) for k in range(0, 16, 2)]
-            losses = [trainer.update(iter(batches[i : i + 2]))[0] for i in range(0, 8, 2)]
-            found.append([*losses, *(p.detach().clone() for p in parameters.values())])
-    finally:
-        torch.use_deterministic_algorithms(False)
-        graph.choose("auto")
-    assert all(map(graph.same_bits, *found))
+    o = short_run(method, *ACCUMULATED, *NEEDS.get(method, []), *flags, "--mixed_precision", precision)
+    o = replace(o, deterministic=True)
+    off, on = (trained(method, replace(o, graph=g), 4, device="cuda")[0] for g in ("off", "on"))
+    configure(replace(o, deterministic=False))
+    assert all(map(graph.same_bits, on, off))
 
 
 @pytest.mark.gpu

@@ -113,7 +113,7 @@ class Denoiser:
     def __init__(
         self, unet: nn.Module, branches: list[Branch], controls: Sequence[Control] = (), steps: int = 1
     ):
-        self.unet, self.graphs = unet, graph.of(unet)
+        self.unet = unet
         self.weights = [branch.weight for branch in branches]
         states = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
         self.context = CachedContext(states).fill(unet)
@@ -134,11 +134,9 @@ class Denoiser:
         inputs = inputs.to(self.context.states.dtype)
         timesteps = torch.full((len(inputs),), t, device=x.device)
         acting = [pair for pair in self.controls if pair[0].acts(self.step, self.steps)]
-        networks = self.unet, *(control.network for control, _ in acting)
-        values = inputs, timesteps, self.context, acting
-        graphed = graph.wanted(x.device) and not torch.is_grad_enabled()
-        found = self.graphs(networks, self._predict, *values) if graphed else None
-        preds = (found or self._predict(*values))[0].float().chunk(len(self.weights))
+        networks = [self.unet, *(control.network for control, _ in acting)]
+        (preds,) = graph.run(networks, self._predict, inputs, timesteps, self.context, acting)
+        preds = preds.float().chunk(len(self.weights))
         return sum(weight * pred for weight, pred in zip(self.weights, preds, strict=True))
 
     def _predict(

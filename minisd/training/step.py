@@ -43,7 +43,7 @@ class Trainer:
         for network in self.networks if o.compile else ():
             if isinstance(network, UNetEncoder):
                 network.compile(dynamic=False)
-        self.graphs = graph.Graphs() if graph.wanted(method.device) else None
+        self.graphs = graph.Graphs()
         self.gradients: dict[torch.nn.Parameter, Tensor] = {}  # those that the graphs compute
 
     def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
@@ -77,8 +77,11 @@ class Trainer:
             if p.grad is gradient:  # of the micro-batch before; a replay would overwrite it
                 p.grad = gradient.clone()
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        found = self.graphs(self.networks, self._gradients, tensors) if self.graphs else None
+        graphed = graph.wanted(self.method.device)
+        found = self.graphs(self.networks, self._gradients, tensors) if graphed else None
         if found is None:
+            if not any(self.graphs.graphs.values()):
+                self.gradients = {}
             loss = self._loss(inputs)
             self.scaler.scale(loss).backward()
             return loss.detach()
