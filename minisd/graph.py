@@ -78,8 +78,8 @@ _of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def run(networks: list[nn.Module], function: Callable, *values) -> list[Tensor]:
-    """function(*values), a list of tensors, by a graph that is kept as long as the first of the networks lives.
-    The first value is a tensor; the others, and what the function must not do, are as in `Graphs`."""
+    """function(*values), a list of tensors, by a graph if there can be one, which is kept as long as the
+    first of the networks lives. The first value is a tensor; all else is as in `Graphs`."""
     found = None
     if wanted(values[0].device) and not torch.is_grad_enabled():
         found = _of.setdefault(networks[0], Graphs())(networks, function, *values)

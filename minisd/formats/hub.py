@@ -77,6 +77,12 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
     by itself, such as a ControlNet: its config and one set of weights. Otherwise the only single file.
     """
     top = [name for name in names if "/" not in name]
+    if diffusers.INDEX in top and not any(name.startswith("text_encoder/") for name in names):  # of pixels
+        folder = "unet/" if f"unet/{CONFIG}" in names else ""
+        inside = [n.removeprefix(folder) for n in names if n.startswith(folder)]
+        weights = diffusers.choose({"unet2d": inside}, variant, model)["unet2d"]
+        scheduler = diffusers.SCHEDULER if folder else diffusers.SCHEDULER.rpartition("/")[2]
+        return [diffusers.INDEX, scheduler, *(folder + name for name in (CONFIG, *weights))]
     if diffusers.INDEX in top:
         inside = {part: [n[len(part) + 1 :] for n in names if n.startswith(f"{part}/")] for part in PARTS}
         weights = diffusers.choose(inside, variant, model)

@@ -5,6 +5,7 @@ Each is declared once, here: flag, keyword, column of a --csv table, and key in 
 with `infotext=None` do not shape the image, or sampling/infotext.py writes them in a form of their own.
 """
 
+from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Literal, NamedTuple
 from minisd import registry
 from minisd.options import GRAPH, KERNELS, Group, Model, flag, require
 
+NO_PROMPT = "give --prompt or --prompt_file"
 unwritten = partial(flag, infotext=None)
 SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
@@ -38,7 +40,14 @@ class Settings(Group):
         infotext="Emphasis",
         words={"None": True},
     )
-    clip_skip: int = flag(1, "layer of the text encoder, counted from the last one", infotext="Clip skip")
+    clip_skip: int = flag(
+        1,
+        "layer of the text encoder, counted from the last one; of the negative prompt too, as in A1111",
+        infotext="Clip skip",
+    )
+    negative_clip_skip: int | None = flag(
+        None, "that of the negative prompt, if it differs from the default --clip_skip; 1 is as in diffusers"
+    )
     lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
     eta: float | None = flag(None, "noise per step, from 0 to 1; by default the scheduler's", infotext="Eta")
     width: int | None = unwritten(None, SIDE)
@@ -54,7 +63,7 @@ class Settings(Group):
     )
 
     def check(self):
-        self.positive("steps", "clip_skip")
+        self.positive("steps", "clip_skip", "negative_clip_skip")
         self.scheduler = registry.find("schedulers", self.scheduler)
         require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
         require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
@@ -153,14 +162,20 @@ class Sample(Drawing, Loading):
     def check(self):
         self.exclusive("prompt", "prompt_file")
         draws = self.prompt or self.prompt_file
-        require(draws or self.export, "give --prompt or --prompt_file")
+        require(draws or self.export or self.may_lack_text(), NO_PROMPT)
         require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
         self.positive("preview")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
         used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
-        for f in fields(self):
-            unused = not draws and f.name not in used and getattr(self, f.name) != default_of(f)
-            require(not unused, f"--{f.name} draws nothing without --prompt")
+        name = None if draws or not self.export else unused(self, used)
+        require(name is None, f"--{name} draws nothing without --prompt")
+
+    def may_lack_text(self) -> bool:
+        """Whether the model is one of pixels, which takes no prompt, or on the hub, so that it may be one."""
+        from minisd.formats import diffusers
+
+        path = Path(self.model)
+        return diffusers.is_pixels(path) or not path.exists()
 
     def read_prompts(self) -> list[str]:
         """The prompts of the command line, or of the file. ValueError if that cannot be read."""
@@ -168,12 +183,20 @@ class Sample(Drawing, Loading):
             lines = self.prompt_file.read_text(encoding="utf-8").splitlines() if self.prompt_file else []
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"--prompt_file {self.prompt_file}: {e}") from None
+        if not (self.prompt or self.prompt_file or self.export):
+            return [""]  # for a model without text
         return self.prompt or [line.strip() for line in lines if line.strip()]
 
 
 def default_of(f: Field) -> object:
     """A flag's default."""
     return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def unused(options: Group, used: Collection[str]) -> str | None:
+    """The first flag that is not among the `used` ones, and yet is not at its default."""
+    names = (f.name for f in fields(options) if getattr(options, f.name) not in (default_of(f), [""]))
+    return next((name for name in names if name not in used), None)
 
 
 class Job(NamedTuple):
