@@ -373,10 +373,10 @@ def both_runs(method, o, stand_in, folder) -> StandIn:
 
 
 def test_a_run_leaves_the_same_bytes(short_run, stand_in, tmp_path):
-    """With averages, for which the weights move while images are drawn; there they are recorded anew."""
+    """With averages, whose images have a graph of their own: there the weights are elsewhere."""
     flags = "--use_ema", "--center_crop", "--validation_prompt", "a cat", "--mixed_precision", "bf16"
     o = short_run("text_to_image", *ACCUMULATED, *flags, "--max_train_steps", 4, validation_steps=2)
-    assert both_runs("text_to_image", o, stand_in, tmp_path).recorded >= 3
+    assert both_runs("text_to_image", o, stand_in, tmp_path).recorded == 2
 
 
 def test_every_bucket_has_a_graph(short_run, stand_in, tmp_path, monkeypatch):
