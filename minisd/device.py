@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minisd import ops
+from minisd import graph, ops
 
 if TYPE_CHECKING:
     from minisd.options import Precision
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def configure(options: "Precision | Loading", *, search: bool = False) -> None:
-    """Choose the kernels, and with --deterministic only what gives the same bytes every time; without that,
-    cuDNN may `search` for the fastest convolution of each shape. Call this before CUDA starts: cuBLAS reads
-    the size of its workspace then."""
+    """Choose kernels and graphs, and with --deterministic only what gives the same bytes every time; without
+    that, cuDNN may `search` for the fastest convolution of each shape. Call this before CUDA starts: cuBLAS
+    reads the size of its workspace then."""
     fixed = options.deterministic
     if fixed:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -27,6 +27,7 @@ def configure(options: "Precision | Loading", *, search: bool = False) -> None:
     torch.backends.cudnn.benchmark = search and not fixed
     # "auto" goes by measured times, and these differ.
     ops.choose("torch" if fixed and options.kernels == "auto" else options.kernels)
+    graph.choose(options.graph)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -179,6 +179,7 @@ class Diffusion(Group):
 
 KERNELS = Literal["auto", "triton", "torch"]
 PRECISIONS = Literal["no", "fp16", "bf16"]
+GRAPH = Literal["auto", "on", "off"]
 
 
 @dataclass(kw_only=True)
@@ -188,6 +189,12 @@ class Precision(Group):
     kernels: KERNELS = flag(
         "auto", "implementation of attention and norms; auto is the fastest measured", free=True
     )
+    graph: GRAPH = flag(
+        "auto",
+        "forward and backward pass as a CUDA graph; auto uses one where it gives the same bits",
+        free=True,
+    )
+    compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
     deterministic: bool = flag(
         False,
         "the same command gives the same bytes on the same GPU, if somewhat later; --kernels auto is then "

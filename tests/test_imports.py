@@ -22,6 +22,7 @@ LAYERS = [
         "minisd.options",
         "minisd.noise",
         "minisd.files",
+        "minisd.graph",
     ],
     ["minisd.ops", "minisd.losses"],
     ["minisd.device"],

@@ -171,7 +171,8 @@ OPTIMIZER = {
 def trained_value(o) -> float:
     """Of one parameter after three updates."""
     method = SimpleNamespace(options=o, device=torch.device("cpu"), dtype=torch.float32, lr_scale=1.0)
-    method.loss = lambda batch: ((parameter - batch["number"][0]) ** 2).mean()
+    method.sd, method.inputs = SimpleNamespace(parts={}), lambda batch: batch
+    method.loss_of = lambda batch: ((parameter - batch["number"][0]) ** 2).mean()
     parameter = torch.nn.Parameter(torch.ones(3))
     trainer = Trainer(method, {"p": parameter}, 8, Processes())
     for _ in range(3):

@@ -113,7 +113,8 @@ def test_three_branches_are_the_formula():
     branches = image_branches(text, none, original, 7.0, 1.5)
     assert [b.weight for b in branches] == [-0.5, -5.5, 7.0] and sum(b.weight for b in branches) == 1
     assert [b.weight for b in image_branches(text, none, original, 1.0, 1.5)] == [1.0]
-    unet = lambda x, t, c: (x[:, 4:] + 1) * c.states.mean(dim=(1, 2))[:, None, None, None]  # noqa: E731
+    unet = torch.nn.Module()
+    unet.forward = lambda x, t, c: (x[:, 4:] + 1) * c.states.mean(dim=(1, 2))[:, None, None, None]
     pred = Denoiser(unet, branches)(x, 5)
     zero, image, full = 0.5 * torch.ones_like(x), 0.5 * (original + 1), 2.0 * (original + 1)
     assert torch.allclose(pred, zero + 1.5 * (image - zero) + 7 * (full - image), atol=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisd.methods._base import Method
-from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag
+from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag, require
 
 if TYPE_CHECKING:
     from minisd.methods._base import Parameters, StableDiffusion, Tensor
@@ -34,6 +34,7 @@ class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, R
 
     def check(self):
         self.not_negative("kl_weight", "gradient_weight", "l2_weight")
+        require(not self.compile, "--compile is for UNets, and this method trains none")
 
 
 class Autoencoder(Method):
@@ -51,7 +52,8 @@ class Autoencoder(Method):
         from torch.utils.checkpoint import checkpoint
 
         o, vae, pixels = self.options, self.sd.vae, batch["pixels"]
-        run = partial(checkpoint, use_reentrant=False) if o.gradient_checkpointing else lambda f, x: f(x)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        run = again if o.gradient_checkpointing else lambda f, x: f(x)
         with self.autocast():
             mean, std = (t.float() for t in run(vae.encode, pixels))
             latents = mean + std * batch["posterior"]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd import registry
+from minisd import graph, registry
 from minisd.data import images
 from minisd.models import controlnet
 from minisd.models.layers import CachedContext
@@ -125,14 +125,15 @@ class Denoiser:
         self.unet = unet
         self.weights = [branch.weight for branch in branches]
         states = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
-        self.context = CachedContext(states)
+        self.context = CachedContext(states).fill(unet)
         channels = [branch.channels for branch in branches if branch.channels is not None]
         self.channels = torch.cat(channels) if channels else None  # (branches * b, c, h, w)
         self.controls = []  # each with its hints and contexts, (branches * b, ...) or, to guess, (b, ...)
         for control in controls:
             copies = 1 if control.guess else len(branches)
             hint = torch.cat([control.hint.to(states)] * copies)
-            self.controls.append((control, hint, CachedContext(states[-len(hint) :])))  # text comes last
+            context = CachedContext(states[-len(hint) :]).fill(control.network)  # text comes last
+            self.controls.append((replace(control, hint=hint), context))
         self.step, self.steps = 0, steps
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
@@ -141,19 +142,27 @@ class Denoiser:
             inputs = torch.cat([inputs, self.channels.to(inputs)], dim=1)  # (branches * b, c + more, h, w)
         inputs = inputs.to(self.context.states.dtype)
         timesteps = torch.full((len(inputs),), t, device=x.device)
-        residuals = self._residuals(inputs, timesteps)
-        preds = self.unet(inputs, timesteps, self.context, **residuals).float().chunk(len(self.weights))
+        acting = [pair for pair in self.controls if pair[0].acts(self.step, self.steps)]
+        networks = [self.unet, *(control.network for control, _ in acting)]
+        (preds,) = graph.run(networks, self._predict, inputs, timesteps, self.context, acting)
+        preds = preds.float().chunk(len(self.weights))
         return sum(weight * pred for weight, pred in zip(self.weights, preds, strict=True))
 
-    def _residuals(self, inputs: Tensor, timesteps: Tensor) -> dict:
-        """The sum of the ControlNets' residuals in this step, as the UNet's keywords."""
+    def _predict(
+        self,
+        inputs: Tensor,
+        timesteps: Tensor,
+        context: CachedContext,
+        controls: list[tuple[Control, CachedContext]],
+    ) -> list[Tensor]:
+        """The UNet's predictions for all branches, with the sum of the ControlNets' residuals."""
         residuals = []
-        for control, hint, context in self.controls:
-            if control.acts(self.step, self.steps):
-                rows, channels = slice(-len(hint), None), control.network.config.in_channels
-                seen = inputs[rows, :channels], timesteps[rows], context, hint
-                residuals.append(control.network(*seen, control.scale, control.guess))
-        return controlnet.total(residuals, len(inputs)) if residuals else {}
+        for control, text in controls:
+            rows, channels = slice(-len(control.hint), None), control.network.config.in_channels
+            seen = inputs[rows, :channels], timesteps[rows], text, control.hint
+            residuals.append(control.network(*seen, control.scale, control.guess))
+        residuals = controlnet.total(residuals, len(inputs)) if residuals else {}
+        return [self.unet(inputs, timesteps, context, **residuals)]
 
 
 def init_image(

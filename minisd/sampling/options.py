@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisd import reading, registry
-from minisd.options import KERNELS, Group, Model, flag, require
+from minisd.options import GRAPH, KERNELS, Group, Model, flag, require
 
 NO_PROMPT = "give --prompt or --prompt_file"
 unwritten = partial(flag, infotext=None)
@@ -145,6 +145,8 @@ class Loading(Model):
     adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
     device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
     kernels: KERNELS = unwritten("auto", "attention and norm kernels; auto is triton where it is faster")
+    graph: GRAPH = unwritten("auto", "the UNet as a CUDA graph; auto uses one where it gives the same bits")
+    compile: bool = unwritten(False, "compile the UNet with torch.compile, which takes a minute")
     deterministic: bool = flag(
         False, "the same command gives the same bytes on the same GPU; --kernels auto is then torch"
     )

@@ -40,6 +40,8 @@ def load(options: Loading) -> Model | PixelModel:
         cache_dir=options.cache_dir,
     )
     model.accept(options)
+    if options.compile:
+        model.unet.compile(dynamic=False)
     for adapter in options.adapter:
         for line in model.attach(*split_scale(adapter)):
             print(f"{adapter}: {line}")

@@ -28,7 +28,7 @@ def train(method: Method, folder: RunFolder) -> int:
     # Start
     earlier = folder.resume()  # first, so that wrong flags and data are reported before a model is loaded
     method.read()
-    ops.choose(options.kernels, checkpoint.verdicts(earlier), processes.first_to_ask)
+    ops.pin(checkpoint.verdicts(earlier) if earlier else {}, processes.first_to_ask)
     torch.manual_seed(options.seed)
     if processes.first:
         method.prepare()
