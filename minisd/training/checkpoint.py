@@ -107,6 +107,8 @@ def restore(trainer: Trainer, folder: Path) -> None:
         raise ValueError(f"{folder / OPTIMIZER} has other averages than those of what trains here")
     groups = trainer.optimizer.state_dict()["param_groups"]
     by_number = {i: slot for i, slot in enumerate(slots.values()) if slot}
+    if numbers["step"] and not by_number:
+        raise ValueError(f"{folder / OPTIMIZER} has no state of an optimizer")
     try:
         trainer.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
