@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from minisd.training.run_folder import RunFolder
 from minisd.training.step import Trainer
 
 CARD = "README.md"
+UNREAD = "A1111 and ComfyUI do not read this kind of file."
+WHOLE = {
+    "start": "pipe = diffusers.DiffusionPipeline.from_pretrained({result!r})",
+    "others": "For A1111 (`models/Stable-diffusion`) and ComfyUI (`models/checkpoints`), "
+    "`python sample.py --model FOLDER --export FILE.safetensors` makes a single file of it.",
+}
 
 
 @dataclass(frozen=True)
@@ -26,60 +33,48 @@ class Kind:
     """A kind of result. `start` and `load` are the Python that makes diffusers' `pipe` and loads a file into
     it; in all texts {base}, {result} and {file} stand for the base model, the result and the file."""
 
-    task: str  # the hub's name of what it does
-    sample: str  # flags of sample.py
-    others: str  # how other programs read it
     tag: str = ""
-    start: str = "pipe = DiffusionPipeline.from_pretrained({base!r})"
+    task: str = "text-to-image"  # as the hub calls what it does
+    sample: str = "--model {base} --adapter {result}"  # flags of sample.py
+    start: str = "pipe = diffusers.DiffusionPipeline.from_pretrained({base!r})"
     load: str = ""
+    others: str = UNREAD  # about other programs
 
 
-UNREAD = "A1111 and ComfyUI do not read this kind of file."
-WHOLE = {
-    "start": "pipe = DiffusionPipeline.from_pretrained({result!r})",
-    "others": "For A1111 (`models/Stable-diffusion`) and ComfyUI (`models/checkpoints`), "
-    "`python sample.py --model FOLDER --export FILE.safetensors` makes a single file of it.",
-}
 # By the class in model_index.json, or by the kind of adapter (minisd/adapters/).
 KINDS = {
-    "StableDiffusionPipeline": Kind("text-to-image", "--model {result}", **WHOLE),
+    "StableDiffusionPipeline": Kind(sample="--model {result}", **WHOLE),
     "StableDiffusionInstructPix2PixPipeline": Kind(
-        "image-to-image", "--model {result} --image IMAGE", tag="instruct-pix2pix", **WHOLE
+        "instruct-pix2pix", "image-to-image", "--model {result} --image IMAGE", **WHOLE
     ),
     "StableDiffusionInpaintPipeline": Kind(
-        "image-to-image", "--model {result} --image IMAGE --mask MASK", tag="inpainting", **WHOLE
+        "inpainting", "image-to-image", "--model {result} --image IMAGE --mask MASK", **WHOLE
     ),
-    "DDPMPipeline": Kind("unconditional-image-generation", "--model {result}", **WHOLE | {"others": UNREAD}),
+    "DDPMPipeline": Kind(
+        task="unconditional-image-generation", sample="--model {result}", start=WHOLE["start"]
+    ),
     "lora": Kind(
-        "text-to-image",
-        "--model {base} --adapter {result}",
-        "A1111 (`models/Lora`) and ComfyUI (`models/loras`) read LoRA files with kohya's names, which "
-        "training with `--save_format kohya` leaves.",
-        tag="lora",
+        "lora",
         load="pipe.load_lora_weights({result!r}, weight_name={file!r})",
+        others="A1111 (`models/Lora`) and ComfyUI (`models/loras`) read LoRA files with kohya's names, which "
+        "training with `--save_format kohya` leaves.",
     ),
     "token_embedding": Kind(
-        "text-to-image",
-        "--model {base} --adapter {result}",
-        "A1111 (`embeddings`) and ComfyUI (`models/embeddings`) read `{file}`; the name that the file has "
-        "there is what to type, in ComfyUI after `embedding:`.",
-        tag="textual_inversion",
+        "textual_inversion",
         load="pipe.load_textual_inversion({result!r}, weight_name={file!r})",
+        others="A1111 (`embeddings`) and ComfyUI (`models/embeddings`) read `{file}`; the name that the file "
+        "has there is what to type, in ComfyUI after `embedding:`.",
     ),
     "custom_diffusion": Kind(
-        "text-to-image",
-        "--model {base} --adapter {result}",
-        UNREAD,
-        tag="custom-diffusion",
-        load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r})",
+        "custom-diffusion", load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r})"
     ),
     "controlnet": Kind(
-        "text-to-image",
-        "--model {base} --controlnet {result} --control_image IMAGE",
-        "A1111's ControlNet extension (`models/ControlNet`) and ComfyUI (`models/controlnet`) read `{file}`.",
-        tag="controlnet",
-        start="controlnet = ControlNetModel.from_pretrained({result!r})\n"
-        "pipe = StableDiffusionControlNetPipeline.from_pretrained({base!r}, controlnet=controlnet)",
+        "controlnet",
+        sample="--model {base} --controlnet {result} --control_image IMAGE",
+        start="controlnet = diffusers.ControlNetModel.from_pretrained({result!r})\n"
+        "pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained({base!r}, controlnet=controlnet)",
+        others="A1111's ControlNet extension (`models/ControlNet`) and ComfyUI (`models/controlnet`) read "
+        "`{file}`.",
     ),
 }
 OWN = None, "It was trained from random weights: its licence is for its makers to choose."
@@ -166,13 +161,13 @@ def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> 
 
 
 def kinds(folder: Path, names: list[str]) -> list[tuple[Kind, str]]:
-    """What the files of a result are. Of a file in two formats, the one that diffusers loads as it is."""
+    """The known kinds among the files of a result, each with its file (.safetensors, if there are two)."""
     if diffusers.INDEX in names:
         pipeline = files.read_json(folder / diffusers.INDEX).get("_class_name")
         return [(KINDS[pipeline], diffusers.INDEX)] if pipeline in KINDS else []
     found = {}
-    for name in names:
-        if Path(name).suffix in (files.SAFETENSORS, *files.PICKLES):
+    for name in sorted(names):
+        with suppress(ValueError, KeyError):
             module = registry.match("adapters", files.read(folder / name))
             found[Path(name).stem] = KINDS[module.__name__.rpartition(".")[2]], name
     return list(found.values())
@@ -182,11 +177,7 @@ def python(found: list[tuple[Kind, str]], values: dict) -> str:
     """The Python that loads the files by diffusers."""
     lines = dict.fromkeys(kind.start.format(**values) for kind, _ in found)
     lines |= dict.fromkeys(kind.load.format(**values, file=file) for kind, file in found if kind.load)
-    code = "\n".join(lines)
-    classes = sorted(
-        word for word in set(code.replace(".", " ").split()) if word.endswith(("Pipeline", "Model"))
-    )
-    return f"from diffusers import {', '.join(classes)}\n\n{code}"
+    return "\n".join(["import diffusers", "", *lines])
 
 
 def command(options: Group, flags: dict) -> str:

@@ -43,10 +43,12 @@ class RunFolder:
 
     def __exit__(self, *error: object) -> None:
         """Close the trackers, and let other runs have the folder."""
-        for tracker in self.trackers:
-            tracker.close()
-        if self.lock:
-            self.lock.release()
+        try:
+            for tracker in self.trackers:
+                tracker.close()
+        finally:
+            if self.lock:
+                self.lock.release()
 
     def start(self, step: int) -> None:
         """Make the folder, or remove from it what an earlier run left after update `step`; write the options
