@@ -113,7 +113,7 @@ class RunFolder:
             path = next((p for p in (Path(source), self.path / Path(source).name) if p.is_dir()), None)
             if path is None:
                 raise ValueError(f"--resume_from_checkpoint: there is no folder {source}")
-            self.asked, state = path, checkpoint.check(path)
+            self.asked, state = path.resolve(), checkpoint.check(path)
         earlier = state["options"]
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
@@ -151,7 +151,8 @@ class RunFolder:
                 f"{path} is of a run on other data: the images, their order, sizes or captions have changed "
                 f"({then['images']} images then, {now['images']} now); restore the data, or start over"
             )
-        differing = [f"{k} {v}, now {now[k]}" for k, v in then.items() if k in VERSIONS and v != now[k]]
+        pairs = [(k, then[k], now.get(k)) for k in VERSIONS if k in then]
+        differing = [f"{k} {before}, now {after}" for k, before, after in pairs if before != after]
         if differing and trainer.processes.first:
             print(f"{path} was written with {'; '.join(differing)}: the last digits of the result may differ")
         checkpoint.restore(trainer, path)
@@ -165,7 +166,7 @@ class RunFolder:
         limit = self.options.checkpoints_total_limit
         ours = [p for p in self.checkpoints() if number(p) <= trainer.step]
         for path in ours[: -limit if limit else 0]:
-            if not (self.asked and path.samefile(self.asked)):
+            if path.resolve() != self.asked:
                 remove(path)
 
     def require_finite(self, trainer: Trainer) -> None:
