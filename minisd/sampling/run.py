@@ -52,6 +52,10 @@ def load(options: Loading) -> StableDiffusion:
     """Load the model and attach its adapters."""
     ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
+        raise ValueError(f"--device {device}: {files.first_line(error)}") from error
     dtype = DTYPES.get(options.dtype)
     sd = StableDiffusion.load(
         options.model,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 from minisd.training.step import Trainer
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
@@ -43,7 +43,7 @@ def slots(trainer: Trainer) -> dict[str, Tensor]:
 
 def layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Type and shape of each tensor, such as "F32 [320, 4, 3, 3]"."""
-    return {name: f"{files.DTYPES[t.dtype]} {[*t.shape]}" for name, t in tensors.items()}
+    return {name: f"{files.DTYPES.get(t.dtype, t.dtype)} {[*t.shape]}" for name, t in tensors.items()}
 
 
 def digest(path: Path) -> str:
@@ -59,13 +59,14 @@ def own_digest(state: dict) -> str:
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor with a value that is infinite or not a number."""
-    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+    floats = ((name, tensor.float()) for name, tensor in tensors if tensor.is_floating_point())
+    return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
 
 
 def check(folder: Path) -> dict:
     """The content of state.json. ValueError, saying what is wrong, if it or one of the tensors' files is not
     what was written. Those of an earlier version have no digests; their values have to be finite."""
-    state = files.read_json(folder / STATE)
+    state = reading.read_json(folder / STATE)
     wrong = [name for name, kind in KINDS.items() if type(state.get(name)) is not kind]
     if wrong or min(state["step"], state["samples"]) < 0:
         raise ValueError(f"{folder / STATE} is damaged: it has no valid {' and '.join(wrong or ['step'])}")
@@ -89,7 +90,7 @@ def check(folder: Path) -> dict:
 @torch.no_grad()
 def restore(trainer: Trainer, folder: Path) -> None:
     """Continue from a checkpoint. ValueError, naming the file, if it does not fit what trains."""
-    values, numbers = files.read(folder / TRAINED), files.read_json(folder / STATE)
+    values, numbers = files.read(folder / TRAINED), reading.read_json(folder / STATE)
     if layout(values) != layout(trainer.trained):
         raise ValueError(f"{folder / TRAINED} is not of what trains here, by name, type or shape")
     slots: dict[str, dict[str, Tensor]] = {name: {} for name in trainer.trained}

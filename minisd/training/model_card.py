@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from minisd import files, registry
+from minisd import files, reading, registry
 from minisd.formats import diffusers, hub
 from minisd.options import TINY, Group, free_flags
 from minisd.sampling.options import default_of
@@ -163,7 +163,7 @@ def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> 
 def kinds(folder: Path, names: list[str]) -> list[tuple[Kind, str]]:
     """The known kinds among the files of a result, each with its file (.safetensors, if there are two)."""
     if diffusers.INDEX in names:
-        pipeline = files.read_json(folder / diffusers.INDEX).get("_class_name")
+        pipeline = reading.read_json(folder / diffusers.INDEX).get("_class_name")
         return [(KINDS[pipeline], diffusers.INDEX)] if pipeline in KINDS else []
     found = {}
     for name in sorted(names):

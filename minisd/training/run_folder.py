@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import files
+from minisd import files, reading
 from minisd.data import images
 from minisd.data.datasets import Captioned, Prior
 from minisd.options import Run, free_flags
@@ -137,7 +137,7 @@ class RunFolder:
     def restore(self, trainer: Trainer, path: Path) -> None:
         """Continue from a checkpoint. ValueError if it is of other data or another number of processes, with
         which the run would not be the one that was begun; other versions are only reported."""
-        state, now = files.read_json(path / checkpoint.STATE), self.conditions
+        state, now = reading.read_json(path / checkpoint.STATE), self.conditions
         then = state.get("conditions", now)
         if "conditions" not in state and trainer.processes.first:
             print(f"{path} is of an earlier version: its files and data cannot be checked", file=sys.stderr)
