@@ -31,11 +31,16 @@ def resolve(
     if path.exists():
         return path
     name = str(model)
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name
-    if not is_id or path.suffix in (files.SAFETENSORS, *files.PICKLES):
+    if not is_id(name):
         hint = "" if "/" in name else "; an id on the hub has the form org/name"
         raise ValueError(f"{name} does not exist{hint}")
     return _fetch(name, revision or "main", variant, cache_dir)
+
+
+def is_id(name: str) -> bool:
+    """Whether a model's name that is no path is an id on the hub, and not the path of a missing file."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name
+    return bool(named) and Path(name).suffix not in (files.SAFETENSORS, *files.PICKLES)
 
 
 def _fetch(model: str, revision: str, variant: str | None, cache_dir: str | Path | None) -> Path:

@@ -112,12 +112,12 @@ class LoRA(PriorPreservation):
         from minisd.adapters import lora
 
         path = folder / "pytorch_lora_weights.safetensors"
-        lora.save(path, self.updates, self.options.save_format, self.metadata(folder.resolve().name))
+        lora.save(path, self.updates, self.options.save_format, self.metadata())
 
-    def metadata(self, title: str) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """How the LoRA was trained, by the names of kohya's files, which A1111 shows."""
         o, kind = self.options, self.sd.schedule.prediction_type
-        side = f"{o.resolution}x{o.resolution}"
+        side, title = f"{o.resolution}x{o.resolution}", o.output_dir.resolve().name
         recorded = {
             "output_name": title, "sd_model_name": self.sd.name, "resolution": side, "optimizer": "AdamW",
             "batch_size_per_device": o.train_batch_size, "num_epochs": o.num_train_epochs,

@@ -1,5 +1,6 @@
 """Sampling as sample.py does it: load the model, generate the images, and save them."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from minisd.sampling.options import Job, Loading, split_scale
 from minisd.sampling.prompt import lora_names
 from minisd.sampling.request import Request
 
+NUMBERED = re.compile(r"(\d{5,})-")  # names of images in a folder
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,13 +53,15 @@ def load(options: Loading) -> Model | PixelModel:
 def draw(
     model: Model | PixelModel, request: Request, taken: int, several: bool
 ) -> Iterator[tuple[Path, Image.Image]]:
-    """Generate, save and yield the images; `taken` and `several` are as in `output_paths`."""
+    """Generate, save and yield the images; `taken` counts those of earlier jobs, and `several` says whether
+    there are further jobs."""
     arguments, prompts = request.arguments(model), request.prompts
     seeds, settings, count = arguments["seeds"], arguments["settings"], len(prompts)
-    paths = output_paths(settings.output, seeds, taken, several or count > 1)
+    output = settings.output
 
     def preview(drawn: list[Image.Image]) -> None:
-        images.save_png(images.grid(drawn), paths[0].with_name("preview.png"))
+        folder = output.parent if is_png(output) else output
+        images.save_png(images.grid(drawn), folder / "preview.png")
 
     if settings.preview:
         arguments |= {"on_preview": preview, "preview": settings.preview}
@@ -65,24 +69,32 @@ def draw(
     with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
         for i, image in enumerate(model.draw(**arguments, on_step=bar.update)):
             of_this = replace(settings, **request.images.of(i, count)) if request.images else settings
-            text = infotext.write(prompts[i].text, seeds[i], model.name, of_this, model.flags, ops.digest())
-            images.save_png(image, paths[i], text)
+            flags, number = model.flags, taken + i if several or count > 1 else None
+            text = infotext.write(prompts[i].text, seeds[i], model.name, of_this, flags, ops.digest())
+            yield save(image, text, output, seeds[i], number), image
             ops.say_verdicts()
             like = None if i else getattr(settings, "like", None)
             if like and dict(infotext.parse(infotext.read(like))[2]).get("Kernels", "") != ops.digest():
                 print(f"--like {like}: other kernels computed it, so the last digits differ")
-            yield paths[i], image
 
 
-def output_paths(output: Path, seeds: list[int], taken: int, several: bool) -> list[Path]:
-    """The path of each image: in a folder, numbered after the images that are there; for a file, that file,
-    or with `several` images its name with numbers from `taken` on."""
-    if output.suffix.lower() == ".png":
-        numbers = range(taken, taken + len(seeds))
-        return [output.with_stem(f"{output.stem}-{i}") if several else output for i in numbers]
-    used = [int(p.name[:5]) for p in output.glob("*.png") if p.name[:5].isdigit()]
-    first = max(used, default=-1) + 1
-    return [output / f"{first + i:05}-seed-{seed}.png" for i, seed in enumerate(seeds)]
+def save(image: Image.Image, text: str, output: Path, seed: int, number: int | None) -> Path:
+    """Write an image and return its path: in a folder, numbered after the images that are there; for a file,
+    that file, with `number` in its name unless that is None."""
+    if is_png(output):
+        path = output if number is None else output.with_stem(f"{output.stem}-{number}")
+        images.save_png(image, path, text)
+        return path
+    with files.locked(output):  # another process may be numbering its images there
+        used = [int(match[1]) for path in output.glob("*.png") if (match := NUMBERED.match(path.name))]
+        path = output / f"{max(used, default=-1) + 1:05}-seed-{seed}.png"
+        images.save_png(image, path, text)
+    return path
+
+
+def is_png(output: Path) -> bool:
+    """Whether --output names a file, not a folder."""
+    return output.suffix.lower() == ".png"
 
 
 def run(jobs: list[Job]) -> list[Path]:
@@ -110,7 +122,7 @@ def run(jobs: list[Job]) -> list[Path]:
         if len(jobs) > 1:
             sheet = sweep.sheet([job.row for job in jobs], [images.grid(cell) for cell in cells])
         output = jobs[0].options.output
-        named = output.suffix.lower() == ".png"
-        paths.append(output if named else paths[0].with_name(f"{paths[0].name[:5]}-grid.png"))
+        grid = f"{paths[0].name.partition('-')[0]}-grid.png"
+        paths.append(output if is_png(output) else paths[0].with_name(grid))
         images.save_png(sheet, paths[-1])
     return [*exported, *paths]

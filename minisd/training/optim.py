@@ -61,6 +61,9 @@ class AdamW:
         self.steps.zero_()
         for i, slot in state["state"].items():
             p = parameters[i]
+            for key in ("exp_avg", "exp_avg_sq"):  # over whose memory the kernel runs unchecked
+                if slot[key].shape != p.shape or slot[key].dtype != p.dtype:
+                    raise ValueError(f"{key} of parameter {i} is not {[*p.shape]} of {p.dtype}")
             self.steps[i] = slot["step"]
             self.state[p] = {k: slot[k].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
 
