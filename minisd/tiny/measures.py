@@ -49,8 +49,8 @@ class Lineup:
     """Tells whether images show a thing on a background, not another thing or a patch of its colours."""
 
     # The least likeness of shapes. True images, shifted and re-encoded, have 0.89 to 0.99 (a blue whale on
-    # blue 0.80), what the model draws for words that it knows 0.94 to 0.98; true images that a blur of 6 pixels
-    # made into patches 0.01 to 0.80.
+    # blue 0.80), what the model draws for words that it knows 0.94 to 0.98; true images that a blur of 6
+    # pixels made into patches 0.01 to 0.80.
     LIKE = 0.85
     SAME = 0.95  # others that are so like the thing itself, as a black cat is like a cat, are not compared
 
