@@ -31,13 +31,13 @@ def shapes(drawn: Sequence[Image.Image]) -> Tensor:
     across = F.pad(pixels[..., 2:] - pixels[..., :-2], (1, 1))
     down = F.pad(pixels[..., 2:, :] - pixels[..., :-2, :], (0, 0, 1, 1))
     strength, channel = (across.square() + down.square()).sqrt().max(dim=1, keepdim=True)  # (n, 1, h, w)
-    angle = torch.atan2(down.gather(1, channel), across.gather(1, channel)) % math.pi / math.pi * 8
-    low, part = angle.floor().long() % 8, angle % 1
+    angle = torch.atan2(down.gather(1, channel), across.gather(1, channel)) / math.pi * 8  # half a turn is 8
     strength = (strength - 0.08).clamp(min=0)  # fainter steps are shading
-    maps = pixels.new_zeros(len(pixels), 8, *pixels.shape[2:])
-    maps.scatter_add_(1, low, strength * (1 - part)).scatter_add_(1, (low + 1) % 8, strength * part)
-    side = pixels.shape[-1] // 8
-    return F.avg_pool2d(maps, 2 * side, side, padding=side // 2).sqrt().flatten(1)
+    side, cells = pixels.shape[-1] // 8, []
+    for direction in range(8):
+        near = 1 - ((angle - direction + 4) % 8 - 4).abs()
+        cells.append(F.avg_pool2d(strength * near.clamp(min=0), 2 * side, side, padding=side // 2))
+    return torch.cat(cells, dim=1).sqrt().flatten(1)  # (n, 8 8 8)
 
 
 def alike(a: Tensor, b: Tensor) -> Tensor:
@@ -80,8 +80,9 @@ class Lineup:
     def recognised(self, drawn: Sequence[Image.Image]) -> Tensor:
         """Return whether each image shows the thing, (n,): its shape is alike, and more so than any other's;
         its colours are nearer to the thing than to it in another hue; its background is the right one."""
-        own, place = alike(shapes(drawn), self.own).max(dim=1)  # (n,)
-        other = alike(shapes(drawn), self.others).amax(dim=1)
+        edges = shapes(drawn)
+        own, place = alike(edges, self.own).max(dim=1)  # (n,)
+        other = alike(edges, self.others).amax(dim=1)
         far = (features(drawn)[:, None] - self.colours[place]).norm(dim=2)  # (n, 6)
         ground = torch.tensor([ground_name(image) == self.ground for image in drawn])
         return (own >= self.LIKE) & (own > other) & (far.argmin(dim=1) == 0) & ground
