@@ -150,7 +150,7 @@ class Trial:
                 need: tuple[float, ...], shown: tuple[float, ...] = (0.75, 0.75, 0.75)) -> None:  # fmt: skip
         """Measure how near images of `word` are to the thing, and those of `old_word` before, among all other
         things of the style, also in the thing's hue, and which share shows it. `need` has the limit on the
-        rank for each of PLACES, `shown` that on the share."""
+        rank for each of PLACES, `shown` that on the share, 0 where it is not measured."""
         for (place, (style, ground)), limit, share in zip(PLACES.items(), need, shown, strict=True):
             target = self.shown(thing, style, ground)
             names = [n for n in bank.names() if n != thing.name]
@@ -164,9 +164,10 @@ class Trial:
             near = [measures.distance(drawn, [target] * 4).mean() for drawn in (before, after)]
             chance = measures.distance(others, [target] * len(others)).mean()
             self.measure(f"{word}, {place}: distance", near[0], chance, near[1], 0.85 * near[0])
-            lineup = self.lineup(thing.recolour(self.bank[thing.name, style]), thing.name, style, ground)
-            seen = [lineup.recognised(d).float().mean() for d in (before, after)]
-            self.measure(f"{word}, {place}: share that shows it", seen[0], 0, seen[1], share, more=True)
+            if share:
+                lineup = self.lineup(thing.recolour(self.bank[thing.name, style]), thing.name, style, ground)
+                seen = [lineup.recognised(d).float().mean() for d in (before, after)]
+                self.measure(f"{word}, {place}: share that shows it", seen[0], 0, seen[1], share, more=True)
             self.rows += [
                 (f"before: {called(style, old_word, ground)}", before),
                 (f"after: {called(style, word, ground)}", after),
@@ -181,7 +182,7 @@ class Trial:
         seen = [
             self.lineup(self.bank[word, "3d"], word).recognised(d).float().mean() for d in (before, after)
         ]
-        self.measure(f"{word}: share that shows one", seen[0], 0, seen[1], 0.75 * seen[0], more=True)
+        self.measure(f"{word}: share that shows one", seen[0], 0, seen[1], 0.75, more=True)
         self.rows += [(f"before: {prompts[0]}", before), (f"after: {prompts[0]}", after)]
 
     def others(self, old: StableDiffusion, new: StableDiffusion) -> None:
@@ -193,7 +194,7 @@ class Trial:
             sum(line.recognised([d]).item() for line, d in zip(lineups, drawn, strict=True)) / len(drawn)
             for drawn in (before, after)
         ]
-        self.measure("other things: share that shows them", seen[0], 0, seen[1], 0.75 * seen[0], more=True)
+        self.measure("other things: share that shows them", seen[0], 0, seen[1], 0.75, more=True)
         self.rows += [("before: other things", before), ("after: other things", after)]
 
     # Styles
