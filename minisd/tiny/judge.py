@@ -222,7 +222,7 @@ def instruct_pix2pix(t: Trial) -> None:
 def unconditional(t: Trial) -> None:
     side, count = PIXELS.sample_size, 64
     things = [  # few, so that they can be drawn after so short a training
-        on(t.bank[n, "3d"]).resize((side, side), Image.Resampling.BOX) for n in t.known("unconditional")[:24]
+        on(t.bank[n, "3d"]).resize((side, side), Image.Resampling.BOX) for n in t.known("unconditional")[:4]
     ]
     config_json.write(t.folder, "unet2d", PIXELS)
     out = t.train(
