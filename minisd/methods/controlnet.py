@@ -36,11 +36,9 @@ class Options(Dataset, Training):
     def check(self):
         self.probabilities("proportion_empty_prompts")
         images, prompts = len(self.validation_image), len(self.validation_prompt)
-        require(
-            images == prompts or (images and prompts and 1 in (images, prompts)),
-            f"--validation_image has {images} and --validation_prompt {prompts}: "
-            "give as many of each, or one of either",
-        )
+        fitting = images == prompts or images and prompts and 1 in (images, prompts)
+        counts = f"--validation_image has {images} and --validation_prompt {prompts}"
+        require(fitting, f"{counts}: give as many of each, or one of either")
 
 
 class ControlNet(Method):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from minisd.methods._prior import PriorPreservation
 from minisd.options import Subject, Training, flag, require
@@ -13,13 +13,10 @@ if TYPE_CHECKING:
     from minisd.methods._base import Parameters, StableDiffusion
 
 
-# Defaults that follow the kind of data: captioned, DreamBooth.
-BY_KIND = {
-    "learning_rate": (1e-4, 5e-4),
-    "train_batch_size": (16, 4),
-    "num_train_epochs": (100, 1),
-    "output_dir": (Path("sd-model-finetuned-lora"), Path("lora-dreambooth-model")),
-}
+def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
+    """A flag with one default for captioned images, and another one with --instance_prompt."""
+    help = f"{help}by default {captioned}, or {dreambooth} with --instance_prompt"
+    return flag(None, help, by_kind=(captioned, dreambooth))
 
 
 @dataclass(kw_only=True)
@@ -40,29 +37,20 @@ class Options(Subject, Training):
     save_format: Literal["diffusers", "diffusers-0.16", "kohya"] = flag(
         "diffusers", "diffusers-0.16 is what that release reads; kohya what A1111 and ComfyUI read"
     )
-    learning_rate: float | None = flag(
-        None, "peak learning rate; by default 1e-4, or 5e-4 with --instance_prompt"
-    )
-    train_batch_size: int | None = flag(
-        None, "images in a forward pass on one device; by default 16, or 4 with --instance_prompt"
-    )
-    num_train_epochs: int | None = flag(
-        None, "passes over the data; by default 100, or 1 with --instance_prompt"
-    )
+    learning_rate: float | None = by_kind(1e-4, 5e-4, "peak learning rate; ")
+    train_batch_size: int | None = by_kind(16, 4, "images in a forward pass on one device; ")
+    num_train_epochs: int | None = by_kind(100, 1, "passes over the data; ")
     validation_steps: int | None = flag(None)
     validation_epochs: int | None = flag(
         None, "epochs between validations; by default 1, or 50 with --instance_prompt"
     )
-    output_dir: Path | None = flag(
-        None,
-        "by default sd-model-finetuned-lora, or lora-dreambooth-model with --instance_prompt",
-    )
+    output_dir: Path | None = by_kind(Path("sd-model-finetuned-lora"), Path("lora-dreambooth-model"), "")
 
     def check(self):
         dreambooth = self.instance_prompt is not None
-        for name, defaults in BY_KIND.items():
-            if getattr(self, name) is None:
-                setattr(self, name, defaults[dreambooth])
+        for f in fields(self):
+            if "by_kind" in f.metadata and getattr(self, f.name) is None:
+                setattr(self, f.name, f.metadata["by_kind"][dreambooth])
         if self.validation_steps is None and self.validation_epochs is None:
             self.validation_epochs = 50 if dreambooth else 1
         prior = self.with_prior_preservation
@@ -73,10 +61,8 @@ class Options(Subject, Training):
             both = self.init_lora and getattr(self, name)
             require(not both, f"--{name} is set by --init_lora: leave one of them out")
         other = self.init_lora or self.train_text_encoder or self.target_modules not in ([], ["attention"])
-        old = self.save_format == "diffusers-0.16"
-        require(
-            not (old and other), "--save_format diffusers-0.16 is for all of the UNet's attention, no more"
-        )
+        other = other and self.save_format == "diffusers-0.16"
+        require(not other, "--save_format diffusers-0.16 is for all of the UNet's attention, no more")
         require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
 
 

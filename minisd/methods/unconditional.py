@@ -23,9 +23,7 @@ class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     model_config_name_or_path: Path | None = flag(None, "config.json of another network, or its folder")
     image_column: str = flag("image", "column of the images")
     random_flip: bool = flag(False, "flip images with probability 1/2")
-    preserve_input_precision: bool = flag(
-        False, "refused: images are read with 8 bits a channel", refused=True
-    )
+    preserve_input_precision: bool = flag(False, "refused: images have 8 bits a channel", refused=True)
     ddpm_num_steps: int = flag(1000, "number of timesteps of the noise schedule")
     ddpm_num_inference_steps: int = flag(1000, "number of denoising steps of a generated image", free=True)
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = flag(
@@ -53,7 +51,6 @@ class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
             raise ValueError("--ddpm_num_inference_steps must not be more than --ddpm_num_steps")
 
     def validation_interval(self, updates_per_epoch: int) -> int:
-        """Number of updates between two validations."""
         return self.save_images_epochs * updates_per_epoch
 
 
