@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minisd.options import require
 from minisd.reading import check_regular
 
 SAFETENSORS = ".safetensors"
@@ -80,15 +81,13 @@ def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, s
 def _head(path: Path) -> bytes:
     """Return the first bytes of a file of tensors. ValueError if it is missing, empty or of another kind."""
     check_regular(path, math.inf)
-    if path.suffix not in (SAFETENSORS, *PICKLES):
-        raise ValueError(f"{path} is not one of {SAFETENSORS} {' '.join(PICKLES)}")
+    require(path.suffix in (SAFETENSORS, *PICKLES), f"{path} is not one of {SAFETENSORS} {' '.join(PICKLES)}")
     try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {first_line(error)}") from error
-    if not head:
-        raise ValueError(f"{path} is empty")
+    require(head, f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
     return head
@@ -125,8 +124,7 @@ def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     tensors = dict(_flat(content, "", MAX_DEPTH, set()))
-    if not tensors:
-        raise ValueError(f"{path} holds no named tensors")
+    require(tensors, f"{path} holds no named tensors")
     return tensors
 
 

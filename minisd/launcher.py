@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import get_args
 
-from minisd.options import PRECISIONS
+from minisd.options import PRECISIONS, require
 
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -34,8 +34,7 @@ def flags(given: Mapping[str, object], own_precision: str | None) -> dict[str, o
     `own_precision` is the method's default for --mixed_precision, or None if it leaves that to the launcher.
     ValueError if the launcher asks for what minisd does not have."""
     for variable, what in REFUSED.items():
-        if is_on(variable):
-            raise ValueError(f"accelerate launch asks for {what}, which minisd does not have")
+        require(not is_on(variable), f"accelerate launch asks for {what}, which minisd does not have")
     if "WORLD_SIZE" not in os.environ and any(int(os.environ.get(name) or 1) > 1 for name in MPI_SIZES):
         raise ValueError("started by MPI: its processes would not share the work; use torchrun")
     for variable, flag in UNUSED.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minisd import files, registry
 from minisd.formats.parts import first_names
+from minisd.options import require
 
 if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion
@@ -62,8 +63,7 @@ class Attached:
         adapter, if a scale is not finite, or would have no effect."""
         scales = {"unet": scale, "text_encoder": scale if text_scale is None else text_scale}
         for value in scales.values():
-            if not math.isfinite(value):
-                raise ValueError(f"{name}: {value} is not a scale")
+            require(math.isfinite(value), f"{name}: {value} is not a scale")
         if not self.parts and (scale != 1 or text_scale is not None):
             raise ValueError(f"{name} is an embedding: it has no scale, so {scale:g} would have no effect")
         idle = [part for part, value in scales.items() if value and part not in self.parts]
@@ -82,8 +82,7 @@ def read(sd: StableDiffusion, file: Path) -> Adapter:
     for name, tensor in tensors.items():
         if tensor.ndim and not tensor.is_floating_point():  # single numbers may be integers
             raise ValueError(f"{file}: {name} holds {files.DTYPES[tensor.dtype]}, not weights")
-        if not tensor.float().isfinite().all():
-            raise ValueError(f"{file}: {name} has values that are not finite numbers")
+        require(tensor.float().isfinite().all(), f"{file}: {name} has values that are not finite numbers")
     try:
         kind = registry.match("adapters", tensors)
     except ValueError:

@@ -15,6 +15,7 @@ from minisd.data import images, source
 from minisd.data.crop import View
 from minisd.data.datasets import Captioned, Example
 from minisd.data.source import Record, Source
+from minisd.options import require
 
 FAR = ("a far away ", "very small ")
 NEAR = ("zoomed in ", "close up ")
@@ -46,8 +47,7 @@ def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
         if unknown := ", ".join(sorted(entry.keys() - known)):
             raise ValueError(f"{where}: unknown {unknown}; known: {', '.join(sorted(known))}")
         for name in ("instance_prompt", "instance_data_dir"):
-            if not entry.get(name):
-                raise ValueError(f"{where} has no {name}")
+            require(entry.get(name), f"{where} has no {name}")
         if not all(isinstance(v, str) for v in entry.values() if v is not None):
             raise ValueError(f"{where}: every value is a text")
         if with_classes and not (entry.get("class_prompt") and entry.get("class_data_dir")):
@@ -86,8 +86,7 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
     """The images of a retrieved set: images.txt has their paths, caption.txt their captions, line by line."""
     lists = folder / "images.txt", folder / "caption.txt"
     for path in lists:
-        if not path.is_file():
-            raise ValueError(f"{flag}: there is no {path}")
+        require(path.is_file(), f"{flag}: there is no {path}")
     paths, captions = (reading.text(path).strip("\n").split("\n") for path in lists)
     if len(paths) != len(captions):
         raise ValueError(f"{flag}: {lists[0]} has {len(paths)} lines, and {lists[1]} has {len(captions)}")
@@ -96,8 +95,7 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
         # The paths are usually relative to where the retrieval ran; the files are in the folder.
         candidates = Path(name), folder / name, folder / "images" / Path(name).name
         path = next((p for p in candidates if p.is_file()), None)
-        if path is None:
-            raise ValueError(f"{flag}: {lists[0]}, line {number}: there is no {name}")
+        require(path is not None, f"{flag}: {lists[0]}, line {number}: there is no {name}")
         records.append(Record(path.name, {"image": path}, {"text": caption.strip()}))
     return source.verified(str(folder), records, flag=flag, skip_bad_images=skip_bad_images)
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, Unidentif
 from torch import Tensor
 
 from minisd import files, reading
+from minisd.options import require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MOST = 1 << 30  # bytes of an encoded image
@@ -44,8 +45,7 @@ class Cell:
 
 def list_images(folder: Path) -> list[Path]:
     """The images in a folder, sorted by name, without hidden files. ValueError if it is not a folder."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+    require(folder.is_dir(), f"{folder} is not a folder")
     visible = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     return sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
 
@@ -57,8 +57,7 @@ def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "w
         reading.check_regular(path, MOST)
     try:
         file = io.BytesIO(path.read_bytes() if content is None else content)
-        if not file.getbuffer():
-            raise ValueError("it is empty")
+        require(file.getbuffer(), "it is empty")
         with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = ImageOps.exif_transpose(image)

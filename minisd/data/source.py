@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minisd import noise, reading
 from minisd.data import images, tables
-from minisd.options import Data, Dataset
+from minisd.options import Data, Dataset, require
 
 Subfolders = Literal["all", "repeated", "none"]
 
@@ -91,8 +91,7 @@ class Source:
             uncaptioned = of == "texts" and self.columns == ["image"]
             raise ValueError(message + CAPTIONS_HINT if uncaptioned else message)
         for record in self.records:
-            if column not in getattr(record, of):
-                raise ValueError(f"{flag} {name}: {record.name} in {self.name} has none")
+            require(column in getattr(record, of), f"{flag} {name}: {record.name} in {self.name} has none")
             value = getattr(record, of)[column]
             texts = value if isinstance(value, list | tuple) else [value]
             if of == "texts" and not (texts and all(isinstance(t, str) for t in texts)):
@@ -275,8 +274,7 @@ class _Folder:
     """Reads the records of a folder and its subfolders, and notes the skipped and hidden files."""
 
     def __init__(self, root: Path, subfolders: Subfolders, by_split: bool):
-        if not root.is_dir():
-            raise ValueError(f"{root} is not a folder" if root.exists() else f"there is no {root}")
+        require(root.is_dir(), f"{root} is not a folder" if root.exists() else f"there is no {root}")
         self.root, self.subfolders, self.by_split = root, subfolders, by_split
         self.skipped: list[str] = []
         self.hidden: list[str] = []
@@ -300,8 +298,7 @@ class _Folder:
                 nearest = next((metadata[f] for f in path.parents if f in metadata), None)
                 if os.path.normpath(path) in described:
                     continue
-                if nearest:
-                    raise ValueError(f"{path} has no row in {nearest}")
+                require(not nearest, f"{path} has no row in {nearest}")
                 records.append(self._record({"image": path}, {}))
             elif path.suffix in CAPTION_SUFFIXES:
                 if path.with_suffix("") not in stems:

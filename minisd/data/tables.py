@@ -9,6 +9,7 @@ from typing import Any
 
 from minisd import reading
 from minisd.data import images
+from minisd.options import require
 
 # Files whose rows describe the images of their folder and of its subfolders; the first one that exists is
 # read. prompt.json holds ControlNet's {"source", "target", "prompt"} lines.
@@ -38,14 +39,11 @@ def _is_controlnet(path: Path) -> bool:
 def read(path: Path) -> list[Row]:
     """All rows of a metadata file. ValueError, naming file and line, if it is broken."""
     rows = list({".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)(path))
-    if not rows:
-        raise ValueError(f"{path} has no rows")
+    require(rows, f"{path} has no rows")
     where, first = rows[0]
     for other, row in rows:
-        if row.keys() != first.keys():
-            raise ValueError(
-                f"{other}: the columns are {', '.join(row)}, but those of {where} are {', '.join(first)}"
-            )
+        problem = f"{other}: the columns are {', '.join(row)}, but those of {where} are {', '.join(first)}"
+        require(row.keys() == first.keys(), problem)
     return rows
 
 
@@ -107,10 +105,8 @@ def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path
         if not isinstance(value, str) or not value:
             raise ValueError(f"{where}: no file is named for the column {column}")
         pictures[column] = folder / value
-        if not pictures[column].is_file():
-            raise ValueError(f"{where}: there is no {pictures[column]}")
-    if not pictures:
-        raise ValueError(f"{where}: no column file_name, but {', '.join(row)}")
+        require(pictures[column].is_file(), f"{where}: there is no {pictures[column]}")
+    require(pictures, f"{where}: no column file_name, but {', '.join(row)}")
     return pictures, texts
 
 
@@ -161,8 +157,7 @@ def load_dataset(
             f"{flag} {name} needs the package `datasets`: pip install 'minisd[datasets]'"
         ) from None
     path = Path(name)
-    if path.suffix == ".parquet" and not path.is_file():
-        raise ValueError(f"{flag}: there is no {path}")
+    require(not (path.suffix == ".parquet" and not path.is_file()), f"{flag}: there is no {path}")
     try:
         if path.suffix == ".parquet":
             data = datasets.load_dataset("parquet", data_files=name, cache_dir=cache_dir)
@@ -174,8 +169,7 @@ def load_dataset(
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ValueError(f"{flag} {name}: {lines[0]}") from e
     sizes = {split: len(part) for split, part in data.items()} if isinstance(data, dict) else {"train": 0}
-    if "train" not in sizes:
-        raise ValueError(f"{flag} {name}: it has no split train, but {', '.join(sizes)}")
+    require("train" in sizes, f"{flag} {name}: it has no split train, but {', '.join(sizes)}")
     data = data["train"] if isinstance(data, dict) else data
     left_out = [f"{count} of {split}" for split, count in sizes.items() if split != "train"]
     pictures, texts = {}, {}
@@ -189,8 +183,5 @@ def load_dataset(
             pictures[column] = alone  # parquet written by another program
         elif dtype in ("string", "large_string"):
             texts[column] = alone[:][column]
-    if not pictures:
-        raise ValueError(
-            f"{flag} {name}: no column holds pictures; the columns are {', '.join(data.features)}"
-        )
+    require(pictures, f"{flag} {name}: no column holds pictures; the columns are {', '.join(data.features)}")
     return pictures, texts, left_out

@@ -18,6 +18,7 @@ from minisd.models.text import ACTIVATIONS, TextConfig
 from minisd.models.unet import UNetConfig
 from minisd.models.unet2d import UNet2DConfig
 from minisd.models.vae import VAEConfig
+from minisd.options import require
 
 DIFFUSERS_VERSION = "0.16.0"  # the release whose keys are written
 
@@ -286,8 +287,7 @@ def from_json(part: str, content: dict[str, Any], source: Path | str) -> Config:
         content = content[table.nested]
     key, families = table.others
     for value, family in families.items():
-        if content.get(key) == value:
-            raise ValueError(f"{source}: this is {family}; minisd is for SD v1.x")
+        require(content.get(key) != value, f"{source}: this is {family}; minisd is for SD v1.x")
     values: dict[str, Any] = {}
     for row in table.rows:
         value = content.get(row.key)
@@ -306,8 +306,7 @@ def from_json(part: str, content: dict[str, Any], source: Path | str) -> Config:
             continue
         if key in only:
             raise _refused(source, key, value, repr(only[key]))
-        if not table.ignores_others:
-            raise ValueError(f"{source}: unknown key {key!r}, which is {value!r}")
+        require(table.ignores_others, f"{source}: unknown key {key!r}, which is {value!r}")
     return config
 
 
@@ -368,7 +367,6 @@ def read_scheduler(content: dict[str, Any], source: Path | str) -> dict[str, Any
     """
     for key, value in content.items():
         if not key.startswith("_") and value is not None:
-            if key not in SCHEDULER:
-                raise ValueError(f"{source}: unknown key {key!r}, which is {value!r}")
+            require(key in SCHEDULER, f"{source}: unknown key {key!r}, which is {value!r}")
             _read(key, value, SCHEDULER[key], 0, source)
     return content

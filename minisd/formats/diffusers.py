@@ -17,6 +17,7 @@ from minisd import files, reading
 from minisd.formats import config_json, parts
 from minisd.formats.parts import PARTS, PipelineParts
 from minisd.models.unet2d import UNet2D
+from minisd.options import require
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -37,23 +38,19 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     from their plain one, if any part has it. ValueError, naming the folder or file, if anything is missing or
     is not of SD v1.x.
     """
-    if ema:
-        raise ValueError(f"{path} is a folder, which has one set of weights: choose EMA by its variant")
+    require(not ema, f"{path} is a folder, which has one set of weights: choose EMA by its variant")
     index = reading.read_json(path / INDEX) if (path / INDEX).is_file() else {}
     for name in ("text_encoder_2", "text_encoder_3", "transformer"):
         if index.get(name) not in (None, [None, None]):
             raise ValueError(f"{path} has a {name}: this is SDXL, SD3 or later; minisd is for SD v1.x")
-    if is_pixels(path):
-        raise ValueError(f"{path} is a model of pixels, without text, not Stable Diffusion")
+    require(not is_pixels(path), f"{path} is a model of pixels, without text, not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
     weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
     networks = {part: load_part(path / part, part, weights[part][0]) for part in PARTS}
     width, encoded = networks["unet"].config.cross_attention_dim, networks["text_encoder"].config.hidden_size
-    if width != encoded:
-        raise ValueError(
-            f"{path}: the UNet takes text states of width {width}, the text encoder gives {encoded}"
-        )
+    problem = f"{path}: the UNet takes text states of width {width}, the text encoder gives {encoded}"
+    require(width == encoded, problem)
     vocabulary = set(_names(path / "tokenizer"))
     if "tokenizer.json" not in vocabulary and not {"vocab.json", "merges.txt"} <= vocabulary:
         raise ValueError(f"{path / 'tokenizer'} has neither vocab.json and merges.txt nor tokenizer.json")
@@ -221,8 +218,7 @@ def choose(
     chosen = {}
     for part, of_part in weights.items():
         folder = f"{source}/{part}" if len(names) > 1 else source
-        if not of_part:
-            raise ValueError(f"{folder} has no {_stem(part)}.safetensors")
+        require(of_part, f"{folder} has no {_stem(part)}.safetensors")
         file = of_part.get(variant) or of_part.get(None)
         if not file and len(of_part) > 1:
             raise ValueError(f"{folder} has no plain weights; there are {', '.join(sorted(of_part))}")

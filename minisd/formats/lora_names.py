@@ -18,6 +18,7 @@ from torch import Tensor
 from minisd import reading
 from minisd.formats import parts, single_file
 from minisd.models.unet import UNetConfig
+from minisd.options import require
 
 # What may come before a module's path, with dots in it or with underscores instead.
 DOTTED = {
@@ -125,8 +126,7 @@ def group(
     if unknown:
         count = f"{len(unknown)} of its {len(tensors)} keys"
         raise ValueError(f"{source}: {count} are unknown or unsupported: {parts.first_names(unknown)}")
-    if not modules:
-        raise ValueError(f"{source}: none of its {len(tensors)} keys belongs to a module of this model")
+    require(modules, f"{source}: none of its {len(tensors)} keys belongs to a module of this model")
     return modules
 
 
@@ -162,8 +162,7 @@ def alphas(metadata: Mapping[str, str], source: Path) -> Alpha:
 
     def alpha(name: str, stored: Tensor | None, rank: int) -> float:
         if stored is not None:  # 0 stands for the rank
-            if stored.numel() != 1:
-                raise ValueError(f"{source}: the alpha of {name} is {stored.numel()} numbers")
+            require(stored.numel() == 1, f"{source}: the alpha of {name} is {stored.numel()} numbers")
             return (stored.item() or rank) if rank else 1.0
         part, _, path = name.partition(".")
         prefix = f"{part}."
@@ -247,8 +246,7 @@ def to_old_diffusers(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str
     down, up = FACTORS["old"]
     for name, (a, b, alpha) in factors.items():
         match = re.fullmatch(r"unet\.(.+\.attn[12])\.(to_[qkv]|to_out)(\.0)?", name)
-        if not match:
-            raise ValueError(f"diffusers 0.16 has no LoRA of {name}: of the UNet's attention alone")
+        require(match, f"diffusers 0.16 has no LoRA of {name}: of the UNet's attention alone")
         stem = f"{match[1]}.processor.{match[2]}"
         tensors |= {stem + down: a, stem + up: b * (alpha / len(a))}
     return tensors, {}

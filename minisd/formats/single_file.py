@@ -19,6 +19,7 @@ from minisd import files, reading
 from minisd.formats import config_json, parts
 from minisd.formats.parts import PARTS, Config, PipelineParts
 from minisd.models import controlnet, text, unet, vae
+from minisd.options import require
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -51,8 +52,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
 
     ValueError, naming the file and some of its names, if it is incomplete or of another model.
     """
-    if variant:
-        raise ValueError(f"{path} is a single file, which has no variant {variant!r}")
+    require(not variant, f"{path} is a single file, which has no variant {variant!r}")
     tensors, metadata = files.read_with_metadata(path)
     _refuse_others(tensors, path)
     configs, scheduler, pipeline_class = _described(metadata, tensors, path)
@@ -66,8 +66,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     }
     if ema:
         tables["unet"] = {name: _ema_name(file_name) for name, file_name in tables["unet"].items()}
-        if tensors.keys().isdisjoint(tables["unet"].values()):
-            raise ValueError(f"{path} holds no EMA weights")
+        require(not tensors.keys().isdisjoint(tables["unet"].values()), f"{path} holds no EMA weights")
     for part in PARTS:
         if tensors.keys().isdisjoint(tables[part].values()):
             raise ValueError(f"{path} holds no {part} ({PREFIXES[part]}*): it is not a whole checkpoint")
@@ -82,8 +81,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
 def save(file: Path, pipeline: PipelineParts) -> None:
     """Write a single .safetensors file. ValueError, naming it, if the model's vocabulary is not CLIP's, for
     which a single file has no place."""
-    if file.suffix != files.SAFETENSORS:
-        raise ValueError(f"{file}: a single file is written as {files.SAFETENSORS}")
+    require(file.suffix == files.SAFETENSORS, f"{file}: a single file is written as {files.SAFETENSORS}")
     if not parts.is_standard_tokenizer(pipeline.tokenizer):
         raise ValueError(
             f"cannot write {file}: a single file has no tokenizer, and {pipeline.tokenizer} is not "
@@ -267,8 +265,7 @@ def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:
         "one part of a folder": not base and has("down_blocks."),
     }
     for kind, is_kind in kinds.items():
-        if is_kind:
-            raise ValueError(f"{path}: this is {kind}, not a whole checkpoint of SD v1.x")
+        require(not is_kind, f"{path}: this is {kind}, not a whole checkpoint of SD v1.x")
 
 
 @contextmanager

@@ -85,8 +85,7 @@ class LoRA(PriorPreservation):
         trained = {n: u for n, u in self.updates.items() if o.train_text_encoder or n.startswith("unet.")}
         if o.train_text_encoder and not any(n.startswith("text_encoder.") for n in trained):
             raise ValueError(f"--train_text_encoder: {origin} has no layer of the text encoder")
-        if not trained:
-            raise ValueError(f"{origin} has no layer of the UNet; --train_text_encoder trains it")
+        require(trained, f"{origin} has no layer of the UNet; --train_text_encoder trains it")
         return {f"{n}.{k}": p.requires_grad_() for n, u in trained.items() for k, p in u.named_parameters()}
 
     def describe(self) -> str:

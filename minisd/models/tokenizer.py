@@ -8,6 +8,8 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from minisd.options import require
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words: the two marks, an English ending, letters, one digit, or a run of other characters.
 WORDS = rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
@@ -24,8 +26,7 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if {"tokenizer.json", "added_tokens.json"} & names:
         return _transformers_tokenizer(folder).backend_tokenizer
-    if not {"vocab.json", "merges.txt"} <= names:
-        raise ValueError(f"{folder} has no tokenizer: no vocab.json and merges.txt")
+    require({"vocab.json", "merges.txt"} <= names, f"{folder} has no tokenizer: no vocab.json and merges.txt")
     vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
     try:
         model = models.BPE.from_file(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>")
@@ -84,10 +85,8 @@ class Tokenizer:
             raise ValueError(f"placeholder {token!r} is empty or begins or ends with a blank")
         token = token.lower()
         known = (self.bpe.token_to_id(t) for t in (token, f"{token}</w>"))
-        if token in self.placeholders or any(i is not None for i in known):
-            raise ValueError(
-                f"placeholder {token!r} is a token already; choose another, for example '<{token}>'"
-            )
+        problem = f"placeholder {token!r} is a token already; choose another, for example '<{token}>'"
+        require(not (token in self.placeholders or any(i is not None for i in known)), problem)
         return token
 
     def save(self, folder: Path) -> Path:

@@ -59,8 +59,7 @@ class PixelDiffusion:
         if config:
             network = config_json.read(config.parent if config.name == "config.json" else config, "unet2d")
         smallest = 2 ** (len(network.block_out_channels) - 1)
-        if side % smallest:
-            raise ValueError(f"--resolution {side}: this network needs a multiple of {smallest}")
+        require(side % smallest == 0, f"--resolution {side}: this network needs a multiple of {smallest}")
         return cls(UNet2D(network), scheduler_config(**scheduler))
 
     def save(self, folder: Path, changed: Collection[str] = ("unet",)) -> None:

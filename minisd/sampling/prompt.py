@@ -76,8 +76,7 @@ def parse(text: str, plain: bool = False) -> Prompt:
 def parse_all(texts: Sequence[str], settings: Settings) -> list[Prompt]:
     """Parse texts, each different one once, and give each prompt the settings' negative prompt."""
     negative = parse(settings.negative_prompt, settings.plain_prompt)
-    if negative.loras:
-        raise ValueError("--negative_prompt has a <lora:...>, which would act on both: use --prompt")
+    require(not negative.loras, "--negative_prompt has a <lora:...>, which would act on both: use --prompt")
     prompts = {text: parse(text, settings.plain_prompt) for text in dict.fromkeys(texts)}
     return [replace(prompts[text], negative=negative) for text in texts]
 
@@ -114,8 +113,7 @@ def _sections(text: str) -> list[Section]:
 
     sections: list[Section] = [[]]
     for weight, run in groupby(spans, key=lambda span: span[1]):
-        if not math.isfinite(weight):
-            raise ValueError(f"prompt: a weight of {weight}")
+        require(math.isfinite(weight), f"prompt: a weight of {weight}")
         first, *rest = BREAK.split("".join(span for span, _ in run))
         if rest:
             first, *rest = first.rstrip(), *map(str.strip, rest[:-1]), rest[-1].lstrip()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minisd import files, reading
+from minisd.options import require
 from minisd.training.step import Trainer
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
@@ -101,8 +102,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
     slots: dict[str, dict[str, Tensor]] = {name: {} for name in trainer.trained}
     for key, value in files.read(folder / OPTIMIZER).items():
         name, _, kind = key.rpartition("|")
-        if name not in slots:
-            raise ValueError(f"{folder / OPTIMIZER} has {key}, which does not train here")
+        require(name in slots, f"{folder / OPTIMIZER} has {key}, which does not train here")
         parameter, copy = trainer.trained[name], torch.empty_like(value)
         if value.shape == parameter.shape:  # then in the same memory layout too
             copy = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
@@ -113,8 +113,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
         raise ValueError(f"{folder / OPTIMIZER} has other averages than those of what trains here")
     groups = trainer.optimizer.state_dict()["param_groups"]
     by_number = {i: slot for i, slot in enumerate(slots.values()) if slot}
-    if numbers["step"] and not by_number:
-        raise ValueError(f"{folder / OPTIMIZER} has no state of an optimizer")
+    require(not (numbers["step"] and not by_number), f"{folder / OPTIMIZER} has no state of an optimizer")
     try:
         trainer.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
