@@ -36,13 +36,10 @@ CAPTIONS_HINT = "; captions come from metadata.csv, metadata.jsonl, or .txt file
 
 # Other names of a column, tried if it is missing: those in ControlNet's prompt.json and in edit datasets.
 ALIASES = {
-    "image": ("target",),
-    "conditioning_image": ("source",),
-    "text": ("prompt",),
-    "input_image": ("source", "original_image"),
-    "edited_image": ("target", "image"),
+    "image": ("target",), "conditioning_image": ("source",), "text": ("prompt",),
+    "input_image": ("source", "original_image"), "edited_image": ("target", "image"),
     "edit_prompt": ("prompt", "text"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,14 +226,10 @@ def read(
     else:
         inside = str(folder) if folder else None
         pictures, texts, left_out = tables.load_dataset(str(location), config, cache_dir, inside, flag=flag)
-        records = [
-            Record(
-                name=f"row {i}",
-                pictures={c: images.Cell(table, i, c) for c, table in pictures.items()},
-                texts={c: values[i] for c, values in texts.items()},
-            )
-            for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples)
-        ]
+        records = []
+        for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples):
+            cells = {column: images.Cell(table, i, column) for column, table in pictures.items()}
+            records.append(Record(f"row {i}", cells, {column: values[i] for column, values in texts.items()}))
     source = verified(str(location), records, flag=flag, skip_bad_images=skip_bad_images)
     skipped = (*skipped, *source.skipped)
     return replace(source, skipped=skipped, hidden=tuple(hidden), left_out=tuple(left_out))
@@ -261,13 +254,9 @@ def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bo
 
 def join(sources: Sequence[Source]) -> Source:
     """The records of several sources as one source."""
-    return Source(
-        name=", ".join(s.name for s in sources),
-        records=tuple(record for s in sources for record in s.records),
-        skipped=tuple(reason for s in sources for reason in s.skipped),
-        hidden=tuple(name for s in sources for name in s.hidden),
-        left_out=tuple(what for s in sources for what in s.left_out),
-    )
+    lists = ("records", "skipped", "hidden", "left_out")
+    joined = {name: tuple(entry for s in sources for entry in getattr(s, name)) for name in lists}
+    return Source(", ".join(s.name for s in sources), **joined)
 
 
 class _Folder:

@@ -65,15 +65,11 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
 def save(folder: Path, pipeline: PipelineParts) -> None:
     """Write a folder, whole or not at all. Other files in an existing folder stay there."""
     index = {
-        "_class_name": pipeline.pipeline_class,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+        "_class_name": pipeline.pipeline_class, "requires_safety_checker": False,
+        "feature_extractor": [None, None], "safety_checker": [None, None],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    }  # fmt: skip
     # Other programs may need vocab.json and merges.txt, which newer programs no longer write.
     tokenizer = parts.TOKENIZER if parts.is_standard_tokenizer(pipeline.tokenizer) else pipeline.tokenizer
     _save(folder, pipeline.networks, pipeline.scheduler, index, tokenizer)

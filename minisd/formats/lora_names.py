@@ -202,12 +202,10 @@ def to_diffusers(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
     for part, modules in by_part.items():
         (rank, alpha), _ = Counter(modules.values()).most_common(1)[0]
         config = {
-            "r": rank,
-            "lora_alpha": alpha,
+            "r": rank, "lora_alpha": alpha, "target_modules": sorted(modules),
             "rank_pattern": {path: r for path, (r, _) in modules.items() if r != rank},
             "alpha_pattern": {path: a for path, (_, a) in modules.items() if a != alpha},
-            "target_modules": sorted(modules),
-        }
+        }  # fmt: skip
         settings |= {f"{part}.{key}": value for key, value in config.items()}
     return tensors, {METADATA: json.dumps(settings, sort_keys=True)}
 
@@ -227,16 +225,11 @@ def to_kohya(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
         conv_rank, conv_alpha = convolutions.most_common(1)[0][0]
         args = {"conv_dim": str(conv_rank), "conv_alpha": f"{conv_alpha:g}"}
     return tensors, {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": json.dumps(args),
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}",
+        "ss_network_args": json.dumps(args), "ss_base_model_version": "sd_v1", "ss_v2": "False",
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "minisd",
-    }
+    }  # fmt: skip
 
 
 def to_old_diffusers(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -38,18 +38,11 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer"  # CLIP's vocab
 
 # The settings with which SD v1.x was trained and published.
 SD1_SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "clip_sample": False,
+    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
     "trained_betas": None,
-}
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -104,11 +97,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) 
     if wrong:
         first = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
         raise ValueError(f"{source}: {len(wrong)} tensors of another shape: {first}")
-    whole = [
-        name
-        for name in expected
-        if not state[name].is_floating_point() and expected[name].is_floating_point()
-    ]
+    whole = [n for n, t in expected.items() if t.is_floating_point() and not state[n].is_floating_point()]
     if whole:
         raise ValueError(f"{source}: {whole[0]} holds {files.DTYPES[state[whole[0]].dtype]}, not weights")
     network.load_state_dict(state, strict=True, assign=True)

@@ -163,12 +163,9 @@ def _encoder(config: unet.EncoderConfig) -> Iterator[tuple[str, str]]:
     """Yield native module, file's module. The file counts blocks through all levels; in a block, index 0 is
     the ResnetBlock, 1 the transformer, and the last one the change of size."""
     layers = config.layers_per_block
-    yield from {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "mid_block.attentions.0": "middle_block.1",
-    }.items()
+    yield "conv_in", "input_blocks.0.0"
+    yield from ((f"time_embedding.linear_{i}", f"time_embed.{2 * i - 2}") for i in (1, 2))
+    yield "mid_block.attentions.0", "middle_block.1"
     yield from _resnet("mid_block.resnets.0", "middle_block.0")
     yield from _resnet("mid_block.resnets.1", "middle_block.2")
     for b in range(len(config.block_out_channels)):

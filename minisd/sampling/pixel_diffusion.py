@@ -44,7 +44,7 @@ class PixelDiffusion:
     ) -> "PixelDiffusion":
         """Load a DDPMPipeline's folder or hub id, frozen. ValueError, naming the file, if it is none, or the
         flag, if it asks for averaged weights or a tokenizer."""
-        for name, value in {"load_ema": ema, "tokenizer_name": tokenizer}.items():
+        for name, value in (("load_ema", ema), ("tokenizer_name", tokenizer)):
             require(not value, f"--{name} has no effect: {model} is a model of pixels, without text")
         path = hub.resolve(str(model), revision=revision, variant=variant, cache_dir=cache_dir)
         unet, scheduler = diffusers.load_ddpm(path, variant)
@@ -122,15 +122,8 @@ class PixelDiffusion:
 def scheduler_config(**changes) -> dict:
     """scheduler_config.json as diffusers' example script writes it, except for `changes`."""
     return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": config_json.DIFFUSERS_VERSION,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "beta_start": 0.0001,
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "trained_betas": None,
+        "_class_name": "DDPMScheduler", "_diffusers_version": config_json.DIFFUSERS_VERSION, "beta_end": 0.02,
+        "beta_schedule": "linear", "beta_start": 0.0001, "clip_sample": True, "clip_sample_range": 1.0,
+        "num_train_timesteps": 1000, "prediction_type": "epsilon", "trained_betas": None,
         "variance_type": "fixed_small",
-    } | changes
+    } | changes  # fmt: skip

@@ -12,12 +12,9 @@ from minisd.schedulers._sigmas import SIGMAS, SigmaSchedule
 DIFFUSERS = "DPMSolverMultistepScheduler"
 A1111 = "DPM++ 2M"
 SETTINGS = SIGMAS | {
-    "eta": 0.0,
-    "final_sigmas_type": "zero",
-    "solver_type": "midpoint",
-    "lower_order_final": True,
+    "eta": 0.0, "final_sigmas_type": "zero", "solver_type": "midpoint", "lower_order_final": True,
     "euler_at_final": False,
-}
+}  # fmt: skip
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:
