@@ -176,37 +176,31 @@ ENCODER_FIXED = {
 
 TABLES = {
     "unet": Table(
-        config=UNetConfig,
+        config=UNetConfig, labels=_labels("UNet2DConditionModel"),
         rows=(*ENCODER_ROWS, Row("sample_size", SIDE, 64), *_sizes(out_channels=4)),
-        written=ENCODER_WRITTEN | {"center_input_sample": False},
-        fixed=ENCODER_FIXED,
-        labels=_labels("UNet2DConditionModel"),
+        written=ENCODER_WRITTEN | {"center_input_sample": False}, fixed=ENCODER_FIXED,
         derived=lambda c: {"up_block_types": _block_types("CrossAttn", "Up", reversed(c.attention))},
         heads=lambda c: zip(c.block_out_channels, c.num_heads, strict=True),
         others=("cross_attention_dim", {1024: "an SD2 checkpoint", 2048: "an SDXL checkpoint"}),
     ),
     "controlnet": Table(
-        config=ControlNetConfig,
-        rows=(
-            *ENCODER_ROWS,
-            Row("conditioning_embedding_out_channels", SIZES, HINT_CHANNELS, "hint_channels"),
-        ),
+        config=ControlNetConfig, labels=_labels("ControlNetModel"),
+        rows=(*ENCODER_ROWS,
+              Row("conditioning_embedding_out_channels", SIZES, HINT_CHANNELS, "hint_channels")),
         written=ENCODER_WRITTEN
         | {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False},
         fixed=ENCODER_FIXED | {"conditioning_channels": 3},
-        labels=_labels("ControlNetModel"),
         heads=lambda c: zip(c.block_out_channels, c.num_heads, strict=True),
         others=("cross_attention_dim", {1024: "a ControlNet of SD2", 2048: "a ControlNet of SDXL"}),
     ),
     "unet2d": Table(
-        config=UNet2DConfig,
+        config=UNet2DConfig, labels=_labels("UNet2DModel"),
         rows=(
             Row("block_out_channels", SIZES, [224, 448, 672, 896]),
             Row("down_block_types", _attention("Attn"),
                 ["DownBlock2D"] + ["AttnDownBlock2D"] * 3, "attention"),
             Row("attention_head_dim", HEAD_DIM, 8, "head_dim"),
-            Row("norm_eps", NUMBER, 1e-5),
-            Row("sample_size", SIDE, 64),
+            Row("norm_eps", NUMBER, 1e-5), Row("sample_size", SIDE, 64),
             Row("downsample_padding", _one_of({0: True, 1: False}), 1, "pad_end_only"),
             Row("freq_shift", _choice(0, 1), 0, "frequency_shift"),
             Row("flip_sin_to_cos", _one_of({True: False, False: True}), True, "sines_first"),
@@ -220,21 +214,18 @@ TABLES = {
             "mid_block_type": "UNetMidBlock2D", "downsample_type": "conv", "upsample_type": "conv",
             "resnet_time_scale_shift": "default",
         },
-        labels=_labels("UNet2DModel"),
         derived=lambda c: {"up_block_types": _block_types("Attn", "Up", reversed(c.attention))},
         heads=_attending,
     ),
     "vae": Table(
-        config=VAEConfig,
+        config=VAEConfig, labels=_labels("AutoencoderKL"),
         rows=(
-            Row("block_out_channels", SIZES, [64]),
-            Row("sample_size", SIDE, 32),
+            Row("block_out_channels", SIZES, [64]), Row("sample_size", SIDE, 32),
             Row("scaling_factor", NUMBER, 0.18215),
             *_sizes(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=32),
         ),
         written={"act_fn": "silu"},
         fixed={"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True},
-        labels=_labels("AutoencoderKL"),
         derived=lambda c: {
             "down_block_types": ["DownEncoderBlock2D"] * len(c.block_out_channels),
             "up_block_types": ["UpDecoderBlock2D"] * len(c.block_out_channels),
@@ -250,8 +241,7 @@ TABLES = {
             Row("hidden_act", _choice(*ACTIVATIONS), "quick_gelu", "activation"),
             Row("layer_norm_eps", NUMBER, 1e-5, "eps"),
         ),
-        written={"attention_dropout": 0.0, "dropout": 0.0},
-        fixed={},
+        written={"attention_dropout": 0.0, "dropout": 0.0}, fixed={},
         labels={
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "bos_token_id": 0,
             "eos_token_id": 2,  # as published; other programs take it for "the highest id"
