@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from minisd import launcher, registry
-from minisd.options import TINY
+from minisd.options import TINY, default_of
 from minisd.sampling import infotext, sweep
-from minisd.sampling.options import Job, Sample, default_of
+from minisd.sampling.options import Job, Sample
 from minisd.spelling import ELSEWHERE, SPELLED, as_written
 
 WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaults are shown in the help

@@ -9,7 +9,7 @@ Options inherits the groups it uses, adds its own flags, and may redeclare a fie
         learning_rate: float = flag(1e-4)       # help and group stay those of Optimizer.learning_rate
 """
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,11 @@ def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] 
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def default_of(f: Field) -> object:
+    """A flag's default."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def free_flags(cls: type) -> set[str]:
@@ -90,6 +95,12 @@ class Model(Group):
     load_ema: bool = flag(False, "load the averaged weights of a single file that has both")
     tokenizer_name: str | None = flag(None, "folder of another tokenizer")
     cache_dir: str | None = flag(None, "folder for downloads from the hub", free=True, infotext=None)
+
+    def loading(self) -> dict[str, Any]:
+        """The flags as keywords of StableDiffusion.load."""
+        names = {"ema": "load_ema", "tokenizer": "tokenizer_name"}
+        names |= {name: name for name in ("revision", "variant", "cache_dir")}
+        return {keyword: getattr(self, name) for keyword, name in names.items()}
 
 
 @dataclass(kw_only=True)

@@ -110,17 +110,9 @@ class Method(Previews):
         `dtype` is given."""
         from minisd.sampling.stable_diffusion import StableDiffusion
 
-        o = self.options
-        sd = StableDiffusion.load(
-            o.model,
-            device=self.device,
-            dtype=dtype or self.dtype,
-            revision=revision or o.revision,
-            variant=o.variant,
-            ema=o.load_ema,
-            tokenizer=o.tokenizer_name,
-            cache_dir=o.cache_dir,
-        )
+        o, loading = self.options, self.options.loading()
+        loading["revision"] = revision or o.revision
+        sd = StableDiffusion.load(o.model, device=self.device, dtype=dtype or self.dtype, **loading)
         if isinstance(o, Diffusion) and o.prediction_type:
             sd.set_schedule(prediction_type=o.prediction_type)
         if isinstance(o, Diffusion) and o.rescale_betas_zero_snr:
@@ -152,14 +144,8 @@ class Method(Previews):
                 "bucket": o.bucket,
                 "step": self.sd.vae.config.downscale * 2**halvings,
             }
-        return Captioned(
-            source,
-            image_column=o.image_column,
-            resolution=o.resolution,
-            center_crop=o.center_crop,
-            random_flip=o.random_flip,
-            **captions,
-        )
+        views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
+        return Captioned(source, image_column=o.image_column, **views, **captions)
 
     def inputs(self, batch: dict) -> dict:
         """A batch of the data with its noise, timesteps and text, its tensors on the device."""

@@ -56,14 +56,8 @@ class Previews:
         from minisd.sampling.generate import Settings, pictures
 
         o, count = self.options, self.options.num_validation_images
-        settings = Settings(
-            width=o.resolution,
-            height=o.resolution,
-            steps=25,
-            guidance_scale=o.validation_guidance_scale,
-            scheduler=o.validation_scheduler,
-            plain_prompt=True,
-        )
+        chosen = {"guidance_scale": o.validation_guidance_scale, "scheduler": o.validation_scheduler}
+        settings = Settings(width=o.resolution, height=o.resolution, steps=25, plain_prompt=True, **chosen)
         kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
         seeds = [o.seed + i for i in range(count)]
         with tqdm(total=count * settings.steps, desc="drawing", leave=False) as bar, self.autocast():

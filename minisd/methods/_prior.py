@@ -32,14 +32,10 @@ class PriorPreservation(Method):
 
         o, (instances, held_out) = self.options, super().datasets()
         if o.with_prior_preservation:
-            classes = datasets.Captioned(
-                source.read(o.class_data_dir, flag="--class_data_dir"),
-                prompt=o.class_prompt,
-                resolution=o.resolution,
-                center_crop=o.center_crop,
-                random_flip=o.random_flip,
-                interpolation=o.image_interpolation_mode,
-            )
+            views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
+            classes = source.read(o.class_data_dir, flag="--class_data_dir")
+            about = {"prompt": o.class_prompt, "interpolation": o.image_interpolation_mode}
+            classes = datasets.Captioned(classes, **about, **views)
             self.data = datasets.Prior(instances, classes, o.prior_loss_weight)
         return self.data, held_out
 

@@ -65,15 +65,9 @@ class ControlNet(Method):
         from minisd.data import datasets
 
         o = self.options
-        return datasets.Conditioned(
-            source,
-            resolution=o.resolution,
-            center_crop=True,
-            pair_column=o.conditioning_image_column,
-            image_column=o.image_column,
-            caption_column=o.caption_column,
-            caption_dropout=o.proportion_empty_prompts,
-        )
+        columns = {"image_column": o.image_column, "pair_column": o.conditioning_image_column}
+        captions = {"caption_column": o.caption_column, "caption_dropout": o.proportion_empty_prompts}
+        return datasets.Conditioned(source, resolution=o.resolution, center_crop=True, **columns, **captions)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         context = self.condition(batch)["context"]

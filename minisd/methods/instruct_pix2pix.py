@@ -55,17 +55,10 @@ class InstructPix2Pix(Method):
         from minisd.data import datasets
 
         o = self.options
-        return datasets.EditPairs(
-            source,
-            resolution=o.resolution,
-            squash=not o.center_crop,
-            center_crop=True,
-            random_flip=o.random_flip,
-            interpolation="bicubic",
-            image_column=o.edited_image_column,
-            caption_column=o.edit_prompt_column,
-            pair_column=o.original_image_column,
-        )
+        columns = {"image_column": o.edited_image_column, "pair_column": o.original_image_column}
+        views = {"resolution": o.resolution, "center_crop": True, "squash": not o.center_crop}
+        views |= {"random_flip": o.random_flip, "interpolation": "bicubic"}
+        return datasets.EditPairs(source, caption_column=o.edit_prompt_column, **columns, **views)
 
     def dropped(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Which samples get no prompt, and which no original image, (b,) each: those with r < 2p, and with

@@ -66,15 +66,9 @@ class TextualInversion(Method):
         from minisd.data import datasets
 
         o = self.options
-        self.data = datasets.ConceptPictures(
-            self.read(),
-            self.token,
-            style=o.learnable_property == "style",
-            resolution=o.resolution,
-            center_crop=o.center_crop,
-            flip_p=o.flip_p,
-            repeats=o.repeats,
-        )
+        views = {"resolution": o.resolution, "center_crop": o.center_crop, "flip_p": o.flip_p}
+        style = o.learnable_property == "style"
+        self.data = datasets.ConceptPictures(self.read(), self.token, style=style, repeats=o.repeats, **views)
         return self.data, None
 
     def describe(self) -> str:

@@ -274,17 +274,12 @@ def pictures(
     """Yield one image for each pair of prompt and seed. `watching` are the callbacks of `finished`.
     `init_images`, `masks` and `controls` are as in `denoise`, with one for each image."""
     prompts = prompt.prepare(sd, prompts, settings)
+    inputs = {"init_images": init_images, "masks": masks}
+    inputs = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     for part in batches(prompts, batch_size):
-        steps = partial(
-            denoise,
-            sd,
-            prompts[part],
-            seeds[part],
-            settings,
-            init_images=None if init_images is None else init_images[part],
-            masks=None if masks is None else masks[part],
-            controls=[replace(control, hint=control.hint[part]) for control in controls],
-        )
+        of_part = {name: tensor[part] for name, tensor in inputs.items()}
+        of_part["controls"] = [replace(control, hint=control.hint[part]) for control in controls]
+        steps = partial(denoise, sd, prompts[part], seeds[part], settings, **of_part)
         yield from finished(sd, steps, **watching)
 
 

@@ -11,8 +11,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 
 from minisd import reading, registry
-from minisd.options import TINY
-from minisd.sampling.options import Sample, Settings, default_of
+from minisd.options import TINY, default_of
+from minisd.sampling.options import Sample, Settings
 
 FIRST = "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model"  # in this order
 ALWAYS = "Steps", "Sampler", "CFG scale"  # others only where they are not the default

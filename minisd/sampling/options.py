@@ -7,13 +7,13 @@ with `infotext=None` do not shape the image, or sampling/infotext.py writes them
 
 import random
 from collections.abc import Collection
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisd import reading, registry
-from minisd.options import GRAPH, KERNELS, Group, Model, flag, require
+from minisd.options import GRAPH, KERNELS, Group, Model, default_of, flag, require
 
 NO_PROMPT = "give --prompt or --prompt_file"
 unwritten = partial(flag, infotext=None)
@@ -197,11 +197,6 @@ class Sample(Drawing, Loading):
         prompts = [line.strip() for line in lines if line.strip()]
         require(prompts, f"--prompt_file {self.prompt_file} has no prompt")
         return prompts
-
-
-def default_of(f: Field) -> object:
-    """A flag's default."""
-    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def refuse_unused(options: Group, model) -> None:

@@ -64,17 +64,8 @@ def load(options: Loading) -> Model | PixelModel:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
         raise ValueError(f"--device {device}: {files.first_line(error)}") from error
-    dtype = DTYPES.get(options.dtype)
-    model = api.load(
-        options.model,
-        device=device,
-        dtype=dtype or (torch.float16 if device.startswith("cuda") else torch.float32),
-        revision=options.revision,
-        variant=options.variant,
-        ema=options.load_ema,
-        tokenizer=options.tokenizer_name,
-        cache_dir=options.cache_dir,
-    )
+    dtype = DTYPES.get(options.dtype, torch.float16 if device.startswith("cuda") else torch.float32)
+    model = api.load(options.model, device=device, dtype=dtype, **options.loading())
     refuse_unused(options, model)
     if options.compile:
         model.unet.compile(dynamic=False)
@@ -102,14 +93,10 @@ def draw(
     steps = count * (settings.steps - settings.first_step)
     with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
         for i, image in enumerate(model.draw(**arguments, on_step=bar.update)):
-            of_this = replace(settings, **request.images.of(i, count)) if request.images else settings
-            flags, number = model.flags, taken + i if several or count > 1 else None
-            text = infotext.write(prompts[i].text, seeds[i], model.name, of_this, flags, ops.digest())
+            shown = replace(settings, **request.images.of(i, count)) if request.images else settings
+            text = infotext.write(prompts[i].text, seeds[i], model.name, shown, model.flags, ops.digest())
+            number = taken + i if several or count > 1 else None
             yield save(image, text, output, seeds[i], number), image
-            ops.say_verdicts()
-            like = None if i else getattr(settings, "like", None)
-            if like and dict(infotext.parse(infotext.read(like))[2]).get("Kernels", "") != ops.digest():
-                print(f"--like {like}: other kernels computed it, so the last digits differ")
 
 
 def save(image: Image.Image, text: str, output: Path, seed: int, number: int | None) -> Path:
@@ -135,6 +122,8 @@ def run(jobs: list[Job]) -> list[Path]:
     """Generate and save the images of all jobs, and a contact sheet if there are several images. Returns the
     paths of all files."""
     model, loaded, paths, cells, exported = None, None, [], [], []
+    like = jobs[0].options.like  # which this run may overwrite
+    recorded = dict(infotext.parse(infotext.read(like))[2]).get("Kernels", "") if like else ""
     for options, _, where in jobs:
         try:
             request = Request(options, options.read_prompts())
@@ -151,6 +140,9 @@ def run(jobs: list[Job]) -> list[Path]:
             raise ValueError(f"{where}{e}") from e
         paths += [path for path, _ in drawn]
         cells.append([image for _, image in drawn])
+        ops.say_verdicts()
+    if like and recorded != ops.digest():
+        print(f"--like {like}: other kernels computed it, so the last digits differ")
     if len(paths) > 1:
         sheet = images.grid(cells[0])
         if len(jobs) > 1:

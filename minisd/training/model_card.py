@@ -14,8 +14,7 @@ from pathlib import Path
 
 from minisd import files, reading, registry
 from minisd.formats import diffusers, hub
-from minisd.options import TINY, Group, free_flags
-from minisd.sampling.options import default_of
+from minisd.options import TINY, Group, default_of, free_flags
 from minisd.training.run_folder import RunFolder
 from minisd.training.step import Trainer
 

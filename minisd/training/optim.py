@@ -99,14 +99,9 @@ def eight_bit() -> type:
 
 def adamw(parameters: list[torch.nn.Parameter], options: Optimizer) -> AdamW:
     """The optimizer of the options."""
-    kind = eight_bit() if options.use_8bit_adam else AdamW
-    return kind(
-        parameters,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.adam_weight_decay,
-    )
+    kind, o = eight_bit() if options.use_8bit_adam else AdamW, options
+    adam = {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_epsilon, "weight_decay": o.adam_weight_decay}
+    return kind(parameters, lr=o.learning_rate, **adam)
 
 
 def lr_factor(
