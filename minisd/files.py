@@ -141,12 +141,15 @@ def _flat(content: Any, prefix: str, depth: int, seen: set[int]) -> Iterator[tup
 
 
 def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file: the same tensors and metadata give the same bytes.
+    """Write a .safetensors file: the same tensors and metadata give the same bytes. A .bin file, for programs
+    that read no other, is written as a pickle, without metadata.
 
     The safetensors library orders the metadata differently in each run, and needs all tensors in memory at
     once; here they go from their device to the file one at a time. `path` may be the file that the tensors
     are mapped from. ValueError, naming the file, if it cannot be written.
     """
+    if Path(path).suffix == ".bin":
+        return write_pickle(path, tensors)
     assert all(isinstance(text, str) for text in (metadata or {}).values())
     header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
     # Widest first, so that each tensor begins at a multiple of its element's size.

@@ -82,10 +82,7 @@ def save(path: Path, unet: UNet, parameters: dict[str, nn.Parameter], metadata: 
         # diffusers needs an entry for every attention, which is empty where nothing was trained.
         if name.endswith((".attn1", ".attn2")) and f"{name}.processor" not in trained:
             tensors[f"{name}.processor"] = torch.empty(0)
-    if path.suffix == files.SAFETENSORS:
-        files.write(path, tensors, metadata)
-    else:
-        files.write_pickle(path, tensors)
+    files.write(path, tensors, metadata)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------

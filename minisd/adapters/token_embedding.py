@@ -69,11 +69,7 @@ def merged(text_encoder: TextEncoder, tensors: dict[str, Tensor]) -> tuple[TextC
 
 def save(path: Path, token: str, rows: Tensor, metadata: dict[str, str]) -> None:
     """Write {token: (n, d)} in fp32, as .safetensors or, for programs that read nothing else, as .bin."""
-    tensors = {token: rows.detach().float().cpu().contiguous()}
-    if path.suffix == files.SAFETENSORS:
-        files.write(path, tensors, metadata)
-    else:
-        files.write_pickle(path, tensors)
+    files.write(path, {token: rows.detach().float().cpu().contiguous()}, metadata)
 
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:

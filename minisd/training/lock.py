@@ -4,10 +4,7 @@ import os
 import socket
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where only the runs of one process are kept apart
-    fcntl = None
+from minisd.files import fcntl  # None on Windows, where only the runs of one process are kept apart
 
 NAME = ".lock"  # within the folder
 held: set[Path] = set()  # what this process has locked
@@ -33,9 +30,11 @@ class Lock:
         os.pwrite(self.file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def take(self, folder: Path) -> bool:
-        """Open and lock the file. False if its owner ended, and so removed it, at this very moment. Unlike
-        other kinds of locks, this does not pass on to the processes that load images, which live longer."""
+        """Open and lock the file, in a new folder if need be. False if its owner ended, and so removed it, at
+        this very moment. Unlike other locks, this one does not pass on to the processes that load images,
+        which live longer."""
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(f"--output_dir {folder}: {error.strerror}") from None

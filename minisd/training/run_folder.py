@@ -53,10 +53,6 @@ class RunFolder:
     def start(self, step: int) -> None:
         """Make the folder, or remove from it what an earlier run left after update `step`; write the options
         and start the trackers."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ValueError(f"--output_dir {self.path}: {e.strerror}") from None
         self.lock = self.lock or Lock(self.path)
         for path in [*files.leftovers(self.path), *(self.checkpoints() if step == 0 else [])]:
             remove(path)
