@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from minisd.options import Precision
     from minisd.sampling.options import Loading
 
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def configure(options: "Precision | Loading", *, search: bool = False) -> None:
     """Choose kernels and graphs, and with --deterministic only what gives the same bytes every time; without

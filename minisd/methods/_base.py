@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from minisd.data.datasets import Captioned
     from minisd.data.source import Source
+    from minisd.methods._previews import Image, Prompts  # noqa: F401, for the methods
     from minisd.options import Training
     from minisd.sampling.stable_diffusion import StableDiffusion
 
@@ -44,7 +45,7 @@ class Method(Previews):
     def __init__(self, options: Training, device: torch.device):
         import torch
 
-        from minisd.device import configure
+        from minisd.device import DTYPES, configure
 
         configure(options, search=not getattr(options, "bucket", False))
         self.options, self.device = options, device
@@ -52,7 +53,7 @@ class Method(Previews):
         if precision == "fp16" and device.type == "cpu":
             print("--mixed_precision fp16 needs a GPU: on this CPU the run is in fp32")
             precision = "no"
-        self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self.dtype = DTYPES[precision]
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.lr_scale = 1.0  # a further factor of --scale_lr

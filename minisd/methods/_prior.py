@@ -42,20 +42,18 @@ class PriorPreservation(Method):
     def complete_class(self, folder: Path, prompt: str) -> None:
         """Generate the images that a class's folder lacks of --num_class_images, with the untrained model.
         Image i has the seed --seed + i, so that an interrupted run continues where it stopped."""
-        import torch
         from tqdm import tqdm
 
         from minisd.data import images
+        from minisd.device import DTYPES
         from minisd.sampling import infotext
         from minisd.sampling.generate import Settings, pictures
 
         o, missing = self.options, self.options.num_class_images - count_images(folder)
         if missing <= 0:
             return
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}
         default = "fp16" if self.device.type == "cuda" else "fp32"
-        dtype = half.get(o.prior_generation_precision or default, torch.float32)
-        sd = self.load(dtype)
+        sd = self.load(DTYPES[o.prior_generation_precision or default])
         settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True)
         paths = {o.seed + i: folder / f"{i:05}-seed-{o.seed + i}.png" for i in range(o.num_class_images)}
         seeds = [seed for seed, path in paths.items() if not path.exists()][:missing]

@@ -12,8 +12,7 @@ from minisd.methods._base import Method
 from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag, require
 
 if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, StableDiffusion, Tensor
-    from minisd.methods._previews import Image
+    from minisd.methods._base import Image, Parameters, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,7 @@ from minisd.options import Prior, Training, flag, require
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._base import Parameters, Source, StableDiffusion, Tensor
-    from minisd.methods._previews import Prompts
+    from minisd.methods._base import Parameters, Prompts, Source, StableDiffusion, Tensor
 
 CHANNELS = 4  # of the latents
 

@@ -10,8 +10,7 @@ from minisd.methods._base import Method
 from minisd.options import Average, Captions, Training, flag, require
 
 if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, StableDiffusion, Tensor
-    from minisd.methods._previews import Prompts
+    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,7 @@ from minisd.options import Training, flag
 if TYPE_CHECKING:
     import torch
 
-    from minisd.methods._base import Parameters, StableDiffusion
-    from minisd.methods._previews import Image, Prompts
+    from minisd.methods._base import Image, Parameters, Prompts, StableDiffusion
 
 
 @dataclass(kw_only=True)

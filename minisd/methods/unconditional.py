@@ -10,8 +10,7 @@ from minisd.methods._base import Method
 from minisd.options import LR_SCHEDULERS, Average, Dataset, Diffusion, Optimizer, Precision, Run, flag
 
 if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, Tensor
-    from minisd.methods._previews import Image
+    from minisd.methods._base import Image, Parameters, Tensor
     from minisd.sampling.pixel_diffusion import PixelDiffusion
 
 

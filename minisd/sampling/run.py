@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minisd import files, ops
 from minisd.data import images
-from minisd.device import configure
+from minisd.device import DTYPES, configure
 from minisd.sampling import infotext, sweep
 from minisd.sampling.input_images import InputImages
 from minisd.sampling.options import Drawing, Job, Loading, refuse_unused, split_scale
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from minisd.sampling.api import Model, PixelModel
 
 NUMBERED = re.compile(r"(\d{5,})-")  # names of images in a folder
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Request:

@@ -43,15 +43,11 @@ class Kind:
 # By the class in model_index.json, or by the kind of adapter (minisd/adapters/).
 KINDS = {
     "StableDiffusionPipeline": Kind(sample="--model {result}", **WHOLE),
-    "StableDiffusionInstructPix2PixPipeline": Kind(
-        "instruct-pix2pix", "image-to-image", "--model {result} --image IMAGE", **WHOLE
-    ),
-    "StableDiffusionInpaintPipeline": Kind(
-        "inpainting", "image-to-image", "--model {result} --image IMAGE --mask MASK", **WHOLE
-    ),
-    "DDPMPipeline": Kind(
-        task="unconditional-image-generation", sample="--model {result}", start=WHOLE["start"]
-    ),
+    "StableDiffusionInstructPix2PixPipeline":
+        Kind("instruct-pix2pix", "image-to-image", "--model {result} --image IMAGE", **WHOLE),
+    "StableDiffusionInpaintPipeline":
+        Kind("inpainting", "image-to-image", "--model {result} --image IMAGE --mask MASK", **WHOLE),
+    "DDPMPipeline": Kind("", "unconditional-image-generation", "--model {result}", WHOLE["start"]),
     "lora": Kind(
         "lora",
         load="pipe.load_lora_weights({result!r}, weight_name={file!r})",
@@ -64,9 +60,8 @@ KINDS = {
         others="A1111 (`embeddings`) and ComfyUI (`models/embeddings`) read `{file}`; the name that the file "
         "has there is what to type, in ComfyUI after `embedding:`.",
     ),
-    "custom_diffusion": Kind(
-        "custom-diffusion", load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r})"
-    ),
+    "custom_diffusion":
+        Kind("custom-diffusion", load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r})"),
     "controlnet": Kind(
         "controlnet",
         sample="--model {base} --controlnet {result} --control_image IMAGE",
@@ -75,7 +70,7 @@ KINDS = {
         others="A1111's ControlNet extension (`models/ControlNet`) and ComfyUI (`models/controlnet`) read "
         "`{file}`.",
     ),
-}
+}  # fmt: skip
 OWN = None, "It was trained from random weights: its licence is for its makers to choose."
 APACHE = "apache-2.0", "The base model is under the Apache License 2.0."
 OPEN_RAIL = (
