@@ -220,14 +220,11 @@ def state_dict(updates: Mapping[str, LowRank], form: str = "diffusers") -> tuple
 
 
 def save(
-    path: Path,
-    updates: Mapping[str, LowRank],
-    form: str = "diffusers",
-    about: Mapping[str, str] | None = None,
+    path: Path, updates: Mapping[str, LowRank], form: str = "diffusers", about: dict[str, str] | None = None
 ) -> None:
     """Write the updates to a file of a format, with `about` added to its metadata."""
     tensors, metadata = state_dict(updates, form)
-    files.write(path, tensors, metadata | dict(about or {}))
+    files.write(path, tensors, metadata | (about or {}))
 
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     Model = StableDiffusion | PixelDiffusion
 
+Watch = Callable[[Tensor], None]  # is called with the predicted x_0 in each step
+Images = Tensor | None  # (b, c, height, width)
+
 
 class Branch(NamedTuple):
     """A term of guidance's weighted sum of predictions: its weight, and the UNet's input for it."""
@@ -88,11 +91,7 @@ def image_branches(
 
 
 def branches_of(
-    sd: StableDiffusion,
-    prompts: Sequence[Prompt],
-    settings: Settings,
-    init_images: Tensor | None,
-    masks: Tensor | None,
+    sd: StableDiffusion, prompts: Sequence[Prompt], settings: Settings, init_images: Images, masks: Images
 ) -> list[Branch]:
     """The branches for this model, with the image and the mask if its UNet has channels for them. ValueError,
     naming the flag, if those are missing."""
@@ -166,7 +165,7 @@ class Denoiser:
 
 
 def init_image(
-    sd: StableDiffusion, settings: Settings, init_images: Tensor | None, masks: Tensor | None
+    sd: StableDiffusion, settings: Settings, init_images: Images, masks: Images
 ) -> InitImage | None:
     """The scheduler's initial image, with its mask; None if the UNet takes the image and all is redrawn."""
     if init_images is None:
@@ -189,7 +188,7 @@ def denoise(
     init_images: Tensor | None = None,
     masks: Tensor | None = None,
     controls: Sequence[Control] = (),
-    watch: Callable[[Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Tensor]:
     """Yield the latents (b, 4, h, w) after each step. Image i depends on prompts[i] and seeds[i] alone: its
     noise comes from a CPU generator of its own, so that neither the device nor the batch changes it.
@@ -232,7 +231,7 @@ def solve(
     seeds: Sequence[int],
     settings: Settings,
     start: InitImage | None = None,
-    watch: Callable[[Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Tensor]:
     """Yield x (b, c, h, w) after each step of a `configured` scheduler."""
 

@@ -6,7 +6,6 @@ declared with it (sampling/options.py): A1111's key, or else the option's own na
 
 import json
 import re
-from collections.abc import Collection
 from dataclasses import Field, fields
 from pathlib import Path
 
@@ -27,12 +26,7 @@ def key_of(f: Field) -> str | None:
 
 
 def write(
-    prompt: str,
-    seed: int,
-    model: str,
-    settings: Settings,
-    flags: Collection[str] | None = None,
-    kernels: str = "",
+    prompt: str, seed: int, model: str, settings: Settings, flags: set[str] | None = None, kernels: str = ""
 ) -> str:
     """The parameters of an image, for the model of that name; of `flags` alone, if given. `kernels` is
     the digest of those in use."""

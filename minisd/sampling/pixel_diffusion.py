@@ -14,7 +14,7 @@ from minisd.models.layers import move
 from minisd.models.unet2d import DDPM, UNet2D
 from minisd.noise import NoiseSchedule
 from minisd.options import require
-from minisd.sampling.generate import Branch, Denoiser, batches, configured, finished, solve
+from minisd.sampling.generate import Branch, Denoiser, Watch, batches, configured, finished, solve
 from minisd.sampling.options import Settings
 from minisd.sampling.prompt import Prompt
 
@@ -80,12 +80,7 @@ class PixelDiffusion:
         return pixels
 
     def denoise(
-        self,
-        prompts: Sequence[Prompt],
-        seeds: Sequence[int],
-        settings: Settings,
-        *,
-        watch: Callable[[Tensor], None] | None = None,
+        self, prompts: list[Prompt], seeds: Sequence[int], settings: Settings, *, watch: Watch | None = None
     ) -> Iterator[Tensor]:
         """As `generate.denoise`, with empty prompts: yield the pixels (b, c, h, w), about [-1, 1]."""
         scheduler = configured(self, settings)
@@ -95,7 +90,7 @@ class PixelDiffusion:
 
     def draw(
         self,
-        prompts: Sequence[Prompt],
+        prompts: list[Prompt],
         seeds: Sequence[int],
         settings: Settings,
         *,
