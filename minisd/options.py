@@ -201,9 +201,7 @@ class Precision(Group):
         "auto", "implementation of attention and norms; auto is the fastest measured", free=True
     )
     graph: GRAPH = flag(
-        "auto",
-        "forward and backward pass as a CUDA graph; auto uses one where it gives the same bits",
-        free=True,
+        "auto", "forward and backward pass as a CUDA graph; auto: where that gives the same bits", free=True
     )
     compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
     deterministic: bool = flag(

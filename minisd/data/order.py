@@ -147,11 +147,6 @@ def batches(
         )
     stream.arrange(size)
     starts = range(first + rank * batch_size, first + count * size, size)
-    loader = DataLoader(
-        stream,
-        batch_sampler=(range(start, start + batch_size) for start in starts),
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return iter(loader)
+    sampler = (range(start, start + batch_size) for start in starts)
+    loading = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    return iter(DataLoader(stream, batch_sampler=sampler, collate_fn=collate, **loading))

@@ -161,25 +161,15 @@ def _first_four(words: Sequence[str]) -> str:
 def from_options(options: Data, cache_dir: str | None) -> Source:
     """Read the location that --dataset_name or --data names. If both are given, --data is a folder in the
     dataset."""
-    location, flag, further = options.data, "--data", {}
+    location, flag = options.data, "--data"
+    further = {"subfolders": options.SUBFOLDERS, "skip_bad_images": options.skip_bad_images}
     if isinstance(options, Dataset):
-        further = {
-            "by_split": options.DATA_HAS_SPLITS,
-            "config": options.dataset_config_name,
-            "max_samples": options.max_train_samples,
-        }
+        further |= {"by_split": options.DATA_HAS_SPLITS, "config": options.dataset_config_name}
+        further |= {"max_samples": options.max_train_samples, "seed": options.seed}
         if options.dataset_name:
             location, flag = options.dataset_name, "--dataset_name"
             further |= {"by_split": True, "folder": options.data}
-    return read(
-        location,
-        flag=flag,
-        subfolders=options.SUBFOLDERS,
-        cache_dir=cache_dir,
-        skip_bad_images=options.skip_bad_images,
-        seed=options.seed,
-        **further,
-    )
+    return read(location, flag=flag, cache_dir=cache_dir, **further)
 
 
 def read(

@@ -54,12 +54,9 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     vocabulary = set(_names(path / "tokenizer"))
     if "tokenizer.json" not in vocabulary and not {"vocab.json", "merges.txt"} <= vocabulary:
         raise ValueError(f"{path / 'tokenizer'} has neither vocab.json and merges.txt nor tokenizer.json")
-    return PipelineParts(
-        **networks,
-        scheduler=config_json.read_scheduler(reading.read_json(path / SCHEDULER), path / SCHEDULER),
-        tokenizer=path / "tokenizer",
-        pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
-    )
+    scheduler = config_json.read_scheduler(reading.read_json(path / SCHEDULER), path / SCHEDULER)
+    kind = str(index.get("_class_name", "StableDiffusionPipeline"))
+    return PipelineParts(**networks, scheduler=scheduler, tokenizer=path / "tokenizer", pipeline_class=kind)
 
 
 def save(folder: Path, pipeline: PipelineParts) -> None:

@@ -137,14 +137,11 @@ class Method(Previews):
         o, captions = self.options, {"caption_column": None}
         if isinstance(o, Captions):
             halvings = len(self.sd.unet.config.block_out_channels) - 1
+            step = self.sd.vae.config.downscale * 2**halvings
             captions = {
-                "prompt": prompt,
-                "caption_column": o.caption_column,
-                "caption_dropout": o.caption_dropout,
-                "interpolation": o.image_interpolation_mode,
-                "bucket": o.bucket,
-                "step": self.sd.vae.config.downscale * 2**halvings,
-            }
+                "prompt": prompt, "caption_column": o.caption_column, "caption_dropout": o.caption_dropout,
+                "interpolation": o.image_interpolation_mode, "bucket": o.bucket, "step": step,
+            }  # fmt: skip
         views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
         return Captioned(source, image_column=o.image_column, **views, **captions)
 

@@ -63,14 +63,9 @@ class Unconditional(Method):
 
         o = self.options
         torch.manual_seed(o.seed)
-        return PixelDiffusion.new(
-            o.resolution,
-            o.model_config_name_or_path,
-            beta_schedule=o.ddpm_beta_schedule,
-            num_train_timesteps=o.ddpm_num_steps,
-            prediction_type=o.prediction_type,
-            rescale_betas_zero_snr=o.rescale_betas_zero_snr,
-        )
+        schedule = {"beta_schedule": o.ddpm_beta_schedule, "num_train_timesteps": o.ddpm_num_steps}
+        schedule |= {"prediction_type": o.prediction_type, "rescale_betas_zero_snr": o.rescale_betas_zero_snr}
+        return PixelDiffusion.new(o.resolution, o.model_config_name_or_path, **schedule)
 
     def build(self, sd: PixelDiffusion) -> Parameters:
         from minisd.models.layers import move

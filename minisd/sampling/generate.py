@@ -244,15 +244,9 @@ def solve(
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     height, width = settings.height // model.downscale, settings.width // model.downscale
-    problem = Problem(
-        denoise=predict,
-        noise=randn((model.channels, height, width), generators).to(model.device),
-        schedule=model.schedule,
-        steps=settings.steps,
-        generators=generators,
-        settings=scheduler[1],
-        init_image=start,
-    )
+    noise = randn((model.channels, height, width), generators).to(model.device)
+    given = {"schedule": model.schedule, "steps": settings.steps, "generators": generators}
+    problem = Problem(denoise=predict, noise=noise, settings=scheduler[1], init_image=start, **given)
     for x in scheduler[0].sample(problem):
         denoiser.step += 1
         yield x

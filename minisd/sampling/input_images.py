@@ -71,17 +71,12 @@ class InputImages:
     def _controls(self, sd: StableDiffusion, settings: Drawing, count: int) -> list[Control]:
         controls, steps = [], settings.steps - settings.first_step
         ranges = settings.control_ranges()
-        for name, hint, (preprocess, start, end) in zip(settings.controlnet, self.hints, ranges, strict=True):
+        for name, file, (preprocess, start, end) in zip(settings.controlnet, self.hints, ranges, strict=True):
             source, scale = split_scale(name)
-            image = PREPROCESS[preprocess](fit(*hint, (settings.width, settings.height)))
-            control = Control(
-                network=sd.controlnet(source),
-                hint=share([images.to_tensor(image) / 2 + 0.5], count),
-                scale=scale,
-                start=start,
-                end=end,
-                guess=settings.guess_mode,
-            )
+            image = PREPROCESS[preprocess](fit(*file, (settings.width, settings.height)))
+            hint = share([images.to_tensor(image) / 2 + 0.5], count)
+            acting = {"scale": scale, "start": start, "end": end, "guess": settings.guess_mode}
+            control = Control(network=sd.controlnet(source), hint=hint, **acting)
             problem = f"--control_start {start:g} to --control_end {end:g} has none of the {steps} steps"
             require(any(control.acts(step, steps) for step in range(steps)), problem)
             controls.append(control)

@@ -238,12 +238,8 @@ class StableDiffusion:
         networks = {part: fill(build(part, configs[part], path), tensors[part], path) for part in PARTS}
         networks["vae"].new_attention = getattr(self.vae, "new_attention", False)
         with tempfile.TemporaryDirectory() as tokenizer:
-            yield PipelineParts(
-                **networks,
-                scheduler=self.scheduler,
-                tokenizer=self.tokenizer.save(Path(tokenizer)),
-                pipeline_class=PIPELINES[self.unet.config.in_channels],
-            )
+            folder, kind = self.tokenizer.save(Path(tokenizer)), PIPELINES[self.unet.config.in_channels]
+            yield PipelineParts(**networks, scheduler=self.scheduler, tokenizer=folder, pipeline_class=kind)
 
 
 def adapter_files(path: Path) -> list[Path]:
