@@ -67,11 +67,13 @@ def read_instances(concepts: list[Concept], *, flag: str, skip_bad_images: bool 
 def read_classes(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
     """The images of the classes of all concepts: a retrieved set (--real_prior) with its captions where a
     folder has an images.txt, else the images in the folder with the class's prompt."""
-    retrieved = [(c.class_data_dir / "images.txt").is_file() for c in concepts]
-    rest = flag, skip_bad_images
-    read = [_read_retrieved(c.class_data_dir, *rest) if r else _read(c.class_data_dir, c.class_prompt, *rest)
-            for c, r in zip(concepts, retrieved, strict=True)]  # fmt: skip
-    return source.join(read)
+
+    def read(c: Concept) -> Source:
+        if (c.class_data_dir / "images.txt").is_file():
+            return _read_retrieved(c.class_data_dir, flag, skip_bad_images)
+        return _read(c.class_data_dir, c.class_prompt, flag, skip_bad_images)
+
+    return source.join([read(c) for c in concepts])
 
 
 def _read(folder: Path, prompt: str, flag: str, skip_bad_images: bool) -> Source:
