@@ -18,7 +18,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path):
-        self.path = folder.resolve() / NAME
+        self.path = Path(os.path.realpath(folder)) / NAME  # which takes links in a circle, too
         if self.path in held:  # the file must not even be opened: closing it again would free the lock
             raise ValueError(f"--output_dir {folder} is in use by another run of this process")
         while not self.take(folder):
