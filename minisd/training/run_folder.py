@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minisd import files, reading
 from minisd.data import images
 from minisd.data.datasets import Captioned, Prior
-from minisd.options import Run, free_flags, require
+from minisd.options import Run, free_flags
 from minisd.training import checkpoint, trackers
 from minisd.training.lock import Lock
 from minisd.training.step import Trainer
@@ -107,13 +107,16 @@ class RunFolder:
                 )
         else:
             path = next((p for p in (Path(source), self.path / Path(source).name) if p.is_dir()), None)
-            require(path is not None, f"--resume_from_checkpoint: there is no folder {source}")
+            if path is None:
+                raise ValueError(f"--resume_from_checkpoint: there is no folder {source}")
             self.asked, state = path.resolve(), checkpoint.check(path)
         earlier = state["options"]
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
-        problem = f"{path} is of a run with other flags ({', '.join(changed)}): give the same, or start over"
-        require(not changed, problem)
+        if changed:
+            raise ValueError(
+                f"{path} is of a run with other flags ({', '.join(changed)}): give the same, or start over"
+            )
         print(f"continuing from {path}")
         return path
 
