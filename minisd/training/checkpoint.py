@@ -63,6 +63,13 @@ def own_digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def sums(trainer: Trainer) -> dict[str, int]:
+    """The sum of the bytes of every tensor of the networks, and of the optimizer and averages."""
+    tensors = {f"{i}.{k}": t for i, n in enumerate(trainer.networks) for k, t in n.state_dict().items()}
+    tensors |= slots(trainer)
+    return {k: t.reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for k, t in tensors.items()}
+
+
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor with a value that is infinite or not a number."""
     floats = ((name, tensor.float()) for name, tensor in tensors if tensor.is_floating_point())

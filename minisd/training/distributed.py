@@ -2,6 +2,11 @@
 
 import json
 import os
+import secrets
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -10,13 +15,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minisd import launcher
+from minisd.files import first_line
+
+JOIN = timedelta(minutes=5)  # until all processes have started
+STEP = timedelta(minutes=10)  # until all have the gradients of an update
+WORK = timedelta(hours=2)  # while one prepares data, draws, saves, or times kernels, and the others wait
+BEAT, MISSED = 2.0, 15  # seconds between a process's signs of life, and how many may be missing
+
+
+def number(variable: str, default: int) -> int:
+    """A number that the launcher sets in the environment. ValueError, naming the variable, if it is none."""
+    text = os.environ.get(variable, str(default))
+    if not (text.isdecimal() and len(text) < 10):
+        raise ValueError(f"the launcher's {variable} is {text!r}, which is not a whole number")
+    return int(text)
 
 
 def device() -> torch.device:
     """This process's own GPU, or the CPU: without a GPU, or by `accelerate launch --cpu`."""
     if launcher.is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
-    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    gpu = torch.device("cuda", number("LOCAL_RANK", 0))
     torch.cuda.set_device(gpu)
     return gpu
 
@@ -25,18 +44,71 @@ class Processes:
     """This process's place among those that train together. With one process, no method does anything."""
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = number("RANK", 0), number("WORLD_SIZE", 1)
+        if self.rank >= self.world:
+            raise ValueError(f"the launcher's RANK {self.rank} is not below its WORLD_SIZE {self.world}")
         self.first = self.rank == 0  # the process that writes
+        self.ended = threading.Event()
         if self.world > 1:
-            # The processes wait while the first one generates images, hence the long timeout.
-            backend = "nccl" if device().type == "cuda" else "gloo"
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.world, timeout=timedelta(hours=2)
-            )
-            self.answers = dist.PrefixStore("answers", store)
-            self.control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+            try:
+                self._join()
+            except (ValueError, TypeError, RuntimeError) as e:
+                who = f"process {self.rank} of {self.world}"
+                raise ValueError(f"{who} did not join the others: {first_line(e)}") from e
+
+    def _join(self) -> None:
+        """Meet the other processes."""
+        # Two connections, because one is blocked while it waits for an answer.
+        connections = [next(dist.rendezvous("env://", timeout=JOIN))[0] for _ in range(2)]
+        attempt = self._attempt(connections[0])
+        store, beats = (dist.PrefixStore(attempt, connection) for connection in connections)
+        backend = "nccl" if device().type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=STEP)
+        self.control = dist.new_group(backend="gloo", timeout=WORK)
+        self.answers = dist.PrefixStore("answers", store)
+        store.set_timeout(WORK)
+        threading.Thread(target=self._watch, args=[beats], daemon=True).start()
+
+    def _attempt(self, store: dist.Store) -> str:
+        """A name for this start of the processes, the same in all. When torchrun starts them again after a
+        failure, they meet in the same store, where the addresses of those that have ended still are."""
+        own, deadline = secrets.token_hex(8), time.monotonic() + JOIN.total_seconds()
+        others = [f"process {rank} of {self.world}" for rank in range(1, self.world)]
+        if self.first:
+            for other in others:  # what the living have written they write again
+                store.delete_key(other)
+            for other in others:
+                store.wait([other])
+                store.set(store.get(other).decode(), own)
+            return own
+        while not store.check([own]):
+            if time.monotonic() > deadline:
+                raise ValueError("process 0 does not answer")
+            store.set(others[self.rank - 1], own)
+            time.sleep(0.05)
+        return store.get(own).decode()
+
+    def _watch(self, store: dist.Store) -> None:
+        """Give signs of life, and end this process, with a line, once another has given none for a while:
+        the operations that wait for it cannot be interrupted. Counts are of this process's own beats, so that
+        processes which were all stopped for a while go on."""
+        beat, signs, missed = 0, [b""] * self.world, [0] * self.world
+        try:
+            while max(missed) < MISSED:
+                beat, before = beat + 1, signs
+                store.set(f"sign {self.rank}", f"{beat} {socket.gethostname()}")
+                signs = store.multi_get([f"sign {rank}" for rank in range(self.world)])  # waits for the first
+                missed = [n + 1 if a == b else 0 for n, a, b in zip(missed, before, signs, strict=True)]
+                if self.ended.wait(BEAT):
+                    return
+            lost = missed.index(max(missed))
+            host = signs[lost].decode().partition(" ")[2]
+            reason = f"process {lost} on {host} has given no sign of life for {MISSED * BEAT:.0f} seconds"
+        except RuntimeError as e:
+            reason = f"the connection to torchrun or process 0 is lost: {first_line(e)}"
+        if not self.ended.is_set():
+            print(f"\ntrain.py: error: {reason}; process {self.rank} ends", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the processes."""
@@ -60,6 +132,14 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def require_same(self, **values: object) -> None:
+        """ValueError in every process, saying who differs in what, unless all have the same values."""
+        everyone = self.gather({"host": socket.gethostname(), **values})
+        for rank, theirs in enumerate(everyone):
+            if differing := " and ".join(name for name in values if theirs[name] != everyone[0][name]):
+                who = f"process {rank} on {theirs['host']}"
+                raise ValueError(f"{who} has not the same {differing} as process 0 on {everyone[0]['host']}")
+
     def first_to_ask(self, question: str, answer: Callable[[], dict]) -> dict:
         """What `answer` returns in the first process that asks; the others wait for it."""
         if self.world == 1:
@@ -76,5 +156,7 @@ class Processes:
     def close(self) -> None:
         """Leave the group once all processes have called this."""
         self.wait()
+        self.ended.set()
+        self.wait()  # until nobody watches any more
         if self.world > 1:
             dist.destroy_process_group()

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from minisd import files, ops
 from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
-from minisd.options import Training
+from minisd.options import Training, free_flags
 from minisd.training import checkpoint, model_card, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
@@ -34,6 +34,10 @@ def run(method: Method, folder: RunFolder) -> int:
     # Start
     # Wrong flags and data are reported before a model is loaded. All do as the first process does.
     earlier = processes.gather(folder.resume() if processes.first else None)[0]
+    agreed = free_flags(type(options)) - {"max_train_steps", "num_train_epochs", "checkpointing_steps"}
+    flags = {name: value for name, value in folder.recorded.items() if name not in agreed}
+    has = earlier is None or (earlier / checkpoint.STATE).is_file()
+    processes.require_same(flags=flags, checkpoint=has)
     method.read()
     ops.pin(checkpoint.verdicts(earlier) if earlier else {}, processes.first_to_ask)
     torch.manual_seed(options.seed)
@@ -46,6 +50,8 @@ def run(method: Method, folder: RunFolder) -> int:
     folder.conditions = conditions(dataset, processes.world, method.device)
     if earlier:
         folder.restore(trainer, earlier)
+    if processes.world > 1:
+        processes.require_same(data=folder.conditions["data"], weights=checkpoint.sums(trainer))
     repository = None
     if processes.first:
         repository = trackers.create_repository(options)
@@ -169,7 +175,8 @@ def cache_latents(stream: Stream, encode: Callable, batch_size: int, processes: 
     parts = stream.views(batch_size)[processes.rank :: processes.world]
     for part in tqdm(parts, desc="encoding images", leave=False, disable=not processes.first):
         mean, std = encode(torch.stack([stream.dataset.pixels(view) for view in part]))
-        moments.update(zip(part, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
+        for view, *found in zip(part, mean.cpu(), std.cpu(), strict=True):
+            moments[view] = tuple(t.clone() for t in found)  # pickled as a part, it would bring the whole
     for shared in processes.gather(moments):
         stream.moments.update(shared)
 
