@@ -93,7 +93,7 @@ def _fwd_kernel(
             acc0, acc1, total, top = _attend(
                 q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD, D0, D1, EVEN_M, False, BLOCK_N
             )
-    lse_ptr += tl.program_id(1) * n
+    lse_ptr += tl.program_id(1).to(tl.int64) * n
     tl.store(lse_ptr + rows, top + tl.log2(total), mask=rows < n)
     o_ptr += heads.dense_offset(n, nh, HD)
     over = (1.0 / total)[:, None]
@@ -117,7 +117,7 @@ def _bwd_dq_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1) * n + rows
+    stats = tl.program_id(1).to(tl.int64) * n + rows
     q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
     do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
     o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
@@ -149,7 +149,7 @@ def _bwd_dkdv_kernel(
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     do_ptr += heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1) * n
+    stats = tl.program_id(1).to(tl.int64) * n
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
     v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
     dk0, dk1 = heads.zeros(BLOCK_N, D0, D1)
@@ -185,39 +185,49 @@ def new_gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse) -> tuple[Tensor, 
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
-    q, k, v = (heads.dense(t) for t in (q, k, v))
+@L.remembered
+def plan_forward(q: Tensor, k: Tensor, v: Tensor) -> L.Launch:
     b, n, nh, hd = q.shape
-    o, lse = new_outputs(q, k, v)
     tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
     even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
-    args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
     # fp16 ends at 65504: exponentials above the anchor would overflow where those of bf16 and fp32 do not
     tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
-    grid = (L.cdiv(n, tile["BLOCK_M"]), b * nh)
-    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **even, **tile)
+    scalars = heads.scales(hd)[0], *heads.scalars(q, k, v)
+    grid = L.cdiv(n, tile["BLOCK_M"]), b * nh
+    return L.Launch(_fwd_kernel, grid, scalars, **heads.split(hd), **even, **tile)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
+    q, k, v = heads.dense(q), heads.dense(k), heads.dense(v)
+    o, lse = new_outputs(q, k, v)
+    plan_forward(q, k, v)(q, k, v, o, lse)
     return o, lse
+
+
+@L.remembered
+def plan_backward(q: Tensor, k: Tensor, v: Tensor) -> list[L.Launch]:
+    """Return the launches of dq and of dk and dv."""
+    b, n, nh, hd = q.shape
+    m, launches = k.shape[1], []
+    scalars = (*heads.scales(hd), *heads.scalars(q, k, v))
+    for tiles, kernel in ((DQ_TILES, _bwd_dq_kernel), (DKDV_TILES, _bwd_dkdv_kernel)):
+        tile = tiles.pick(heads.shape_class(hd), q.device)
+        even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
+        blocks = L.cdiv(n, tile["BLOCK_M"]) if tiles is DQ_TILES else L.cdiv(m, tile["BLOCK_N"])
+        launches.append(L.Launch(kernel, (blocks, b * nh), scalars, **heads.split(hd), **even, **tile))
+    return launches
 
 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (heads.dense(t) for t in (q, k, v))
-    do = do.contiguous()
-    b, n, nh, hd = q.shape
-    m = k.shape[1]
+    q, k, v, do = heads.dense(q), heads.dense(k), heads.dense(v), do.contiguous()
     delta = torch.empty_like(lse)
     dq, dk, dv = new_gradients(do, q, k, v, o, lse)
-    scalars = (*heads.scales(hd), *heads.scalars(q, k, v))
-    for tiles, kernel, tensors in (
-        (DQ_TILES, _bwd_dq_kernel, (q, k, v, o, do, lse, delta, dq)),
-        (DKDV_TILES, _bwd_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv)),
-    ):
-        tile = tiles.pick(heads.shape_class(hd), q.device)
-        even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
-        blocks = L.cdiv(n, tile["BLOCK_M"]) if tiles is DQ_TILES else L.cdiv(m, tile["BLOCK_N"])
-        L.launch(kernel, (blocks, b * nh), *tensors, *scalars, **heads.split(hd), **even, **tile)
+    launch_dq, launch_dkdv = plan_backward(q, k, v)
+    launch_dq(q, k, v, o, do, lse, delta, dq)
+    launch_dkdv(q, k, v, do, lse, delta, dk, dv)
     return dq, dk, dv
 
 

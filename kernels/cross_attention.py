@@ -9,6 +9,7 @@ backward, where two would need two sets of sums. Heads wider than 80 use attenti
 import minisd.kernels.attention as attention
 import minisd.kernels.heads as heads
 import minisd.kernels.launch as L
+import minisd.kernels.partial_sums as partial_sums
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +55,7 @@ def _fwd_kernel(
             pb = tl.exp2(sb - top[:, None])
             total += tl.sum(pb, 1)
             acc0, acc1 = heads.dot_onto(pb.to(vb0.dtype), vb0, vb1, acc0, acc1, D1)
-        tl.store(lse_ptr + tl.program_id(1) * n + rows, top + tl.log2(total), mask=rows < n)
+        tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * n + rows, top + tl.log2(total), mask=rows < n)
         over = (1.0 / total)[:, None]
         heads.store(o_ptr, acc0 * over, acc1 * over, rows, n, nh * HD, HD, D0, D1)
 
@@ -72,6 +73,7 @@ def _bwd_kernel(
     b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
+    stats = tl.program_id(1).to(tl.int64) * n
     cols = tl.arange(0, KEYS)
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, False)
     v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, False)
@@ -85,7 +87,7 @@ def _bwd_kernel(
         o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
         delta = heads.row_sums(do0, do1, o0, o1, D1)
         # infinity gives P = 0 for rows past the last
-        lse = tl.load(lse_ptr + tl.program_id(1) * n + rows, mask=rows < n, other=float("inf"))
+        lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))
         p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
         p = tl.where(cols[:, None] < m, p, 0.0)
         dv0, dv1 = heads.dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
@@ -94,24 +96,10 @@ def _bwd_kernel(
         dq0, dq1 = heads.zeros(BLOCK_M, D0, D1)
         dq0, dq1 = heads.dot_onto(tl.trans(ds), k0, k1, dq0, dq1, D1)
         heads.store(dq_ptr + dense, dq0 * sm_scale, dq1 * sm_scale, rows, n, nh * HD, HD, D0, D1)
-    batch = tl.num_programs(1) // nh
+    batch = (tl.num_programs(1) // nh).to(tl.int64)
     part_ptr += ((tl.program_id(0) * 2 * batch + b) * m * nh + h) * HD
     heads.store(part_ptr, dk0 * sm_scale, dk1 * sm_scale, cols, m, nh * HD, HD, D0, D1)
     heads.store(part_ptr + batch * m * nh * HD, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
-
-
-@triton.jit
-def _sum_kernel(
-    part_ptr,  # (splits, size) fp32
-    sum_ptr,  # (size,)
-    splits, size,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for s in range(splits):
-        total += tl.load(part_ptr + s * size + at, mask=at < size, other=0.0)
-    tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=at < size)
 
 
 # ------------------------------ Launchers
@@ -121,20 +109,38 @@ def new_gradients(do, q: Tensor, k: Tensor, v, o, lse) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(2, *k.shape)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
-    q, k, v = (heads.dense(t) for t in (q, k, v))
+@L.remembered
+def plan_forward(q: Tensor, k: Tensor, v: Tensor) -> L.Launch:
     b, n, nh, hd = q.shape
-    o, lse = attention.new_outputs(q, k, v)
     k0, k1 = heads.two_tiles(k.shape[1])
     tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
     # Several tiles of queries per load of K and V, as long as every multiprocessor still has work
     tiles = L.cdiv(n, tile["BLOCK_M"])
     repeat = 4 if tiles * b * nh >= 2 * BUSY_PROGRAMS else 2 if tiles * b * nh >= BUSY_PROGRAMS else 1
-    args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
-    grid = (L.cdiv(tiles, repeat), b * nh)
-    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), K0=k0, K1=k1, REPEAT=repeat, **tile)
+    grid, scalars = (L.cdiv(tiles, repeat), b * nh), (heads.scales(hd)[0], *heads.scalars(q, k, v))
+    return L.Launch(_fwd_kernel, grid, scalars, **heads.split(hd), K0=k0, K1=k1, REPEAT=repeat, **tile)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
+    q, k, v = heads.dense(q), heads.dense(k), heads.dense(v)
+    o, lse = attention.new_outputs(q, k, v)
+    plan_forward(q, k, v)(q, k, v, o, lse)
     return o, lse
+
+
+@L.remembered
+def plan_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, L.Launch, L.Launch]:
+    """Return the number of splits of the queries, the launch, and that of the sum."""
+    b, n, nh, hd = q.shape
+    tile = BWD_TILES.pick(heads.shape_class(hd), q.device)
+    # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
+    most_splits = min(8, L.cdiv(264, b * nh))
+    split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
+    splits, keys = L.cdiv(n, split_rows), L.power_of_two(k.shape[1], 16)
+    scalars = (*heads.scales(hd), *heads.scalars(q, k, v), split_rows)
+    launch = L.Launch(_bwd_kernel, (splits, b * nh), scalars, **heads.split(hd), KEYS=keys, **tile)
+    return splits, launch, partial_sums.launch(splits, 2 * k.numel())
 
 
 def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,21 +148,12 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
     if q.shape[-1] > 80:
         dq, dk, dv = attention.backward(do, q, k, v, o, lse)
         return dq, torch.stack((dk, dv))
-    q, k, v = (heads.dense(t) for t in (q, k, v))
-    do = do.contiguous()
-    b, n, nh, hd = q.shape
-    tile = BWD_TILES.pick(heads.shape_class(hd), q.device)
-    # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
-    most_splits = min(8, L.cdiv(264, b * nh))
-    split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
-    splits = L.cdiv(n, split_rows)
+    q, k, v, do = heads.dense(q), heads.dense(k), heads.dense(v), do.contiguous()
     dq, dkv = new_gradients(do, q, k, v, o, lse)
+    splits, launch, add_up = plan_backward(q, k, v)
     part = q.new_empty(splits, *dkv.shape, dtype=torch.float32)
-    args = (q, k, v, o, do, lse, dq, part, *heads.scales(hd), *heads.scalars(q, k, v), split_rows)
-    keys = L.power_of_two(k.shape[1], 16)
-    L.launch(_bwd_kernel, (splits, b * nh), *args, **heads.split(hd), KEYS=keys, **tile)
-    grid = (L.cdiv(dkv.numel(), 1024),)
-    L.launch(_sum_kernel, grid, part, dkv, splits, dkv.numel(), BLOCK_N=1024, num_warps=4)
+    launch(q, k, v, o, do, lse, dq, part)
+    add_up(part, dkv)
     return dq, dkv
 
 

@@ -80,19 +80,24 @@ def new_gradients(dy, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@L.remembered
+def plan(kernel, x: Tensor) -> L.Launch:
+    tile, d = TILES.pick("any", x.device), x.shape[-1] // 2
+    grid = x.numel() // (2 * d), L.cdiv(d, tile["BLOCK_N"])
+    return L.Launch(kernel, grid, (d,), **tile)
+
+
 def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
-    y, d = new_outputs(x), x.shape[-1] // 2
-    tile = TILES.pick("any", x.device)
-    L.launch(_fwd_kernel, (y.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, y, d, **tile)
+    y = new_outputs(x)
+    plan(_fwd_kernel, x)(x, y)
     return y
 
 
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
-    dx, d = new_gradients(dy, x), x.shape[-1] // 2
-    tile = TILES.pick("any", x.device)
-    L.launch(_bwd_kernel, (dy.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, dy, dx, d, **tile)
+    dx = new_gradients(dy, x)
+    plan(_bwd_kernel, x)(x, dy, dx)
     return dx
 
 

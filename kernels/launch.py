@@ -2,15 +2,18 @@
 
     why_not(q, k, v, dtypes=HALF)         why kernels cannot run on these tensors, or an empty string
     Tiles(...).pick(shape_class, device)  the tile of the table, a dict of constexprs and compile options
-    launch(kernel, grid, *args, **meta)   the call; inside `record` it is recorded and not run
+    @remembered                           decides tiles and grids once for each kind of arguments
+    Launch(kernel, grid, ...)(*tensors)   the call; inside `record` it is recorded and not run
 
 Tiles are fixed by (launch, shape class, GPU family) and not searched at start-up: a search compiles every
 candidate, 1 to 3 s each. `MINISD_AUTOTUNE=1` searches once and keeps the fastest: see tune.py.
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,15 +32,27 @@ MEASURED: frozenset[int] = frozenset()
 FAMILIES = (80, 86, 90, 100)  # compute capabilities at which the tile tables may change
 
 
+_capabilities: dict[int, int] = {}  # by index; a plain dictionary, which torch.compile reads as a constant
+
+
 def capability(device: torch.device) -> int:
     """Ten times the compute capability: 80 for an A100, 90 for an H100; 80 on the CPU (interpreter)."""
     if _recording is not None:
         return _recording[0]
     if device.type != "cuda":
         return 80
-    # of the functions that return it, the one that torch.compile treats as a constant
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor
+    if device.index not in _capabilities:
+        survey()
+    return _capabilities[device.index]
+
+
+def survey() -> None:
+    """Read the capability of every GPU, which must have happened before torch.compile traces a kernel."""
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        _capabilities[index] = 10 * properties.major + properties.minor
+    if _capabilities:  # a device without an index is the current one
+        _capabilities[None] = _capabilities[torch.cuda.current_device()]
 
 
 def family(capability: int) -> int:
@@ -126,15 +141,26 @@ def dense(t: Tensor, like: Tensor | None = None) -> Tensor:
 # ------------------------------ The call
 
 
+class Recorded(NamedTuple):
+    """A call that was not run."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict
+
+
 _recording: tuple[int, list] | None = None  # a compute capability, and the calls recorded for it
+_plans: dict[tuple, Any] = {}
+MOST_PLANS = 4096
 
 
 @contextlib.contextmanager
-def record(capability: int) -> Iterator[list[tuple]]:
-    """Yield a list; inside, `launch` appends (kernel, arguments, constants) to it and runs nothing, and every
-    device counts as a GPU of this capability."""
+def record(capability: int) -> Iterator[list[Recorded]]:
+    """Yield a list; inside, launches are appended to it and not run, nothing is remembered, and every device
+    counts as a GPU of this capability."""
     global _recording
-    calls: list[tuple] = []
+    calls: list[Recorded] = []
     _recording = capability, calls
     try:
         yield calls
@@ -142,15 +168,71 @@ def record(capability: int) -> Iterator[list[tuple]]:
         _recording = None
 
 
-def launch(kernel, grid: tuple, *args, **meta) -> None:
-    """Run kernel[grid](*args, **meta) on the device of the first argument."""
-    if not INTERPRET:
-        # Triton 3.9 warns that the default will change; without it every a * b + c is two instructions
-        meta["enable_fp_fusion"] = True
-    if _recording is not None:
-        return _recording[1].append((kernel, args, meta))
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **meta)
+def remembered(plan: Callable) -> Callable:
+    """Make `plan`, which sees no tensor's values, run once for tensors of the same shapes, strides, types and
+    device and the same constants. It returns launches, for tensors whose types follow from its arguments."""
+
+    @functools.wraps(plan)
+    def recall(*arguments):
+        if _recording is not None:
+            return plan(*arguments)
+        kind = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments]
+        key = (plan, *kind)
+        found = _plans.get(key)
+        if found is None:
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            found = _plans[key] = plan(*arguments)
+        return found
+
+    return recall
+
+
+class Launch:
+    """kernel[grid](*tensors, *scalars, **constants), of which the tensors are given in each call.
+
+    Triton looks at all arguments in every call, in 5 to 10 us. What it found for the first tensors holds for all
+    that are as well aligned, so that they go to the compiled kernel directly, as JITFunction.run passes them.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], scalars: tuple = (), **constants):
+        if not INTERPRET:
+            # Triton 3.9 warns that the default will change; without it every a * b + c is two instructions
+            constants["enable_fp_fusion"] = True
+        self.kernel, self.grid, self.scalars, self.constants = kernel, grid, scalars, constants
+        self.direct: tuple | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Run on the device of the first tensor."""
+        if _recording is not None:
+            return _recording[1].append(
+                Recorded(self.kernel, self.grid, tensors + self.scalars, self.constants)
+            )
+        addresses, bits = [], 0
+        for t in tensors:
+            address = t.data_ptr()
+            addresses.append(address)
+            bits |= address
+        if bits % 16 == 0 and self.direct is not None:
+            run, grid, handles, rest, device, current_device, stream, knobs = self.direct
+            hooks = knobs.launch_enter_hook  # a profiler's
+            if not getattr(hooks, "calls", hooks) and current_device() == device:
+                return run(*grid, stream(device), *handles, None, None, None, *addresses, *rest)
+        with torch.cuda.device_of(tensors[0]):
+            compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
+            if bits % 16 == 0 and hasattr(compiled, "packed_metadata"):
+                self._remember(compiled, tensors[0].get_device(), len(tensors))
+
+    def _remember(self, compiled, device: int, count: int) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
+        grid = (*self.grid, 1, 1)[:3]
+        names = self.kernel.arg_names[count + len(self.scalars) :]
+        rest = (*self.scalars, *(self.constants[name] for name in names))
+        handles = compiled.function, compiled.packed_metadata
+        current = driver.active.get_current_device, driver.active.get_current_stream
+        self.direct = compiled.run, grid, handles, rest, device, *current, knobs.runtime
 
 
 # Triton's own versions of these two also work in kernels, and take 5 us each, several times a launch

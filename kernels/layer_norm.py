@@ -13,13 +13,14 @@ Pointers, the same in both kernels:
     residual, sum   (rows, d), read and written if HAS_RESIDUAL; sum is x + residual
     s, dsum         (rows, d): x + residual or x alone, and the gradient of sum, read if HAS_RESIDUAL
     weight, bias    (d,)
-    mean, rstd      (rows,) fp32
+    stats           (2, rows) fp32: mean and rstd
     part            (programs, 2, d) fp32: dbias and dweight of each program's rows
 """
 
 import math
 
 import minisd.kernels.launch as L
+import minisd.kernels.partial_sums as partial_sums
 import torch
 import torch.nn.functional as F
 import triton
@@ -47,7 +48,7 @@ def reference(
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, stats_ptr,
     d, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +67,8 @@ def _fwd_kernel(
     weight = tl.load(weight_ptr + col, mask=ok, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + col, mask=ok, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, (c * rstd * weight + bias).to(y_ptr.dtype.element_ty), mask=ok)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    tl.store(stats_ptr + row, mean)
+    tl.store(stats_ptr + tl.num_programs(0) + row, rstd)
 
 
 # ------------------------------ Backward
@@ -75,7 +76,7 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, dsum_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, part_ptr,
+    dy_ptr, dsum_ptr, s_ptr, weight_ptr, stats_ptr, dx_ptr, part_ptr,
     rows, d,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +89,8 @@ def _bwd_kernel(
         at = tl.cast(row, tl.int64) * d + col
         dy = tl.load(dy_ptr + at, mask=ok, other=0.0).to(tl.float32)
         s = tl.load(s_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        xhat = tl.where(ok, (s - tl.load(mean_ptr + row)) * rstd, 0.0)
+        rstd = tl.load(stats_ptr + rows + row)
+        xhat = tl.where(ok, (s - tl.load(stats_ptr + row)) * rstd, 0.0)
         dbias += dy
         dweight += dy * xhat
         dxhat = dy * weight
@@ -120,15 +121,20 @@ def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor]:
     return s.new_empty(s.shape), s.new_empty(2, s.shape[-1], dtype=torch.float32)
 
 
+@L.remembered
+def plan_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> L.Launch:
+    d, flags = x.shape[-1], dict(HAS_RESIDUAL=residual is not None)
+    return L.Launch(_fwd_kernel, (x.numel() // d,), (d, eps), **flags, **tile(d))
+
+
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
-    x, d = x.contiguous(), x.shape[-1]
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y, s, stats = new_outputs(x, residual, weight, bias, eps)
-    residual_arg = x if residual is None else residual.contiguous()
-    args = (x, residual_arg, weight, bias, y, s, stats[0], stats[1], d, eps)
-    L.launch(_fwd_kernel, (x.numel() // d,), *args, HAS_RESIDUAL=residual is not None, **tile(d))
+    launch = plan_forward(x, residual, weight, bias, eps)
+    launch(x, x if residual is None else residual, weight, bias, y, s, stats)
     return y, s, stats
 
 
@@ -138,20 +144,28 @@ def save(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return x if residual is None else s, weight, stats
 
 
+@L.remembered
+def plan_backward(has_dsum: bool, s: Tensor, weight: Tensor) -> tuple[int, L.Launch, L.Launch]:
+    """Return the number of programs, the launch, and that of the sum."""
+    d = s.shape[-1]
+    rows = s.numel() // d
+    programs = min(PROGRAMS, rows)
+    launch = L.Launch(_bwd_kernel, (programs,), (rows, d), HAS_RESIDUAL=has_dsum, **tile(d))
+    return programs, launch, partial_sums.launch(programs, 2 * d)
+
+
 def backward(
     dy: Tensor | None, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return dx, which is also the gradient of the residual, and (dbias, dweight) as (2, d) fp32."""
-    s, d = s.contiguous(), s.shape[-1]
+    s = s.contiguous()
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
-    rows = s.numel() // d
-    programs = min(PROGRAMS, rows)
     dx, sums = new_gradients(dy, dsum, s, weight, stats)
-    part = s.new_empty(programs, 2, d, dtype=torch.float32)
-    dsum_arg = dy if dsum is None else dsum.contiguous()
-    args = (dy, dsum_arg, s, weight, stats[0], stats[1], dx, part, rows, d)
-    L.launch(_bwd_kernel, (programs,), *args, HAS_RESIDUAL=dsum is not None, **tile(d))
-    return dx, torch.sum(part, 0, out=sums)
+    programs, launch, add_up = plan_backward(dsum is not None, s, weight)
+    part = s.new_empty(programs, 2, s.shape[-1], dtype=torch.float32)
+    launch(dy, dy if dsum is None else dsum.contiguous(), s, weight, stats, dx, part)
+    add_up(part, sums)
+    return dx, sums
 
 
 def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> str:
