@@ -178,56 +178,48 @@ def _bwd_dkdv_kernel(
 
 def new_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     b, n, nh, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(b, nh, n, dtype=torch.float32)
+    return L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
 
 
 def new_gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return L.empty(q, *q.shape), L.empty(k, *k.shape), L.empty(v, *v.shape)
 
 
 @L.remembered
-def plan_forward(q: Tensor, k: Tensor, v: Tensor) -> L.Launch:
-    b, n, nh, hd = q.shape
-    tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
-    even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
-    # fp16 ends at 65504: exponentials above the anchor would overflow where those of bf16 and fp32 do not
-    tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
-    scalars = heads.scales(hd)[0], *heads.scalars(q, k, v)
-    grid = L.cdiv(n, tile["BLOCK_M"]), b * nh
-    return L.Launch(_fwd_kernel, grid, scalars, **heads.split(hd), **even, **tile)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
-    q, k, v = heads.dense(q), heads.dense(k), heads.dense(v)
+    q, k, v = (heads.dense(t) for t in (q, k, v))
+    b, n, nh, hd = q.shape
     o, lse = new_outputs(q, k, v)
-    plan_forward(q, k, v)(q, k, v, o, lse)
+    tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
+    even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
+    args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
+    # fp16 ends at 65504: exponentials above the anchor would overflow where those of bf16 and fp32 do not
+    tile["ANCHOR"] = tile.get("ANCHOR", False) and q.dtype != torch.float16
+    grid = (L.cdiv(n, tile["BLOCK_M"]), b * nh)
+    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **even, **tile)
     return o, lse
 
 
 @L.remembered
-def plan_backward(q: Tensor, k: Tensor, v: Tensor) -> list[L.Launch]:
-    """Return the launches of dq and of dk and dv."""
-    b, n, nh, hd = q.shape
-    m, launches = k.shape[1], []
-    scalars = (*heads.scales(hd), *heads.scalars(q, k, v))
-    for tiles, kernel in ((DQ_TILES, _bwd_dq_kernel), (DKDV_TILES, _bwd_dkdv_kernel)):
-        tile = tiles.pick(heads.shape_class(hd), q.device)
-        even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
-        blocks = L.cdiv(n, tile["BLOCK_M"]) if tiles is DQ_TILES else L.cdiv(m, tile["BLOCK_N"])
-        launches.append(L.Launch(kernel, (blocks, b * nh), scalars, **heads.split(hd), **even, **tile))
-    return launches
-
-
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, do = heads.dense(q), heads.dense(k), heads.dense(v), do.contiguous()
-    delta = torch.empty_like(lse)
+    q, k, v = (heads.dense(t) for t in (q, k, v))
+    do = do.contiguous()
+    b, n, nh, hd = q.shape
+    m = k.shape[1]
+    delta = L.empty(lse, *lse.shape)
     dq, dk, dv = new_gradients(do, q, k, v, o, lse)
-    launch_dq, launch_dkdv = plan_backward(q, k, v)
-    launch_dq(q, k, v, o, do, lse, delta, dq)
-    launch_dkdv(q, k, v, do, lse, delta, dk, dv)
+    scalars = (*heads.scales(hd), *heads.scalars(q, k, v))
+    for tiles, kernel, tensors in (
+        (DQ_TILES, _bwd_dq_kernel, (q, k, v, o, do, lse, delta, dq)),
+        (DKDV_TILES, _bwd_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv)),
+    ):
+        tile = tiles.pick(heads.shape_class(hd), q.device)
+        even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
+        blocks = L.cdiv(n, tile["BLOCK_M"]) if tiles is DQ_TILES else L.cdiv(m, tile["BLOCK_N"])
+        L.launch(kernel, (blocks, b * nh), *tensors, *scalars, **heads.split(hd), **even, **tile)
     return dq, dk, dv
 
 

@@ -9,11 +9,11 @@ backward, where two would need two sets of sums. Heads wider than 80 use attenti
 import minisd.kernels.attention as attention
 import minisd.kernels.heads as heads
 import minisd.kernels.launch as L
-import minisd.kernels.partial_sums as partial_sums
 import torch
 import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 MAX_KEYS = 128
@@ -105,56 +105,44 @@ def _bwd_kernel(
 # ------------------------------ Launchers
 
 
-def new_gradients(do, q: Tensor, k: Tensor, v, o, lse) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(2, *k.shape)
-
-
 @L.remembered
-def plan_forward(q: Tensor, k: Tensor, v: Tensor) -> L.Launch:
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
+    q, k, v = (heads.dense(t) for t in (q, k, v))
     b, n, nh, hd = q.shape
+    o, lse = attention.new_outputs(q, k, v)
     k0, k1 = heads.two_tiles(k.shape[1])
     tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
     # Several tiles of queries per load of K and V, as long as every multiprocessor still has work
     tiles = L.cdiv(n, tile["BLOCK_M"])
     repeat = 4 if tiles * b * nh >= 2 * BUSY_PROGRAMS else 2 if tiles * b * nh >= BUSY_PROGRAMS else 1
-    grid, scalars = (L.cdiv(tiles, repeat), b * nh), (heads.scales(hd)[0], *heads.scalars(q, k, v))
-    return L.Launch(_fwd_kernel, grid, scalars, **heads.split(hd), K0=k0, K1=k1, REPEAT=repeat, **tile)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
-    q, k, v = heads.dense(q), heads.dense(k), heads.dense(v)
-    o, lse = attention.new_outputs(q, k, v)
-    plan_forward(q, k, v)(q, k, v, o, lse)
+    args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
+    grid = (L.cdiv(tiles, repeat), b * nh)
+    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), K0=k0, K1=k1, REPEAT=repeat, **tile)
     return o, lse
 
 
 @L.remembered
-def plan_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, L.Launch, L.Launch]:
-    """Return the number of splits of the queries, the launch, and that of the sum."""
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.shape[-1] > 80:
+        return attention.backward(do, q, k, v, o, lse)
+    q, k, v = (heads.dense(t) for t in (q, k, v))
+    do = do.contiguous()
     b, n, nh, hd = q.shape
     tile = BWD_TILES.pick(heads.shape_class(hd), q.device)
     # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
     most_splits = min(8, L.cdiv(264, b * nh))
     split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
-    splits, keys = L.cdiv(n, split_rows), L.power_of_two(k.shape[1], 16)
-    scalars = (*heads.scales(hd), *heads.scalars(q, k, v), split_rows)
-    launch = L.Launch(_bwd_kernel, (splits, b * nh), scalars, **heads.split(hd), KEYS=keys, **tile)
-    return splits, launch, partial_sums.launch(splits, 2 * k.numel())
-
-
-def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dq, and dk and dv as one tensor (2, b, m, nh, hd)."""
-    if q.shape[-1] > 80:
-        dq, dk, dv = attention.backward(do, q, k, v, o, lse)
-        return dq, torch.stack((dk, dv))
-    q, k, v, do = heads.dense(q), heads.dense(k), heads.dense(v), do.contiguous()
-    dq, dkv = new_gradients(do, q, k, v, o, lse)
-    splits, launch, add_up = plan_backward(q, k, v)
-    part = q.new_empty(splits, *dkv.shape, dtype=torch.float32)
-    launch(q, k, v, o, do, lse, dq, part)
-    add_up(part, dkv)
-    return dq, dkv
+    splits = L.cdiv(n, split_rows)
+    dq, dk, dv = attention.new_gradients(do, q, k, v, o, lse)
+    part = L.empty(q, splits, 2, *k.shape, dtype=torch.float32)
+    args = (q, k, v, o, do, lse, dq, part, *heads.scales(hd), *heads.scalars(q, k, v), split_rows)
+    keys = L.power_of_two(k.shape[1], 16)
+    L.launch(_bwd_kernel, (splits, b * nh), *args, **heads.split(hd), KEYS=keys, **tile)
+    add_up(part, dk, dv)
+    return dq, dk, dv
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -195,8 +183,8 @@ def text(b: int, n: int, hd: int, m: int = 77) -> Case:
 
 KERNEL = Kernel(
     name="cross_attention", reference=attention.reference, unsupported=unsupported, dtypes=L.HALF,
-    forward=forward, backward=backward, new_outputs=attention.new_outputs, new_gradients=new_gradients,
-    gradients=lambda dq, dkv: (dq, dkv[0], dkv[1]), peers=attention.PEERS,
+    forward=forward, backward=backward, new_outputs=attention.new_outputs,
+    new_gradients=attention.new_gradients, peers=attention.PEERS,
     tiles=(FWD_TILES, BWD_TILES), typical=lambda hd: text(4, heads.TOKENS[hd], hd),
     cases=[
         case("77 keys, 40", 1, 128, 77, 2, 40),

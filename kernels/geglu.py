@@ -73,31 +73,28 @@ def _bwd_kernel(
 
 
 def new_outputs(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    return L.empty(x, *x.shape[:-1], x.shape[-1] // 2)
 
 
 def new_gradients(dy, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return L.empty(x, *x.shape)
 
 
 @L.remembered
-def plan(kernel, x: Tensor) -> L.Launch:
-    tile, d = TILES.pick("any", x.device), x.shape[-1] // 2
-    grid = x.numel() // (2 * d), L.cdiv(d, tile["BLOCK_N"])
-    return L.Launch(kernel, grid, (d,), **tile)
-
-
 def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
-    y = new_outputs(x)
-    plan(_fwd_kernel, x)(x, y)
+    y, d = new_outputs(x), x.shape[-1] // 2
+    tile = TILES.pick("any", x.device)
+    L.launch(_fwd_kernel, (y.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, y, d, **tile)
     return y
 
 
+@L.remembered
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
-    dx = new_gradients(dy, x)
-    plan(_bwd_kernel, x)(x, dy, dx)
+    dx, d = new_gradients(dy, x), x.shape[-1] // 2
+    tile = TILES.pick("any", x.device)
+    L.launch(_bwd_kernel, (dy.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, dy, dx, d, **tile)
     return dx
 
 

@@ -15,10 +15,10 @@ backward recomputes xhat and SiLU from x, so a training step keeps x and two num
 
 import minisd.kernels.group_norm_kernels as device
 import minisd.kernels.launch as L
-import minisd.kernels.partial_sums as partial_sums
 import torch
 import torch.nn.functional as F
 from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 # ------------------------------ Reference
@@ -64,100 +64,75 @@ def split_pixels(n: int, group_c: int, block_n: int) -> tuple[int, int, dict]:
 
 
 def new_outputs(x: Tensor, weight, bias, add, num_groups: int, eps, silu) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(L.dense(x)), x.new_empty(2, len(x), num_groups, dtype=torch.float32)
+    return L.empty(L.dense(x)), L.empty(x, 2, len(x), num_groups, dtype=torch.float32)
 
 
 def new_gradients(
     dy, x: Tensor, weight, bias, add: Tensor | None, stats, num_groups, silu
-) -> tuple[Tensor, Tensor, Tensor]:
-    dadd = x.new_empty(0) if add is None else add.new_empty(add.shape)
-    return torch.empty_like(L.dense(x)), x.new_empty(2, x.shape[1], dtype=torch.float32), dadd
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dweight, dbias = (L.empty(x, x.shape[1], dtype=torch.float32) for _ in range(2))
+    dadd = L.empty(x, 0) if add is None else L.empty(add, *add.shape)
+    return L.empty(L.dense(x)), dweight, dbias, dadd
 
 
 @L.remembered
-def plan_forward(
-    x: Tensor, weight, bias, add: Tensor | None, num_groups: int, eps: float, silu: bool
-) -> tuple[int, list[L.Launch]]:
-    """Return the number of splits, 0 if whole groups are computed at once, and the launches."""
-    b, c, n, strides = sizes(x)
-    flags = dict(HAS_ADD=add is not None)
-    group_c, inv_total = c // num_groups, num_groups / (c * n)
-    scalars = n, c, num_groups, inv_total, eps, *strides
-    if tile := whole_group(n, group_c, MAX_GROUP_ELEMENTS["forward"]):
-        return 0, [L.Launch(device.apply_kernel, (num_groups, b), scalars, SILU=silu, **flags, **tile)]
-    tile = FWD_TILES.pick(L.layout(x), x.device)
-    splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
-    across, tiles = L.cdiv(c, tile["BLOCK_C"]), L.cdiv(n, tile["BLOCK_N"])
-    stats = L.Launch(device.stats_kernel, (across, splits, b), (n, c, split_rows, *strides), **flags, **tile)
-    sizes_of_parts = n, c, splits, split_rows, inv_total, eps
-    merged = L.Launch(device.merge_kernel, (num_groups, b), sizes_of_parts, **merge)
-    grid = across * tiles, b
-    apply = L.Launch(device.apply_kernel, grid, scalars, SILU=silu, GROUP_C=0, **flags, **tile)
-    return splits, [stats, merged, apply]
-
-
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """Return y in the layout and dtype of x, and the groups' mean and rstd (2, b, g) in fp32."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
+    b, c, n, strides = sizes(x)
     y, stats = new_outputs(x, weight, bias, add, num_groups, eps, silu)
-    splits, launches = plan_forward(x, weight, bias, add, num_groups, eps, silu)
+    flags = dict(HAS_ADD=add is not None)
     add = x if add is None else add.contiguous()
-    if splits:
-        part = x.new_empty(2, len(x), splits, x.shape[1], dtype=torch.float32)
-        launches[0](x, add, part)
-        launches[1](part, stats)
-    launches[-1](x, y, add, weight, bias, stats)
+    group_c, inv_total = c // num_groups, num_groups / (c * n)
+    tile = whole_group(n, group_c, MAX_GROUP_ELEMENTS["forward"])
+    grid = num_groups, b
+    if not tile:
+        tile = FWD_TILES.pick(L.layout(x), x.device)
+        splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
+        part = L.empty(x, 2, b, splits, c, dtype=torch.float32)
+        args = (x, add, part, n, c, split_rows, *strides)
+        L.launch(device.stats_kernel, (L.cdiv(c, tile["BLOCK_C"]), splits, b), *args, **flags, **tile)
+        args = (part, stats, n, c, splits, split_rows, inv_total, eps)
+        L.launch(device.merge_kernel, (num_groups, b), *args, **merge)
+        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]) * L.cdiv(n, tile["BLOCK_N"]), b), 0
+    args = (x, y, add, weight, bias, stats, n, c, num_groups, inv_total, eps, *strides)
+    L.launch(device.apply_kernel, grid, *args, SILU=silu, **flags, **tile)
     return y, stats
 
 
 @L.remembered
-def plan_backward(
-    x: Tensor, weight, bias, add: Tensor | None, num_groups: int, silu: bool
-) -> tuple[int, list[L.Launch]]:
-    """As `plan_forward`; the last launch is that of the sum over the batch."""
-    b, c, n, strides = sizes(x)
-    flags = dict(HAS_ADD=add is not None)
-    group_c, inv_total = c // num_groups, num_groups / (c * n)
-    scalars, add_up = (n, c, num_groups, inv_total, *strides), partial_sums.launch(b, 2 * c)
-    if tile := whole_group(n, group_c, MAX_GROUP_ELEMENTS["backward"]):
-        launch = L.Launch(device.bwd_dx_kernel, (num_groups, b), scalars, SILU=silu, **flags, **tile)
-        return 0, [launch, add_up]
-    tile = BWD_TILES.pick(L.layout(x), x.device)
-    splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
-    across, tiles = L.cdiv(c, tile["BLOCK_C"]), L.cdiv(n, tile["BLOCK_N"])
-    sizes_of_parts = n, c, num_groups, split_rows, *strides
-    grid = across, splits, b
-    sums = L.Launch(device.bwd_sums_kernel, grid, sizes_of_parts, SILU=silu, **flags, **tile)
-    merged = L.Launch(
-        device.bwd_merge_kernel, (num_groups, b), (n, c, splits, inv_total), **flags, **merge
-    )
-    grid = across * tiles, b
-    dx = L.Launch(device.bwd_dx_kernel, grid, scalars, SILU=silu, GROUP_C=0, **flags, **tile)
-    return splits, [sums, merged, dx, add_up]
-
-
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, stats: Tensor,
     num_groups: int, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dx, (dbias, dweight) as (2, c) fp32, and dadd, which is empty without `add`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dx, dweight and dbias in fp32, and dadd, which is empty without `add`."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     dy = L.dense(dy, like=x)
-    b, c = x.shape[:2]
-    dx, totals, dadd = new_gradients(dy, x, weight, bias, add, stats, num_groups, silu)
-    splits, launches = plan_backward(x, weight, bias, add, num_groups, silu)
+    b, c, n, strides = sizes(x)
+    dx, dweight, dbias, dadd = new_gradients(dy, x, weight, bias, add, stats, num_groups, silu)
+    sums = L.empty(x, b, 2, c, dtype=torch.float32)
+    flags = dict(HAS_ADD=add is not None)
     add = x if add is None else add.contiguous()
-    sums = coef = x.new_empty(b, 2, c, dtype=torch.float32)
-    if splits:
-        part = x.new_empty(3, b, splits, c, dtype=torch.float32)
-        coef = x.new_empty(2, b, num_groups, dtype=torch.float32)
-        launches[0](x, dy, add, weight, bias, stats, part)
-        launches[1](part, weight, stats, sums, coef, dadd)
-    launches[-2](x, dy, dx, add, weight, bias, stats, coef, sums, dadd)
-    launches[-1](sums, totals)
-    return dx, totals, dadd
+    group_c, inv_total = c // num_groups, num_groups / (c * n)
+    tile, coef = whole_group(n, group_c, MAX_GROUP_ELEMENTS["backward"]), sums
+    grid = num_groups, b
+    if not tile:
+        tile = BWD_TILES.pick(L.layout(x), x.device)
+        splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
+        part = L.empty(x, 3, b, splits, c, dtype=torch.float32)
+        coef = L.empty(x, 2, b, num_groups, dtype=torch.float32)
+        args = (x, dy, add, weight, bias, stats, part, n, c, num_groups, split_rows, *strides)
+        grid = (L.cdiv(c, tile["BLOCK_C"]), splits, b)
+        L.launch(device.bwd_sums_kernel, grid, *args, SILU=silu, **flags, **tile)
+        args = (part, weight, stats, sums, coef, dadd, n, c, splits, inv_total)
+        L.launch(device.bwd_merge_kernel, (num_groups, b), *args, **flags, **merge)
+        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]) * L.cdiv(n, tile["BLOCK_N"]), b), 0
+    args = (x, dy, dx, add, weight, bias, stats, coef, sums, dadd, n, c, num_groups, inv_total, *strides)
+    L.launch(device.bwd_dx_kernel, grid, *args, SILU=silu, **flags, **tile)
+    add_up(sums, dbias, dweight)
+    return dx, dweight, dbias, dadd
 
 
 def unsupported(x: Tensor, weight, bias, add: Tensor | None, num_groups: int, eps, silu) -> str:
@@ -208,7 +183,6 @@ KERNEL = Kernel(
     name="group_norm", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
     save=lambda inputs, outputs: (*inputs[:4], outputs[1], inputs[4], inputs[6]),
-    gradients=lambda dx, sums, dadd: (dx, sums[1], sums[0], dadd),
     tiles=(FWD_TILES, BWD_TILES), typical=lambda layout: square(4, 320, 64, add=False, layout=layout),
     cases=[
         case("small, batch 3", 3, 64, 4, 4, 4),

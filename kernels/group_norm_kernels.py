@@ -11,14 +11,13 @@ Pointers, the same in every kernel:
     add, dadd       (b, c), read and written if HAS_ADD
     weight, bias    (c,)
     stats           (2, b, g) fp32: mean and rstd
-    part            of the forward, (2, b, s, c) fp32: mean of a split's pixels, and the sum of squared deviations
-                    from it; of the backward, (3, b, s, c) fp32: sums over a split's pixels of dz, dz * xhat and
-                    (if HAS_ADD) xhat
+    part            forward (2, b, s, c) fp32: mean of a split's pixels, sum of squared deviations from it
+                    backward (3, b, s, c) fp32: sums over a split's pixels of dz, dz * xhat, xhat (if HAS_ADD)
     sums            (b, 2, c) fp32: sums over the pixels of dz and dz * xhat: each sample's dbias and dweight
     coef            (2, b, g) fp32: means over the group of weight * dz and weight * dz * xhat
 
-Programs are (tile, sample), with all tiles of pixels and channels on the grid's first axis, which alone takes more
-than 65,535. Offsets to the corner of a tile are 64-bit: an image in the VAE may have 2^31 elements.
+All tiles of an image are on the grid's first axis, which alone takes more than 65,535. Offsets to the corner
+of a tile are 64-bit: an image in the VAE may have 2^31 elements.
 """
 
 import triton
@@ -34,15 +33,15 @@ def load_row(ptr, at, ok):
 
 
 @triton.jit
-def tile_at(ptr, b, n, c, stride_b, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return pointers (n, c) to the tile of sample b whose first pixel and channel are n and c."""
-    ptr += b.to(tl.int64) * stride_b + tl.cast(n, tl.int64) * stride_n + tl.cast(c, tl.int64) * stride_c
-    return ptr + tl.arange(0, BLOCK_N)[:, None] * stride_n + tl.arange(0, BLOCK_C)[None, :] * stride_c
+def tile_at(b, n, c, stride_b, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the offset of pixel n and channel c of sample b, and the offsets (n, c) of a tile from there."""
+    corner = b.to(tl.int64) * stride_b + tl.cast(n, tl.int64) * stride_n + tl.cast(c, tl.int64) * stride_c
+    return corner, tl.arange(0, BLOCK_N)[:, None] * stride_n + tl.arange(0, BLOCK_C)[None, :] * stride_c
 
 
 @triton.jit
-def load_tile(at, ok):
-    return tl.load(at, mask=ok, other=0.0).to(tl.float32)
+def load_tile(ptr, at, ok):
+    return tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -56,8 +55,8 @@ def load_add(add_ptr, b, c, c_ok, C, HAS_ADD: tl.constexpr):
 
 @triton.jit
 def place(C, GROUP_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the first pixel and channel of this program's tile (a whole group if GROUP_C > 0), and the end of
-    its channels."""
+    """Return the first pixel and channel of this program's tile, a whole group if GROUP_C > 0, and where its
+    channels end."""
     i = tl.program_id(0)
     if GROUP_C > 0:
         return i * 0, i * GROUP_C, (i + 1) * GROUP_C
@@ -102,7 +101,8 @@ def stats_kernel(
     count = 0.0
     for start in range(split * split_rows, tl.minimum(N, (split + 1) * split_rows), BLOCK_N):
         ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-        x = load_tile(tile_at(x_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C), ok) + add
+        corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+        x = load_tile(x_ptr + corner, at, ok) + add
         # Two passes over registers, then Chan's merge with what came before: sum(x^2) - sum(x)^2 / n would
         # lose every digit of the variance when the mean is large.
         rows = tl.minimum(N - start, BLOCK_N).to(tl.float32)
@@ -154,8 +154,8 @@ def apply_kernel(
     c = first + tl.arange(0, BLOCK_C)
     c_ok = c < end
     ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-    x = load_tile(tile_at(x_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C), ok)
-    x += load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
+    corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+    x = load_tile(x_ptr + corner, at, ok) + load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
     if GROUP_C > 0:
         mean = tl.sum(tl.where(ok, x, 0.0)) * inv_total
         d = tl.where(ok, x - mean, 0.0)
@@ -172,8 +172,7 @@ def apply_kernel(
     y = d * (rstd * weight) + bias
     if SILU:
         y = y * sigmoid(y)
-    at = tile_at(y_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=ok)
+    tl.store(y_ptr + corner + at, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
 # ------------------------------ Backward
@@ -199,8 +198,9 @@ def bwd_sums_kernel(
     sum_xhat = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(split * split_rows, tl.minimum(N, (split + 1) * split_rows), BLOCK_N):
         ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-        x = load_tile(tile_at(x_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C), ok) + add
-        dy = load_tile(tile_at(dy_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C), ok)
+        corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+        x = load_tile(x_ptr + corner, at, ok) + add
+        dy = load_tile(dy_ptr + corner, at, ok)
         xhat, dz = grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU)
         sum_dz += tl.sum(dz, 0)
         sum_dz_xhat += tl.sum(dz * xhat, 0)
@@ -258,9 +258,9 @@ def bwd_dx_kernel(
     c = first + tl.arange(0, BLOCK_C)
     c_ok = c < end
     ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-    x = load_tile(tile_at(x_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C), ok)
-    x += load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
-    dy = load_tile(tile_at(dy_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C), ok)
+    corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+    x = load_tile(x_ptr + corner, at, ok) + load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
+    dy = load_tile(dy_ptr + corner, at, ok)
     if GROUP_C > 0:
         group = b * G + tl.program_id(0)
         mean, rstd = tl.load(stats_ptr + group), tl.load(stats_ptr + B * G + group)
@@ -281,8 +281,7 @@ def bwd_dx_kernel(
         mean_dz = load_row(coef_ptr, group, c_ok)
         mean_dz_xhat = load_row(coef_ptr, B * G + group, c_ok)
     dx = rstd * (weight * dz - mean_dz - xhat * mean_dz_xhat)
-    at = tile_at(dx_ptr, b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
-    tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+    tl.store(dx_ptr + corner + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
     if GROUP_C > 0 and HAS_ADD:
         dadd = tl.sum(tl.where(ok, dx, 0.0), 0)
         tl.store(dadd_ptr + b * C + c, dadd.to(dadd_ptr.dtype.element_ty), mask=c_ok)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import minisd.kernels.launch as L
 import torch
+from minisd.kernels.launch import as_tuple
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction  # Function without 5 us of Python in each call
 
-
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN, OPTIONAL = (Tensor, torch.nn.Parameter), (Tensor, type(None))
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Kernel:
         self._backward_operator = torch.library.custom_op(f"{name}_bwd", self.backward, **options)
         self._backward_operator.register_fake(self.new_gradients)
         pieces = dict(forward=staticmethod(self._forward), backward=staticmethod(self._backward))
-        self._function = type(self.name, (torch.autograd.Function,), pieces)
+        self._function = type(self.name, (_SingleLevelFunction,), pieces)
 
     def __call__(self, *arguments):
         """Return the differentiable output, or a tuple of them."""
@@ -92,12 +93,11 @@ class Kernel:
 
     def _setup_context(self, ctx, inputs, output):
         outputs = as_tuple(output)
-        unused = [y for y in outputs[: self.differentiable] if not y.numel()]
-        ctx.mark_non_differentiable(*unused, *outputs[self.differentiable :])
+        absent = [y for y in outputs[: self.differentiable] if not y.numel()]
+        ctx.mark_non_differentiable(*absent, *outputs[self.differentiable :])
         ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient: each would be a launch
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         saved = self.save(inputs, outputs)
-        ctx.constants = [value for value in saved if not isinstance(value, Tensor | None)]
+        ctx.constants = [value for value in saved if not isinstance(value, OPTIONAL)]
         ctx.save_for_backward(*saved[: len(saved) - len(ctx.constants)])
 
     def _backward(self, ctx, *grads):
@@ -106,10 +106,8 @@ class Kernel:
         # The operator is what compilers trace, and what says that there is no second derivative
         plain = type(arguments[self.differentiable]) in PLAIN and not torch.is_grad_enabled()
         results = (self.backward if plain else self._backward_operator)(*arguments)
-        return tuple(
-            g if is_tensor else None
-            for g, is_tensor in zip_longest(self.gradients(*as_tuple(results)), ctx.is_tensor)
-        )
+        results = self.gradients(*as_tuple(results))
+        return tuple([g if needed else None for g, needed in zip_longest(results, ctx.needs_input_grad)])
 
     def launchers(self, *arguments) -> tuple[Callable, Callable]:
         """Return the forward's and the backward's launches as calls without arguments or autograd."""
@@ -121,10 +119,6 @@ class Kernel:
         """Return why the kernel cannot run on these arguments, or an empty string."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         return self.unsupported(*arguments) or L.why_not(*tensors, dtypes=self.dtypes)
-
-
-def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (values,) if isinstance(values, Tensor) else values
 
 
 @functools.cache

@@ -2,8 +2,9 @@
 
     why_not(q, k, v, dtypes=HALF)         why kernels cannot run on these tensors, or an empty string
     Tiles(...).pick(shape_class, device)  the tile of the table, a dict of constexprs and compile options
-    @remembered                           decides tiles and grids once for each kind of arguments
-    Launch(kernel, grid, ...)(*tensors)   the call; inside `record` it is recorded and not run
+    empty(x, *shape)                      what a launcher allocates
+    launch(kernel, grid, *args, **meta)   the call; inside `record` it is recorded and not run
+    @remembered                           makes a launcher whose second call of a kind repeats the first
 
 Tiles are fixed by (launch, shape class, GPU family) and not searched at start-up: a search compiles every
 candidate, 1 to 3 s each. `MINISD_AUTOTUNE=1` searches once and keeps the fastest: see tune.py.
@@ -12,8 +13,9 @@ candidate, 1 to 3 s each. `MINISD_AUTOTUNE=1` searches once and keeps the fastes
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from operator import itemgetter, or_
 
 import torch
 from torch import Tensor
@@ -32,7 +34,9 @@ MEASURED: frozenset[int] = frozenset()
 FAMILIES = (80, 86, 90, 100)  # compute capabilities at which the tile tables may change
 
 
-_capabilities: dict[int, int] = {}  # by index; a plain dictionary, which torch.compile reads as a constant
+_capabilities: dict[
+    int | None, int
+] = {}  # by device index; torch.compile reads a plain dictionary as constants
 
 
 def capability(device: torch.device) -> int:
@@ -47,12 +51,11 @@ def capability(device: torch.device) -> int:
 
 
 def survey() -> None:
-    """Read the capability of every GPU, which must have happened before torch.compile traces a kernel."""
+    """Look at every GPU. It is done when kernels are loaded, before torch.compile traces one."""
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         _capabilities[index] = 10 * properties.major + properties.minor
-    if _capabilities:  # a device without an index is the current one
-        _capabilities[None] = _capabilities[torch.cuda.current_device()]
+    _capabilities[None] = _capabilities.get(0, 80)  # a device without an index
 
 
 def family(capability: int) -> int:
@@ -141,26 +144,15 @@ def dense(t: Tensor, like: Tensor | None = None) -> Tensor:
 # ------------------------------ The call
 
 
-class Recorded(NamedTuple):
-    """A call that was not run."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple
-    constants: dict
-
-
 _recording: tuple[int, list] | None = None  # a compute capability, and the calls recorded for it
-_plans: dict[tuple, Any] = {}
-MOST_PLANS = 4096
 
 
 @contextlib.contextmanager
-def record(capability: int) -> Iterator[list[Recorded]]:
-    """Yield a list; inside, launches are appended to it and not run, nothing is remembered, and every device
-    counts as a GPU of this capability."""
+def record(capability: int) -> Iterator[list[tuple]]:
+    """Yield a list; inside, `launch` appends (kernel, grid, arguments, constants) to it and runs nothing, and
+    every device counts as a GPU of this capability."""
     global _recording
-    calls: list[Recorded] = []
+    calls: list[tuple] = []
     _recording = capability, calls
     try:
         yield calls
@@ -168,71 +160,128 @@ def record(capability: int) -> Iterator[list[Recorded]]:
         _recording = None
 
 
-def remembered(plan: Callable) -> Callable:
-    """Make `plan`, which sees no tensor's values, run once for tensors of the same shapes, strides, types and
-    device and the same constants. It returns launches, for tensors whose types follow from its arguments."""
-
-    @functools.wraps(plan)
-    def recall(*arguments):
-        if _recording is not None:
-            return plan(*arguments)
-        kind = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments]
-        key = (plan, *kind)
-        found = _plans.get(key)
-        if found is None:
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            found = _plans[key] = plan(*arguments)
-        return found
-
-    return recall
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an uninitialised tensor, contiguous and by default of the type of `like`; without a shape, one
+    of the shape, type and layout of `like`."""
+    made = like.new_empty(shape, dtype=dtype or like.dtype) if shape else torch.empty_like(like)
+    if tape := getattr(_running, "tape", None):
+        tape.made.append((tape.number(like), shape, made.dtype))
+        tape.tensors.append(made)
+    return made
 
 
-class Launch:
-    """kernel[grid](*tensors, *scalars, **constants), of which the tensors are given in each call.
+def launch(kernel, grid: tuple, *args, **meta) -> None:
+    """Run kernel[grid](*args, **meta), tensors first, on the device of the first."""
+    if not INTERPRET:
+        # Triton 3.9 warns that the default will change; without it every a * b + c is two instructions
+        meta["enable_fp_fusion"] = True
+    if _recording is not None:
+        return _recording[1].append((kernel, grid, args, meta))
+    with torch.cuda.device_of(args[0]):
+        compiled = kernel[grid](*args, **meta)
+    if tape := getattr(_running, "tape", None):
+        tape.launched(kernel, compiled, grid, args, meta)
 
-    Triton looks at all arguments in every call, in 5 to 10 us. What it found for the first tensors holds for all
-    that are as well aligned, so that they go to the compiled kernel directly, as JITFunction.run passes them.
-    """
 
-    def __init__(self, kernel, grid: tuple[int, ...], scalars: tuple = (), **constants):
-        if not INTERPRET:
-            # Triton 3.9 warns that the default will change; without it every a * b + c is two instructions
-            constants["enable_fp_fusion"] = True
-        self.kernel, self.grid, self.scalars, self.constants = kernel, grid, scalars, constants
-        self.direct: tuple | None = None
+# ------------------------------ The same call again
 
-    def __call__(self, *tensors: Tensor) -> None:
-        """Run on the device of the first tensor."""
-        if _recording is not None:
-            return _recording[1].append(
-                Recorded(self.kernel, self.grid, tensors + self.scalars, self.constants)
-            )
-        addresses, bits = [], 0
-        for t in tensors:
-            address = t.data_ptr()
-            addresses.append(address)
-            bits |= address
-        if bits % 16 == 0 and self.direct is not None:
-            run, grid, handles, rest, device, current_device, stream, knobs = self.direct
-            hooks = knobs.launch_enter_hook  # a profiler's
-            if not getattr(hooks, "calls", hooks) and current_device() == device:
-                return run(*grid, stream(device), *handles, None, None, None, *addresses, *rest)
-        with torch.cuda.device_of(tensors[0]):
-            compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
-            if bits % 16 == 0 and hasattr(compiled, "packed_metadata"):
-                self._remember(compiled, tensors[0].get_device(), len(tensors))
+# The Python of a launcher and Triton's look at every argument take 10 to 30 us a launch, which is longer than
+# many kernels run. So the first call of a launcher is written down, what it allocates and launches, and the
+# next one with tensors of the same kind repeats that with its own tensors.
 
-    def _remember(self, compiled, device: int, count: int) -> None:
-        from triton import knobs
-        from triton.runtime import driver
+_running = threading.local()  # its tape: that of the call which is being written down
+_tapes: dict[tuple, "Tape"] = {}
+MOST_TAPES = 4096
 
-        grid = (*self.grid, 1, 1)[:3]
-        names = self.kernel.arg_names[count + len(self.scalars) :]
-        rest = (*self.scalars, *(self.constants[name] for name in names))
-        handles = compiled.function, compiled.packed_metadata
-        current = driver.active.get_current_device, driver.active.get_current_stream
-        self.direct = compiled.run, grid, handles, rest, device, *current, knobs.runtime
+
+class Tape:
+    """What one call of a launcher did. Tensors are numbered: its arguments, then what it allocates."""
+
+    def __init__(self, arguments: tuple):
+        self.tensors, self.made, self.launches = list(arguments), [], []
+        given = [id(t) for t in arguments if isinstance(t, Tensor)]
+        self.complete = len(set(given)) == len(given)  # else a number has two meanings
+
+    def number(self, tensor: Tensor) -> int:
+        found = next((i for i, t in enumerate(self.tensors) if t is tensor), None)
+        self.complete &= found is not None  # else it was copied, which the tape does not know
+        return found or 0
+
+    def launched(self, kernel, compiled, grid: tuple, args: tuple, meta: dict) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        # What is compiled for addresses divisible by 16 is right for others that are. The interpreter
+        # compiles nothing.
+        self.complete &= hasattr(compiled, "packed_metadata") and not any(t.data_ptr() % 16 for t in tensors)
+        if self.complete:
+            handles = compiled.function, compiled.packed_metadata, None, None, None
+            rest = *args[len(tensors) :], *(meta[name] for name in kernel.arg_names[len(args) :])
+            numbers = [self.number(t) for t in tensors]
+            self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, numbers, rest))
+
+    def end(self, results: Tensor | tuple[Tensor, ...]) -> None:
+        import triton
+
+        self.driver, self.knobs = triton.runtime.driver, triton.knobs.runtime
+        self.device = as_tuple(results)[0].get_device()
+        self.results = itemgetter(*[self.number(t) for t in as_tuple(results)])
+        used = sorted({i for *_, numbers, _ in self.launches for i in numbers})
+        self.used = itemgetter(*used)
+        self.launches = [
+            (*c, itemgetter(*map(used.index, numbers)), rest) for *c, numbers, rest in self.launches
+        ]
+        self.tensors = []
+
+    def repeat(self, arguments: tuple) -> Tensor | tuple[Tensor, ...] | None:
+        """Return the results for tensors of the same kind, or None if their addresses, the current device or
+        a profiler do not allow it."""
+        tensors = list(arguments)
+        for like, shape, dtype in self.made:
+            like = tensors[like]
+            tensors.append(like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like))
+        addresses = [t.data_ptr() for t in self.used(tensors)]
+        driver, hooks = self.driver.active, self.knobs.launch_enter_hook
+        if (
+            functools.reduce(or_, addresses) % 16
+            or getattr(hooks, "calls", hooks)
+            or driver.get_current_device() != self.device
+        ):
+            return None
+        stream = driver.get_current_stream(self.device)
+        for run, grid, handles, taken, rest in self.launches:  # as JITFunction.run does
+            run(*grid, stream, *handles, *taken(addresses), *rest)
+        return self.results(tensors)
+
+
+def remembered(launcher: Callable) -> Callable:
+    """Make `launcher`, which sees no values of tensors, repeat its first call on tensors of the same shapes,
+    strides, types and device, with the same constants."""
+
+    @functools.wraps(launcher)
+    def call(*arguments):
+        if _recording is not None or getattr(_running, "tape", None):
+            return launcher(*arguments)
+        key = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments]
+        key = (launcher, *key)
+        if tape := _tapes.get(key):
+            results = tape.repeat(arguments)
+            return launcher(*arguments) if results is None else results
+        _running.tape = tape = Tape(arguments)
+        try:
+            results = launcher(*arguments)
+        finally:
+            _running.tape = None
+        if tape.complete:
+            tape.end(results)
+        if tape.complete:
+            _tapes.clear() if len(_tapes) >= MOST_TAPES else None
+            _tapes[key] = tape
+        return results
+
+    return call
+
+
+def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else values
 
 
 # Triton's own versions of these two also work in kernels, and take 5 us each, several times a launch

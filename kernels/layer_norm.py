@@ -20,12 +20,12 @@ Pointers, the same in both kernels:
 import math
 
 import minisd.kernels.launch as L
-import minisd.kernels.partial_sums as partial_sums
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 PROGRAMS = 264  # of the backward, each with its own partial sums: two per multiprocessor of an H100
@@ -113,28 +113,25 @@ def tile(d: int) -> dict:
 
 
 def new_outputs(x: Tensor, residual: Tensor | None, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
-    s = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), s, x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
+    s = L.empty(x, 0) if residual is None else L.empty(x, *x.shape)
+    return L.empty(x, *x.shape), s, L.empty(x, 2, *x.shape[:-1], dtype=torch.float32)
 
 
-def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor]:
-    return s.new_empty(s.shape), s.new_empty(2, s.shape[-1], dtype=torch.float32)
+def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor, Tensor]:
+    dweight, dbias = (L.empty(s, s.shape[-1], dtype=torch.float32) for _ in range(2))
+    return L.empty(s, *s.shape), dweight, dbias
 
 
 @L.remembered
-def plan_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> L.Launch:
-    d, flags = x.shape[-1], dict(HAS_RESIDUAL=residual is not None)
-    return L.Launch(_fwd_kernel, (x.numel() // d,), (d, eps), **flags, **tile(d))
-
-
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    x, d = x.contiguous(), x.shape[-1]
     y, s, stats = new_outputs(x, residual, weight, bias, eps)
-    launch = plan_forward(x, residual, weight, bias, eps)
-    launch(x, x if residual is None else residual, weight, bias, y, s, stats)
+    residual_arg = x if residual is None else residual.contiguous()
+    args = (x, residual_arg, weight, bias, y, s, stats, d, eps)
+    L.launch(_fwd_kernel, (x.numel() // d,), *args, HAS_RESIDUAL=residual is not None, **tile(d))
     return y, s, stats
 
 
@@ -145,27 +142,21 @@ def save(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @L.remembered
-def plan_backward(has_dsum: bool, s: Tensor, weight: Tensor) -> tuple[int, L.Launch, L.Launch]:
-    """Return the number of programs, the launch, and that of the sum."""
-    d = s.shape[-1]
-    rows = s.numel() // d
-    programs = min(PROGRAMS, rows)
-    launch = L.Launch(_bwd_kernel, (programs,), (rows, d), HAS_RESIDUAL=has_dsum, **tile(d))
-    return programs, launch, partial_sums.launch(programs, 2 * d)
-
-
 def backward(
     dy: Tensor | None, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dx, which is also the gradient of the residual, and (dbias, dweight) as (2, d) fp32."""
-    s = s.contiguous()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, which is also the gradient of the residual, and dweight and dbias in fp32."""
+    s, d = s.contiguous(), s.shape[-1]
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
-    dx, sums = new_gradients(dy, dsum, s, weight, stats)
-    programs, launch, add_up = plan_backward(dsum is not None, s, weight)
-    part = s.new_empty(programs, 2, s.shape[-1], dtype=torch.float32)
-    launch(dy, dy if dsum is None else dsum.contiguous(), s, weight, stats, dx, part)
-    add_up(part, sums)
-    return dx, sums
+    rows = s.numel() // d
+    programs = min(PROGRAMS, rows)
+    dx, dweight, dbias = new_gradients(dy, dsum, s, weight, stats)
+    part = L.empty(s, programs, 2, d, dtype=torch.float32)
+    dsum_arg = dy if dsum is None else dsum.contiguous()
+    args = (dy, dsum_arg, s, weight, stats, dx, part, rows, d)
+    L.launch(_bwd_kernel, (programs,), *args, HAS_RESIDUAL=dsum is not None, **tile(d))
+    add_up(part, dbias, dweight)
+    return dx, dweight, dbias
 
 
 def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> str:
@@ -190,7 +181,7 @@ def case(name: str, *shape: int, residual: bool = True, shift: float = 0.0) -> C
 KERNEL = Kernel(
     name="layer_norm", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    save=save, gradients=lambda dx, sums: (dx, dx, sums[1], sums[0]), differentiable=2,
+    save=save, gradients=lambda dx, *rest: (dx, dx, *rest), differentiable=2,
     cases=[
         case("320, tokens", 2, 7, 320),
         case("no residual", 5, 64, residual=False),
