@@ -25,8 +25,8 @@ from minisd.kernels.kernel import select
 from triton.backends.compiler import GPUTarget
 
 # architecture -> bytes of shared memory that a block may have
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SHARED_LIMIT[120] = 99 * 1024
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {arch: kilobytes * 1024 for arch, kilobytes in SHARED_LIMIT.items()}
 
 # ------------------------------ Compiling
 

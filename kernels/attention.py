@@ -229,8 +229,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"head width {hd}, the kernels take multiples of 8 up to 160"
     if not (q.dtype == k.dtype == v.dtype):
         return "q, k and v differ in type"
-    if q.shape[0] * q.shape[2] > 65535:
-        return "more than 65535 heads in the batch"
+    if q.shape[0] * q.shape[2] > L.GRID_YZ:
+        return f"more than {L.GRID_YZ} heads in the batch"
+    if any(t.shape[1] * max(t.stride(1), t.shape[2] * hd) > L.INT32 for t in (q, k, v)):
+        return "more than 2^31 elements in a sample"
     return ""
 
 

@@ -99,7 +99,10 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def unsupported(x: Tensor) -> str:
-    return f"{x.shape[-1]} columns do not divide in two" if x.shape[-1] % 2 else ""
+    if x.shape[-1] % 2:
+        return f"{x.shape[-1]} columns do not divide in two"
+    large = x.numel() > L.INT32 * x.shape[-1] or x.shape[-1] > 512 * L.GRID_YZ
+    return "more than 2^31 rows, or rows too long for the grid" if large else ""
 
 
 # ------------------------------ Tiles and cases

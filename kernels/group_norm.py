@@ -138,6 +138,8 @@ def backward(
 def unsupported(x: Tensor, weight, bias, add: Tensor | None, num_groups: int, eps, silu) -> str:
     if x.shape[1] % num_groups:
         return f"{x.shape[1]} channels do not divide into {num_groups} groups"
+    if x.shape[0] > L.GRID_YZ or x[0, 0].numel() > L.INT32 // 64:
+        return f"more than {L.GRID_YZ} images or {L.INT32 // 64} pixels"
     if add is not None and add.shape != x.shape[:2]:
         return f"add has shape {tuple(add.shape)} beside {tuple(x.shape)}"
     return ""

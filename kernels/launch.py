@@ -24,6 +24,7 @@ AUTOTUNE = os.environ.get("MINISD_AUTOTUNE") == "1"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.float16, torch.bfloat16)
 FLOAT = (*HALF, torch.float32)
+INT32, GRID_YZ = 2**31 - 1, 65535  # the first axis of a grid takes as much as an integer, the others 65535
 
 # GPU families on which `pytest -m gpu` and the benchmark have been run. On all others `auto` uses torch: a
 # kernel that has not been timed on a GPU may be slower there, and one that has not been run may be wrong.

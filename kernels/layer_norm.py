@@ -162,6 +162,8 @@ def backward(
 def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> str:
     if x.shape[-1] > MAX_WIDTH:
         return f"rows of {x.shape[-1]}, the kernels take up to {MAX_WIDTH}"
+    if x.numel() // x.shape[-1] > L.INT32:
+        return "more than 2^31 rows"
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return "x and residual differ in shape or type"
     return ""
