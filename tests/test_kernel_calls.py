@@ -1,13 +1,15 @@
 """The call of a kernel on the host: what is remembered of the first, and what must not be."""
 
 import functools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernel_helpers import interpreter
+from tests.kernel_helpers import interpreter, ordinary
 
 pytest.importorskip("triton")
 from minisd.kernels import checks, kernel, launch  # noqa: E402
@@ -145,6 +147,33 @@ def test_a_failed_launch_leaves_nothing_behind(notes, monkeypatch):
             geglu.forward(x)
     geglu.forward(x)
     assert slow(notes)
+
+
+def test_the_gpu_s_family_is_constant_to_torch_compile(monkeypatch):
+    monkeypatch.setitem(launch._capabilities, 0, 90)
+
+    def step(x):
+        return x + launch.family(launch.capability(torch.device("cuda", 0)))
+
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(x), x + 90)
+
+
+def test_each_gpu_is_looked_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "_capabilities", {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    properties = {0: SimpleNamespace(major=8, minor=9), 1: SimpleNamespace(major=12, minor=0)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: (asked.append(i), properties[i])[1])
+    found = [launch.capability(torch.device("cuda", i)) for i in (0, 1, 1, 0)]
+    assert found == [89, 120, 120, 89] and asked == [0, 1]
+
+
+@ordinary
+def test_loading_the_kernels_imports_no_compiler():
+    code = "import sys; from minisd.kernels.kernel import discover; discover(); "
+    code += "print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
 
 @interpreter
