@@ -4,8 +4,11 @@ import argparse
 import ctypes
 import difflib
 import functools
+import io
 import json
+import math
 import os
+import signal
 import sys
 import types
 import typing
@@ -62,9 +65,20 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
         if not default:
             kwargs["action"] = "extend"  # a flag that is given twice adds up
     else:
-        kwargs |= {"type": hint, "metavar": hint.__name__.upper()}
+        kwargs |= {"type": {float: finite}.get(hint, hint), "metavar": hint.__name__.upper()}
     names = (f.name, *_metadata(cls, f.name).get("also", ()))
     group.add_argument(*(f"--{name}" for name in names), help=_help(cls, f), **kwargs)
+
+
+def finite(text: str) -> float:
+    """The number in a text; ValueError if it is infinite or none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+finite.__name__ = "float"  # for argparse's messages
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,8 +88,7 @@ class Parser(argparse.ArgumentParser):
     methods: tuple[str, ...] = ()  # methods to name in the message about an unknown flag
 
     def error(self, message):
-        print(f"{self.prog}: error: {self.where}{message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(complain(self.prog, f"{self.where}{message}"))
 
     def read(self, argv: list[str]) -> dict[str, object]:
         """The flags in `argv` and their values. Exits with one line if they are wrong."""
@@ -215,6 +228,14 @@ def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
     return flags
 
 
+def complain(prog: str, message: str) -> int:
+    """Print an error in one line of at most 1,000 characters. Returns the exit status for wrong input."""
+    text = " ".join(message.split())
+    text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-450:]}"
+    print(f"{prog}: error: {text}", file=sys.stderr)
+    return 2
+
+
 def keep_memory() -> None:
     """Let glibc keep up to 1 GB of freed memory for the next request. By default it returns every large block
     at once, and the next activation of that size faults in each of its pages anew, which takes up to a fourth
@@ -230,10 +251,23 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     """Exit with the status that `main()` returns; for wrong input, with status 2 and one line, or with a
     traceback if MINISD_DEBUG is set."""
     keep_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may be no valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, OverflowError) as e:
         if os.environ.get("MINISD_DEBUG"):
             raise
-        print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(complain(prog, str(e)))
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (MemoryError, RecursionError, RuntimeError) as e:
+        if os.environ.get("MINISD_DEBUG"):
+            raise
+        # of torch: memory on a CPU, which has no type of its own, or on a GPU, or what was not foreseen
+        text = str(e) or type(e).__name__
+        if isinstance(e, MemoryError) or "memory" in text:
+            sys.exit(complain(prog, f"not enough memory: {text}"))
+        complain(prog, f"{type(e).__name__}: {text} (MINISD_DEBUG=1 shows where)")
+        sys.exit(1)

@@ -1,10 +1,12 @@
 """Files and folders: tensors are read lazily, and everything is written whole or not at all."""
 
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from minisd.reading import check_regular
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -60,7 +64,6 @@ def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, s
     path = Path(path)
     head = _head(path)
     if path.suffix != SAFETENSORS:
-        # Before torch 1.6 files were not zip archives; those cannot be mapped.
         return _read_pickle(path, is_zip=head.startswith(b"PK\x03\x04")), {}
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -69,26 +72,9 @@ def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, s
         raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
-    """Return the object in a JSON file. ValueError, naming the file, if there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
 def _head(path: Path) -> bytes:
     """Return the first bytes of a file of tensors. ValueError if it is missing, empty or of another kind."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    check_regular(path, math.inf)
     if path.suffix not in (SAFETENSORS, *PICKLES):
         raise ValueError(f"{path} is not one of {SAFETENSORS} {' '.join(PICKLES)}")
     try:
@@ -115,9 +101,11 @@ def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
         refused = [name for name in named if not INERT.fullmatch(name) and name != PARAMETER_DICT]
         # torch adds entries to plain dicts only, so the trainer's AttributeDict becomes one.
         inert = [(dict if n.endswith("Dict") else _Inert, n) for n in named if INERT.fullmatch(n)]
+        # Before torch 1.6 files were not zip archives. Neither those nor compressed records can be mapped.
+        mapped = is_zip and not any(entry.compress_type for entry in zipfile.ZipFile(path).infolist())
         if not refused:
             with torch.serialization.safe_globals([*inert, (_ParameterDict, PARAMETER_DICT)]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         # Before the reason, torch explains how to run the code after all.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or first_line(error)
@@ -131,18 +119,22 @@ def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
         raise ValueError(f"{path} asks for {names}; minisd reads only tensors from a pickle, never code")
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = dict(_flat(content, "", MAX_DEPTH))
+    tensors = dict(_flat(content, "", MAX_DEPTH, set()))
     if not tensors:
         raise ValueError(f"{path} holds no named tensors")
     return tensors
 
 
-def _flat(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    for key, value in content.items() if isinstance(content, dict) and depth else ():
+def _flat(content: Any, prefix: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dicts; of a dict that occurs several times, once."""
+    if not isinstance(content, dict) or not depth or id(content) in seen:
+        return
+    seen.add(id(content))
+    for key, value in content.items():
         if isinstance(key, str) and isinstance(value, Tensor):
             yield prefix + key, value.detach()
         elif isinstance(key, str):
-            yield from _flat(value, f"{prefix}{key}.", depth - 1)
+            yield from _flat(value, f"{prefix}{key}.", depth - 1, seen)
 
 
 def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisd import files
+from minisd import files, reading
 from minisd.formats import config_json, diffusers, parts, single_file
 from tests.conftest import ROOT
 from tests.weights_helpers import UNET, listing, rewrite, tiny
@@ -344,7 +344,7 @@ def test_fields_that_may_deviate(sd_parts, sd_folder):
         ("vae", {"force_upcast": True, "latents_mean": None, "_name_or_path": "x"}),
         ("text_encoder", {"torch_dtype": "float32", "projection_dim": 7, "bad_words_ids": [3]}),
     ):  # fmt: skip
-        content = files.read_json(sd_folder / part / "config.json") | extra
+        content = reading.read_json(sd_folder / part / "config.json") | extra
         assert config_json.from_json(part, content, Path("x")) == sd_parts.networks[part].config
 
 

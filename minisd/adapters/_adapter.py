@@ -79,6 +79,11 @@ def read(sd: StableDiffusion, file: Path) -> Adapter:
     """Read an adapter file; its tensors tell the kind. ValueError, naming the file, if it is no adapter, or
     does not fit the model."""
     tensors, metadata = files.read_with_metadata(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim and not tensor.is_floating_point():  # single numbers may be integers
+            raise ValueError(f"{file}: {name} holds {files.DTYPES[tensor.dtype]}, not weights")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{file}: {name} has values that are not finite numbers")
     try:
         kind = registry.match("adapters", tensors)
     except ValueError:

@@ -99,7 +99,7 @@ def read(
             continue
         if not (bundled or key in NAMELESS or key.startswith(PARAM)):
             token = key
-        if rows.ndim not in (1, 2) or token in tokens:
+        if rows.ndim not in (1, 2) or not rows.numel() or token in tokens:
             raise ValueError(f"{source}: {key} {tuple(rows.shape)} is no embedding in a known format")
         tokens[token] = rows[None] if rows.ndim == 1 else rows  # (n, d)
     width, counts = sd.text_encoder.config.hidden_size, []

@@ -1,6 +1,5 @@
 """Custom Diffusion's images: concepts at random scales, and real or generated images of their classes."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from PIL import ImageOps
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minisd import noise
-from minisd.data import images, source, tables
+from minisd import noise, reading
+from minisd.data import images, source
 from minisd.data.crop import View
 from minisd.data.datasets import Captioned, Example
 from minisd.data.source import Record, Source
@@ -33,12 +32,10 @@ class Concept:
 def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
     """The concepts in a --concepts_list file. ValueError, naming the file, if it is broken or empty, or if a
     concept has no class although `with_classes`."""
-    if not path.is_file():
-        raise ValueError(f"--concepts_list: there is no {path}")
     try:
-        entries = json.loads(tables.read_text(path))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"--concepts_list: {path}, line {e.lineno}: bad JSON: {e.msg}") from None
+        entries = reading.parse_json(reading.text(path), path)
+    except ValueError as e:
+        raise ValueError(f"--concepts_list: {e}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise ValueError(f"--concepts_list: {path} is not a list of objects")
     known = {f.name for f in fields(Concept)}
@@ -90,7 +87,7 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
     for path in lists:
         if not path.is_file():
             raise ValueError(f"{flag}: there is no {path}")
-    paths, captions = (tables.read_text(path).strip("\n").split("\n") for path in lists)
+    paths, captions = (reading.text(path).strip("\n").split("\n") for path in lists)
     if len(paths) != len(captions):
         raise ValueError(f"{flag}: {lists[0]} has {len(paths)} lines, and {lists[1]} has {len(captions)}")
     records = []

@@ -15,9 +15,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+MOST = 1 << 30  # bytes of an encoded image
 GAP = 4  # pixels between the images of a grid
 BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # images that would exhaust the memory
 
@@ -52,6 +53,8 @@ def list_images(folder: Path) -> list[Path]:
 def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "white") -> Image.Image:
     """Read an RGB image from a file, or from `content`; EXIF rotation is applied, and `behind` is the
     background of transparent pixels. ValueError, naming `path`, if it cannot be decoded."""
+    if content is None and isinstance(path, Path):
+        reading.check_regular(path, MOST)
     try:
         file = io.BytesIO(path.read_bytes() if content is None else content)
         if not file.getbuffer():
@@ -97,8 +100,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """The inverse of `to_tensor`, clipped and rounded."""
-    array = (pixels.detach().float().cpu() / 2 + 0.5).clamp(0, 1) * 255
+    """The inverse of `to_tensor`, clipped and rounded. ValueError if a value is not finite."""
+    array = (pixels.detach().float().cpu() / 2 + 0.5) * 255
+    if not array.isfinite().all():
+        raise ValueError(
+            "the image has values that are not numbers: weights are damaged, a scale or the guidance is too "
+            "large, or fp16 overflows (--dtype bf16 or fp32)"
+        )
+    array = array.clamp(0, 255)
     return Image.fromarray(array.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 

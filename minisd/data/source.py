@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import noise
+from minisd import noise, reading
 from minisd.data import images, tables
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class _Folder:
         kohya = REPEATED.match(self._short(path)) if self.subfolders != "none" else None
         if not texts:
             file = next((f for f in map(path.with_suffix, CAPTION_SUFFIXES) if f.is_file()), None)
-            caption = tables.read_text(file).strip() if file else kohya and kohya[2]
+            caption = reading.text(file).strip() if file else kohya and kohya[2]
             texts = {} if caption is None else {"text": caption}
         return Record(self._short(path), pictures, texts, repeats=int(kohya[1]) or 1 if kohya else 1)
 

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minisd import reading
 from minisd.data import images
 
 # Files whose rows describe the images of their folder and of its subfolders; the first one that exists is
@@ -16,14 +16,6 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json",
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what the package `datasets` writes into a folder
 
 Row = tuple[str, dict[str, Any]]  # location ("metadata.csv, line 3"), columns
-
-
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark. ValueError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not in UTF-8: {e.reason} at byte {e.start}") from None
 
 
 # Metadata files
@@ -58,20 +50,15 @@ def read(path: Path) -> list[Row]:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     # Not splitlines: in JSON lines, U+2028 does not end a line.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(reading.text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}, line {number}: bad JSON: {e.msg} at column {e.colno}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:40]}")
-        yield f"{path}, line {number}", row
+        where = f"{path}, line {number}"
+        yield where, reading.an_object(reading.parse_json(line, where), where)
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(reading.text(path), newline=""), strict=True)
     header, line = None, 1
     try:
         for cells in filter(None, reader):

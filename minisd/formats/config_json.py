@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minisd import files
+from minisd import files, reading
 from minisd.formats.parts import Config
 from minisd.models.controlnet import HINT_CHANNELS, ControlNetConfig
 from minisd.models.text import ACTIVATIONS, TextConfig
@@ -268,7 +268,7 @@ TABLES = {
 def read(folder: Path, part: str) -> Config:
     """Read the config.json in a part's folder; ValueError as in `from_json`."""
     path = folder / "config.json"
-    return from_json(part, files.read_json(path), path)
+    return from_json(part, reading.read_json(path), path)
 
 
 def write(folder: Path, part: str, config: Config) -> None:

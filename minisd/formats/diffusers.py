@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 from minisd.formats import config_json, parts
 from minisd.formats.parts import PARTS, PipelineParts
 from minisd.models.unet2d import UNet2D
@@ -37,7 +37,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     """
     if ema:
         raise ValueError(f"{path} is a folder, which has one set of weights: choose EMA by its variant")
-    index = files.read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    index = reading.read_json(path / INDEX) if (path / INDEX).is_file() else {}
     for name in ("text_encoder_2", "text_encoder_3", "transformer"):
         if index.get(name) not in (None, [None, None]):
             raise ValueError(f"{path} has a {name}: this is SDXL, SD3 or later; minisd is for SD v1.x")
@@ -57,7 +57,7 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
         raise ValueError(f"{path / 'tokenizer'} has neither vocab.json and merges.txt nor tokenizer.json")
     return PipelineParts(
         **networks,
-        scheduler=config_json.read_scheduler(files.read_json(path / SCHEDULER), path / SCHEDULER),
+        scheduler=config_json.read_scheduler(reading.read_json(path / SCHEDULER), path / SCHEDULER),
         tokenizer=path / "tokenizer",
         pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
     )
@@ -83,7 +83,7 @@ def save(folder: Path, pipeline: PipelineParts) -> None:
 def load_ddpm(path: Path) -> tuple[UNet2D, dict[str, Any]]:
     """Return the network and the content of scheduler_config.json in a DDPMPipeline's folder."""
     source = path / SCHEDULER
-    return load_part(path / "unet", "unet2d"), config_json.read_scheduler(files.read_json(source), source)
+    return load_part(path / "unet", "unet2d"), config_json.read_scheduler(reading.read_json(source), source)
 
 
 def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ def load_part(folder: Path, part: str, weights: str = "") -> nn.Module:
     network = parts.build(part, config_json.read(folder, part), folder / "config.json")
     listed = {weights}
     if weights.endswith(".json"):
-        index = files.read_json(folder / weights).get("weight_map")
+        index = reading.read_json(folder / weights).get("weight_map")
         listed = {str(name) for name in index.values()} if isinstance(index, dict) else set()
         absent = sorted(listed - {*_names(folder)})
         if absent or not listed:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisd import files
+from minisd import reading
 from minisd.formats import parts, single_file
 from minisd.models.unet import UNetConfig
 
@@ -154,15 +154,15 @@ def alphas(metadata: Mapping[str, str], source: Path) -> Alpha:
     beside = source.with_name("adapter_config.json")
     settings: dict = {}
     if text := metadata.get(METADATA):
-        try:
-            settings = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{source}: its metadata {METADATA} is not JSON: {error}") from None
+        where = f"{source}, metadata {METADATA}"
+        settings = reading.an_object(reading.parse_json(text, where), where)
     elif source.stem.startswith("adapter_model") and beside.is_file():
-        settings = files.read_json(beside)
+        settings = reading.read_json(beside)
 
     def alpha(name: str, stored: Tensor | None, rank: int) -> float:
         if stored is not None:  # 0 stands for the rank
+            if stored.numel() != 1:
+                raise ValueError(f"{source}: the alpha of {name} is {stored.numel()} numbers")
             return (stored.item() or rank) if rank else 1.0
         part, _, path = name.partition(".")
         prefix = f"{part}."

@@ -104,6 +104,13 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) 
     if wrong:
         first = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
         raise ValueError(f"{source}: {len(wrong)} tensors of another shape: {first}")
+    whole = [
+        name
+        for name in expected
+        if not state[name].is_floating_point() and expected[name].is_floating_point()
+    ]
+    if whole:
+        raise ValueError(f"{source}: {whole[0]} holds {files.DTYPES[state[whole[0]].dtype]}, not weights")
     network.load_state_dict(state, strict=True, assign=True)
     return network
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 from minisd.formats import config_json, parts
 from minisd.formats.parts import PARTS, Config, PipelineParts
 from minisd.models import controlnet, text, unet, vae
@@ -124,7 +124,9 @@ def load_controlnet(path: Path) -> controlnet.ControlNet:
     config = controlnet.SD15
     if CONFIG in metadata:
         with _reading_metadata(path):
-            config = config_json.from_json("controlnet", json.loads(metadata[CONFIG]), "controlnet")
+            config = config_json.from_json(
+                "controlnet", reading.parse_json(metadata[CONFIG], path), "controlnet"
+            )
     elif (width := _text_width(tensors)) not in (0, 768):
         raise ValueError(f"{path}: text states of width {width}; minisd is for ControlNets of SD v1.x")
     network = parts.build("controlnet", config, path)
@@ -285,7 +287,7 @@ def _described(
     changed as the file's tensors and metadata tell."""
     if CONFIG in metadata:
         with _reading_metadata(path):
-            entry = json.loads(metadata[CONFIG])
+            entry = reading.parse_json(metadata[CONFIG], path)
             configs = {part: config_json.from_json(part, entry[part], part) for part in PARTS}
             scheduler = config_json.read_scheduler(dict(entry["scheduler"]), "scheduler")
             return configs, scheduler, str(entry["pipeline"])

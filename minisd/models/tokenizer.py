@@ -12,6 +12,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words: the two marks, an English ending, letters, one digit, or a run of other characters.
 WORDS = rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
+LONG = 10_000  # characters
+
 
 def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
     """The byte pair encoding in a folder with vocab.json and merges.txt. ValueError if there is none.
@@ -44,6 +46,14 @@ def _transformers_tokenizer(folder: Path):
     from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
 
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def beginning(text: str, tokens: int) -> str:
+    """As much of a text as its first `tokens` tokens need, or all of it unless it is very long: encoding a
+    megabyte takes ten seconds."""
+    if len(text) <= LONG:
+        return text
+    return " ".join(word[:LONG] for word in text.split(maxsplit=2 * tokens)[: 2 * tokens])
 
 
 class Tokenizer:
@@ -113,5 +123,6 @@ class Tokenizer:
         return ids[0] if len(ids) == 1 else self.bpe.token_to_id(word)
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        rows = [[self.start, *self.encode(prompt)[: self.max_length - 2], self.end] for prompt in prompts]
+        room = self.max_length - 2
+        rows = [[self.start, *self.encode(beginning(prompt, room))[:room], self.end] for prompt in prompts]
         return torch.tensor([row + [self.end] * (self.max_length - len(row)) for row in rows])

@@ -9,14 +9,15 @@ import re
 from dataclasses import Field, fields
 from pathlib import Path
 
-from minisd import registry
+from minisd import reading, registry
 from minisd.options import TINY
 from minisd.sampling.options import Sample, Settings, default_of
 
 FIRST = "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model"  # in this order
 ALWAYS = "Steps", "Sampler", "CFG scale"  # others only where they are not the default
 NEGATIVE = "Negative prompt: "
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+# A key's length is bounded: a search for its colon to the end of the line from every letter takes too long.
+PAIR = re.compile(r'(\w[\w \-/]{1,80}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 def key_of(f: Field) -> str | None:
@@ -60,15 +61,18 @@ def parse(text: str) -> tuple[str, str, list[tuple[str, str]]]:
     start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE.rstrip())), len(lines))
     prompt = "\n".join(lines[:start])
     negative = "\n".join(lines[start:]).removeprefix(NEGATIVE.rstrip()).removeprefix(" ")
-    if "Prompts" in dict(pairs):
-        prompt, negative = json.loads(dict(pairs)["Prompts"])
+    if written := dict(pairs).get("Prompts"):
+        prompts = reading.parse_json(written, "Prompts")
+        if not isinstance(prompts, list) or [type(text) for text in prompts] != [str, str]:
+            raise ValueError("Prompts: not the prompt and the negative prompt")
+        prompt, negative = prompts
     return prompt, negative, pairs
 
 
 def _unquoted(value: str) -> str:
     value = value.strip()
     try:
-        return json.loads(value) if value.startswith('"') else value
+        return reading.parse_json(value, "a value") if value.startswith('"') else value
     except ValueError:
         return value
 
@@ -78,6 +82,7 @@ def read(path: Path) -> str:
     from PIL import Image
 
     try:
+        reading.check_regular(path)
         with Image.open(path) as image:
             image.load()  # the text may come after the pixels
             text = image.info.get("parameters")

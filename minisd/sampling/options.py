@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from minisd import registry
+from minisd import reading, registry
 from minisd.options import KERNELS, Group, Model, flag, require
 
 unwritten = partial(flag, infotext=None)
@@ -159,11 +159,15 @@ class Sample(Drawing, Loading):
 
     def read_prompts(self) -> list[str]:
         """The prompts of the command line, or of the file. ValueError if that cannot be read."""
+        if not self.prompt_file:
+            return self.prompt
         try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines() if self.prompt_file else []
-        except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"--prompt_file {self.prompt_file}: {e}") from None
-        return self.prompt or [line.strip() for line in lines if line.strip()]
+            lines = reading.text(self.prompt_file).splitlines()
+        except ValueError as e:
+            raise ValueError(f"--prompt_file: {e}") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+        require(prompts, f"--prompt_file {self.prompt_file} has no prompt")
+        return prompts
 
 
 def default_of(f: Field) -> object:

@@ -8,6 +8,7 @@ encoder takes 75 tokens at a time, and the contexts of the chunks are concatenat
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,17 +31,20 @@ if TYPE_CHECKING:
 Section = list[tuple[str, float]]  # the text between two BREAKs: spans and their weights
 Chunk = list[tuple[int, float]]  # token ids and weights, one for each position of the text encoder
 
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+# Possessive (++): a text of n characters is searched in a time proportional to n.
+NUMBER = r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)"
 PIECE = re.compile(rf"\\(?P<escaped>[\\()\[\]]?)|:\s*(?P<weight>{NUMBER})\s*\)|[()\[\]:]|[^\\()\[\]:]+")
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 # A1111's syntax that is not supported here: refused, because as plain text it would mean something else.
 UNSUPPORTED = (
     (re.compile(rf"(?<!\\)\[[^\[\]]*:\s*{NUMBER}\s*\]"), "[from:to:when]"),
-    (re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"), "[a|b]"),
+    (re.compile(r"(?<!\\)\[[^\[\]|]*+\|[^\[\]]*+\]"), "[a|b]"),
     (re.compile(r"\bAND\b"), "AND"),
     (re.compile(r"<hypernet:[^<>]*>"), "<hypernet:...>"),
 )
 LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
+MAX_LENGTH = 50_000  # characters of a prompt
+MAX_DEPTH = 50  # of nested brackets; each multiplies the weights of all that it encloses
 BACKTRACK = 20  # most tokens that move to the next chunk so that it begins after a comma
 
 
@@ -60,7 +64,10 @@ class Prompt:
 
 
 def parse(text: str, plain: bool = False) -> Prompt:
-    """Parse a text, unless it is `plain`. ValueError for A1111's syntax that is not supported."""
+    """Parse a text, unless it is `plain`. ValueError for A1111's syntax that is not supported, or if the text
+    would take minutes to encode."""
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"a prompt of {len(text):,} characters; at most {MAX_LENGTH:,} are read")
     if plain:
         return Prompt(text=text, plain=True)
     return Prompt(text=text, sections=_sections(LORA.sub("", text)), loras=_loras(text))
@@ -90,6 +97,8 @@ def _sections(text: str) -> list[Section]:
     for match in PIECE.finditer(text):
         piece = match[0]
         if piece in opened:
+            if len(opened[piece]) == MAX_DEPTH:
+                raise ValueError(f"prompt: more than {MAX_DEPTH} open brackets; as text, use --plain_prompt")
             opened[piece].append(len(spans))
         elif match["weight"] and opened["("]:
             close("(", float(match["weight"]))
@@ -105,7 +114,11 @@ def _sections(text: str) -> list[Section]:
 
     sections: list[Section] = [[]]
     for weight, run in groupby(spans, key=lambda span: span[1]):
+        if not math.isfinite(weight):
+            raise ValueError(f"prompt: a weight of {weight}")
         first, *rest = BREAK.split("".join(span for span, _ in run))
+        if rest:
+            first, *rest = first.rstrip(), *map(str.strip, rest[:-1]), rest[-1].lstrip()
         sections[-1].append((first, weight))
         sections += [[(span, weight)] for span in rest]
     return sections
@@ -121,7 +134,7 @@ def _loras(text: str) -> dict[str, tuple[float, float]]:
         try:
             text_scale = float(scales.pop("te", 1.0))
             unet_scale = float(scales.pop("unet", text_scale))
-            if scales or not name:
+            if scales or not name or not math.isfinite(text_scale + unet_scale):
                 raise ValueError
         except ValueError:
             forms = "<lora:NAME:SCALE> or <lora:NAME:TEXT:UNET>"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import ops
+from minisd import files, ops
 from minisd.data import images
 from minisd.sampling import infotext, sweep
 from minisd.sampling.generate import pictures
@@ -50,6 +50,10 @@ def load(options: Loading) -> StableDiffusion:
     """Load the model and attach its adapters."""
     ops.choose(options.kernels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
+        raise ValueError(f"--device {device}: {files.first_line(error)}") from error
     dtype = DTYPES.get(options.dtype)
     sd = StableDiffusion.load(
         options.model,

@@ -144,9 +144,9 @@ class StableDiffusion:
         path = Path(path)
         paths = adapter_files(path)
         taken = {file for attached in self.attached.values() for file in attached.files}
+        adapters = [_adapter.read(self, file) for file in paths]
         for file in paths:
             require(file.resolve() not in taken, f"{file} is attached already (`rescale` changes its scale)")
-        adapters = [_adapter.read(self, file) for file in paths]
         attached = Attached(files=[file.resolve() for file in paths], adapters=adapters)
         attached.rescale(scale, text_scale, str(path))
         tokens = [token.lower() for adapter in adapters for token in adapter.tokens]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minisd import reading
 from minisd.options import require
 
 if TYPE_CHECKING:
@@ -19,10 +21,9 @@ def read(path: Path) -> list[tuple[int, Row]]:
     """(line number, row) for each row of a CSV file whose header names flags; an empty cell sets nothing.
     ValueError, naming the line, if a row is not as long as the header."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        reader = csv.reader(io.StringIO(reading.text(path), newline=""))
+        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except (ValueError, csv.Error) as e:
         raise ValueError(f"--csv {path}: {e}") from None
     require(len(lines) > 1, f"--csv {path}: needs a header that names flags, and a row for each picture")
     header = [name.strip().removeprefix("--") for name in lines[0][1]]

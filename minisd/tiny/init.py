@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minisd import cli, files
+from minisd import cli, files, reading
 from minisd.formats import config_json, diffusers
 from minisd.formats.parts import PIPELINES, PipelineParts
 from minisd.models.text import TextConfig, TextEncoder
@@ -100,7 +100,7 @@ def write(out: Path, data: Path, seed: int = 0) -> None:
     write_tokenizer(out / "tokenizer", count_words(data))
     pipeline = PipelineParts(
         **parts,
-        scheduler=files.read_json(HERE / "scheduler" / "scheduler_config.json"),
+        scheduler=reading.read_json(HERE / "scheduler" / "scheduler_config.json"),
         tokenizer=out / "tokenizer",
         pipeline_class=PIPELINES[parts["unet"].config.in_channels],
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 from minisd.training.step import Trainer
 
 
@@ -45,7 +45,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
         trainer.trained[name].copy_(value)
     if trainer.ema:
         torch._foreach_copy_(trainer.ema.average, averages)
-    numbers = files.read_json(folder / "state.json")
+    numbers = reading.read_json(folder / "state.json")
     trainer.step, trainer.samples = numbers["step"], numbers["samples"]
     if numbers["scaler"]:
         trainer.scaler.load_state_dict(numbers["scaler"])

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import files
+from minisd import files, reading
 from minisd.data import images
 from minisd.options import Run, free_flags
 from minisd.training import checkpoint, trackers
@@ -82,7 +82,7 @@ class RunFolder:
         path = next((p for p in paths if p.is_dir()), None)
         if path is None:
             raise ValueError(f"--resume_from_checkpoint: there is no folder {source}")
-        earlier = files.read_json(path / "state.json")["options"]
+        earlier = reading.read_json(path / "state.json")["options"]
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
         if changed:
