@@ -109,7 +109,7 @@ def test_results_are_those_of_the_launcher(kernel, notes):
 
 
 def test_what_must_not_be_repeated(notes, monkeypatch):
-    """Another type, shape, stride or constant, an address that is no multiple of 16, one tensor in two places,
+    """Another type, shape, stride or constant, an address no multiple of 16, one tensor in two places,
     a profiler, another device."""
     import triton
 
