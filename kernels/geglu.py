@@ -73,13 +73,14 @@ def _bwd_kernel(
 
 
 def new_outputs(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    return L.empty(x, *x.shape[:-1], x.shape[-1] // 2)
 
 
 def new_gradients(dy, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return L.empty(x, *x.shape)
 
 
+@L.remembered
 def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
     y, d = new_outputs(x), x.shape[-1] // 2
@@ -88,6 +89,7 @@ def forward(x: Tensor) -> Tensor:
     return y
 
 
+@L.remembered
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
     dx, d = new_gradients(dy, x), x.shape[-1] // 2
@@ -97,7 +99,10 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def unsupported(x: Tensor) -> str:
-    return f"{x.shape[-1]} columns do not divide in two" if x.shape[-1] % 2 else ""
+    if x.shape[-1] % 2:
+        return f"{x.shape[-1]} columns do not divide in two"
+    large = x.numel() > L.INT32 * x.shape[-1] or x.shape[-1] > 512 * L.GRID_YZ
+    return "more than 2^31 rows, or rows too long for the grid" if large else ""
 
 
 # ------------------------------ Tiles and cases
