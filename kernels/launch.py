@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from operator import itemgetter, or_
 
 import torch
+import triton
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,8 +28,7 @@ INT32, GRID_YZ = 2**31 - 1, 65535  # the first axis of a grid takes as much as a
 
 # ------------------------------ The GPU
 
-FAMILIES = (80, 86, 90, 100)  # compute capabilities at which the tile tables may change
-
+FAMILIES = (80, 86, 90, 100, 120)  # compute capabilities at which the tile tables may change
 
 _capabilities: dict[int | None, int] = {}  # by device index; to torch.compile, constants
 
@@ -68,8 +68,9 @@ class Tiles:
 
     def pick(self, shape_class: int | str, device: torch.device) -> dict:
         """Return a copy of the table's tile for this device."""
-        row = self.table[shape_class]
-        return dict(row[max(f for f in row if f <= family(capability(device)))])
+        row, chip = self.table[shape_class], capability(device)
+        newest = 120 if chip >= 120 and 120 in row else family(chip)
+        return dict(row[max(f for f in row if f <= newest)])
 
 
 # ------------------------------ Whether kernels can run
@@ -185,7 +186,8 @@ class Tape:
         tensors = [a for a in args if isinstance(a, Tensor)]
         # What is compiled for addresses divisible by 16 is right for others that are. The interpreter
         # compiles nothing.
-        self.complete &= hasattr(compiled, "packed_metadata") and not any(t.data_ptr() % 16 for t in tensors)
+        self.complete &= all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
+        self.complete &= not any(t.data_ptr() % 16 for t in tensors)
         if self.complete:
             handles = compiled.function, compiled.packed_metadata, None, None, None
             rest = *args[len(tensors) :], *(meta[name] for name in kernel.arg_names[len(args) :])
@@ -193,9 +195,6 @@ class Tape:
             self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, numbers, rest))
 
     def end(self, results: Tensor | tuple[Tensor, ...]) -> None:
-        import triton
-
-        self.driver, self.knobs = triton.runtime.driver, triton.knobs.runtime
         self.device = as_tuple(results)[0].get_device()
         self.results = itemgetter(*[self.number(t) for t in as_tuple(results)])
         used = sorted({i for *_, numbers, _ in self.launches for i in numbers})
@@ -206,23 +205,24 @@ class Tape:
         self.tensors = []
 
     def repeat(self, arguments: tuple) -> Tensor | tuple[Tensor, ...] | None:
-        """Return the results for tensors of the same kind, or None if their addresses, the current device or
-        a profiler do not allow it."""
+        """Return the results for tensors of the same kind, or None if their addresses, the current device, a
+        profiler or the version of Triton do not allow it."""
         tensors = list(arguments)
         for like, shape, dtype in self.made:
             like = tensors[like]
             tensors.append(like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like))
         addresses = [t.data_ptr() for t in self.used(tensors)]
-        driver, hooks = self.driver.active, self.knobs.launch_enter_hook
-        if (
-            functools.reduce(or_, addresses) % 16
-            or getattr(hooks, "calls", hooks)
-            or driver.get_current_device() != self.device
-        ):
+        try:
+            driver, hooks = triton.runtime.driver.active, triton.knobs.runtime.launch_enter_hook
+            aligned = not functools.reduce(or_, addresses) % 16
+            if not aligned or getattr(hooks, "calls", hooks) or driver.get_current_device() != self.device:
+                return None
+            stream = driver.get_current_stream(self.device)
+            for run, grid, handles, taken, rest in self.launches:  # as JITFunction.run does
+                run(*grid, stream, *handles, *taken(addresses), *rest)
+        except (AttributeError, TypeError):  # this version of Triton is launched in another way
+            self.complete = False
             return None
-        stream = driver.get_current_stream(self.device)
-        for run, grid, handles, taken, rest in self.launches:  # as JITFunction.run does
-            run(*grid, stream, *handles, *taken(addresses), *rest)
         return self.results(tensors)
 
 
@@ -237,7 +237,7 @@ def remembered(launcher: Callable) -> Callable:
         key = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments]
         key = (launcher, *key)
         if tape := _tapes.get(key):
-            results = tape.repeat(arguments)
+            results = tape.repeat(arguments) if tape.complete else None
             return launcher(*arguments) if results is None else results
         _running.tape = tape = Tape(arguments)
         try:
@@ -252,6 +252,11 @@ def remembered(launcher: Callable) -> Callable:
         return results
 
     return call
+
+
+def forget() -> None:
+    """The next call of each launcher is one that Triton looks at."""
+    _tapes.clear()
 
 
 def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
