@@ -15,10 +15,11 @@ from minisd import cli
 def main() -> int:
     name, options = cli.parse_train(sys.argv[1:])
 
-    from minisd import registry
+    from minisd import device, registry
     from minisd.training import distributed, loop
     from minisd.training.run_folder import RunFolder
 
+    device.configure(options)  # before CUDA starts
     method = registry.load_class("methods", name)(options, distributed.device())
     return loop.train(method, RunFolder(name, options))
 

@@ -293,7 +293,8 @@ def case(
         q, k = q + apart, k - apart
         return dict(q=q, k=k[:, :1].expand_as(k) if equal else k, v=v), {}
 
-    return Case(name, make, flops=4.0 * b * nh * n * m * hd, elements=2 * b * nh * hd * (n + m))
+    scores = b * nh * n * m
+    return Case(name, make, flops=4.0 * scores * hd, elements=2 * b * nh * hd * (n + m), exps=scores)
 
 
 def square(b: int, n: int, hd: int) -> Case:

@@ -1,124 +1,215 @@
-"""Check and time the kernels: `python -m minisd.kernels.bench [--out DIR] [--only attention]`.
+"""Check and time the kernels: `python -m minisd.kernels.bench [--out DIR] [--only attention] [--dump]`.
 
-A table of ops and shapes, those of Stable Diffusion v1.5 at 512 and 768 pixels and its VAE: median time and
-spread, TFLOP/s or GB/s, speed relative to torch's fastest version in the same run (for attention each SDPA
-backend, otherwise eager and compiled), and share of the speed that this GPU reaches in a large matrix product
-and a large copy. Each kernel is checked first: at most twice torch's error against float64.
+On a GPU: a row for every op, shape (of Stable Diffusion v1.5 at 512 and 768 pixels, and its VAE) and mode
+(forward, backward, both). All versions of an op take turns, as CUDA graphs over sets of random tensors that
+exceed the L2 cache. kernels.md, kernels.json and kernels.png have the median time and its spread, the error
+against float64, TFLOP/s or GB/s, the share of the limit that binds (matrix products, copies or exponentials,
+measured on this GPU), and the fastest other version. What fails has a row that says why.
 
-On a CPU, with TRITON_INTERPRET=1, the small cases of the tests are checked and nothing is timed.
+Without a GPU, Triton's interpreter checks the tests' small cases, and nothing is timed. `--dump` writes the
+shapes for other benchmarks to shapes.json, and does nothing else.
 """
 
 import argparse
-import datetime
+import contextlib
 import functools
+import importlib
 import json
-import platform
+import math
+import os
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import minisd.kernels.checks as checks
 import minisd.kernels.launch as L
+import minisd.kernels.report as report
 import torch
 import triton
 from minisd.kernels.kernel import Case, Kernel, select
+from minisd.kernels.timing import GPU, captured, interleaved, limits, quantiles
+from torch.nn import attention
+
+MODES = dict(
+    forward=(1.0, 1.0, 0.0), backward=(2.5, 0.0, 1.0), both=(3.5, 1.0, 1.0)
+)  # flops, forward, backward
+
+# ------------------------------ The versions of an op
+
+
+class Version(NamedTuple):
+    """`run` takes the arguments of the op's reference, `inside` is the context of its calls, and `layout` is
+    that of 4-d tensors, if it is not the case's."""
+
+    run: Callable
+    inside: Callable = contextlib.nullcontext
+    layout: torch.memory_format | None = None
+
+
+@contextlib.contextmanager
+def flash(number: str):
+    """The flash attention of another package in place of torch's own, inside."""
+    attention.activate_flash_attention_impl(number)
+    try:
+        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+            yield
+    finally:
+        attention.restore_flash_attention_impl()
+
+
+def xformers(q, k, v):
+    return importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v)
+
+
+def apex(x, weight, bias, add, num_groups, eps, silu):
+    """Apex's GroupNorm, in one pass up to 1024 pixels, as its own module chooses."""
+    module = importlib.import_module("apex.contrib.group_norm.group_norm")
+    passes = "one" if x.shape[2:].numel() <= 1024 else "two"
+    x = x if add is None else x + add[:, :, None, None]
+    run = getattr(module, f"cuda_group_norm_nhwc_{passes}_pass")
+    return run(x, num_groups, weight, bias, eps, "silu" if silu else "")
+
+
+def versions(kernel: Kernel) -> dict[str, Version]:
+    """The kernel and what it is compared with, by name."""
+    found = {"minisd": Version(kernel), "eager": Version(kernel.reference)}
+    found |= {name: Version(run) for name, run in kernel.peers.items()}
+    if kernel.peers:  # attention: "eager" is what SDPA chooses by itself
+        found |= {f"FA{i}": Version(kernel.reference, functools.partial(flash, f"FA{i}")) for i in (3, 4)}
+        return found | {"xformers": Version(xformers)}
+    torch.compiler.reset()  # else the ninth shape exceeds the recompilation limit and silently runs eager
+    for name, mode in (("compiled", "default"), ("max-autotune", "max-autotune-no-cudagraphs")):
+        found[name] = Version(torch.compile(kernel.reference, dynamic=False, mode=mode))
+    if kernel.name == "group_norm":
+        found["eager NCHW"] = Version(kernel.reference, layout=torch.contiguous_format)
+        found["apex"] = Version(apex, layout=torch.channels_last)
+    return found
+
 
 # ------------------------------ Timing
 
 
-def quantiles(fn: Callable) -> tuple[float, float, float]:
-    """Return median, 20th and 80th percentile in ms; do_bench empties the cache between runs."""
-    return tuple(triton.testing.do_bench(fn, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8]))
+def calls(version: Version, case: Case, dtype: torch.dtype, device: str) -> dict[str, list[Callable]]:
+    """For every mode, calls on sets of tensors that together are larger than the L2 cache."""
+    tensors, constants = checks.inputs(case, dtype, device)
+    size = sum(t.nbytes for t in tensors.values() if t is not None)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if GPU else 0
+    found: dict[str, list[Callable]] = {mode: [] for mode in MODES}
+    for _ in range(min(16, 1 + math.ceil(2 * cache / size))):
+        copies = {k: None if t is None else t.detach().clone() for k, t in tensors.items()}
+        for name, t in copies.items():
+            if version.layout and t is not None and t.ndim == 4:
+                copies[name] = t.contiguous(memory_format=version.layout)
+        present = [t.requires_grad_() for t in copies.values() if t is not None]
+        outputs = functools.partial(checks.outputs, version.run, copies, constants)
+        ys = outputs()
+        dys = [torch.randn_like(y) for y in ys]
+        gradients = functools.partial(torch.autograd.grad, inputs=present, grad_outputs=dys)
+        found["forward"].append(torch.no_grad()(outputs))
+        found["backward"].append(functools.partial(gradients, ys, retain_graph=True))
+        found["both"].append(lambda outputs=outputs, gradients=gradients: gradients(outputs()))
+    return found
 
 
-def peers(kernel: Kernel) -> dict[str, Callable]:
-    """Return torch's versions of the operation by name."""
-    if kernel.peers:
-        return dict(kernel.peers)
-    torch.compiler.reset()  # else the ninth shape exceeds the recompilation limit and silently runs eager
-    return {"eager": kernel.reference, "compiled": torch.compile(kernel.reference, dynamic=False)}
-
-
-def modes(fn: Callable, tensors: dict, constants: dict) -> dict[str, Callable]:
-    """Return calls of the forward (without autograd), the backward alone, and both."""
-    present = [t for t in tensors.values() if t is not None]
-    outputs = functools.partial(checks.outputs, fn, tensors, constants)
-    ys = outputs()
-    dys = [torch.randn_like(y) for y in ys]
-    return {
-        "forward": torch.no_grad()(outputs),
-        "backward": lambda: torch.autograd.grad(ys, present, dys, retain_graph=True),
-        "both": lambda: torch.autograd.grad(outputs(), present, dys),
-    }
+def times_of(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> tuple[dict, dict[str, str]]:
+    """The quantiles in ms of mode -> version, and why the other versions failed."""
+    runs: dict[str, dict[str, Callable]] = {}
+    sizes, failed = {}, {}
+    for name, version in versions(kernel).items():
+        try:
+            with version.inside():
+                each = calls(version, case, dtype, device)
+                runs[name], sizes[name] = {mode: captured(each[mode]) for mode in MODES}, len(each["both"])
+        except Exception as e:
+            failed[name] = report.reason(e)
+    found = {}
+    for mode in MODES:
+        times = interleaved({name: run[mode] for name, run in runs.items()})
+        found[mode] = {name: quantiles([t / sizes[name] for t in ts]) for name, ts in times.items()}
+    return found, failed
 
 
 def time_case(
-    kernel: Kernel, case: Case, dtype: torch.dtype, limits: dict, device: str = "cuda"
+    kernel: Kernel, case: Case, dtype: torch.dtype, reach: dict, device: str = "cuda", **error: float | str
 ) -> list[dict]:
-    """Time every mode of the kernel and of torch's versions; return a row of the table for each mode."""
-    times: dict[str, dict[str, tuple]] = {}  # version -> mode -> quantiles
-    for name, fn in {"minisd": kernel, **peers(kernel)}.items():
-        try:
-            calls = modes(fn, *checks.inputs(case, dtype, device))
-            times[name] = {mode: quantiles(call) for mode, call in calls.items()}
-        except RuntimeError as error:  # a backend that does not support this shape
-            print(f"    {name}: {str(error).splitlines()[0]}")
+    """Time every mode of every version; return a row of the table for each mode. `error` is part of them."""
+    stream = torch.cuda.stream(torch.cuda.Stream()) if GPU else contextlib.nullcontext()
+    with stream:  # all on one that is not the default, as graphs have to be captured
+        times, failed = times_of(kernel, case, dtype, device)
     rows = []
-    work = dict(forward=(1.0, 1.0), backward=(2.5, case.back), both=(3.5, 1 + case.back))
-    for mode, (flops, moved) in work.items():
-        by_name = {name: measured[mode] for name, measured in times.items()}
-        median, low, high = by_name.pop("minisd")
-        best = min(by_name, key=lambda name: by_name[name][0])
-        flops, moved = flops * case.flops, moved * case.elements * dtype.itemsize
-        bound = max(flops / limits["flops"], moved / limits["bytes"]) * 1e3
-        rows.append(dict(
-            op=kernel.name, case=case.name, mode=mode, ms=median, low=low, high=high, best=best,
-            best_ms=by_name[best][0], ratio=by_name[best][0] / median, of_limit=bound / median,
-            rate=f"{flops / median / 1e9:.0f} TFLOP/s" if flops else f"{moved / median / 1e6:.0f} GB/s",
-            all={name: quantile[0] for name, quantile in by_name.items()},
-        ))  # fmt: skip
+    for (mode, by_name), (products, ahead, back) in zip(times.items(), MODES.values(), strict=True):
+        moved = (ahead + back * case.back) * case.elements * dtype.itemsize
+        work = {"flops": products * case.flops, "bytes": moved, "exps": (ahead + back) * case.exps}
+        row = dict(op=kernel.name, case=case.name, mode=mode, work=work, failed=failed, **error)
+        row["all"] = {name: q[0] for name, q in by_name.items()}
+        others = {name: q[0] for name, q in by_name.items() if name != "minisd"}
+        row["best"], row["best_ms"] = min(others.items(), key=lambda pair: pair[1], default=(None, None))
+        row["limit"] = max(reach, key=lambda unit: work[unit] / reach[unit])
+        if "minisd" in by_name:
+            row["ms"], row["low"], row["high"] = by_name["minisd"]
+            unit = ("flops", 1e9, "TFLOP/s") if case.flops else ("bytes", 1e6, "GB/s")
+            row["rate"] = f"{work[unit[0]] / row['ms'] / unit[1]:.0f} {unit[2]}"
+            row["of_limit"] = work[row["limit"]] / reach[row["limit"]] * 1e3 / row["ms"]
+            row["ratio"] = row["best_ms"] / row["ms"] if others else None
+        else:
+            row["reason"] = failed["minisd"]
+        rows.append(row)
     return rows
-
-
-def limits(dtype: torch.dtype) -> dict[str, float]:
-    """Measure this GPU's speed: FLOP/s of a large matrix product, bytes/s of a large copy."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-    big = torch.empty(2**29, device="cuda", dtype=torch.int8)
-    flops = 2 * 8192**3 / quantiles(lambda: a @ a)[0] * 1e3
-    return dict(flops=flops, bytes=2 * big.numel() / quantiles(lambda: big.clone())[0] * 1e3)
 
 
 # ------------------------------ The table
 
-HEADING = "| op | shape | mode | ms (20-80%) | rate | best of torch | ratio | of limit |"
-ROW = "| {op} | {case} | {mode} | {ms:.4f} ({low:.4f}-{high:.4f}) | {rate} | {best} {best_ms:.4f} "
-ROW += "| {ratio:.2f} | {of_limit:.0%} |"
+COLUMNS = {
+    "op": "{op}", "shape": "{case}", "mode": "{mode}", "ms (20-80%)": "{ms:.4f} ({low:.4f}-{high:.4f})",
+    "rate": "{rate}", "of limit": "{of_limit:.0%} {limit}", "error": "{error:.1e}",
+    "torch's": "{torch_error:.1e}", "best other": "{best} {best_ms:.4f}", "ratio": "{ratio:.2f}",
+}  # fmt: skip
 
 
-def markdown(table: list[dict], about: dict) -> str:
+def means(rows: list[dict]) -> list[str]:
     ratios: dict[str, list[float]] = {}
-    for row in table:
-        ratios.setdefault(f"{row['op']} {row['mode']}", []).append(row["ratio"])
-    means = (f"{k}: geometric mean ratio {statistics.geometric_mean(v):.2f}  " for k, v in ratios.items())
-    rows = [HEADING, "|---" * 8 + "|", *(ROW.format(**row) for row in table)]
-    return "\n".join([*(f"{k}: {v}  " for k, v in about.items()), "", *rows, "", *means, ""])
+    for row in rows:
+        if row.get("ratio"):
+            ratios.setdefault(f"{row['op']} {row['mode']}", []).append(row["ratio"])
+    return [f"{k}: geometric mean ratio {statistics.geometric_mean(v):.2f}  " for k, v in ratios.items()]
 
 
-def time_all(chosen: list[tuple[Kernel, Case]], dtype: torch.dtype, out: Path) -> None:
-    """Print the table, and write it with the versions to kernels.json and kernels.md."""
-    reach = limits(dtype)
-    versions = dict(torch=torch.__version__, triton=triton.__version__, python=platform.python_version())
-    about = dict(device=torch.cuda.get_device_name(), **versions, dtype=str(dtype).removeprefix("torch."))
-    about |= dict(date=datetime.date.today().isoformat(), **{k: f"{v:.3g}/s" for k, v in reach.items()})
-    table = []
+def write(out: Path, rows: list[dict], facts: dict, reach: dict) -> None:
+    """Write the table. In the picture, what has no matrix products is drawn at one FLOP a byte."""
+    points = []
+    for row in (row for row in rows if "ms" in row):
+        work = row["work"]["flops"] or row["work"]["bytes"]
+        points.append((row["op"], work / row["work"]["bytes"], work / row["ms"] * 1e3))
+    picture = dict(points=points, flops=reach["flops"], bandwidth=reach["bytes"])
+    report.write(out, "kernels", facts, COLUMNS, rows, means(rows), **picture)
+
+
+def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> tuple[str, dict]:
+    """A line about the kernel's correctness, and the largest errors."""
+    try:
+        found = checks.errors(kernel, case, dtype, device)
+    except torch.OutOfMemoryError:
+        return "not checked: float64 does not fit", {}
+    except Exception as e:
+        return f"failed: {report.reason(e)}", {}
+    wrong = [name for name, (ours, theirs) in found.items() if not ours <= 2 * theirs + checks.FLOOR]
+    ours, theirs = (max(column) for column in zip(*found.values(), strict=True))
+    return f"wrong: {', '.join(wrong)}" if wrong else "ok", dict(error=ours, torch_error=theirs)
+
+
+def dump(chosen: list[tuple[Kernel, Case]], out: Path) -> None:
+    """Write the shapes, constants and amounts of work to shapes.json."""
+    shapes = []
     for kernel, case in chosen:
-        for row in time_case(kernel, case, dtype, reach):
-            table.append(row)
-            print(ROW.format(**row), flush=True)
+        randn = functools.partial(torch.randn, device="meta")
+        tensors, constants = checks.inputs(case, torch.float32, "meta", randn=randn)
+        sizes = {k: None if t is None else dict(shape=t.shape, stride=t.stride()) for k, t in tensors.items()}
+        work = dict(flops=case.flops, elements=case.elements, exps=case.exps, back=case.back)
+        shapes.append(dict(op=kernel.name, case=case.name, tensors=sizes, constants=constants, **work))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "kernels.json").write_text(json.dumps(dict(about=about, rows=table), indent=1))
-    (out / "kernels.md").write_text(markdown(table, about))
+    (out / "shapes.json").write_text(json.dumps(shapes, indent=1), encoding="utf-8")
 
 
 def main() -> int:
@@ -127,26 +218,41 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="only the ops or shapes whose name contains this")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    parser.add_argument("--out", default=".", help="folder for kernels.json and kernels.md")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for what is written")
+    parser.add_argument("--dump", action="store_true", help="write shapes.json and nothing else")
     options = parser.parse_args()
-    gpu = torch.cuda.is_available() and not L.INTERPRET
-    if not (gpu or L.INTERPRET):
-        parser.error("no CUDA device; TRITON_INTERPRET=1 checks the kernels without one")
-    dtype, device = (getattr(torch, options.dtype), "cuda") if gpu else (torch.float32, "cpu")
-    print(f"correctness ({'on the GPU' if gpu else 'interpreter'}, {dtype}): at most twice torch's error")
-    chosen, wrong = select("timed" if gpu else "cases", options.only), 0
+    chosen = select("timed" if GPU or options.dump else "cases", options.only)
+    if options.dump:
+        dump(chosen, options.out)
+        return 0
+    if not (GPU or L.INTERPRET):  # Triton reads this when it is imported
+        command = [sys.executable, "-m", "minisd.kernels.bench", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
+    dtype, device = (getattr(torch, options.dtype), "cuda") if GPU else (torch.float32, "cpu")
+    where = "on the GPU" if GPU else "no CUDA device: Triton's interpreter, and nothing is timed"
+    print(f"correctness ({where}, {dtype}): at most twice torch's error")
+    return run(chosen, dtype, device, options.out if GPU else None)
+
+
+def run(chosen: list[tuple[Kernel, Case]], dtype: torch.dtype, device: str, out: Path | None) -> int:
+    """Check all; with a folder, time all and write the table. Returns 1 if a kernel is wrong or fails."""
+    errors, bad, rows = {}, False, []
     for kernel, case in chosen:
-        try:
-            faults = checks.faults(kernel, case, dtype, device)
-        except torch.OutOfMemoryError:  # float64 attention holds the whole score matrix several times
-            faults = ["not checked, float64 does not fit"]
-        wrong += bool(faults)
-        print(f"  {kernel.name:<16} {case.name:<26} {'; '.join(faults) or 'ok'}", flush=True)
-    if gpu:
-        time_all(chosen, dtype, Path(options.out))
-    else:
-        print("no CUDA device: nothing was timed")
-    return int(wrong > 0)
+        verdict, errors[kernel, case.name] = check(kernel, case, dtype, device)
+        bad = bad or not verdict.startswith(("ok", "not checked"))
+        print(f"  {kernel.name:<16} {case.name:<26} {verdict}", flush=True)
+    if out is None:
+        return int(bad)
+    reach, before = limits(dtype), report.about()
+    print("\n".join(report.table(COLUMNS, [])), flush=True)
+    facts = before | dict(triton=triton.__version__, dtype=str(dtype).removeprefix("torch."))
+    facts |= {name: f"{value:.3g}/s" for name, value in reach.items()}
+    for kernel, case in chosen:
+        rows += (new := time_case(kernel, case, dtype, reach, device, **errors[kernel, case.name]))
+        print(*(report.line(COLUMNS, row) for row in new), sep="\n", flush=True)
+        after = {"clocks.sm after": report.about().get("clocks.sm", "-")}
+        write(out, rows, facts | after, reach)  # each time: a fault on the GPU may end the process
+    return int(bad)
 
 
 if __name__ == "__main__":

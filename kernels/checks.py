@@ -51,20 +51,36 @@ def relative(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm().clamp_min(0.1 * exact.numel() ** 0.5)).item()
 
 
-def faults(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    """Return a line for every output and gradient whose error is more than twice torch's."""
+def exactly(fn: Callable, tensors: dict, constants: dict, dys: list[Tensor]) -> dict[str, Tensor]:
+    """`run` in at most sixteen parts of the batch, one after the other: in float64 the score matrices of a
+    whole batch may not fit. Tensors of one dimension belong to all parts, so their gradients are sums."""
+    parts = []
+    for i in range(count := min(16, len(next(iter(tensors.values()))))):
+        piece = {k: t if t is None or t.ndim == 1 else t.detach().tensor_split(count)[i].requires_grad_()
+                 for k, t in tensors.items()}  # fmt: skip
+        parts.append(run(fn, piece, constants, [dy.tensor_split(count)[i] for dy in dys]))
+    shared = {f"d{k}" for k, t in tensors.items() if t is not None and t.ndim == 1}
+    return {
+        k: sum(p[k] for p in parts) if k in shared else torch.cat([p[k] for p in parts]) for k in parts[0]
+    }
+
+
+def errors(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> dict[str, tuple[float, float]]:
+    """Return the errors of the kernel and of torch for every output and gradient."""
     randn = normal()
     rounded, constants = inputs(case, dtype, device, randn=randn)
     double = {k: None if t is None else t.detach().double().requires_grad_() for k, t in rounded.items()}
-    with torch.no_grad():
-        ys = outputs(kernel.reference, double, constants)
-    dys = [randn(y.shape).to(dtype).double().to(device) for y in ys]
-    exact = run(kernel.reference, double, constants, dys)
-    theirs = run(kernel.reference, rounded, constants, dys)
-    ours = run(kernel, rounded, constants, dys)
-    lines = []
-    for name, value in exact.items():
-        our_error, torch_error = relative(ours[name], value), relative(theirs[name], value)
-        if not our_error <= 2 * torch_error + FLOOR:  # so written, it includes NaN
-            lines.append(f"{name}: {our_error:.2e}, torch {torch_error:.2e}")
-    return lines
+    ours = outputs(kernel, rounded, constants)
+    dys = [randn(y.shape).to(dtype).double().to(device) for y in ours]
+    exact = exactly(kernel.reference, double, constants, dys)
+    theirs, ours = (run(fn, rounded, constants, dys) for fn in (kernel.reference, kernel))
+    return {name: (relative(ours[name], y), relative(theirs[name], y)) for name, y in exact.items()}
+
+
+def faults(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """Return a line for every output and gradient whose error is more than twice torch's."""
+    return [
+        f"{name}: {ours:.2e}, torch {theirs:.2e}"
+        for name, (ours, theirs) in errors(kernel, case, dtype, device).items()
+        if not ours <= 2 * theirs + FLOOR  # so written, it includes NaN
+    ]

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minisd.sampling.api import Model
+    from minisd.sampling.api import Model, PixelModel
 
 
-def load(model: str | Path, **options) -> Model:
+def load(model: str | Path, **options) -> Model | PixelModel:
     """Load the model in a folder, a file or a hub id; by default on the GPU and in fp16 if there is one.
     `options` are those of StableDiffusion.load."""
     import torch
 
-    from minisd.sampling.api import Model
+    from minisd.sampling import api
 
     options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(options["device"]).type == "cuda"
     options.setdefault("dtype", torch.float16 if on_gpu else torch.float32)
-    return Model.load(model, **options)
+    return api.load(model, **options)

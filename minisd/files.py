@@ -12,6 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -212,11 +217,42 @@ def _replacing(path: Path | str) -> Iterator[BinaryIO]:
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder written to the disk, so that a power cut does not lose a file by its name.
+    Some file systems cannot, and need not, do this."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder if need be, and let only one process at a time run such a block for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {folder}: {first_line(error)}") from error
+    if not fcntl:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # on file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -228,17 +264,21 @@ def new_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path = path.parent.resolve() / path.name if not path.is_symlink() else path.resolve()
-    temporary = _temporary(path)
+    inside = keep and path.is_dir()  # which may be on another disk than its parent
+    temporary = _temporary(path / path.name if inside else path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        _sync(temporary)
         if keep and path.is_dir():
             # Folders before files: an index is the last to change.
             for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
                 _move(entry, path / entry.name)
         else:
             _move(temporary, path)
+        _sync(path.parent)
+        _sync(path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {first_line(error)}") from error
     except ValueError as error:  # from a file inside: name the folder that the user knows

@@ -43,7 +43,7 @@ class NoiseSchedule:
     """alphas_cumprod (num_train_timesteps,), what the network predicts, and the algebra between the two. The
     fields are keys of scheduler_config.json (formats/config_json.py checks them), with diffusers' defaults.
 
-    In the methods, `timesteps` is an int64 tensor (b,), one per sample. Results are in fp32.
+    In the methods, `timesteps` is an int64 tensor (b,), one per sample. Results are in fp32, on its device.
     """
 
     num_train_timesteps: int = 1000
@@ -72,6 +72,7 @@ class NoiseSchedule:
             betas = rescale_zero_terminal_snr(betas)
         self.num_train_timesteps = len(betas)
         self.alphas_cumprod = (1 - betas).cumprod(0)
+        self.copies: dict[torch.device, Tensor] = {}  # of alphas_cumprod on the devices that it is needed on
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
@@ -96,10 +97,16 @@ class NoiseSchedule:
             raise ValueError(f"timestep_spacing {spacing!r}: one of leading, linspace, trailing")
         return descending.clamp(0, total - 1)
 
+    def at(self, timesteps: Tensor) -> Tensor:
+        """alpha_bar_t, (b,)."""
+        device = timesteps.device
+        if device not in self.copies:
+            self.copies[device] = self.alphas_cumprod.to(device)
+        return self.copies[device][timesteps]
+
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like` (b, ...)."""
-        alphas_cumprod = self.alphas_cumprod[timesteps.cpu()].to(like.device)  # (b,)
-        alphas_cumprod = alphas_cumprod.view(-1, *[1] * (like.ndim - 1))  # (b, 1, 1, ...)
+        alphas_cumprod = self.at(timesteps).view(-1, *[1] * (like.ndim - 1))  # (b, 1, 1, ...)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ class NoiseSchedule:
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), (b,)."""
-        alphas_cumprod = self.alphas_cumprod[timesteps.cpu()]
+        alphas_cumprod = self.at(timesteps)
         return alphas_cumprod / (1 - alphas_cumprod)
 
     def split(self, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:

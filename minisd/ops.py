@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd import graph
+
 # ------------------------------ Triton or torch
 
 CHOICES = ("auto", "triton", "torch")
 _choice = "auto"
 _device = "cuda"  # where "auto" asks for kernels
-in_graph = False  # whether networks run as CUDA graphs, in which the host's time does not count
 _record: dict[str, str] = {}  # the verdicts that a run goes on with
 _share: Callable | None = None
 _verdicts = None  # kernels.verdicts.Verdicts, once "auto" has met a GPU
@@ -30,21 +31,28 @@ _missing = ""  # why they cannot be imported
 _printed, _said = "", 0  # the last line, and of how many verdicts it was
 
 
-def choose(kernels: str, record: dict[str, str] | None = None, share: Callable | None = None) -> None:
-    """Choose what computes from now on, one of CHOICES. "auto" decides like the run that `record` comes from;
-    `share(key, decide)` returns what the first of several processes decides. ValueError if that cannot be."""
+def choose(kernels: str) -> None:
+    """Choose what computes from now on, one of CHOICES. ValueError if it cannot."""
     global _choice, _record, _share, _verdicts, _printed, _said
     if kernels not in CHOICES:
         raise ValueError(f"--kernels {kernels}: choose from {', '.join(CHOICES)}")
     if kernels == "triton" and _load():
         raise ValueError(f"--kernels triton: {_missing}")
-    used = [key for key, choice in (record or {}).items() if choice != "torch"]
-    if kernels == "auto" and used and _device == "cuda" and not torch.cuda.is_available():
+    _choice, _record, _share, _verdicts, _printed, _said = kernels, {}, None, None, "", 0
+    graph.forget()
+
+
+def pin(record: dict[str, str], share: Callable | None) -> None:
+    """Let "auto" decide like the run that `record` comes from, and like the first of several processes:
+    `share(key, decide)` returns its decision. ValueError if that needs a GPU, and there is none."""
+    global _record, _share
+    used = [key for key, choice in record.items() if choice != "torch"]
+    if _choice == "auto" and used and _device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--kernels auto: this run computes `{used[0]}` by a kernel, which needs a GPU; --kernels torch "
             "continues it without kernels, and with other last digits"
         )
-    _choice, _record, _share, _verdicts, _printed, _said = kernels, record or {}, share, None, "", 0
+    _record, _share = record, share
 
 
 def verdicts() -> dict[str, str]:
@@ -102,7 +110,8 @@ def _kernel(name: str, *arguments):
             _say(f"torch, {_missing or f'the tensors are on {device}'}")
         return None
     call = (name, tuple([_spec(a, compiling) if isinstance(a, Tensor) else a for a in arguments]),
-            torch.is_grad_enabled(), torch.is_autocast_enabled(device), in_graph)  # fmt: skip
+            torch.is_grad_enabled(), torch.is_autocast_enabled(device),
+            graph.wanted(arguments[0].device))  # fmt: skip
     choice = _known(call, compiling, arguments[0].device.index)
     if choice is None:
         with torch.cuda.device_of(arguments[0]):
@@ -172,7 +181,9 @@ def group_norm(
         return kernel(*arguments)
     if add is not None:
         x = x + add[:, :, None, None]
+    last = x.is_contiguous(memory_format=torch.channels_last)
     x = F.group_norm(x, num_groups, weight, bias, eps)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x  # on a GPU torch returns NCHW
     return F.silu(x) if silu else x
 
 

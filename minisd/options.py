@@ -179,6 +179,7 @@ class Diffusion(Group):
 
 KERNELS = Literal["auto", "triton", "torch"]
 PRECISIONS = Literal["no", "fp16", "bf16"]
+GRAPH = Literal["auto", "on", "off"]
 
 
 @dataclass(kw_only=True)
@@ -187,6 +188,17 @@ class Precision(Group):
 
     kernels: KERNELS = flag(
         "auto", "implementation of attention and norms; auto is the fastest measured", free=True
+    )
+    graph: GRAPH = flag(
+        "auto",
+        "forward and backward pass as a CUDA graph; auto uses one where it gives the same bits",
+        free=True,
+    )
+    compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
+    deterministic: bool = flag(
+        False,
+        "the same command gives the same bytes on the same GPU, if somewhat later; --kernels auto is then "
+        "torch; not promised for the sums over several GPUs, nor with --use_8bit_adam",
     )
     mixed_precision: PRECISIONS | None = flag(
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"

@@ -2,6 +2,7 @@
 
     git clone https://github.com/huggingface/diffusers
     python tests/judge_scripts.py --scripts diffusers/examples [METHOD ...]
+    python tests/judge_scripts.py --scripts diffusers/examples --unseen --seeds 0 1 2 [METHOD ...]
 
 Each script trains the tiny model on the same pictures with the same flags, so far as it has them, and what it
 leaves is read and drawn from here. train.py trains with several seeds, which shows how much chance there is
@@ -27,11 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from minisd import cli  # noqa: E402
 from minisd.options import TINY  # noqa: E402
-from minisd.tiny import judge, trial  # noqa: E402
+from minisd.tiny import judge, trial, unseen  # noqa: E402
+from minisd.tiny.concepts import UNSEEN  # noqa: E402
 from tests.cost_methods import METHODS  # noqa: E402
 
-PLAIN = "textual_inversion", "dreambooth", "custom_diffusion"  # they open every file of a folder as a picture
-DATA = {"dreambooth": "instance_data_dir"}
+LORA_AS_DREAMBOOTH = "dreambooth/train_dreambooth_lora.py"
 OURS = "report_to", "num_validation_images", "validation_prompt", "checkpointing_steps", "save_model_epochs"
 
 
@@ -72,7 +73,8 @@ class Scripted(trial.Trial):
 
     def train(self, **flags) -> Path:
         out, method = self.folder / "result", self.method
-        script = self.scripts / METHODS[method][0]
+        as_dreambooth = method == "lora" and "instance_prompt" in flags
+        script = self.scripts / (LORA_AS_DREAMBOOTH if as_dreambooth else METHODS[method][0])
         known = set(re.findall(r'"--(\w+)"', script.read_text()))
         flags = {k: v for k, v in trial.defaults().get(method, {}).items() | flags.items() if k not in OURS}
         flags |= {"output_dir": out, "checkpointing_steps": 10**6, "seed": 0}
@@ -92,16 +94,16 @@ class Scripted(trial.Trial):
 
     def scripted(self, flags: dict) -> dict:
         """The flags that the script names otherwise, or needs besides."""
-        method, data = self.method, flags.get("data")
-        if method in PLAIN and data:
+        method, data, of_subject = self.method, flags.get("data"), "instance_prompt" in flags
+        if data and (of_subject or method == "textual_inversion"):  # they open every file of a folder
             data = pictures_alone(data)
         changed = {
             "pretrained_model_name_or_path": in_fp32(self) if "model" in flags else None,
-            DATA.get(method, "train_data_dir"): data,
+            "instance_data_dir" if of_subject else "train_data_dir": data,
         }
         if "class_data_dir" in flags:
             changed["class_data_dir"] = pictures_alone(flags["class_data_dir"])
-        if method == "custom_diffusion":
+        if "concepts_list" in flags:
             concepts = json.loads(Path(flags["concepts_list"]).read_text())
             for concept in concepts:
                 for key in ("instance_data_dir", "class_data_dir"):
@@ -116,6 +118,18 @@ class Scripted(trial.Trial):
         return {k: v.resolve() if isinstance(v, Path) else v for k, v in changed.items() if v is not None}
 
 
+def compare_unseen(methods: list[str], concepts: list[str], seeds: list[int], out: Path) -> None:
+    """Print the shares of images that show a thing, on white and on blue, of a script and of train.py."""
+    print(f"| method | thing | script | {' | '.join(f'seed {s}' for s in seeds)} |")
+    print("|---" * (3 + len(seeds)) + "|", flush=True)
+    for method in methods:
+        for name in concepts:
+            rows = [unseen.run(method, name, 0, TINY, (out / "unseen-script").resolve(), [], Scripted)]
+            rows += [unseen.run(method, name, seed, TINY, out / "unseen", []) for seed in seeds]
+            shares = " | ".join(f"{row['on white']:.2g}; {row['on blue']:.2g}" for row in rows)
+            print(f"| `{method}` | {name} | {shares} |", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(judge.TRIALS))
@@ -124,9 +138,14 @@ def main() -> int:
     parser.add_argument(
         "--no_captions", action="store_true", help="of concepts, which three of the scripts cannot read"
     )
+    parser.add_argument("--unseen", action="store_true", help="personalisation on what the model never saw")
+    parser.add_argument("--concept", action="append", choices=UNSEEN, help="with --unseen: this thing")
     parser.add_argument("--out", type=Path, default=Path("judged-scripts"))
     o = parser.parse_args()
     Scripted.scripts = o.scripts
+    if o.unseen:
+        compare_unseen(o.methods or list(unseen.TRAINERS), o.concept or list(UNSEEN), o.seeds, o.out)
+        return 0
     print(f"| method | measure | before | needed | script | {' | '.join(f'seed {s}' for s in o.seeds)} |")
     print("|---" * (5 + len(o.seeds)) + "|", flush=True)
     for method in o.methods or judge.TRIALS:

@@ -40,6 +40,9 @@ def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
     done = start("--method", method, *flags, "--train_batch_size", 1, "--output_dir", two)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("parameters train") == 1  # one of them speaks
+    with pytest.raises(ValueError, match="16 images in 4 updates, which are of 2 images here: start as many"):
+        alone = "--train_batch_size", 1, "--resume_from_checkpoint", "latest", "--output_dir", two
+        train(method, options(method, *flags, *alone))
     a, b = tensors(one), tensors(two)
     assert a.keys() == b.keys()
     begun = load_file(one / "checkpoint-2" / "trained.safetensors")

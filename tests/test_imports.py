@@ -15,8 +15,17 @@ SOURCES = sorted(
 
 # Lowest first: a file imports from its own line or from the lines above it, never from those below.
 LAYERS = [
-    ["minisd", "minisd.kernels", "minisd.registry", "minisd.options", "minisd.noise", "minisd.files"],
+    [
+        "minisd",
+        "minisd.kernels",
+        "minisd.registry",
+        "minisd.options",
+        "minisd.noise",
+        "minisd.files",
+        "minisd.graph",
+    ],
     ["minisd.ops", "minisd.losses"],
+    ["minisd.device"],
     ["minisd.models"],
     ["minisd.formats", "minisd.schedulers", "minisd.data"],
     ["minisd.adapters"],

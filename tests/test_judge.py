@@ -1,15 +1,18 @@
 """The judge: what it measures by, that textual inversion passes, and that what learns nothing does not."""
 
+import functools
 import sys
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from minisd.data import images
 from minisd.options import TINY
-from minisd.tiny import bank, judge, measures, trial
-from minisd.tiny.pictures import GROUNDS, on, silhouette
+from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.tiny import bank, judge, measures, trial, unseen
+from minisd.tiny.concepts import UNSEEN
+from minisd.tiny.pictures import GROUNDS, WHITE, main_hue, on, posed, recoloured, silhouette, turned
 
 BANK = bank.read()
 NAMES = bank.names()
@@ -68,10 +71,74 @@ def test_shuffled_rows_have_another_s_picture(tmp_path):
         assert shown == ([2, 3, 4, 5, 0, 1] if shuffled else list(range(6)))
 
 
+# Things of three kinds: drawn for the judge, held out from training, known.
+TILES = {name: concept.tile() for name, concept in UNSEEN.items()}
+TILES |= {name: BANK[name, "3d"] for name in ("bat", "otter", "ambulance", "camel")}
+
+
+def others(name: str) -> list[Image.Image]:
+    known = UNSEEN[name].bank if name in UNSEEN else name
+    return [BANK[n, "3d"] for n in NAMES if n != known]
+
+
+@functools.cache
+def model() -> StableDiffusion:
+    return StableDiffusion.load(TINY)
+
+
+def re_encoded(drawn: list[Image.Image]) -> list[Image.Image]:
+    mean, _ = model().encode_images(torch.stack([images.to_tensor(image) for image in drawn]))
+    return [images.to_pil(pixels) for pixels in model().decode(mean)]
+
+
+def patches(tile: Image.Image) -> list[Image.Image]:
+    """What has a thing's colours without its shape: the thing blurred, and an ellipse of its mean colour."""
+    blurred = tile.convert("RGBa").filter(ImageFilter.GaussianBlur(6)).convert("RGBA")
+    mean = tile.convert("RGBa").resize((1, 1), Image.Resampling.BOX).convert("RGBA").getpixel((0, 0))
+    ellipse = Image.new("RGBA", tile.size)
+    ImageDraw.Draw(ellipse).ellipse(tile.getbbox(), fill=(*mean[:3], 255))
+    return [blurred, ellipse]
+
+
+def most_alike(tile: Image.Image, tiles: list[Image.Image], count: int = 12) -> list[Image.Image]:
+    """Those of `tiles` whose shape is nearest to the thing's, in its hue."""
+    alike = measures.alike(*(measures.shapes([on(t) for t in some]) for some in ([tile], tiles)))[0]
+    return [recoloured(tiles[i], main_hue(tile)[0]) for i in alike.topk(count).indices]
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_a_thing_is_recognised_and_nothing_else(name):
+    tile = TILES[name]
+    for ground, another in ((WHITE, GROUNDS["pink"]), (GROUNDS["blue"], WHITE)):
+        lineup = measures.Lineup(tile, others(name), ground)
+        changes = {"shift": (2, -1)}, {"scale": 0.95}, {"angle": 4}
+        true = [on(posed(tile, **change), ground) for change in changes]
+        true += re_encoded([on(tile, ground), on(posed(tile, shift=(1, 1)), ground)])
+        assert lineup.recognised(true).all()
+        wrong = [*patches(tile), turned(tile, 90), turned(tile, 180), *most_alike(tile, others(name))]
+        assert not lineup.recognised([*(on(thing, ground) for thing in wrong), on(tile, another)]).any()
+
+
+def test_a_row_is_trained_once(tmp_path, monkeypatch):
+    """And again when a flag is another."""
+    trained = []
+
+    def train(t, concept):
+        trained.append(t.flags)
+        return t.load(), "cat"
+
+    monkeypatch.setitem(unseen.TRAINERS, "lora", train)
+    monkeypatch.setitem(trial.defaults()["sample"], "steps", 1)
+    rows = [unseen.run("lora", "teapot", 1, TINY, tmp_path, flags) for flags in ([], [], ["--rank", "2"])]
+    assert trained == [["--seed", "1"], ["--rank", "2", "--seed", "1"]]
+    assert rows[0] == rows[1] and not unseen.learned(rows[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lora-teapot-1.json", "lora-teapot-1.png"]
+
+
 @pytest.mark.slow
 def test_textual_inversion_learns_its_concept(tmp_path):
     measured = judge.judge("textual_inversion", TINY, tmp_path, [])
-    assert len(measured) == 6 and all(m.passed for m in measured), measured
+    assert len(measured) == 9 and all(m.passed for m in measured), measured
     assert Image.open(tmp_path / "textual_inversion.png").height > 7 * 128
 
 

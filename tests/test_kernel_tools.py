@@ -1,16 +1,36 @@
 """aot and bench as far as a CPU can go: the parts around the GPU."""
 
+import json
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
+from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from minisd import ops
 from tests.kernel_helpers import interpreter, ordinary
 
 pytest.importorskip("triton")
-from minisd.kernels import aot, attention, bench, cross_attention, launch  # noqa: E402
+from minisd.kernels.kernel import discover  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from minisd.kernels import (  # noqa: E402
+    aot,
+    attention,
+    bench,
+    checks,
+    cross_attention,
+    geglu,
+    group_norm,
+    launch,
+    report,
+    timing,
+)
+from tests import gpu_cost  # noqa: E402
 
 
 @ordinary
@@ -40,25 +60,147 @@ def test_gpu_families():
     assert {chip: launch.family(chip) for chip in chips} == chips
 
 
+REACH = dict(flops=1e12, bytes=1e12, exps=1e9)
+
+
+def one_ms(runs, rounds=3):
+    """A clock that always says 1 ms, and runs everything."""
+    return {name: (run(), [0.9, 1.0, 1.1])[1] for name, run in runs.items()}
+
+
 @interpreter
-def test_bench_table(monkeypatch):
-    """The timed half with a clock that always says 1 ms."""
-    monkeypatch.setattr(bench, "quantiles", lambda call: (call(), (1.0, 0.9, 1.1))[1])
-    case = attention.case("cross b1 16x77 hd40", 1, 16, 77, 8, 40)
-    limits = dict(flops=1e12, bytes=1e12)
-    table = bench.time_case(cross_attention.KERNEL, case, torch.float32, limits, device="cpu")
-    assert [r["mode"] for r in table] == ["forward", "backward", "both"]
-    assert all(r["ratio"] == 1.0 and r["best"] == "flash" for r in table)
-    text = bench.markdown(table, dict(device="none"))
-    assert "| cross_attention | cross b1 16x77 hd40 | forward | 1.0000 (0.9000-1.1000) |" in text
-    assert "cross_attention both: geometric mean ratio 1.00" in text
+def test_bench_writes_a_table(monkeypatch, tmp_path, capsys):
+    """The whole benchmark at tiny shapes, with a kernel that raises and a version that is not installed."""
+    monkeypatch.setattr(bench, "interleaved", one_ms)
+    monkeypatch.setattr(bench, "limits", lambda dtype: REACH)
+    monkeypatch.setattr(torch, "compile", lambda run, **kwargs: run)  # takes minutes on a CPU
+
+    @wraps(geglu.KERNEL.forward)
+    def broken(x):
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    norm = next(case for case in group_norm.KERNEL.cases if case.layout == torch.channels_last)
+    failing = replace(geglu.KERNEL, name="failing", forward=broken)
+    chosen = [
+        (cross_attention.KERNEL, attention.case("cross b2 16x77 hd40", 2, 16, 77, 1, 40)),
+        (group_norm.KERNEL, norm),
+        (failing, geglu.KERNEL.cases[0]),
+    ]
+    assert bench.run(chosen, torch.float32, "cpu", tmp_path) == 1  # because of the one that fails
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert [row["mode"] for row in rows] == 3 * ["forward", "backward", "both"]
+    cross, back, *_ = rows
+    assert cross["ratio"] == cross["ms"] == 1.0 and cross["limit"] == "exps" and back["limit"] == "exps"
+    assert cross["of_limit"] == pytest.approx(2 * 16 * 77 / 1e9 / 1e-3)
+    assert 0 < cross["error"] < 1e-5 and {"eager", "flash", "cudnn"} <= {*cross["all"], *cross["failed"]}
+    assert "ModuleNotFoundError" in cross["failed"]["xformers"] and cross["failed"]["FA3"]
+    assert rows[3]["limit"] == "bytes" and rows[3]["rate"].endswith("GB/s")
+    assert {"eager", "eager NCHW", "compiled", "max-autotune"} <= {*rows[3]["all"], *rows[3]["failed"]}
+    assert {"eager", "eager NCHW"} <= {*rows[3]["all"]}
+    for row in rows[6:]:
+        assert row["reason"].startswith("OutOfResources: ") and "ms" not in row and row["best_ms"] == 1.0
+    text = (tmp_path / "kernels.md").read_text()
+    assert "| cross_attention | cross b2 16x77 hd40 | forward | 1.0000 (0.9000-1.1000) |" in text
+    assert "| failing | " in text and "OutOfResources: out of resource: shared memory" in text
+    assert "cross_attention both: geometric mean ratio 1.00" in text and "torch: " in text
+    assert "failed: OutOfResources" in capsys.readouterr().out
+    with Image.open(tmp_path / "kernels.png") as image:
+        assert len(image.convert("RGB").getcolors(100000)) > 5
+
+
+@interpreter
+def test_bench_says_what_it_did_not_check(monkeypatch):
+    kernel, case = geglu.KERNEL, geglu.KERNEL.cases[0]
+    verdict, errors = bench.check(kernel, case, torch.float32, "cpu")
+    assert verdict == "ok" and set(errors) == {"error", "torch_error"}
+
+    @wraps(kernel.forward)
+    def off(x):
+        return 1.01 * kernel.forward(x)
+
+    wrong = replace(kernel, name="wrong", forward=off)
+    assert bench.check(wrong, case, torch.float32, "cpu")[0] == "wrong: y"
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(checks, "exactly", full)
+    assert bench.check(kernel, case, torch.float32, "cpu") == ("not checked: float64 does not fit", {})
+
+
+@pytest.mark.parametrize("name", ["attention", "group_norm", "layer_norm"])
+def test_float64_in_parts_is_float64(name):
+    kernel = discover()[name]
+    case = (
+        next(case for case in kernel.cases if "batch 3" in case.name)
+        if name == "group_norm"
+        else kernel.cases[0]
+    )
+    tensors, constants = checks.inputs(case, torch.double)
+    dys = [torch.randn_like(y) for y in checks.outputs(kernel.reference, tensors, constants)]
+    whole = checks.run(kernel.reference, tensors, constants, dys)
+    parts = checks.exactly(kernel.reference, tensors, constants, dys)
+    assert whole.keys() == parts.keys()
+    assert all(checks.relative(parts[k], whole[k]) < 1e-13 for k in whole)
+
+
+@interpreter
+def test_exponentials_are_counted_on_a_kernel_that_computes_them():
+    y, x = torch.empty(16), torch.arange(8) / 8
+    timing.exp_kernel[(2,)](y, 3, 8)
+    for _ in range(3):
+        x = torch.exp2(-x)
+    assert torch.allclose(y, x.repeat(2), atol=1e-6)
+
+
+@ordinary
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks without a GPU")
+def test_bench_without_a_gpu(tmp_path):
+    """It checks in the interpreter by itself, and says so; and it writes the shapes."""
+    bench_of = [sys.executable, "-m", "minisd.kernels.bench", "--only", "geglu", "--out", str(tmp_path)]
+    found = subprocess.run(bench_of, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert (
+        "no CUDA device: Triton's interpreter, and nothing is timed" in found.stdout and " ok" in found.stdout
+    )
+    assert not list(tmp_path.iterdir())
+    assert subprocess.run([*bench_of, "--dump"]).returncode == 0
+    shapes = json.loads((tmp_path / "shapes.json").read_text())
+    assert {shape["op"] for shape in shapes} == {"geglu"} and all(s["tensors"]["x"]["shape"] for s in shapes)
 
 
 @ordinary
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU")
-def test_the_cost_of_whole_networks_is_measured():
-    script = Path(__file__).with_name("gpu_cost.py")
-    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "| VAE, decode | torch |" in found.stdout and "aten::" in found.stdout
+@pytest.mark.skipif(gpu_cost.GPU, reason="takes minutes on a GPU")
+def test_the_cost_of_whole_networks_is_measured(monkeypatch):
+    """Every row, on a tiny network with a clock that always says 2 ms; on a CPU the kernels fail."""
+    monkeypatch.setattr(gpu_cost, "milliseconds", lambda call: (call(), [2.0])[1])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **kwargs: None)  # takes minutes on a CPU
+    found = list(gpu_cost.rows(torch.float32, [1, 2], REACH, gpu_cost.VERSIONS))
+    ops.choose("auto")
+    assert len([row for row in found if row["step"] == "sampling"]) == 2 * len(gpu_cost.VERSIONS)
+    for row in found:
+        if "kernels" in row["how"]:
+            assert row["reason"].startswith("ValueError: --kernels triton: ") and "ms" not in row
+            assert "| ValueError: --kernels triton: " in report.line(gpu_cost.COLUMNS, row)
+        else:
+            assert row["rate"] == 500 and row["images"] == 500 * row["batch"] and row["of_floor"] > 0, row
+    by_step = {(row["step"], row["batch"]): row for row in found if row["how"] == "minisd, torch"}
+    one, two = by_step["sampling", 1], by_step["sampling", 2]
+    assert two["flops"] == 2 * one["flops"] > 1e7 and two["bytes"] == one["bytes"]
+    assert by_step["training", 2]["flops"] == pytest.approx(
+        3 * one["flops"], rel=0.05
+    )  # one has two branches
+    assert by_step["training", 1]["bytes"] == 7 * one["bytes"]
+
+
+@ordinary
+@pytest.mark.slow
+@pytest.mark.skipif(gpu_cost.GPU, reason="takes minutes on a GPU")
+def test_the_cost_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_cost.py", "--out", str(tmp_path), "--deterministic"])
+    monkeypatch.setattr(gpu_cost, "device", SimpleNamespace(configure=lambda *args, **kwargs: None))
+    gpu_cost.main()
+    assert "| decoding | 1 | minisd, torch |" in (text := capsys.readouterr().out) and "aten::" in text
+    assert "| sampling | 1 | diffusers |" in (tmp_path / "cost.md").read_text()
+    assert json.loads((tmp_path / "cost.json").read_text())["about"]["deterministic"] is True

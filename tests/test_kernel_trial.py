@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minisd import ops
+from minisd import graph, ops
 from tests.kernel_helpers import automatic, interpreter  # noqa: F401
 
 pytest.importorskip("triton")
@@ -170,7 +170,8 @@ def gpu(monkeypatch, ms: float, record=None, check=None) -> list[str]:
     monkeypatch.setattr(
         verdicts, "of", lambda device, pinned, share: verdicts.Verdicts(Table(), pinned, share, bench)
     )
-    ops.choose("auto", record)
+    ops.choose("auto")
+    ops.pin(record, None)
     return tried
 
 
@@ -237,9 +238,9 @@ def test_auto_tries_inference_apart_from_training_and_a_graph_apart_from_both(mo
         ops.geglu(x)
         with torch.no_grad():
             ops.geglu(x)
-            monkeypatch.setattr(ops, "in_graph", True)
+            monkeypatch.setattr(graph, "wanted", lambda device: True)
             ops.geglu(x)
-            monkeypatch.setattr(ops, "in_graph", False)
+            monkeypatch.setattr(graph, "wanted", lambda device: False)
         ops.geglu(x.detach())  # no gradient is wanted: inference
         with torch.autocast("cpu", torch.bfloat16):
             ops.geglu(x)
@@ -268,8 +269,9 @@ def test_the_record_of_a_run_decides(monkeypatch, launches):
         network(*inputs())
     monkeypatch.setattr(ops, "_device", "cuda")
     with pytest.raises(ValueError, match="which needs a GPU; --kernels torch continues"):
-        ops.choose("auto", record)
-    ops.choose("torch", record)
+        ops.pin(record, None)
+    ops.choose("torch")
+    ops.pin(record, None)
 
 
 def test_checkpointing_computes_again_what_it_computed(monkeypatch, launches):

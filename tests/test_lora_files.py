@@ -49,6 +49,27 @@ def test_ours_in_diffusers(model, pipe, tmp_path, form, alpha):
     assert same_weights(weights(again), weights(sd))
 
 
+@pytest.mark.parity
+def test_the_form_of_diffusers_0_16(model, pipe, tmp_path):
+    """Which builds four projections of one rank for every attention of the UNet, and demands all of them. That
+    release has drawn the same from such a file (docs/formats.md); a newer one wants `unet.` before the names."""
+    sd, updates = new(model, ["attention"], 4, 1.0)
+    text = [n for n in updates if n.startswith("text_encoder.")]
+    with pytest.raises(ValueError, match=f"diffusers 0.16 has no LoRA of {text[0]}"):
+        lora.save(tmp_path / "x.safetensors", updates, "diffusers-0.16")
+    for name in text:
+        updates.pop(name).scale = 0.0
+    lora.save(tmp_path / "pytorch_lora_weights.safetensors", updates, "diffusers-0.16")
+    four = [f"{p}_lora.{d}.weight" for p in ("to_q", "to_k", "to_v", "to_out") for d in ("down", "up")]
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert sorted(tensors) == sorted(f"{name}.{end}" for name in pipe.unet.attn_processors for end in four)
+    pipe.load_lora_weights({f"unet.{name}": t for name, t in tensors.items()})
+    assert psnr(draw(sd), draw_with(pipe)) >= 50
+    again = fresh(model)
+    again.attach(tmp_path)
+    assert same_weights(weights(again), weights(sd))
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @pytest.mark.parametrize(
     "generation", ["g0", "g1", "g2", "g3", "g4", "peft", "bare", "folder", "lcm", "kohya", "te1"]

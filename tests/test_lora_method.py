@@ -110,6 +110,19 @@ def test_the_text_encoder_learns_too(model, options):
     assert not torch.equal(sd.encode_text(["a cat"]), before)
 
 
+@pytest.mark.parametrize(
+    "flag", [["--train_text_encoder"], ["--target_modules", "resnet"], ["--init_lora", "x"]]
+)
+def test_the_form_of_diffusers_0_16_has_no_place_for_more(options, flag):
+    old = ["--save_format", "diffusers-0.16"]
+    with pytest.raises(SystemExit):
+        options(*old, *flag)
+    o = options(*old)
+    assert run("lora", o) == 0
+    tensors = load_file(o.output_dir / "pytorch_lora_weights.safetensors")
+    assert len(tensors) == 2 * 56 and all(t.any() for t in tensors.values())
+
+
 def test_going_on_from_a_file(model, options, tmp_path):
     """Its layers, ranks and alphas; the text encoder's updates stay, unless they are to train too."""
     first = options("--train_text_encoder", "--rank", 2, "--alpha", 3, "--save_format", "kohya")
@@ -155,10 +168,10 @@ def test_a_prompt_is_encoded_once_and_by_itself(options, monkeypatch):
     encode = m.sd.encode_text
     monkeypatch.setattr(m.sd, "encode_text", lambda prompts: asked.append(prompts) or encode(prompts))
     for _ in range(2):
-        assert m.condition(batch)["context"].shape == (4, 77, 32)
+        assert m.condition(m.inputs(batch))["context"].shape == (4, 77, 32)
     assert asked == [["a photo of sks cat"]]
     m.frozen_context([str(i) for i in range(1001)])
-    assert m.encode_prompt.cache_info().currsize == 1000
+    assert len(m.contexts) == 1000 and "1000" in m.contexts
 
 
 def test_defaults_follow_the_kind(cat):

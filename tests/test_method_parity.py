@@ -1,13 +1,12 @@
 """Losses, gradients and files of the methods against diffusers and the published scripts' formulas."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from minisd import files
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import loop
@@ -185,35 +184,40 @@ def test_pipelines_that_open_in_diffusers(options, method, flags):
     assert psnr(ours, before) < 40  # it did train
 
 
+@pytest.mark.parametrize("extension", [".safetensors", ".bin"])
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, tmp_path):
+def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, extension, tmp_path, capsys):
+    """By the calls that the run prints."""
     flags = ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>", "--initializer_token", "dog"]
+    flags += ["--no_safe_serialization"] if extension == ".bin" else []
     o = options("custom_diffusion", *flags, "--freeze_model", freeze_model)
     m = method_helpers.new("custom_diffusion", o)
     assert loop.train(m, RunFolder("custom_diffusion", o)) == 0
-    names = set(load_file(o.output_dir / "pytorch_custom_diffusion_weights.safetensors"))
-    kinds = {n.partition(".processor.")[2] for n in names}
+    file = o.output_dir / f"pytorch_custom_diffusion_weights{extension}"
+    names = {name for name, t in files.read(file).items() if t.numel()}
     expected = {"to_k_custom_diffusion.weight", "to_v_custom_diffusion.weight"}
     if freeze_model == "crossattn":
         expected |= {"to_q_custom_diffusion.weight"}
         expected |= {"to_out_custom_diffusion.0.weight", "to_out_custom_diffusion.0.bias"}
-    assert kinds == expected
-    m.options = replace(o, no_safe_serialization=True)
-    m.save(tmp_path / "bin")
+    assert {n.partition(".processor.")[2] for n in names} == expected
     prompt, size = "a <new1> cat", Settings(width=32, height=32, steps=8)
     pipe = pipeline(model)
-    pipe.load_textual_inversion(str(tmp_path / "bin"), weight_name="<new1>.bin")
-    # Without _pipeline this release reads the file and then leaves the model as it was.
-    name = "pytorch_custom_diffusion_weights.bin"
-    pipe.unet.load_attn_procs(str(tmp_path / "bin"), weight_name=name, use_safetensors=False, _pipeline=pipe)
+    line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("in diffusers: "))
+    for call in line.removeprefix("in diffusers: ").split("; "):
+        eval(call, {"pipe": pipe})
     expected = draw_theirs(pipe, [prompt], [1], 32, 32, num_inference_steps=8)[0]
-    for folder in (o.output_dir, tmp_path / "bin"):
-        sd = StableDiffusion.load(model)
-        assert any("Custom Diffusion of" in line for line in sd.attach(folder))
-        assert psnr(next(pictures(sd, [prompt], [1], size)), expected) >= 50
     sd = StableDiffusion.load(model)
-    sd.attach(o.output_dir / "<new1>.safetensors")
+    assert any("Custom Diffusion of" in line for line in sd.attach(o.output_dir))
+    assert psnr(next(pictures(sd, [prompt], [1], size)), expected) >= 50
+    sd = StableDiffusion.load(model)
+    sd.attach(o.output_dir / f"<new1>{extension}")
     assert psnr(next(pictures(sd, [prompt], [1], size)), expected) < 40  # the matrices do count
+    # And what diffusers saves of it opens here.
+    kinds = {f"{n}.{k}": t for n, p in pipe.unet.attn_processors.items() for k, t in p.state_dict().items()}
+    empty = {n: {} for n, p in pipe.unet.attn_processors.items() if not p.state_dict()}
+    torch.save(kinds | empty, tmp_path / "theirs.bin")
+    sd.attach(tmp_path / "theirs.bin")
+    assert psnr(next(pictures(sd, [prompt], [1], size)), expected) >= 50
 
 
 def test_frozen_parts_are_saved_as_they_were(options, model):

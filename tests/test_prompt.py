@@ -184,35 +184,39 @@ def test_without_syntax_nothing_changes(sd):
     assert torch.equal(context, sd.encode_text(["a (cat:1.5)" + W * 100])) and none is None
 
 
-@pytest.mark.parametrize(
-    "skip, message", [(0, "--clip_skip must be positive"), (3, "--clip_skip 3: .*2 layers")]
-)
-def test_clip_skip_out_of_range(sd, skip, message):
-    with pytest.raises(ValueError, match=message):
-        contexts(sd, ["a"], clip_skip=skip)
+@pytest.mark.parametrize("flag", ["clip_skip", "negative_clip_skip"])
+@pytest.mark.parametrize("skip, message", [(0, "must be positive"), (3, "3: .*2 layers")])
+def test_clip_skip_out_of_range(sd, flag, skip, message):
+    with pytest.raises(ValueError, match=f"--{flag} {message}"):
+        contexts(sd, ["a"], **{flag: skip})
 
 
 @pytest.mark.parity
 def test_clip_skip_equals_diffusers(sd, model):
-    """Whose clip_skip=1 is our 2: hidden_states[-2], which it takes by itself with older transformers."""
+    """Whose clip_skip=1 is our 2: hidden_states[-2], which it takes by itself with older transformers. It
+    skips for the prompt alone, as we do with negative_clip_skip=1; A1111 skips for both."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
-    drawn = {}
-    for skip in (1, 2):
-        settings = Settings(width=32, height=32, steps=8, negative_prompt="ugly", clip_skip=skip)
-        drawn[skip] = next(pictures(sd, ["a photo of a cat"], [3], settings))
     ids = pipe.tokenizer(["a photo of a cat", "ugly"], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
-        states = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
-        embeds = pipe.text_encoder.final_layer_norm(states)
-    expected = pipe(
-        prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[1:], width=32, height=32,
-        num_inference_steps=8, generator=torch.Generator().manual_seed(3),
-    ).images[0]  # fmt: skip
-    assert psnr(drawn[2], expected) >= 50 > psnr(drawn[1], expected)
+        states = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
+        last, skipped = (pipe.text_encoder.final_layer_norm(states[-n]) for n in (1, 2))
+    cases = {(1, None): (last, last), (2, None): (skipped, skipped), (2, 1): (skipped, last)}
+    cases[1, 2] = last, skipped
+    drawn, expected = {}, {}
+    for (skip, of_negative), (positive, negative) in cases.items():
+        settings = Settings(width=32, height=32, steps=8, negative_prompt="ugly", clip_skip=skip)
+        settings.negative_clip_skip = of_negative
+        drawn[skip, of_negative] = next(pictures(sd, ["a photo of a cat"], [3], settings))
+        expected[skip, of_negative] = pipe(
+            prompt_embeds=positive[:1], negative_prompt_embeds=negative[1:], width=32, height=32,
+            num_inference_steps=8, generator=torch.Generator().manual_seed(3),
+        ).images[0]  # fmt: skip
+    for a in cases:
+        assert all((psnr(drawn[a], expected[b]) >= 50) == (a == b) for b in cases)
 
 
 def test_a_picture_does_not_depend_on_longer_neighbours(sd):

@@ -1,6 +1,7 @@
 """Every scheduler, step by step, against diffusers' as its pipelines run them, on a toy network."""
 
 import importlib
+import inspect
 import math
 import sys
 import types
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from minisd import registry
+from minisd.formats import config_json
 from minisd.noise import NoiseSchedule, randn
 from minisd.schedulers._problem import InitImage
 from tests.helpers import SD, drawn, seeded, toy
@@ -25,8 +27,9 @@ KINDS = {
     "ddim to one": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}, {}, {}),
     "ddpm": ("DDPMScheduler", CLIP | {"variance_type": "fixed_small"}, {}, {}),
     "ddpm large": ("DDPMScheduler", CLIP | {"variance_type": "fixed_large"}, {}, {}),
-    "pndm": ("PNDMScheduler", {"set_alpha_to_one": False}, {"skip_prk_steps": True}, {}),
-    "pndm to one": ("PNDMScheduler", {"set_alpha_to_one": True}, {"skip_prk_steps": True}, {}),
+    "pndm": ("PNDMScheduler", {"set_alpha_to_one": False, "skip_prk_steps": True}, {}, {}),
+    "pndm to one": ("PNDMScheduler", {"set_alpha_to_one": True, "skip_prk_steps": True}, {}, {}),
+    "pndm prk": ("PNDMScheduler", {"set_alpha_to_one": False, "skip_prk_steps": False}, {}, {}),
     "euler": ("EulerDiscreteScheduler", {}, {}, {}),
     "euler sigma_min": ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, {}, {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}, {}, {}),
@@ -113,6 +116,8 @@ def theirs_draws(theirs, kind, steps, strength=1.0, latents=None, mask=None):
                 known = theirs.add_noise(latents, noise, timesteps[i + 1 : i + 2])
             x = (1 - mask) * known + mask * x
         made.append(x)
+    if kind == "pndm prk":
+        return made[3:12:4] + made[12:]  # three steps of four predictions
     if kind.startswith("pndm"):
         return made[1:] or made  # the first step is taken twice
     return [*made[1::2], made[-1]] if theirs.order == 2 else made
@@ -145,7 +150,7 @@ def settings_of(kind, spacing, karras):
 def test_equals_diffusers(kind, prediction_type, karras, spacing, monkeypatch):
     config = settings_of(kind, spacing, karras)
     theirs = make_theirs(kind, config | {"prediction_type": prediction_type}, monkeypatch)
-    for steps in (1, 2, 5, 20):
+    for steps in (4, 5, 20) if kind == "pndm prk" else (1, 2, 5, 20):
         expected = theirs_draws(theirs, kind, steps)
         compare(ours_draws(kind, prediction_type, config, steps), expected)
 
@@ -167,7 +172,7 @@ def test_initial_image_as_in_diffusers_pipelines(kind, spacing, strength, masked
 
 ZERO_SNR = [
     case for case in CASES
-    if case.values[1] != "epsilon" and case.values[0] not in ("pndm", "pndm to one", "dpmpp_sde")
+    if case.values[1] != "epsilon" and case.values[0].split()[0] not in ("pndm", "dpmpp_sde")
 ]  # fmt: skip
 
 
@@ -181,14 +186,14 @@ def test_zero_terminal_snr(kind, prediction_type, karras, monkeypatch):
     compare(ours_draws(kind, prediction_type, config, 10, **law), expected, 5e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddim", "pndm", "euler", "dpmpp_2m", "lcm"])
+@pytest.mark.parametrize("kind", ["ddim", "pndm", "pndm prk", "euler", "dpmpp_2m", "lcm"])
 def test_timesteps_for_every_number_of_steps(kind, monkeypatch):
     for spacing in ["leading", "linspace", "trailing"]:
-        config = settings_of(kind, spacing, False)
+        config = settings_of(kind, spacing, False) | KINDS[kind][1]
         theirs = make_theirs(kind, config, monkeypatch)
-        for steps in range(1, 51):
+        for steps in range(4 if kind == "pndm prk" else 1, 51):
             theirs.set_timesteps(steps)
-            if len(theirs.timesteps) > steps + (kind == "pndm"):
+            if len(theirs.timesteps) > steps + {"pndm": 1, "pndm prk": 9}.get(kind, 0):
                 continue  # its arange has one too many, by rounding
             seen = []
 
@@ -196,9 +201,53 @@ def test_timesteps_for_every_number_of_steps(kind, monkeypatch):
                 seen.append(t)
                 return x
 
-            scheduler = registry.load("schedulers", kind)
+            scheduler = registry.load("schedulers", kind.split()[0])
             drawn(scheduler, steps, torch.zeros(1, 1), [torch.Generator()], denoise, **config)
             assert seen == pytest.approx(theirs.timesteps.tolist(), abs=2e-3)
+
+
+# A value other than the default for each key of theirs; the law of the noise and the spacing vary above.
+OTHER = {
+    "steps_offset": 3, "clip_sample": True, "clip_sample_range": 0.7, "set_alpha_to_one": [True, False],
+    "thresholding": True, "variance_type": ["fixed_large", "fixed_small_log", "learned", "learned_range"],
+    "skip_prk_steps": [True, False], "use_karras_sigmas": True, "use_exponential_sigmas": True,
+    "use_beta_sigmas": True, "use_lu_lambdas": True, "use_flow_sigmas": True, "flow_shift": 3.0,
+    "final_sigmas_type": "sigma_min", "lower_order_final": False, "euler_at_final": True,
+    "solver_order": [1, 3], "solver_type": ["heun", "logrho", "bh1", "bh2"], "lambda_min_clipped": -5.1,
+    "algorithm_type": ["dpmsolver", "sde-dpmsolver"], "sigma_min": 0.1, "sigma_max": 5.0,
+    "timestep_type": "continuous", "interpolation_type": "log_linear", "original_inference_steps": 25,
+    "timestep_scaling": 3.0, "dynamic_thresholding_ratio": 0.5, "sample_max_value": 0.5,
+    "noise_sampler_seed": 3, "use_dynamic_shifting": True, "time_shift_type": "linear",
+}  # fmt: skip
+SHAPE = {
+    "num_train_timesteps",
+    "trained_betas",
+    "prediction_type",
+    "timestep_spacing",
+    "rescale_betas_zero_snr",
+}
+SHAPE |= SD.keys()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if " " not in kind])
+def test_no_key_of_a_config_is_ignored(kind, monkeypatch):
+    """Every value of every key of theirs is refused when the file is read, or has the same effect here."""
+    theirs = make_theirs(kind, {}, monkeypatch)
+    keys = inspect.signature(type(theirs).__init__).parameters.keys() - SHAPE - {"self"}
+    assert keys <= OTHER.keys(), "a key that this test does not know"
+    count = 0
+    for key in sorted(keys):
+        values = OTHER[key] if isinstance(OTHER[key], list) else [OTHER[key]]
+        for value in values:
+            config = {key: value}
+            try:
+                config_json.read_scheduler(config, "x")
+            except ValueError:
+                continue
+            expected = theirs_draws(make_theirs(kind, config, monkeypatch), kind, 6)
+            compare(ours_draws(kind, "epsilon", config, 6), expected)
+            count += 1
+    assert count
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +285,24 @@ def test_pictures_equal_those_of_the_pipeline(kind, prediction_type, karras, bot
         error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
         assert np.asarray(a).std() > 3
         assert error == 0 or 10 * math.log10(255**2 / error) >= 50
+
+
+def test_a_folder_without_skip_prk_steps(model):
+    """Such as one of DDIM: theirs begins by Runge-Kutta steps, and so does ours."""
+    from minisd.sampling.generate import Settings, pictures
+    from minisd.sampling.stable_diffusion import StableDiffusion
+    from tests.picture_helpers import psnr
+
+    sd = StableDiffusion.load(model)
+    del sd.scheduler["skip_prk_steps"]
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    config = {name: value for name, value in pipe.scheduler.config.items() if name != "skip_prk_steps"}
+    drawn = next(pictures(sd, ["a cat"], [3], Settings(width=32, height=32, steps=6, scheduler="pndm")))
+    for settings, same in ((config, True), (config | {"skip_prk_steps": True}, False)):
+        pipe.scheduler = diffusers.PNDMScheduler.from_config(settings)
+        expected = pipe("a cat", width=32, height=32, generator=seeded(3), num_inference_steps=6).images[0]
+        assert (psnr(drawn, expected) >= 50) == same
 
 
 @pytest.mark.parametrize(

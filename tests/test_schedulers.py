@@ -17,6 +17,7 @@ def start():
 
 
 LEADING = {"steps_offset": 1, "timestep_spacing": "leading"}
+PLMS = LEADING | {"skip_prk_steps": True}
 TRAILING = {"timestep_spacing": "trailing"}
 KARRAS = {"use_karras_sigmas": True}
 V = {"prediction_type": "v_prediction"}
@@ -33,7 +34,7 @@ GOLDEN = [
      (-0.506098, -0.138317, 0.178923, 1.104075), (-0.539509, -0.145975, 0.194794, 1.181338)),
     (ddim, V | ZERO_SNR, SD_DDIM | TRAILING,
      (-0.475391, -0.132988, 0.159544, 1.031768), (-0.516665, -0.141757, 0.180694, 1.129786)),
-    (pndm, {}, LEADING,
+    (pndm, {}, PLMS,
      (-5.172672, -0.831458, 1.118407, 12.182557), (-6.850657, -1.066759, 1.348524, 15.874887)),
     (euler, {}, {},
      (-9.487438, -1.690818, 1.775889, 20.819242), (-9.28974, -1.521909, 1.699694, 20.819267)),
@@ -67,7 +68,8 @@ def test_golden(scheduler, schedule, settings, n10, n20):
     [
         (euler, {}, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
         (euler, KARRAS, [999, 916.284, 815.045, 687.153, 523.199, 327.147, 145.939, 40.857, 6.732, 0]),
-        (pndm, LEADING, [901, 801, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
+        (pndm, PLMS, [901, 801, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
+        (pndm, LEADING, [901, 851, 851, 801, 801, 751, 751, 701, 701, 651, 651, 601, *range(601, 0, -100)]),
         (dpmpp_2m, {}, [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]),
         (dpmpp_2m, LEADING, [901, 811, 721, 631, 541, 451, 361, 271, 181, 91]),
         (dpmpp_2m, KARRAS, [999, 916, 815, 687, 523, 327, 146, 41, 7, 0]),
@@ -194,6 +196,15 @@ def test_who_adds_noise(name, has):
     assert torch.equal(draw(1), draw(2)) != has
     if not has:
         draw()
+
+
+def test_runge_kutta_needs_four_steps():
+    init = InitImage(latents=torch.ones(1, 4, 2, 2), first_step=5)
+    for steps, image, left in ((3, None, 3), (8, init, 3)):
+        with pytest.raises(ValueError, match=f"--steps: pndm .* 4 or more, and {left} are left"):
+            drawn(pndm, steps, torch.ones(1, 4, 2, 2), init_image=image)
+    assert len(drawn(pndm, 4, torch.ones(1, 4, 2, 2))) == 4
+    assert len(drawn(pndm, 9, torch.ones(1, 4, 2, 2), init_image=init)) == 4
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde"])

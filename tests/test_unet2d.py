@@ -137,18 +137,26 @@ def test_configs_go_both_ways(config, tmp_path):
     assert config_json.read(tmp_path, "unet2d") == config
 
 
-def test_old_names_are_read(saved):
+def test_old_names_are_written_and_new_ones_kept(saved, tmp_path):
+    """diffusers 0.16 knows none but the old ones."""
     model, folder = saved
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
+    path = "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(folder / path)
+    ends = {name.partition("attentions.0.")[2] for name in tensors if "mid_block.attentions" in name}
+    old = {f"{name}.{kind}" for name in diffusers.OLD_ATTENTION for kind in ("weight", "bias")}
+    assert ends == old | {"group_norm.weight", "group_norm.bias"}
+    assert_same(PixelDiffusion.load(folder), model)
     renamed = {}
     for name, t in tensors.items():
         for old, new in diffusers.OLD_ATTENTION.items():
-            name = name.replace(f".{new}.", f".{old}.") if ".attentions." in name else name
+            name = name.replace(f".{old}.", f".{new}.") if ".attentions." in name else name
         renamed[name] = t
-    assert "mid_block.attentions.0.proj_attn.bias" in renamed and renamed.keys() != tensors.keys()
-    save_file(renamed, path)
-    assert_same(PixelDiffusion.load(folder), model)
+    assert renamed.keys() == model.unet.state_dict().keys() != tensors.keys()
+    save_file(renamed, folder / path)
+    again = PixelDiffusion.load(folder)
+    assert_same(again, model)
+    again.save(tmp_path / "again")
+    assert load_file(tmp_path / "again" / path).keys() == renamed.keys()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minisd import ops
+from minisd.training import checkpoint
 
 pytest.importorskip("triton")
 from minisd.kernels.trial import Bench, Call, Spec, Wrong  # noqa: E402
@@ -431,13 +432,15 @@ def test_the_verdicts_of_a_training_run(model, captioned, tmp_path, monkeypatch)
         assert train("text_to_image", options("text_to_image", *flags)) == 0
         state = tmp_path / "checkpoint-1" / "state.json"
         content = json.loads(state.read_text())
-        found = content["kernels"]
+        found = content["conditions"]["kernels"]
         assert {key.split()[0] for key in found} > {"group_norm", "attention"} and set(found.values()) == {
             "torch"
         }
         assert json.loads((tmp_path / "kernels.json").read_text()).items() >= found.items()
         key = next(key for key in found if key.startswith("group_norm training"))
-        state.write_text(json.dumps(content | {"kernels": found | {key: "group_norm"}}))
+        found[key] = "group_norm"
+        del content["sha256"]
+        state.write_text(json.dumps(content | {"sha256": checkpoint.own_digest(content)}))
         resume = options("text_to_image", *flags, "--resume_from_checkpoint", "checkpoint-1")
         with pytest.raises(ValueError, match="--kernels auto: .*group_norm training.*the tensors are on cpu"):
             train("text_to_image", resume)
@@ -453,5 +456,6 @@ def test_a_run_on_a_cpu_has_no_verdicts(model, captioned, tmp_path):
     flags = ["--model", model, "--data", captioned, "--resolution", 32, "--checkpointing_steps", 1]
     flags += ["--num_validation_images", 1, "--output_dir", tmp_path]
     assert train("text_to_image", options("text_to_image", *flags)) == 0
-    assert "kernels" not in json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())
+    state = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())
+    assert "kernels" not in state["conditions"]
     assert not (tmp_path / "kernels.json").exists()

@@ -16,6 +16,7 @@ from minisd.formats.parts import PARTS, PipelineParts
 from minisd.models import text, unet, vae
 from minisd.models.tokenizer import END, START, Tokenizer
 from minisd.options import TINY
+from minisd.sampling.stable_diffusion import StableDiffusion
 from tests.helpers import full_size
 from tests.weights_helpers import TEXT, UNET, VAE, assert_equal, listing, rewrite, tiny
 
@@ -222,6 +223,26 @@ def test_old_and_new_names_in_a_folder(sd_parts, tmp_path):
     )
     nested = {"model_type": "clip", "text_config": config_json.to_json("text_encoder", TEXT)}
     (tmp_path / "m/text_encoder/config.json").write_text(json.dumps(nested))
+    assert_equal(sd_parts, diffusers.load(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("changed", [{"unet"}, set(PARTS)], ids=["frozen", "trained"])
+@pytest.mark.parametrize("names", [old_names, dict], ids=["old", "new"])
+def test_a_vae_keeps_the_names_of_its_file(model, tmp_path, names, changed):
+    """diffusers 0.16 opens a folder only if they are the old ones."""
+    folder, file = shutil.copytree(model, tmp_path / "m"), "vae/diffusion_pytorch_model.safetensors"
+    before = names(load_file(folder / file))
+    assert any(".query." in name for name in before) == (names is old_names)
+    save_file(before, folder / file)
+    StableDiffusion.load(folder).save(tmp_path / "out", changed)
+    after = load_file(tmp_path / "out" / file)
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
+
+
+def test_a_vae_from_a_single_file_gets_the_old_names(sd_file, sd_parts, tmp_path):
+    diffusers.save(tmp_path / "m", single_file.load(sd_file))
+    expected = old_names(sd_parts.vae.state_dict())
+    assert load_file(tmp_path / "m/vae/diffusion_pytorch_model.safetensors").keys() == expected.keys()
     assert_equal(sd_parts, diffusers.load(tmp_path / "m"))
 
 

@@ -1,7 +1,8 @@
 """Custom Diffusion: trained projections in cross-attention (Kumari et al. 2022, arXiv 2212.04488).
 
 A file has the whole trained matrices, as diffusers writes them:
-`down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`. Two formats of the authors are read, too:
+`down_blocks.0. ... .attn2.processor.to_k_custom_diffusion.weight`, and an empty tensor for each attention
+without any, `down_blocks.0. ... .attn1.processor`. Two formats of the authors are read, too:
 {"unet": {"down_blocks.0. ... .attn2.to_k.weight": ...}, "modifier_token": {"<new1>": (d,)}}, whose matrices
 may be {"u": ..., "v": ...} with u v as the change; and their CompVis branch's, whose tokens are in "embed".
 """
@@ -74,17 +75,17 @@ def stem(name: str) -> str:
 
 
 def save(path: Path, unet: UNet, parameters: dict[str, nn.Parameter], metadata: dict[str, str]) -> None:
-    """Write the trained matrices, as .safetensors, or as the .bin that diffusers' `load_attn_procs` reads."""
+    """Write the trained matrices, as a .safetensors or .bin file that diffusers' `load_attn_procs` reads."""
     tensors = {name: p.detach().cpu() for name, p in parameters.items()}
+    trained = {name.rpartition("_custom_diffusion")[0].rpartition(".")[0] for name in tensors}
+    for name, _ in unet.named_modules():
+        # diffusers needs an entry for every attention, which is empty where nothing was trained.
+        if name.endswith((".attn1", ".attn2")) and f"{name}.processor" not in trained:
+            tensors[f"{name}.processor"] = torch.empty(0)
     if path.suffix == files.SAFETENSORS:
         files.write(path, tensors, metadata)
     else:
-        # diffusers needs an entry for every attention of the UNet, an empty one where nothing was trained; a
-        # .safetensors file cannot hold these.
-        processors = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
-        trained = {name.rpartition("_custom_diffusion")[0].rpartition(".")[0] for name in tensors}
-        empty = {f"{name}.processor": {} for name in processors if f"{name}.processor" not in trained}
-        files.write_pickle(path, tensors | empty)
+        files.write_pickle(path, tensors)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def read(
     """Return the differences between the file's projections and the model's, and the file's tokens."""
     rows = {name.removeprefix(WORDS): t for name, t in tensors.items() if name.startswith(WORDS)}
     rows |= {f"<new{i}>": row for i, row in enumerate(tensors.get(EMBED, ()), 1)}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith(WORDS) and n != EMBED}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(WORDS) and n != EMBED and t.numel()}
     names = [f"unet.{name}" for name in lora.layers(sd.unet) if ".attn2." in name]
     stems = {stem(name.removeprefix("unet.")): name for name in names}
     stems |= lora_names.table(names, sd.unet.config)

@@ -212,7 +212,7 @@ def merged(
 
 
 def state_dict(updates: Mapping[str, LowRank], form: str = "diffusers") -> tuple[dict, dict[str, str]]:
-    """Return the tensors, in fp32, and the metadata of a file of a format, `diffusers` or `kohya`."""
+    """Return the tensors, in fp32, and the metadata of a file of a format: a key of `lora_names.WRITERS`."""
     factors = {
         name: (u.lora_A.detach().float(), u.lora_B.detach().float(), u.alpha) for name, u in updates.items()
     }

@@ -1,6 +1,8 @@
 """The diffusers layout: a folder with model_index.json and a folder for each part.
 
-Its names of tensors are the native ones.
+Its names of tensors are the native ones, but for the attention of a VAE or UNet2D. Releases up to 0.16 know
+only the names of 2022, later ones read both: a network is written with the names that its file had, or with
+those of 2022 if it was not read from such a file.
 """
 
 import re
@@ -41,8 +43,8 @@ def load(path: Path, *, variant: str | None = None, ema: bool = False) -> Pipeli
     for name in ("text_encoder_2", "text_encoder_3", "transformer"):
         if index.get(name) not in (None, [None, None]):
             raise ValueError(f"{path} has a {name}: this is SDXL, SD3 or later; minisd is for SD v1.x")
-    if index.get("_class_name") == "DDPMPipeline":
-        raise ValueError(f"{path} is a pixel model without text (DDPMPipeline), not Stable Diffusion")
+    if is_pixels(path):
+        raise ValueError(f"{path} is a model of pixels, without text, not Stable Diffusion")
     if absent := [part for part in PARTS if not (path / part / "config.json").is_file()]:
         raise ValueError(f"{path} has no {absent[0]}/config.json")
     weights = choose({part: _names(path / part) for part in PARTS}, variant, path)
@@ -80,10 +82,21 @@ def save(folder: Path, pipeline: PipelineParts) -> None:
     _save(folder, pipeline.networks, pipeline.scheduler, index, tokenizer)
 
 
-def load_ddpm(path: Path) -> tuple[UNet2D, dict[str, Any]]:
-    """Return the network and the content of scheduler_config.json in a DDPMPipeline's folder."""
-    source = path / SCHEDULER
-    return load_part(path / "unet", "unet2d"), config_json.read_scheduler(reading.read_json(source), source)
+def is_pixels(path: Path) -> bool:
+    """Whether a folder holds a model of pixels: a UNet2D and nothing else (DDPMPipeline, DDIMPipeline)."""
+    index = reading.read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    parts = {name: kind for name, kind in index.items() if not name.startswith("_")}
+    return parts.keys() == {"unet", "scheduler"} and parts["unet"] == ["diffusers", "UNet2DModel"]
+
+
+def load_ddpm(path: Path, variant: str | None = None) -> tuple[UNet2D, dict[str, Any]]:
+    """Return the network and the content of scheduler_config.json in the folder of a model of pixels. Folders
+    of 2022 have all files at the top."""
+    unet, source = path / "unet", path / SCHEDULER
+    if not unet.is_dir():
+        unet, source = path, path / source.name
+    weights = choose({"unet2d": _names(unet)}, variant, unet)["unet2d"][0]
+    return load_part(unet, "unet2d", weights), config_json.read_scheduler(reading.read_json(source), source)
 
 
 def save_ddpm(folder: Path, network: UNet2D, scheduler: dict[str, Any]) -> None:
@@ -130,19 +143,29 @@ def load_part(folder: Path, part: str, weights: str = "") -> nn.Module:
             absent = parts.first_names(absent) or "it lists none"
             raise ValueError(f"{folder / weights} lists files that are not there: {absent}")
     tensors = {name: tensor for file in sorted(listed) for name, tensor in files.read(folder / file).items()}
+    network.new_attention = any(_attention(name, NEW_ATTENTION) != name for name in tensors)
     return parts.fill(network, native(part, tensors), folder / weights)
 
 
 def save_part(folder: Path, network: nn.Module) -> None:
     """Write config.json and the weights of one network, whole or not at all."""
     part = next(name for name, kind in parts.MODULES.items() if type(network) is kind)
+    table = {} if getattr(network, "new_attention", False) else NEW_ATTENTION
     with files.new_folder(folder, keep=True) as temporary:
-        files.write(temporary / f"{_stem(part)}.safetensors", network.state_dict())
+        tensors = {_attention(name, table): t for name, t in network.state_dict().items()}
+        files.write(temporary / f"{_stem(part)}.safetensors", tensors)
         config_json.write(temporary, part, network.config)
 
 
-# Names of the attention layers in a VAE or UNet2D of 2022.
+# Names of the attention layers in a VAE or UNet2D: of 2022 -> native, and native -> of 2022.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+NEW_ATTENTION = {new: old for old, new in OLD_ATTENTION.items()}
+
+
+def _attention(name: str, table: Mapping[str, str]) -> str:
+    """Rename a tensor by a table, if it is of the attention of a VAE or UNet2D."""
+    match = re.fullmatch(r"(.*\.attentions\.\d+\.)(.+)(\.weight|\.bias)", name)
+    return match[1] + table.get(match[2], match[2]) + match[3] if match else name
 
 
 def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,8 +174,7 @@ def native(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     def rename(name: str) -> str:
         if part == "text_encoder" and not name.startswith("text_model."):
             return f"text_model.{name}"
-        match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
-        return match[1] + OLD_ATTENTION.get(match[2], match[2]) + match[3] if match else name
+        return _attention(name, OLD_ATTENTION)
 
     # The position_ids are 0 to 76; in files that were cast to half precision they are wrong.
     return {rename(name): t for name, t in tensors.items() if not name.endswith("embeddings.position_ids")}

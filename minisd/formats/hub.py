@@ -31,11 +31,16 @@ def resolve(
     if path.exists():
         return path
     name = str(model)
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name
-    if not is_id or path.suffix in (files.SAFETENSORS, *files.PICKLES):
+    if not is_id(name):
         hint = "" if "/" in name else "; an id on the hub has the form org/name"
         raise ValueError(f"{name} does not exist{hint}")
     return _fetch(name, revision or "main", variant, cache_dir)
+
+
+def is_id(name: str) -> bool:
+    """Whether a model's name that is no path is an id on the hub, and not the path of a missing file."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name
+    return bool(named) and Path(name).suffix not in (files.SAFETENSORS, *files.PICKLES)
 
 
 def _fetch(model: str, revision: str, variant: str | None, cache_dir: str | Path | None) -> Path:
@@ -77,6 +82,12 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
     by itself, such as a ControlNet: its config and one set of weights. Otherwise the only single file.
     """
     top = [name for name in names if "/" not in name]
+    if diffusers.INDEX in top and not any(name.startswith("text_encoder/") for name in names):  # of pixels
+        folder = "unet/" if f"unet/{CONFIG}" in names else ""
+        inside = [n.removeprefix(folder) for n in names if n.startswith(folder)]
+        weights = diffusers.choose({"unet2d": inside}, variant, model)["unet2d"]
+        scheduler = diffusers.SCHEDULER if folder else diffusers.SCHEDULER.rpartition("/")[2]
+        return [diffusers.INDEX, scheduler, *(folder + name for name in (CONFIG, *weights))]
     if diffusers.INDEX in top:
         inside = {part: [n[len(part) + 1 :] for n in names if n.startswith(f"{part}/")] for part in PARTS}
         weights = diffusers.choose(inside, variant, model)

@@ -7,6 +7,7 @@ became underscores, nothing tells which underscores were dots.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -239,4 +240,18 @@ def to_kohya(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
     }
 
 
-WRITERS = {"diffusers": to_diffusers, "kohya": to_kohya}
+def to_old_diffusers(factors: Factors) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors as diffusers 0.16 wrote them. It reads nothing but the attention of the UNet, and all of
+    that, and knows no alpha. ValueError if a module is another."""
+    tensors: dict[str, Tensor] = {}
+    down, up = FACTORS["old"]
+    for name, (a, b, alpha) in factors.items():
+        match = re.fullmatch(r"unet\.(.+\.attn[12])\.(to_[qkv]|to_out)(\.0)?", name)
+        if not match:
+            raise ValueError(f"diffusers 0.16 has no LoRA of {name}: of the UNet's attention alone")
+        stem = f"{match[1]}.processor.{match[2]}"
+        tensors |= {stem + down: a, stem + up: b * (alpha / len(a))}
+    return tensors, {}
+
+
+WRITERS = {"diffusers": to_diffusers, "diffusers-0.16": to_old_diffusers, "kohya": to_kohya}

@@ -6,9 +6,13 @@ load       the model that training starts from
 build      what trains
 read       what the data is
 dataset    what a batch is
+inputs     what the loss needs of a batch, as tensors on the device: all random draws and the text are in it
 condition  what the UNet gets besides the noisy latents
-loss       noisy_batch makes input and target, errors and weights turn the prediction into a number
+losses     noisy_batch makes input and target, errors and weights turn the prediction into a number
 save       the result
+
+The loss is `loss_of(inputs(batch))`. In `loss_of` nothing comes from the CPU or goes to it: the program never
+waits for the GPU, which can repeat all of it as a CUDA graph.
 
 This file and the methods import torch only inside functions, so that `--help` does not wait for it.
 """
@@ -40,9 +44,9 @@ class Method(Previews):
     def __init__(self, options: Training, device: torch.device):
         import torch
 
-        from minisd import ops
+        from minisd.device import configure
 
-        ops.choose(options.kernels)
+        configure(options, search=not getattr(options, "bucket", False))
         self.options, self.device = options, device
         precision = options.mixed_precision
         if precision == "fp16" and device.type == "cpu":
@@ -53,7 +57,7 @@ class Method(Previews):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.lr_scale = 1.0  # a further factor of --scale_lr
         self.unfrozen: set[str] = set()  # the parts of the model that train as a whole
-        self.encode_prompt = functools.lru_cache(maxsize=1000)(self._encode_prompt)
+        self.contexts: dict[str, Tensor] = {}  # of the latest prompts that a frozen text encoder has seen
         self.read = functools.cache(self.read)
 
     # What the training loop calls
@@ -84,11 +88,8 @@ class Method(Previews):
         return self.data, held_out
 
     def loss(self, batch: dict) -> Tensor:
-        """The mean over the batch of the weighted error of the prediction."""
-        noisy, timesteps, target = self.noisy_batch(batch)
-        pred = self.predict_noisy(noisy, timesteps, batch)
-        weights = batch["weight"] * self.weights(timesteps)
-        return (self.errors(pred, target, batch) * weights.to(self.device)).mean()
+        """The loss of a batch of the data."""
+        return self.loss_of(self.inputs(batch))
 
     def save_interval(self, updates_per_epoch: int) -> int:
         """Number of updates between two calls of `save_intermediate`; 0 for none."""
@@ -160,33 +161,36 @@ class Method(Previews):
             **captions,
         )
 
+    def inputs(self, batch: dict) -> dict:
+        """A batch of the data with its noise, timesteps and text, its tensors on the device."""
+        shape = self.latent_shape(batch)
+        drawn = self.noise(batch, shape) | {"posterior": self.draw("posterior", batch, shape)}
+        return self.send(batch | drawn | {"text": self.text(batch["prompt"])})
+
+    def loss_of(self, batch: dict) -> Tensor:
+        """The mean over a batch of `inputs` of the weighted error of the prediction."""
+        noisy, timesteps, target = self.noisy_batch(batch)
+        pred = self.predict_noisy(noisy, timesteps, batch)
+        weights = batch["weight"] * self.weights(timesteps)
+        return (self.errors(pred, target, batch) * weights).mean()
+
     def condition(self, batch: dict) -> dict:
         """What the UNet gets besides the noisy latents and the timesteps."""
-        if any(p.requires_grad for p in self.sd.text_encoder.parameters()):
-            return {"context": self.sd.encode_text(batch["prompt"]).to(self.dtype)}
-        return {"context": self.frozen_context(batch["prompt"])}
+        text = batch["text"]
+        return {"context": self.sd.encode_ids(text).to(self.dtype) if self.trains_text() else text}
 
     def latents(self, batch: dict) -> Tensor:
         """A sample from the posterior of the images' scaled latents (b, 4, h, w), in fp32."""
-        if "mean" in batch:
-            mean, std = batch["mean"].to(self.device), batch["std"].to(self.device)
-        else:
-            mean, std = self.sd.encode_images(batch["pixels"])
-        return mean + std * self.draw("posterior", batch, mean.shape[1:])
+        cached = "mean" in batch
+        mean, std = (batch["mean"], batch["std"]) if cached else self.sd.encode_images(batch["pixels"])
+        return mean + std * batch["posterior"]
 
     def noisy_batch(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """The forward process, with the flags' noise offset and input perturbation: the network's input
-        (b, c, h, w) and the timesteps (b,) of a batch, and the target (b, c, h, w)."""
-        o, schedule, latents = self.options, self.sd.schedule, self.latents(batch)
-        shape = latents.shape[1:]
-        noise = self.draw("noise", batch, shape)
-        if o.noise_offset:
-            noise = noise + o.noise_offset * self.draw("offset", batch, (shape[0], 1, 1))
-        perturbed = noise
-        if o.input_perturbation:
-            perturbed = noise + o.input_perturbation * self.draw("perturbation", batch, shape)
-        timesteps = self.timesteps(batch)
-        noisy = schedule.add_noise(latents, perturbed, timesteps)
+        """The forward process: the network's input (b, c, h, w) and the timesteps (b,) of a batch, and the
+        target (b, c, h, w)."""
+        schedule, latents, timesteps = self.sd.schedule, self.latents(batch), batch["timesteps"]
+        noise = batch["noise"]
+        noisy = schedule.add_noise(latents, batch.get("perturbed", noise), timesteps)
         return noisy, timesteps, schedule.target(latents, noise, timesteps)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
@@ -242,7 +246,15 @@ class Method(Previews):
     def predict_noisy(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         """`predict` in the run's precision."""
         with self.autocast():
-            return self.predict(noisy.to(self.dtype), timesteps.to(self.device), batch)
+            return self.predict(noisy.to(self.dtype), timesteps, batch)
+
+    def send(self, batch: dict) -> dict:
+        """A batch with its tensors on the device."""
+        import torch
+
+        from minisd.device import send
+
+        return {k: send(v, self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
     def autocast(self) -> torch.autocast:
         """The precision that the networks run in."""
@@ -257,13 +269,24 @@ class Method(Previews):
         return [generator(self.options.seed, name, n) for n in batch["number"]]
 
     def draw(self, name: str, batch: dict, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal (b, *shape) from `generators`."""
+        """Standard normal (b, *shape) from `generators`, on the CPU."""
         from minisd.noise import randn
 
-        return randn(shape, self.generators(name, batch)).to(self.device)
+        return randn(shape, self.generators(name, batch))
+
+    def noise(self, batch: dict, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The draws of the forward process, on the CPU: the timesteps (b,), the noise (b, *shape) with
+        --noise_offset, and with --input_perturbation the noise of the input, "perturbed"."""
+        o, noise = self.options, self.draw("noise", batch, shape)
+        if o.noise_offset:
+            noise = noise + o.noise_offset * self.draw("offset", batch, (shape[0], 1, 1))
+        drawn = {"timesteps": self.timesteps(batch), "noise": noise}
+        if o.input_perturbation:
+            drawn["perturbed"] = noise + o.input_perturbation * self.draw("perturbation", batch, shape)
+        return drawn
 
     def timesteps(self, batch: dict) -> Tensor:
-        """(b,) uniform over the schedule; on the CPU, where the schedule is."""
+        """(b,) uniform over the schedule, on the CPU."""
         import torch
 
         if "timestep" in batch:  # a held-out example has its own
@@ -272,16 +295,33 @@ class Method(Previews):
         streams = self.generators("timesteps", batch)
         return torch.stack([torch.randint(total, (), generator=g) for g in streams])
 
+    def latent_shape(self, batch: dict) -> tuple[int, ...]:
+        """The shape (4, h, w) of the latents of each image."""
+        if "mean" in batch:
+            return batch["mean"].shape[1:]
+        config = self.sd.vae.config
+        return config.latent_channels, *(side // config.downscale for side in batch["pixels"].shape[2:])
+
+    def trains_text(self) -> bool:
+        """Whether anything in the text encoder trains."""
+        return any(p.requires_grad for p in self.sd.text_encoder.parameters())
+
+    def text(self, prompts: list[str]) -> Tensor:
+        """Prompts as token ids (b, s) if the text encoder trains, otherwise as its context (b, s, d)."""
+        return self.sd.tokenizer(prompts) if self.trains_text() else self.frozen_context(prompts)
+
     def frozen_context(self, prompts: list[str]) -> Tensor:
-        """Context (b, s, d) of a text encoder that does not train. Each prompt is encoded by itself, so that
-        it does not depend on the others in its batch, and only once."""
+        """Context (b, s, d) of a text encoder that does not train; that of a thousand prompts is kept. On a
+        GPU the new prompts of a batch are encoded together; on a CPU or with --deterministic each by itself,
+        so that its context does not depend on the others."""
         import torch
 
-        return torch.stack([self.encode_prompt(prompt) for prompt in prompts]).to(self.device)
-
-    def _encode_prompt(self, prompt: str) -> Tensor:
-        """Context (s, d) of a prompt, on the CPU."""
-        import torch
-
-        with torch.no_grad():
-            return self.sd.encode_text([prompt])[0].to(self.dtype).cpu()
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.contexts]
+        alone = self.device.type == "cpu" or self.options.deterministic
+        for part in [[prompt] for prompt in new] if alone else [new] * bool(new):
+            with torch.no_grad(), self.autocast():
+                self.contexts |= zip(part, self.sd.encode_text(part).to(self.dtype), strict=True)
+        context = torch.stack([self.contexts[prompt] for prompt in prompts])
+        for prompt in list(self.contexts)[:-1000]:
+            del self.contexts[prompt]
+        return context

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisd.methods._base import Method
-from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag
+from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag, require
 
 if TYPE_CHECKING:
     from minisd.methods._base import Parameters, StableDiffusion, Tensor
@@ -34,6 +34,7 @@ class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, R
 
     def check(self):
         self.not_negative("kl_weight", "gradient_weight", "l2_weight")
+        require(not self.compile, "--compile is for UNets, and this method trains none")
 
 
 class Autoencoder(Method):
@@ -42,18 +43,20 @@ class Autoencoder(Method):
     def build(self, sd: StableDiffusion) -> Parameters:
         return self.unfreeze("vae", sd.vae)
 
-    def loss(self, batch: dict) -> Tensor:
+    def inputs(self, batch: dict) -> dict:
+        return self.send(batch | {"posterior": self.draw("posterior", batch, self.latent_shape(batch))})
+
+    def loss_of(self, batch: dict) -> Tensor:
         """The weighted sum of the means of |e|, e^2, |difference of e between adjacent pixels| and the KL
         divergence, for the error e of the image decoded from a sample of the posterior."""
         from torch.utils.checkpoint import checkpoint
 
-        o, vae = self.options, self.sd.vae
-        pixels = batch["pixels"].to(self.device)
-
-        run = partial(checkpoint, use_reentrant=False) if o.gradient_checkpointing else lambda f, x: f(x)
+        o, vae, pixels = self.options, self.sd.vae, batch["pixels"]
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        run = again if o.gradient_checkpointing else lambda f, x: f(x)
         with self.autocast():
             mean, std = (t.float() for t in run(vae.encode, pixels))
-            latents = mean + std * self.draw("posterior", batch, mean.shape[1:])
+            latents = mean + std * batch["posterior"]
             error = run(vae.decode, latents).float() - pixels  # (b, 3, h, w)
         mean, std = (t / vae.config.scaling_factor for t in (mean, std))
         kl = 0.5 * (mean.square() + std.square() - 1) - std.log()

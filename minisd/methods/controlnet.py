@@ -55,9 +55,8 @@ class ControlNet(Method):
         o, channels = self.options, sd.unet.config.in_channels
         if channels != sd.vae.config.latent_channels:
             raise ValueError(f"--model {o.model} takes {channels} channels, not latents alone")
-        if o.controlnet_model_name_or_path:
+        if source := o.controlnet_model_name_or_path:
             precision = {"device": self.device, "dtype": torch.float32}
-            source = o.controlnet_model_name_or_path
             self.controlnet = controlnet.load(source, cache_dir=o.cache_dir, **precision)
         else:
             torch.manual_seed(o.seed)
@@ -80,8 +79,7 @@ class ControlNet(Method):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         context = self.condition(batch)["context"]
-        hint = batch["conditioning"].to(self.device, noisy.dtype)
-        residuals = self.controlnet(noisy, timesteps, context, hint)
+        residuals = self.controlnet(noisy, timesteps, context, batch["conditioning"].to(noisy.dtype))
         return self.sd.unet(noisy, timesteps, context, **residuals)
 
     def save(self, folder: Path) -> None:

@@ -68,13 +68,8 @@ class CustomDiffusion(PriorPreservation):
         if options.concepts_list:
             self.concepts = read_concepts(options.concepts_list, options.with_prior_preservation)
         else:
-            concept = Concept(
-                instance_prompt=options.instance_prompt,
-                instance_data_dir=options.data,
-                class_prompt=options.class_prompt,
-                class_data_dir=options.class_data_dir,
-            )
-            self.concepts = [concept]
+            same = {n: getattr(options, n) for n in ("instance_prompt", "class_prompt", "class_data_dir")}
+            self.concepts = [Concept(instance_data_dir=options.data, **same)]
         self.words = options.modifier_token.split("+") if options.modifier_token else []
         self.skip = {"skip_bad_images": options.skip_bad_images}
         if options.with_prior_preservation:
@@ -126,7 +121,7 @@ class CustomDiffusion(PriorPreservation):
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
         """The mean squared error within the mask, (b,)."""
-        mask = batch["mask"].to(pred.device)  # (b, 1, h, w)
+        mask = batch["mask"]  # (b, 1, h, w)
         squares = ((pred.float() - target.float()).square() * mask).flatten(1).sum(dim=1)
         channels = 1 if self.options.cd_loss == "reference" else CHANNELS
         return squares / (channels * mask.flatten(1).sum(dim=1))
@@ -140,6 +135,9 @@ class CustomDiffusion(PriorPreservation):
         extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
         path = folder / f"pytorch_custom_diffusion_weights{extension}"
         custom_diffusion.save(path, self.sd.unet, self.projections, {"format": "pt", "model": self.sd.name})
+        calls = [f'unet.load_attn_procs("{folder}", weight_name="{path.name}", _pipeline=pipe)']
         for i, word in enumerate(self.words):
             row = self.rows[i : i + 1]
             token_embedding.save(folder / f"{word}{extension}", word, row, {"format": "pt"})
+            calls.append(f'load_textual_inversion("{folder}", weight_name="{word}{extension}")')
+        print("in diffusers:", "; ".join(f"pipe.{call}" for call in calls))

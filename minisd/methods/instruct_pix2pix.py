@@ -76,17 +76,16 @@ class InstructPix2Pix(Method):
         r = torch.stack([torch.rand((), generator=g) for g in self.generators("conditioning", batch)])
         return r < 2 * p, (r >= p) & (r < 3 * p)
 
-    def condition(self, batch: dict) -> dict:
-        without = self.dropped(batch)[0].tolist()
-        prompts = ["" if drop else prompt for prompt, drop in zip(batch["prompt"], without, strict=True)]
-        return {"context": self.frozen_context(prompts)}
+    def inputs(self, batch: dict) -> dict:
+        no_prompt, no_image = self.dropped(batch)
+        prompts = ["" if drop else p for p, drop in zip(batch["prompt"], no_prompt, strict=True)]
+        return super().inputs(batch | {"prompt": prompts, "has_image": ~no_image})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict) -> Tensor:
         import torch
 
-        original = self.sd.encode_original(batch["original"])  # (b, c, h, w)
-        kept = ~self.dropped(batch)[1].to(original.device)
-        inputs = torch.cat([noisy, (original * kept[:, None, None, None]).to(noisy.dtype)], dim=1)
+        original = self.sd.encode_original(batch["original"]) * batch["has_image"][:, None, None, None]
+        inputs = torch.cat([noisy, original.to(noisy.dtype)], dim=1)  # (b, 2 c, h, w)
         return self.sd.unet(inputs, timesteps, **self.condition(batch))
 
     def read_validation_prompts(self) -> Prompts:

@@ -37,7 +37,9 @@ class Options(Subject, Training):
     )
     lora_dropout: float = flag(0.0, "dropout probability of the updates' inputs")
     init_lora: Path | None = flag(None, "initial LoRA file, which sets layers, ranks and alphas")
-    save_format: Literal["diffusers", "kohya"] = flag("diffusers", "kohya is what A1111 and ComfyUI read")
+    save_format: Literal["diffusers", "diffusers-0.16", "kohya"] = flag(
+        "diffusers", "diffusers-0.16 is what that release reads; kohya what A1111 and ComfyUI read"
+    )
     learning_rate: float | None = flag(
         None, "peak learning rate; by default 1e-4, or 5e-4 with --instance_prompt"
     )
@@ -70,6 +72,11 @@ class Options(Subject, Training):
         for name in ("rank", "alpha", "target_modules"):
             both = self.init_lora and getattr(self, name)
             require(not both, f"--{name} is set by --init_lora: leave one of them out")
+        other = self.init_lora or self.train_text_encoder or self.target_modules not in ([], ["attention"])
+        old = self.save_format == "diffusers-0.16"
+        require(
+            not (old and other), "--save_format diffusers-0.16 is for all of the UNet's attention, no more"
+        )
         require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
 
 
@@ -105,12 +112,12 @@ class LoRA(PriorPreservation):
         from minisd.adapters import lora
 
         path = folder / "pytorch_lora_weights.safetensors"
-        lora.save(path, self.updates, self.options.save_format, self.metadata(folder.resolve().name))
+        lora.save(path, self.updates, self.options.save_format, self.metadata())
 
-    def metadata(self, title: str) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """How the LoRA was trained, by the names of kohya's files, which A1111 shows."""
         o, kind = self.options, self.sd.schedule.prediction_type
-        side = f"{o.resolution}x{o.resolution}"
+        side, title = f"{o.resolution}x{o.resolution}", o.output_dir.resolve().name
         recorded = {
             "output_name": title, "sd_model_name": self.sd.name, "resolution": side, "optimizer": "AdamW",
             "batch_size_per_device": o.train_batch_size, "num_epochs": o.num_train_epochs,

@@ -81,8 +81,11 @@ class Unconditional(Method):
 
         return self.unfreeze("unet", move(sd.unet, self.device))
 
+    def inputs(self, batch: dict) -> dict:
+        return self.send(batch | self.noise(batch, batch["pixels"].shape[1:]))
+
     def latents(self, batch: dict) -> Tensor:
-        return batch["pixels"].to(self.device)
+        return batch["pixels"]
 
     def condition(self, batch: dict) -> dict:
         return {}

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minisd import graph
 from minisd.models.layers import Context, Downsample, ResnetBlock, Upsample
 
 MakeAttention = Callable[[int], nn.Module] | None  # level -> a new attention layer; None: no attention
@@ -50,7 +51,9 @@ class Block(nn.Module):
 
     def _run(self, module: nn.Module, *args: Context) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
+            # A graph that is being recorded cannot read the random state; torch.compile needs no such thing.
+            preserve = torch.compiler.is_compiling() or not graph.capturing
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=preserve)
         return module(*args)
 
 

@@ -151,6 +151,14 @@ class CachedContext:
             self.cache[layer] = layer(self.states)
         return self.cache[layer]
 
+    def fill(self, network: nn.Module) -> "CachedContext":
+        """Compute the keys and values of a network now: within torch.compile or a CUDA graph they would be
+        computed each time."""
+        for module in network.modules():
+            if isinstance(module, TransformerBlock):
+                self.project(module.attn2.to_k), self.project(module.attn2.to_v)
+        return self
+
 
 Context = Tensor | CachedContext | None  # text states (b, s, d); None in a network without text
 

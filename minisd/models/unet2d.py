@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from minisd.models.blocks import LevelsConfig
-from minisd.models.layers import SelfAttention2d, timestep_embedding
+from minisd.models.layers import Context, SelfAttention2d, timestep_embedding
 from minisd.models.unet import UNet
 
 
@@ -45,6 +45,6 @@ class UNet2D(UNet):
         c, shift = self.config.block_out_channels[0], self.config.frequency_shift
         return timestep_embedding(timesteps, c, shift=shift, sines_first=self.config.sines_first)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """(b, in_channels, h, w) at timesteps (b,) -> pred (b, out_channels, h, w)."""
+    def forward(self, noisy: Tensor, timesteps: Tensor, context: Context = None) -> Tensor:
+        """(b, in_channels, h, w) at timesteps (b,) -> pred (b, out_channels, h, w); `context` is not used."""
         return super().forward(noisy, timesteps, None)

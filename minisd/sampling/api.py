@@ -11,48 +11,88 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.data import images
-from minisd.sampling.generate import denoise, pictures
-from minisd.sampling.options import Drawing
-from minisd.sampling.run import Request
+from minisd.formats import diffusers, hub
+from minisd.options import require
+from minisd.sampling import generate
+from minisd.sampling.options import NO_PROMPT, Drawing, Loading, unused
+from minisd.sampling.pixel_diffusion import PixelDiffusion
+from minisd.sampling.request import Request
 from minisd.sampling.stable_diffusion import StableDiffusion
 
 
-class Model(StableDiffusion):
-    """The assembled model, with methods to generate images."""
+class Generates:
+    """Methods to generate images, the same for both kinds of models."""
 
     def generate(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         *,
         on_step: Callable[[int], None] = lambda n: None,
         on_preview: Callable[[list[Image.Image]], None] | None = None,
         **flags,
     ) -> list[Image.Image]:
-        """Return the images of the prompts, with seeds from `seed` on. `flags` are sample.py's flags about
-        the image: steps, seed, width, negative_prompt, num_images, lora_dir, image, mask, controlnet, ...;
-        input images may be paths or PIL images. `on_step(n)` is called after each step of n images, and
-        `on_preview` with previews of them. ValueError, naming the flag, as in sample.py."""
-        arguments = self._arguments(prompt, flags)
-        return list(pictures(self, **arguments, on_step=on_step, on_preview=on_preview))
+        """Return the images of the prompts, with seeds from `seed` on; a model of pixels takes no prompt.
+        `flags` are sample.py's flags about the image: steps, seed, width, negative_prompt, num_images,
+        lora_dir, image, mask, controlnet, ...; input images may be paths or PIL images. `on_step(n)` is
+        called after each step of n images, and `on_preview` with previews of them. ValueError, naming the
+        flag, as in sample.py."""
+        return list(self.draw(**self._arguments(prompt, flags), on_step=on_step, on_preview=on_preview))
 
-    def steps(self, prompt: str, **flags) -> Iterator[Tensor]:
-        """Yield the latents (1, 4, h, w) after each step of one image; `flags` are as in `generate`."""
+    def steps(self, prompt: str | None = None, **flags) -> Iterator[Tensor]:
+        """Yield the latents (1, 4, h, w), or the pixels, after each step of one image; `flags` are as in
+        `generate`."""
         arguments = self._arguments(prompt, flags)
         del arguments["batch_size"]
-        yield from denoise(self, **arguments)
+        yield from self.denoise(**arguments)
 
     def pictures(self, latents: Tensor) -> list[Image.Image]:
-        """Decode latents (b, 4, h, w) to images."""
+        """Decode latents (b, 4, h, w), or pixels, to images."""
         return [images.to_pil(pixels) for pixels in self.decode(latents)]
 
-    def _arguments(self, prompt: str | list[str], flags: dict[str, object]) -> dict:
-        """The keywords of `generate.pictures` for these flags. TypeError for an unknown flag."""
+    def _arguments(self, prompt: str | list[str] | None, flags: dict[str, object]) -> dict:
+        """The keywords of `draw` for these flags. TypeError for an unknown flag."""
         names = {name: f for f in fields(Drawing) for name in (f.name, *f.metadata["also"])}
         for name in flags.keys() - names.keys():
             close = difflib.get_close_matches(name, names, n=1)
             raise TypeError(f"there is no {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        values = {names[n].name: _typed(v, names[n].type) for n, v in ({"prompt": prompt} | flags).items()}
-        return Request(Drawing(**values), values["prompt"]).arguments(self)
+        given = ({} if prompt is None else {"prompt": prompt}) | flags
+        values = {names[n].name: _typed(v, names[n].type) for n, v in given.items()}
+        return Request(Drawing(**values), values.get("prompt", [""])).arguments(self)
+
+
+class Model(Generates, StableDiffusion):
+    """The assembled model, with methods to generate images."""
+
+    flags = None  # it takes them all
+    draw, denoise = generate.pictures, generate.denoise
+
+    def accept(self, options: Drawing | Loading) -> None:
+        """ValueError if there is no prompt, unless the model is only to be exported."""
+        others = (getattr(options, name, None) for name in ("prompt_file", "export"))
+        require(not isinstance(options, Drawing) or bool(options.prompt) or any(others), NO_PROMPT)
+
+
+class PixelModel(Generates, PixelDiffusion):
+    """The model without text, with methods to generate images."""
+
+    flags = {
+        "steps", "scheduler", "use_karras_sigmas", "eta", "width", "height", "seed", "num_images",
+        "batch_size", "model", "revision", "variant", "cache_dir", "device", "kernels", "dtype",
+        "like", "csv", "output", "preview",
+    }  # fmt: skip
+
+    def accept(self, options: Drawing | Loading) -> None:
+        """ValueError, naming the flag, if one has no effect."""
+        name = unused(options, self.flags)
+        require(name is None, f"--{name} has no effect: {self.name} is a model of pixels, without text")
+
+
+def load(model: str | Path, **options) -> Model | PixelModel:
+    """Load a model of either kind; `options` are those of StableDiffusion.load. ValueError, naming the file,
+    if there is none."""
+    where = {name: options[name] for name in ("revision", "variant", "cache_dir") if name in options}
+    path = hub.resolve(model, **where)
+    return (PixelModel if diffusers.is_pixels(path) else Model).load(path, **options)
 
 
 def _typed(value: object, kind: type | types.GenericAlias | types.UnionType) -> object:

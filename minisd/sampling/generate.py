@@ -3,10 +3,14 @@
 Classifier-free guidance is Ho and Salimans 2022 (arXiv 2207.12598).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, groupby
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd import registry
+from minisd import graph, registry
 from minisd.data import images
 from minisd.models import controlnet
 from minisd.models.layers import CachedContext
@@ -25,6 +29,11 @@ from minisd.sampling.options import Settings
 from minisd.sampling.prompt import Prompt
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.schedulers._problem import InitImage, Problem, read_settings
+
+if TYPE_CHECKING:
+    from minisd.sampling.pixel_diffusion import PixelDiffusion
+
+    Model = StableDiffusion | PixelDiffusion
 
 
 class Branch(NamedTuple):
@@ -116,14 +125,15 @@ class Denoiser:
         self.unet = unet
         self.weights = [branch.weight for branch in branches]
         states = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
-        self.context = CachedContext(states)
+        self.context = CachedContext(states).fill(unet)
         channels = [branch.channels for branch in branches if branch.channels is not None]
         self.channels = torch.cat(channels) if channels else None  # (branches * b, c, h, w)
         self.controls = []  # each with its hints and contexts, (branches * b, ...) or, to guess, (b, ...)
         for control in controls:
             copies = 1 if control.guess else len(branches)
             hint = torch.cat([control.hint.to(states)] * copies)
-            self.controls.append((control, hint, CachedContext(states[-len(hint) :])))  # text comes last
+            context = CachedContext(states[-len(hint) :]).fill(control.network)  # text comes last
+            self.controls.append((replace(control, hint=hint), context))
         self.step, self.steps = 0, steps
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
@@ -132,19 +142,27 @@ class Denoiser:
             inputs = torch.cat([inputs, self.channels.to(inputs)], dim=1)  # (branches * b, c + more, h, w)
         inputs = inputs.to(self.context.states.dtype)
         timesteps = torch.full((len(inputs),), t, device=x.device)
-        residuals = self._residuals(inputs, timesteps)
-        preds = self.unet(inputs, timesteps, self.context, **residuals).float().chunk(len(self.weights))
+        acting = [pair for pair in self.controls if pair[0].acts(self.step, self.steps)]
+        networks = [self.unet, *(control.network for control, _ in acting)]
+        (preds,) = graph.run(networks, self._predict, inputs, timesteps, self.context, acting)
+        preds = preds.float().chunk(len(self.weights))
         return sum(weight * pred for weight, pred in zip(self.weights, preds, strict=True))
 
-    def _residuals(self, inputs: Tensor, timesteps: Tensor) -> dict:
-        """The sum of the ControlNets' residuals in this step, as the UNet's keywords."""
+    def _predict(
+        self,
+        inputs: Tensor,
+        timesteps: Tensor,
+        context: CachedContext,
+        controls: list[tuple[Control, CachedContext]],
+    ) -> list[Tensor]:
+        """The UNet's predictions for all branches, with the sum of the ControlNets' residuals."""
         residuals = []
-        for control, hint, context in self.controls:
-            if control.acts(self.step, self.steps):
-                rows, channels = slice(-len(hint), None), control.network.config.in_channels
-                seen = inputs[rows, :channels], timesteps[rows], context, hint
-                residuals.append(control.network(*seen, control.scale, control.guess))
-        return controlnet.total(residuals, len(inputs)) if residuals else {}
+        for control, text in controls:
+            rows, channels = slice(-len(control.hint), None), control.network.config.in_channels
+            seen = inputs[rows, :channels], timesteps[rows], text, control.hint
+            residuals.append(control.network(*seen, control.scale, control.guess))
+        residuals = controlnet.total(residuals, len(inputs)) if residuals else {}
+        return [self.unet(inputs, timesteps, context, **residuals)]
 
 
 def init_image(
@@ -181,46 +199,66 @@ def denoise(
     has a hint for each image. `watch` is called with the predicted x_0 in each step. All prompts must name
     the same LoRAs.
     """
-    for side in ("width", "height"):
-        if getattr(settings, side) % sd.downscale:
-            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {sd.downscale}")
-    scheduler = registry.load("schedulers", settings.scheduler)
-    flags = {"eta": settings.eta, "use_karras_sigmas": settings.use_karras_sigmas}
-    flags = {name: value for name, value in flags.items() if value is not None}
-    for name in flags.keys() - scheduler.SETTINGS.keys():
-        raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
     # Latents have no fixed range to be clipped to, even if the model's file says so.
-    config = sd.scheduler | {"clip_sample": False} | flags
-
+    scheduler = configured(sd, settings, clip_sample=False)
     prompts = prompt.prepare(sd, prompts, settings)
     with prompt.loras_on(sd, prompts[0].loras, settings.lora_dir):
         branches = branches_of(sd, prompts, settings, init_images, masks)
         start = init_image(sd, settings, init_images, masks)
         denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (start.first_step if start else 0))
 
-        def predict(x: Tensor, t: float) -> Tensor:
-            pred = denoiser(x, t)
-            if watch:
-                watch(sd.schedule.split(pred, x, sd.schedule.alphas_cumprod[round(t)].to(x.device))[0])
-            return pred
+        yield from solve(sd, denoiser, scheduler, seeds, settings, start, watch)
 
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        height, width = settings.height // sd.downscale, settings.width // sd.downscale
-        problem = Problem(
-            denoise=predict,
-            noise=randn((sd.vae.config.latent_channels, height, width), generators).to(sd.device),
-            schedule=sd.schedule,
-            steps=settings.steps,
-            generators=generators,
-            settings=read_settings(scheduler, config),
-            init_image=start,
-        )
-        for x in scheduler.sample(problem):
-            denoiser.step += 1
-            yield x
+
+def configured(model: Model, settings: Settings, **changes) -> tuple[ModuleType, dict[str, object]]:
+    """The settings' scheduler, and its own settings: the model's, with `changes` and the flags. ValueError,
+    naming the flag, if it has no such setting, or if the size does not suit the model."""
+    for side in ("width", "height"):
+        if getattr(settings, side) % model.downscale:
+            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {model.downscale}")
+    scheduler = registry.load("schedulers", settings.scheduler)
+    flags = {"eta": settings.eta, "use_karras_sigmas": settings.use_karras_sigmas}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    for name in flags.keys() - scheduler.SETTINGS.keys():
+        raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
+    return scheduler, read_settings(scheduler, model.scheduler | changes | flags)
 
 
 @torch.no_grad()
+def solve(
+    model: Model,
+    denoiser: Denoiser,
+    scheduler: tuple[ModuleType, dict[str, object]],
+    seeds: Sequence[int],
+    settings: Settings,
+    start: InitImage | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+) -> Iterator[Tensor]:
+    """Yield x (b, c, h, w) after each step of a `configured` scheduler."""
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        pred = denoiser(x, t)
+        if watch:
+            alpha_cumprod = model.schedule.alphas_cumprod[round(t)].to(x.device)
+            watch(model.schedule.split(pred, x, alpha_cumprod)[0])
+        return pred
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    height, width = settings.height // model.downscale, settings.width // model.downscale
+    problem = Problem(
+        denoise=predict,
+        noise=randn((model.channels, height, width), generators).to(model.device),
+        schedule=model.schedule,
+        steps=settings.steps,
+        generators=generators,
+        settings=scheduler[1],
+        init_image=start,
+    )
+    for x in scheduler[0].sample(problem):
+        denoiser.step += 1
+        yield x
+
+
 def pictures(
     sd: StableDiffusion,
     prompts: Sequence[str | Prompt],
@@ -231,22 +269,14 @@ def pictures(
     init_images: Tensor | None = None,
     masks: Tensor | None = None,
     controls: Sequence[Control] = (),
-    on_step: Callable[[int], None] = lambda n: None,
-    on_preview: Callable[[list[Image.Image]], None] | None = None,
-    preview: int = 1,
+    **watching,
 ) -> Iterator[Image.Image]:
-    """Yield one image for each pair of prompt and seed. `on_step(n)` is called after each step of n images,
-    and `on_preview` with previews of them at every `preview`-th run of the network. `init_images`, `masks`
-    and `controls` are as in `denoise`, with one for each image."""
-    runs = count(1)
-
-    def show(latents: Tensor) -> None:
-        if next(runs) % preview == 0:
-            on_preview([images.to_pil(p) for p in sd.decode(latents)])
-
+    """Yield one image for each pair of prompt and seed. `watching` are the callbacks of `finished`.
+    `init_images`, `masks` and `controls` are as in `denoise`, with one for each image."""
     prompts = prompt.prepare(sd, prompts, settings)
     for part in batches(prompts, batch_size):
-        for x in denoise(
+        steps = partial(
+            denoise,
             sd,
             prompts[part],
             seeds[part],
@@ -254,11 +284,31 @@ def pictures(
             init_images=None if init_images is None else init_images[part],
             masks=None if masks is None else masks[part],
             controls=[replace(control, hint=control.hint[part]) for control in controls],
-            watch=show if on_preview else None,
-        ):
-            on_step(len(x))
-        for latents in x:
-            yield images.to_pil(sd.decode(latents[None])[0])
+        )
+        yield from finished(sd, steps, **watching)
+
+
+@torch.no_grad()
+def finished(
+    model: Model,
+    steps: Callable[..., Iterator[Tensor]],
+    *,
+    on_step: Callable[[int], None] = lambda n: None,
+    on_preview: Callable[[list[Image.Image]], None] | None = None,
+    preview: int = 1,
+) -> Iterator[Image.Image]:
+    """Take all `steps(watch=...)` of a batch, and yield its images. `on_step(n)` is called after each step of
+    n images, and `on_preview` with previews of them at every `preview`-th run of the network."""
+    runs = count(1)
+
+    def show(predicted: Tensor) -> None:
+        if next(runs) % preview == 0:
+            on_preview([images.to_pil(p) for p in model.decode(predicted)])
+
+    for x in steps(watch=show if on_preview else None):
+        on_step(len(x))
+    for one in x:
+        yield images.to_pil(model.decode(one[None])[0])
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[slice]:

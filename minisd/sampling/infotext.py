@@ -6,6 +6,7 @@ declared with it (sampling/options.py): A1111's key, or else the option's own na
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import Field, fields
 from pathlib import Path
 
@@ -25,10 +26,18 @@ def key_of(f: Field) -> str | None:
     return f.metadata.get("infotext", f.name)
 
 
-def write(prompt: str, seed: int, model: str, settings: Settings, kernels: str = "") -> str:
-    """The parameters of an image, for the model of that name; `kernels` is the digest of those in use."""
+def write(
+    prompt: str,
+    seed: int,
+    model: str,
+    settings: Settings,
+    flags: Collection[str] | None = None,
+    kernels: str = "",
+) -> str:
+    """The parameters of an image, for the model of that name; of `flags` alone, if given. `kernels` is
+    the digest of those in use."""
     pairs = [("Seed", seed), ("Size", f"{settings.width}x{settings.height}"), ("Model", model)]
-    for f in fields(settings):
+    for f in [f for f in fields(settings) if flags is None or f.name in flags]:
         key, value = key_of(f), getattr(settings, f.name)
         if key in ALWAYS or key not in (None, "Seed") and value not in (None, str(TINY), default_of(f)):
             words = {value: word for word, value in f.metadata.get("words", {}).items()}

@@ -6,14 +6,16 @@ with `infotext=None` do not shape the image, or sampling/infotext.py writes them
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisd import reading, registry
-from minisd.options import KERNELS, Group, Model, flag, require
+from minisd.options import GRAPH, KERNELS, Group, Model, flag, require
 
+NO_PROMPT = "give --prompt or --prompt_file"
 unwritten = partial(flag, infotext=None)
 SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
@@ -41,7 +43,14 @@ class Settings(Group):
         infotext="Emphasis",
         words={"None": True},
     )
-    clip_skip: int = flag(1, "layer of the text encoder, counted from the last one", infotext="Clip skip")
+    clip_skip: int = flag(
+        1,
+        "layer of the text encoder, counted from the last one; of the negative prompt too, as in A1111",
+        infotext="Clip skip",
+    )
+    negative_clip_skip: int | None = flag(
+        None, "that of the negative prompt, if it differs from the default --clip_skip; 1 is as in diffusers"
+    )
     lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
     eta: float | None = flag(None, "noise per step, from 0 to 1; by default the scheduler's", infotext="Eta")
     width: int | None = unwritten(None, SIDE)
@@ -57,7 +66,7 @@ class Settings(Group):
     )
 
     def check(self):
-        self.positive("steps", "clip_skip")
+        self.positive("steps", "clip_skip", "negative_clip_skip")
         self.scheduler, karras = registry.find_scheduler(self.scheduler)
         contrary = karras and self.use_karras_sigmas is False
         require(not contrary, "--no-use_karras_sigmas excludes a --scheduler whose name ends in Karras")
@@ -136,6 +145,11 @@ class Loading(Model):
     adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
     device: str | None = unwritten(None, "cuda, cpu, ...; by default cuda if there is a GPU")
     kernels: KERNELS = unwritten("auto", "attention and norm kernels; auto is triton where it is faster")
+    graph: GRAPH = unwritten("auto", "the UNet as a CUDA graph; auto uses one where it gives the same bits")
+    compile: bool = unwritten(False, "compile the UNet with torch.compile, which takes a minute")
+    deterministic: bool = flag(
+        False, "the same command gives the same bytes on the same GPU; --kernels auto is then torch"
+    )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
         "auto", "precision; auto is fp16 on a GPU, fp32 on a CPU, and for --export that of the model's files"
     )
@@ -157,19 +171,25 @@ class Sample(Drawing, Loading):
     def check(self):
         self.exclusive("prompt", "prompt_file")
         draws = self.prompt or self.prompt_file
-        require(draws or self.export, "give --prompt or --prompt_file")
+        require(draws or self.export or self.may_lack_text(), NO_PROMPT)
         require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
         self.positive("preview")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
         used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
-        for f in fields(self):
-            unused = not draws and f.name not in used and getattr(self, f.name) != default_of(f)
-            require(not unused, f"--{f.name} draws nothing without --prompt")
+        name = None if draws or not self.export else unused(self, used)
+        require(name is None, f"--{name} draws nothing without --prompt")
+
+    def may_lack_text(self) -> bool:
+        """Whether the model is one of pixels, which takes no prompt, or on the hub, so that it may be one."""
+        from minisd.formats import diffusers
+
+        path = Path(self.model)
+        return diffusers.is_pixels(path) or not path.exists()
 
     def read_prompts(self) -> list[str]:
         """The prompts of the command line, or of the file. ValueError if that cannot be read."""
         if not self.prompt_file:
-            return self.prompt
+            return self.prompt or ([] if self.export else [""])  # "" is for a model without text
         try:
             lines = reading.text(self.prompt_file).splitlines()
         except ValueError as e:
@@ -182,6 +202,12 @@ class Sample(Drawing, Loading):
 def default_of(f: Field) -> object:
     """A flag's default."""
     return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def unused(options: Group, used: Collection[str]) -> str | None:
+    """The first flag that is not among the `used` ones, and yet is not at its default."""
+    names = (f.name for f in fields(options) if getattr(options, f.name) not in (default_of(f), [""]))
+    return next((name for name in names if name not in used), None)
 
 
 class Job(NamedTuple):

@@ -1,33 +1,54 @@
 """The pixel-space model: a UNet without text encoder and VAE, and its noise schedule (arXiv 2006.11239)."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from minisd.formats import config_json, diffusers
+from minisd.formats import config_json, diffusers, hub
 from minisd.models.layers import move
 from minisd.models.unet2d import DDPM, UNet2D
-from minisd.noise import NoiseSchedule, randn
-from minisd.schedulers import ddpm
-from minisd.schedulers._problem import Problem, read_settings
+from minisd.noise import NoiseSchedule
+from minisd.options import require
+from minisd.sampling.generate import Branch, Denoiser, batches, configured, finished, solve
+from minisd.sampling.options import Settings
+from minisd.sampling.prompt import Prompt
 
 
 class PixelDiffusion:
-    """unet and schedule; generates images (b, 3, h, w) in [-1, 1]."""
+    """unet and schedule; its latents are the pixels (b, 3, h, w) in [-1, 1]."""
 
-    def __init__(self, unet: UNet2D, scheduler: dict):
+    def __init__(self, unet: UNet2D, scheduler: dict, name: str = ""):
         self.unet = unet
         self.scheduler = scheduler  # the content of scheduler_config.json
         self.schedule = NoiseSchedule.from_config(scheduler)
+        self.name = name  # of the folder
+        self.channels, self.default_size, self.downscale = unet.config.in_channels, unet.config.sample_size, 1
 
     @classmethod
-    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "PixelDiffusion":
-        """Load a DDPMPipeline's folder, frozen. ValueError, naming the file, if it is none."""
-        unet, scheduler = diffusers.load_ddpm(path)
-        return cls(move(unet, device).eval().requires_grad_(False), scheduler)
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+        cache_dir: str | None = None,
+        ema: bool = False,
+        tokenizer: str | None = None,
+    ) -> "PixelDiffusion":
+        """Load a DDPMPipeline's folder or hub id, frozen. ValueError, naming the file, if it is none, or the
+        flag, if it asks for averaged weights or a tokenizer."""
+        for name, value in {"load_ema": ema, "tokenizer_name": tokenizer}.items():
+            require(not value, f"--{name} has no effect: {model} is a model of pixels, without text")
+        path = hub.resolve(str(model), revision=revision, variant=variant, cache_dir=cache_dir)
+        unet, scheduler = diffusers.load_ddpm(path, variant)
+        return cls(move(unet, device, dtype).eval().requires_grad_(False), scheduler, path.stem)
 
     @classmethod
     def new(cls, side: int, config: Path | None, **scheduler) -> "PixelDiffusion":
@@ -51,28 +72,50 @@ class PixelDiffusion:
         """The networks by name."""
         return {"unet": self.unet}
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    def decode(self, pixels: Tensor) -> Tensor:
+        """The pixels (b, c, h, w): there is nothing to decode."""
+        return pixels
+
+    def denoise(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        settings: Settings,
+        *,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """As `generate.denoise`, with empty prompts: yield the pixels (b, c, h, w), about [-1, 1]."""
+        scheduler = configured(self, settings)
+        no_text = self.unet.conv_in.weight.new_empty(len(seeds), 0, 0)
+        denoiser = Denoiser(self.unet, [Branch(1.0, no_text)])
+        yield from solve(self, denoiser, scheduler, seeds, settings, watch=watch)
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        settings: Settings,
+        *,
+        batch_size: int = 4,
+        **watching,
+    ) -> Iterator[Image.Image]:
+        """As `generate.pictures`: yield one image for each seed."""
+        for part in batches(prompts, batch_size):
+            steps = partial(self.denoise, prompts[part], seeds[part], settings)
+            yield from finished(self, steps, **watching)
+
     def sample(
         self, generators: list[torch.Generator], steps: int, on_step: Callable[[int], None] = lambda n: None
     ) -> Tensor:
         """Generate one image for each generator, by DDPM: (b, c, h, w), about [-1, 1]. `on_step(b)` is called
         after each step."""
-        config, weight = self.unet.config, self.unet.conv_in.weight
-
-        def predict(x: Tensor, t: float) -> Tensor:
-            timesteps = torch.full((len(x),), t, device=weight.device)
-            return self.unet(x.to(weight.dtype), timesteps).float()
-
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        problem = Problem(
-            denoise=predict,
-            noise=randn(shape, generators).to(weight.device),
-            schedule=self.schedule,
-            steps=steps,
-            generators=generators,
-            settings=read_settings(ddpm, self.scheduler),
-        )
-        for x in ddpm.sample(problem):
+        settings = Settings(steps=steps, scheduler="ddpm")
+        settings.width = settings.height = self.default_size
+        for x in self.denoise((), [g.initial_seed() for g in generators], settings):
             on_step(len(x))
         return x
 

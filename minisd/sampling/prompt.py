@@ -194,16 +194,19 @@ def contexts(
     positive = [prompt.chunks for prompt in prompts]
     negative = [prompt.negative.chunks for prompt in prompts] if settings.guidance_scale > 1 else []
     count = max(map(len, positive + negative))
-    context = _encode(sd, positive, count, settings.clip_skip)
-    return context, _encode(sd, negative, count, settings.clip_skip) if negative else None
+    context = _encode(sd, positive, count, "clip_skip", settings.clip_skip)
+    name = "negative_clip_skip" if settings.negative_clip_skip else "clip_skip"
+    return context, _encode(sd, negative, count, name, getattr(settings, name)) if negative else None
 
 
-def _encode(sd: StableDiffusion, texts: Sequence[list[Chunk]], count: int, clip_skip: int) -> Tensor:
+def _encode(
+    sd: StableDiffusion, texts: Sequence[list[Chunk]], count: int, flag: str, clip_skip: int
+) -> Tensor:
     empty = tokenize(sd.tokenizer, Prompt(text=""))
     rows = [chunk for chunks in texts for chunk in chunks + empty * (count - len(chunks))]
     ids = torch.tensor([[i for i, _ in row] for row in rows])  # (b * count, s)
     weights = torch.tensor([[weight for _, weight in row] for row in rows])
-    z = sd.encode_ids(ids, clip_skip)  # (b * count, s, d)
+    z = sd.encode_ids(ids, clip_skip, flag)  # (b * count, s, d)
     if (weights != 1).any():
         z = emphasise(z, weights.to(z.device))
     return z.unflatten(0, (-1, count)).flatten(1, 2)  # (b, count * s, d)

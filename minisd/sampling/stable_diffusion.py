@@ -11,6 +11,7 @@ from torch import Tensor
 from minisd import files, registry
 from minisd.adapters import _adapter, controlnet, lora, token_embedding
 from minisd.adapters._adapter import Attached
+from minisd.device import send
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import PARTS, PIPELINES, PipelineParts, build, fill
 from minisd.models.controlnet import ControlNet
@@ -46,6 +47,7 @@ class StableDiffusion:
         self.attached: dict[Path, Attached] = {}
         self.controlnets: dict[str, ControlNet] = {}  # loaded so far, by path or hub id
         self.downscale = vae.config.downscale  # pixels per latent along a side
+        self.channels = vae.config.latent_channels
         self.default_size = unet.config.sample_size * self.downscale  # side of the training images, in pixels
 
     @classmethod
@@ -107,12 +109,13 @@ class StableDiffusion:
         """Context (b, s, d) of prompts as plain text, truncated to the encoder's length."""
         return self.encode_ids(self.tokenizer(prompts))
 
-    def encode_ids(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
-        """Context (b, s, d) of token ids (b, s); `clip_skip` counts layers from the end, 1 is the last."""
+    def encode_ids(self, ids: Tensor, clip_skip: int = 1, flag: str = "clip_skip") -> Tensor:
+        """Context (b, s, d) of token ids (b, s); `clip_skip` counts layers from the end, 1 is the last.
+        ValueError, naming the flag, if there are not so many."""
         layers = self.text_encoder.config.num_layers
         if not 1 <= clip_skip <= layers:
-            raise ValueError(f"--clip_skip {clip_skip}: this text encoder has {layers} layers, 1 is the last")
-        return self.text_encoder(ids.to(self.device), clip_skip - 1)
+            raise ValueError(f"--{flag} {clip_skip}: this text encoder has {layers} layers, 1 is the last")
+        return self.text_encoder(send(ids, self.device), clip_skip - 1)
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the scaled latents (b, 4, h, w), in fp32, of pixels (b, 3, 8h, 8w)."""
@@ -232,9 +235,11 @@ class StableDiffusion:
         configs = {part: network.config for part, network in self.parts.items()}
         configs["text_encoder"], words = token_embedding.merged(self.text_encoder, tensors["text_encoder"])
         tensors = tensors | {"text_encoder": words}
+        networks = {part: fill(build(part, configs[part], path), tensors[part], path) for part in PARTS}
+        networks["vae"].new_attention = getattr(self.vae, "new_attention", False)
         with tempfile.TemporaryDirectory() as tokenizer:
             yield PipelineParts(
-                **{part: fill(build(part, configs[part], path), tensors[part], path) for part in PARTS},
+                **networks,
                 scheduler=self.scheduler,
                 tokenizer=self.tokenizer.save(Path(tokenizer)),
                 pipeline_class=PIPELINES[self.unet.config.in_channels],

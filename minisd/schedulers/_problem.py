@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisd.device import send
 from minisd.noise import NoiseSchedule, randn
 
 # Settings that `Problem` reads, with diffusers' defaults; parts of the schedulers' SETTINGS.
@@ -88,7 +89,7 @@ class Problem:
 
     def new_noise(self) -> Tensor:
         """Standard normal (b, c, h, w)."""
-        return randn(self.noise.shape[1:], self.generators).to(self.noise.device)
+        return send(randn(self.noise.shape[1:], self.generators), self.noise.device)
 
 
 def read_settings(scheduler: ModuleType, config: dict[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from minisd.schedulers._problem import Problem
+from minisd.schedulers._problem import CLIPPING, Problem
 
 DIFFUSERS = "LCMScheduler"
 A1111 = "LCM"
-SETTINGS = {"original_inference_steps": 50, "timestep_scaling": 10.0}
+SETTINGS = CLIPPING | {"clip_sample": False, "original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
 def sample(problem: Problem) -> Iterator[Tensor]:

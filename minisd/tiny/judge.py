@@ -3,6 +3,7 @@
     python -m minisd.tiny.judge                          all methods, 12 minutes on two CPU cores
     python -m minisd.tiny.judge lora controlnet          these methods
     python -m minisd.tiny.judge lora -- --rank 2         with other flags for train.py
+    python -m minisd.tiny.judge --unseen                 personalisation on six things, three seeds each
 
 Each measure is taken before and after training, from the same noise, and printed with its value by chance and
 the value needed. OUT/METHOD.png shows the images. The exit status is 1 if a measure falls short.
@@ -28,7 +29,8 @@ from minisd.models.unet2d import UNet2DConfig
 from minisd.options import TINY
 from minisd.sampling.generate import Control
 from minisd.sampling.pixel_diffusion import PixelDiffusion
-from minisd.tiny import bank, measures
+from minisd.tiny import bank, measures, unseen
+from minisd.tiny.concepts import UNSEEN
 from minisd.tiny.data import TURQUOISE, loose, plain
 from minisd.tiny.pictures import HUES, SIDE, on, recoloured, silhouette
 from minisd.tiny.trial import Measure, Thing, Trial, called
@@ -71,8 +73,9 @@ def dreambooth(t: Trial) -> None:
         num_class_images=len(drawn),
     )
     new = t.load(out)
-    t.learned(thing, base, "mouse", new, word, need=(5, 5, 40))
+    t.learned(thing, base, "mouse", new, word, need=(5, 5, 40), shown=(0.75, 0.75, 0))
     t.prior(thing, "mouse", base, new)
+    t.others(base, new)
 
 
 def custom_diffusion(t: Trial) -> None:
@@ -95,13 +98,13 @@ def custom_diffusion(t: Trial) -> None:
         initializer_token="+".join(thing.name for thing in things.values()),
         with_prior_preservation=True,
         num_class_images=8,
-        noaug=True,
     )
     new = t.load()
     new.attach(out)
     for word, thing in things.items():
         t.learned(thing, base, thing.name, new, word, need=(5, 5, 5))
         t.prior(thing, thing.name, base, new)
+    t.others(base, new)
 
 
 def lora(t: Trial) -> None:
@@ -218,8 +221,8 @@ def instruct_pix2pix(t: Trial) -> None:
 
 def unconditional(t: Trial) -> None:
     side, count = PIXELS.sample_size, 64
-    things = [
-        on(t.bank[n, "3d"]).resize((side, side), Image.Resampling.BOX) for n in t.known("unconditional")
+    things = [  # few, so that they can be drawn after so short a training
+        on(t.bank[n, "3d"]).resize((side, side), Image.Resampling.BOX) for n in t.known("unconditional")[:4]
     ]
     config_json.write(t.folder, "unet2d", PIXELS)
     out = t.train(
@@ -248,6 +251,8 @@ def unconditional(t: Trial) -> None:
     mean = images.to_pil(torch.stack([images.to_tensor(image) for image in things]).mean(dim=0))
     before, chance, after = (measures.frechet(d, things) for d in (noise, [mean] * count, drawn))
     t.measure("Frechet distance (before: noise; chance: mean)", before, chance, after, 0.7 * chance)
+    shares = [measures.share_alike(d, things) for d in (noise, [mean], drawn)]
+    t.measure("share with the shape of one of the things", *shares, 0.5, more=True)
     t.rows += [("data", things[:12]), ("drawn", drawn[:12]), ("drawn", drawn[12:24])]
 
 
@@ -283,12 +288,25 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=TINY, help="folder of the model; default: the tiny one")
     parser.add_argument("--out", type=Path, default=Path("judged"), help="folder for the results")
     parser.add_argument("--shuffle", action="store_true", help="give every image the caption of another")
+    parser.add_argument(
+        "--unseen",
+        action="store_true",
+        help=f"{', '.join(unseen.TRAINERS)}, on things that the model never saw; goes on after a stop",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="with --unseen: trainings of each thing")
+    parser.add_argument(
+        "--concept", action="append", choices=UNSEEN, help="with --unseen: this thing; may be repeated"
+    )
     own, flags = sys.argv[1:], []
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     o = parser.parse_args(own)
-    if wrong := set(o.methods) - TRIALS.keys():
-        raise ValueError(f"no method {', '.join(wrong)}; there are {', '.join(TRIALS)}")
+    known = unseen.TRAINERS if o.unseen else TRIALS
+    if wrong := set(o.methods) - known.keys():
+        raise ValueError(f"no method {', '.join(wrong)}; there are {', '.join(known)}")
+    if o.unseen:
+        methods, things = o.methods or list(known), o.concept or list(UNSEEN)
+        return int(not unseen.table(methods, things, o.seeds, o.model, o.out / "unseen", flags))
     print(f"{'':50} {'before':>8} {'chance':>8} {'after':>8} {'needed':>9}")
     results = [judge(m, o.model, o.out, flags, o.shuffle) for m in o.methods or TRIALS]
     return int(not all(m.passed for measured in results for m in measured))

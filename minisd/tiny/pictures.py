@@ -84,6 +84,15 @@ def recoloured(image: Image.Image, hue: float) -> Image.Image:
     return colour
 
 
+def turned(image: Image.Image, degrees: float) -> Image.Image:
+    """Return the image with every hue turned by so many degrees."""
+    h, s, v = image.convert("RGB").convert("HSV").split()
+    h = h.point([round(i + degrees / 360 * 256) % 256 for i in range(256)])
+    colour = Image.merge("HSV", (h, s, v)).convert("RGB")
+    colour.putalpha(image.getchannel("A"))
+    return colour
+
+
 def hues_of(image: Image.Image) -> list[str]:
     """Return the names of the hues that are clearly not the thing's own."""
     own, saturation = main_hue(image)

@@ -28,6 +28,8 @@ from minisd.training.run_folder import RunFolder
 
 # How a concept is drawn: as in its training images, on another background, in another style.
 PLACES = {"own ground": ("3d", ""), "new ground": ("3d", "blue"), "other style": ("flat", "")}
+# Things that training a concept should leave as they are.
+OTHERS = ("cat", "house", "mushroom", "fish")
 
 
 @functools.cache
@@ -139,11 +141,17 @@ class Trial:
         self.rows.append((f"{word} is", [row[""] for row in rows]))
         return self.write(thing.name, rows)
 
+    def lineup(self, tile: Image.Image, name: str, style: str = "3d", ground: str = "") -> measures.Lineup:
+        """Return what tells `tile`, the thing `name`, from all other things of the style."""
+        others = [self.bank[n, style] for n in bank.names() if n != name]
+        return measures.Lineup(tile, others, GROUNDS.get(ground, WHITE))
+
     def learned(self, thing: Thing, old: StableDiffusion, old_word: str, new: StableDiffusion, word: str,
-                need: tuple[float, ...]) -> None:  # fmt: skip
+                need: tuple[float, ...], shown: tuple[float, ...] = (0.75, 0.75, 0.75)) -> None:  # fmt: skip
         """Measure how near images of `word` are to the thing, and those of `old_word` before, among all other
-        things of the style, also in the thing's hue; `need` has the limit on the rank for each of PLACES."""
-        for (place, (style, ground)), limit in zip(PLACES.items(), need, strict=True):
+        things of the style, also in the thing's hue, and which share shows it. `need` has the limit on the
+        rank for each of PLACES, `shown` that on the share, 0 where it is not measured."""
+        for (place, (style, ground)), limit, share in zip(PLACES.items(), need, shown, strict=True):
             target = self.shown(thing, style, ground)
             names = [n for n in bank.names() if n != thing.name]
             others = [self.shown(Thing(n, h), style, ground) for n in names for h in {None, thing.hue}]
@@ -156,6 +164,10 @@ class Trial:
             near = [measures.distance(drawn, [target] * 4).mean() for drawn in (before, after)]
             chance = measures.distance(others, [target] * len(others)).mean()
             self.measure(f"{word}, {place}: distance", near[0], chance, near[1], 0.85 * near[0])
+            if share:
+                lineup = self.lineup(thing.recolour(self.bank[thing.name, style]), thing.name, style, ground)
+                seen = [lineup.recognised(d).float().mean() for d in (before, after)]
+                self.measure(f"{word}, {place}: share that shows it", seen[0], 0, seen[1], share, more=True)
             self.rows += [
                 (f"before: {called(style, old_word, ground)}", before),
                 (f"after: {called(style, word, ground)}", after),
@@ -167,7 +179,23 @@ class Trial:
         before, after = self.draw(old, prompts, 50), self.draw(new, prompts, 50)
         kept = measures.distance(after, before) < measures.distance(after, [self.shown(thing)] * len(after))
         self.measure(f"{word}: share kept", 1, 0.5, kept.float().mean(), 0.75, more=True)
+        seen = [
+            self.lineup(self.bank[word, "3d"], word).recognised(d).float().mean() for d in (before, after)
+        ]
+        self.measure(f"{word}: share that shows one", seen[0], 0, seen[1], 0.75, more=True)
         self.rows += [(f"before: {prompts[0]}", before), (f"after: {prompts[0]}", after)]
+
+    def others(self, old: StableDiffusion, new: StableDiffusion) -> None:
+        """Measure how many of OTHERS, which nothing trained on, are still drawn as what they are."""
+        prompts = [called("3d", plain(name)) for name in OTHERS]
+        before, after = self.draw(old, prompts, 60), self.draw(new, prompts, 60)
+        lineups = [self.lineup(self.bank[name, "3d"], name) for name in OTHERS]
+        seen = [
+            sum(line.recognised([d]).item() for line, d in zip(lineups, drawn, strict=True)) / len(drawn)
+            for drawn in (before, after)
+        ]
+        self.measure("other things: share that shows them", seen[0], 0, seen[1], 0.75, more=True)
+        self.rows += [("before: other things", before), ("after: other things", after)]
 
     # Styles
 

@@ -1,10 +1,13 @@
 """Checkpoints, from which a run can be resumed to the same bytes.
 
 A checkpoint holds the trained tensors, the optimizer's state and a few numbers. It needs no random state,
-because every draw is a function of the seed and the number of its sample (minisd/noise.py).
+because every draw is a function of the seed and the number of its sample (minisd/noise.py). state.json
+has the tensors and the digest of each file, and a digest of its own: only what was written is ever loaded.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,45 +16,113 @@ from torch import Tensor
 from minisd import files, reading
 from minisd.training.step import Trainer
 
+TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+KINDS = {"step": int, "samples": int, "scaler": dict, "options": dict}  # what state.json holds at least
 
-def save(trainer: Trainer, folder: Path, recorded: dict, verdicts: dict[str, str]) -> None:
+
+def save(trainer: Trainer, folder: Path, recorded: dict, conditions: dict | None = None) -> None:
     """Write trained.safetensors, optimizer.safetensors with the optimizer's state as NAME|KEY and the average
-    as NAME|average, and state.json with the options, `recorded`, and the verdicts on kernels."""
-    names, slots = list(trainer.trained), trainer.optimizer.state_dict()["state"]
-    tensors = {f"{names[i]}|{k}": torch.as_tensor(v) for i, slot in slots.items() for k, v in slot.items()}
+    as NAME|average, and state.json with the options, `recorded`, and the `conditions` of the run."""
+    content = {TRAINED: {name: p.detach() for name, p in trainer.trained.items()}, OPTIMIZER: slots(trainer)}
+    for name, tensors in content.items():
+        files.write(folder / name, tensors)
+    numbers = {"step": trainer.step, "samples": trainer.samples, "scaler": trainer.scaler.state_dict()}
+    listed = {n: {"sha256": digest(folder / n), "tensors": layout(t)} for n, t in content.items()}
+    state = numbers | {"conditions": conditions or {}, "options": recorded, "files": listed}
+    files.write_text(folder / STATE, json.dumps(state | {"sha256": own_digest(state)}, indent=2))
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    """The kernels' verdicts with which the run of a checkpoint goes on."""
+    return reading.read_json(folder / STATE).get("conditions", {}).get("kernels", {})
+
+
+def slots(trainer: Trainer) -> dict[str, Tensor]:
+    """The optimizer's state as NAME|KEY, and the averages as NAME|average."""
+    names, state = list(trainer.trained), trainer.optimizer.state_dict()["state"]
+    tensors = {f"{names[i]}|{k}": torch.as_tensor(v) for i, slot in state.items() for k, v in slot.items()}
     if trainer.ema:
         tensors |= {f"{name}|average": a for name, a in zip(names, trainer.ema.average, strict=True)}
-    files.write(folder / "trained.safetensors", {name: p.detach() for name, p in trainer.trained.items()})
-    files.write(folder / "optimizer.safetensors", tensors)
-    numbers = {"step": trainer.step, "samples": trainer.samples, "scaler": trainer.scaler.state_dict()}
-    kernels = {"kernels": verdicts} if verdicts else {}
-    files.write_text(folder / "state.json", json.dumps(numbers | kernels | {"options": recorded}, indent=2))
+    return tensors
 
 
-def verdicts(folder: Path | None) -> dict[str, str]:
-    """The kernels' verdicts with which the run of a checkpoint goes on."""
-    return reading.read_json(folder / "state.json").get("kernels", {}) if folder else {}
+def layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Type and shape of each tensor, such as "F32 [320, 4, 3, 3]"."""
+    return {name: f"{files.DTYPES.get(t.dtype, t.dtype)} {[*t.shape]}" for name, t in tensors.items()}
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_digest(state: dict) -> str:
+    """The SHA-256 of the content of state.json, without this digest."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor with a value that is infinite or not a number."""
+    floats = ((name, tensor.float()) for name, tensor in tensors if tensor.is_floating_point())
+    return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
+
+
+def check(folder: Path) -> dict:
+    """The content of state.json. ValueError, saying what is wrong, if it or one of the tensors' files is not
+    what was written. Those of an earlier version have no digests; their values have to be finite."""
+    state = reading.read_json(folder / STATE)
+    wrong = [name for name, kind in KINDS.items() if type(state.get(name)) is not kind]
+    if wrong or min(state["step"], state["samples"]) < 0:
+        raise ValueError(f"{folder / STATE} is damaged: it has no valid {' and '.join(wrong or ['step'])}")
+    if not {"files", "sha256", "conditions"} & state.keys():
+        for name in (TRAINED, OPTIMIZER):
+            if bad := not_finite(files.read(folder / name).items()):
+                raise ValueError(f"{folder / name} has values in {bad} that are not finite")
+        return state
+    if state.pop("sha256", None) != own_digest(state):
+        raise ValueError(f"{folder / STATE} is damaged: it is not what was written")
+    for name, listed in state["files"].items():
+        here, there = layout(files.read(folder / name)), listed["tensors"]
+        if changed := [n for n in here.keys() | there.keys() if here.get(n) != there.get(n)]:
+            n = min(changed)
+            raise ValueError(f"{folder / name} has {n} as {here.get(n)}; {there.get(n)} was written")
+        if digest(folder / name) != listed["sha256"]:
+            raise ValueError(f"{folder / name} is damaged: it is not what was written")
+    return state
 
 
 @torch.no_grad()
 def restore(trainer: Trainer, folder: Path) -> None:
-    """Continue from a checkpoint."""
+    """Continue from a checkpoint. ValueError, naming the file, if it does not fit what trains."""
+    values, numbers = files.read(folder / TRAINED), reading.read_json(folder / STATE)
+    if layout(values) != layout(trainer.trained):
+        raise ValueError(f"{folder / TRAINED} is not of what trains here, by name, type or shape")
     slots: dict[str, dict[str, Tensor]] = {name: {} for name in trainer.trained}
-    for key, value in files.read(folder / "optimizer.safetensors").items():
+    for key, value in files.read(folder / OPTIMIZER).items():
         name, _, kind = key.rpartition("|")
+        if name not in slots:
+            raise ValueError(f"{folder / OPTIMIZER} has {key}, which does not train here")
         parameter, copy = trainer.trained[name], torch.empty_like(value)
         if value.shape == parameter.shape:  # then in the same memory layout too
             copy = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
         slots[name][kind] = copy.copy_(value)
-    averages = [slot.pop("average", None) for slot in slots.values()]
+    averages = {name: slot.pop("average") for name, slot in slots.items() if "average" in slot}
+    expected = dict(zip(trainer.trained, trainer.ema.average, strict=True)) if trainer.ema else {}
+    if layout(averages) != layout(expected):
+        raise ValueError(f"{folder / OPTIMIZER} has other averages than those of what trains here")
     groups = trainer.optimizer.state_dict()["param_groups"]
     by_number = {i: slot for i, slot in enumerate(slots.values()) if slot}
-    trainer.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
-    for name, value in files.read(folder / "trained.safetensors").items():
+    if numbers["step"] and not by_number:
+        raise ValueError(f"{folder / OPTIMIZER} has no state of an optimizer")
+    try:
+        trainer.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder / OPTIMIZER} does not fit: {files.first_line(error)}") from error
+    for name, value in values.items():
         trainer.trained[name].copy_(value)
-    if trainer.ema:
-        torch._foreach_copy_(trainer.ema.average, averages)
-    numbers = reading.read_json(folder / "state.json")
+    for name, value in averages.items():
+        expected[name].copy_(value)
     trainer.step, trainer.samples = numbers["step"], numbers["samples"]
     if numbers["scaler"]:
         trainer.scaler.load_state_dict(numbers["scaler"])

@@ -12,9 +12,9 @@ from minisd import files, ops
 from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
 from minisd.options import Training
-from minisd.training import checkpoint, trackers
+from minisd.training import checkpoint, model_card, trackers
 from minisd.training.distributed import Processes
-from minisd.training.run_folder import Log, RunFolder
+from minisd.training.run_folder import Log, RunFolder, conditions
 from minisd.training.step import Trainer
 
 
@@ -23,12 +23,19 @@ def train(method: Method, folder: RunFolder) -> int:
 
     Everything is counted in optimizer updates: steps, learning rate, checkpoints, validation.
     """
+    with folder:
+        return run(method, folder)
+
+
+def run(method: Method, folder: RunFolder) -> int:
+    """As `train`, within the folder's lock."""
     options, processes = method.options, Processes()
 
     # Start
-    earlier = folder.resume()  # first, so that wrong flags and data are reported before a model is loaded
+    # Wrong flags and data are reported before a model is loaded. All do as the first process does.
+    earlier = processes.gather(folder.resume() if processes.first else None)[0]
     method.read()
-    ops.choose(options.kernels, checkpoint.verdicts(earlier), processes.first_to_ask)
+    ops.pin(checkpoint.verdicts(earlier) if earlier else {}, processes.first_to_ask)
     torch.manual_seed(options.seed)
     if processes.first:
         method.prepare()
@@ -36,8 +43,9 @@ def train(method: Method, folder: RunFolder) -> int:
     trained = method.setup()
     dataset, held_out = method.datasets()
     trainer = Trainer(method, trained, len(dataset), processes)
+    folder.conditions = conditions(dataset, processes.world, method.device)
     if earlier:
-        checkpoint.restore(trainer, earlier)
+        folder.restore(trainer, earlier)
     repository = None
     if processes.first:
         repository = trackers.create_repository(options)
@@ -64,10 +72,7 @@ def train(method: Method, folder: RunFolder) -> int:
     # End
     stopped = stop and trainer.step < trainer.total
     if processes.first:
-        end(trainer, folder, stopped)
-    if repository and not stopped:
-        trackers.upload(options, repository)
-    folder.close()
+        end(trainer, folder, stopped, repository)
     processes.close()
     return 128 + stop if stopped else 0
 
@@ -116,6 +121,7 @@ def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> Non
     if method.device.type == "cpu" or is_due(step, 10) or last:
         log.flush()
     if is_due(step, method.save_interval(epoch)):
+        folder.require_finite(trainer)
         with trainer.averaged():
             method.save_intermediate(folder.path, step)
     if is_due(step, method.options.validation_interval(epoch)) or (last and held_out):
@@ -140,18 +146,20 @@ def held_out_loss(method: Method, held_out) -> float:
     return torch.stack(losses).mean().item()
 
 
-def end(trainer: Trainer, folder: RunFolder, stopped: bool) -> None:
-    """Say how to continue a run that was stopped, or save the result of a complete one."""
+def end(trainer: Trainer, folder: RunFolder, stopped: bool, repository: str | None) -> None:
+    """Say how to continue a run that was stopped, or save the result of a complete one, and upload it to
+    `repository` if that is not None."""
     if stopped:
         length = f"{trainer.step} of {trainer.total}"
         print(f"stopped at update {length}; --resume_from_checkpoint latest continues", file=sys.stderr)
         return
     if ops.verdicts():
         files.write_json(folder.path / "kernels.json", ops.verdicts())
-    with trainer.averaged():
-        trainer.method.save(folder.path)
-        folder.save_image(trainer.step, "result", trainer.method.preview(final=True), "result.png")
+    names = folder.save_result(trainer)
+    names += model_card.write(trainer, folder, names, repository)
     print(f"saved to {folder.path}; {folder.path / 'result.png'} shows what it learned")
+    if repository:
+        trackers.upload(trainer.options, repository, names)
 
 
 def cache_latents(stream: Stream, encode: Callable, batch_size: int, processes: Processes) -> None:

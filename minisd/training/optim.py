@@ -12,6 +12,9 @@ class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for all tensors at once, with the state of
     torch.optim.AdamW, which would import torch's compiler: 140 MB that nothing here uses."""
 
+    # So GradScaler sets `found_inf` to a tensor, 1 if this step is to change nothing, and waits for no GPU.
+    _step_supports_amp_scaling, found_inf = True, None
+
     def __init__(self, parameters: list[torch.nn.Parameter], *, lr: float, betas, eps: float, weight_decay):
         self.param_groups = [{"params": parameters, "lr": lr}]
         self.settings = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
@@ -32,12 +35,14 @@ class AdamW:
         if moved:
             steps = [self.each[i] for i in numbers]
             means, squares = ([self.state[p][k] for p in moved] for k in ("exp_avg", "exp_avg_sq"))
-            self.steps[slice(None) if len(moved) == len(self.steps) else numbers] += 1
+            counted = slice(None) if len(moved) == len(self.steps) else numbers
+            self.steps[counted] += 1 if self.found_inf is None else 1 - self.found_inf
             # The kernel runs over memory, so gradients need the strides of their parameters.
             gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
                          for p, g in ((p, p.grad) for p in moved)]  # fmt: skip
             further = {"lr": group["lr"], "grad_scale": clip_divisor, "amsgrad": False, "maximize": False}
-            torch._fused_adamw_(moved, gradients, means, squares, [], steps, **self.settings, **further)
+            further |= {"found_inf": self.found_inf} | self.settings
+            torch._fused_adamw_(moved, gradients, means, squares, [], steps, **further)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.param_groups[0]["params"]:
@@ -56,6 +61,9 @@ class AdamW:
         self.steps.zero_()
         for i, slot in state["state"].items():
             p = parameters[i]
+            for key in ("exp_avg", "exp_avg_sq"):  # over whose memory the kernel runs unchecked
+                if slot[key].shape != p.shape or slot[key].dtype != p.dtype:
+                    raise ValueError(f"{key} of parameter {i} is not {[*p.shape]} of {p.dtype}")
             self.steps[i] = slot["step"]
             self.state[p] = {k: slot[k].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
 

@@ -1,9 +1,12 @@
 """The folder of a run: options.json, log.jsonl, images and the checkpoints checkpoint-STEP."""
 
+import hashlib
+import importlib.metadata
 import json
 import math
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,8 +17,10 @@ from tqdm import tqdm
 
 from minisd import files, reading
 from minisd.data import images
+from minisd.data.datasets import Captioned, Prior
 from minisd.options import Run, free_flags
 from minisd.training import checkpoint, trackers
+from minisd.training.lock import Lock
 from minisd.training.step import Trainer
 
 
@@ -29,6 +34,21 @@ class RunFolder:
         del values["hub_token"]
         self.recorded = {"method": method} | values
         self.trackers: list = []
+        self.lock: Lock | None = None
+        self.asked: Path | None = None  # the checkpoint that the user named, which rotation leaves alone
+        self.conditions: dict = {}  # see `conditions`
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the trackers, and let other runs have the folder."""
+        try:
+            for tracker in self.trackers:
+                tracker.close()
+        finally:
+            if self.lock:
+                self.lock.release()
 
     def start(self, step: int) -> None:
         """Make the folder, or remove from it what an earlier run left after update `step`; write the options
@@ -37,13 +57,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ValueError(f"--output_dir {self.path}: {e.strerror}") from None
+        self.lock = self.lock or Lock(self.path)
         for path in [*files.leftovers(self.path), *(self.checkpoints() if step == 0 else [])]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
         log = self.path / "log.jsonl"
         if log.is_file():
-            lines = log.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            files.write_text(log, "".join(line + "\n" for line in kept))
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            files.write_text(log, "".join(line + "\n" for line in lines if 0 < step_of(line) <= step))
         files.write_text(self.path / "options.json", json.dumps(self.recorded, indent=2) + "\n")
         self.trackers = trackers.start(self.options, self.recorded)
 
@@ -61,13 +81,16 @@ class RunFolder:
             tracker.image(step, name, image)
 
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
-        numbered = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdigit() and p.is_dir()]
-        return sorted(numbered, key=lambda p: int(p.name[11:]))
+        """The checkpoints, oldest first."""
+        numbered = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
+        return sorted(numbered, key=number)
 
     def resume(self) -> Path | None:
-        """The checkpoint to continue from, or None to start at 0. ValueError if the flags do not say clearly
-        which, or differ from those of the checkpoint."""
+        """The checkpoint to continue from, or None to start at 0. ValueError if another run is using the
+        folder, if the flags do not say clearly which checkpoint, if that is damaged, or if they differ from
+        its flags. `latest` passes over damaged ones."""
+        if self.path.is_dir():
+            self.lock = Lock(self.path)
         source, existing = self.options.resume_from_checkpoint, self.checkpoints()
         if source is None:
             if existing and not self.options.overwrite_output_dir:
@@ -76,14 +99,22 @@ class RunFolder:
                     "--resume_from_checkpoint latest continues it, --overwrite_output_dir starts over"
                 )
             return None
-        if source == "latest" and not existing:
-            print(f"--resume_from_checkpoint latest: none in {self.path} yet, so this run starts at 0")
-            return None
-        paths = existing[-1:] if source == "latest" else [Path(source), self.path / Path(source).name]
-        path = next((p for p in paths if p.is_dir()), None)
-        if path is None:
-            raise ValueError(f"--resume_from_checkpoint: there is no folder {source}")
-        earlier = reading.read_json(path / "state.json")["options"]
+        if source == "latest":
+            if not existing:
+                print(f"--resume_from_checkpoint latest: none in {self.path} yet, so this run starts at 0")
+                return None
+            path, state = self.newest_whole(existing, say=print)
+            if path is None:
+                raise ValueError(
+                    f"--resume_from_checkpoint latest: none of the checkpoints in {self.path} is whole; "
+                    "--overwrite_output_dir starts over"
+                )
+        else:
+            path = next((p for p in (Path(source), self.path / Path(source).name) if p.is_dir()), None)
+            if path is None:
+                raise ValueError(f"--resume_from_checkpoint: there is no folder {source}")
+            self.asked, state = path.resolve(), checkpoint.check(path)
+        earlier = state["options"]
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
         if changed:
@@ -93,18 +124,113 @@ class RunFolder:
         print(f"continuing from {path}")
         return path
 
-    def save_checkpoint(self, trainer: Trainer, verdicts: dict[str, str]) -> None:
-        """Write checkpoint-STEP, whole or not at all; then remove the oldest ones beyond the limit."""
-        with files.new_folder(self.path / f"checkpoint-{trainer.step}") as folder:
-            checkpoint.save(trainer, folder, self.recorded, verdicts)
-        limit = self.options.checkpoints_total_limit
-        for path in self.checkpoints()[: -limit if limit else 0]:
-            shutil.rmtree(path)
+    def newest_whole(self, paths: list[Path], say=lambda line: None) -> tuple[Path | None, dict]:
+        """The newest checkpoint that is whole and the content of its state.json, or None. What is wrong with
+        those that are newer goes to `say`."""
+        for path in reversed(paths):
+            try:
+                return path, checkpoint.check(path)
+            except ValueError as e:
+                say(f"passing over {path.name}: {e}")
+        return None, {}
 
-    def close(self) -> None:
-        """Close the trackers."""
-        for tracker in self.trackers:
-            tracker.close()
+    def restore(self, trainer: Trainer, path: Path) -> None:
+        """Continue from a checkpoint. ValueError if it is of other data or another number of processes, with
+        which the run would not be the one that was begun; other versions are only reported."""
+        state, now = reading.read_json(path / checkpoint.STATE), self.conditions
+        then = state.get("conditions", now)
+        if "conditions" not in state and trainer.processes.first:
+            print(f"{path} is of an earlier version: its files and data cannot be checked", file=sys.stderr)
+        if state["samples"] != state["step"] * trainer.images_per_update:
+            raise ValueError(
+                f"{path} is of {state['samples']} images in {state['step']} updates, which are of "
+                f"{trainer.images_per_update} images here: start as many processes as then, or start over"
+            )
+        if then["data"] != now["data"]:
+            raise ValueError(
+                f"{path} is of a run on other data: the images, their order, sizes or captions have changed "
+                f"({then['images']} images then, {now['images']} now); restore the data, or start over"
+            )
+        pairs = [(k, then[k], now.get(k)) for k in VERSIONS if k in then]
+        differing = [f"{k} {before}, now {after}" for k, before, after in pairs if before != after]
+        if differing and trainer.processes.first:
+            print(f"{path} was written with {'; '.join(differing)}: the last digits of the result may differ")
+        checkpoint.restore(trainer, path)
+
+    def save_checkpoint(self, trainer: Trainer, verdicts: dict[str, str]) -> None:
+        """Write checkpoint-STEP, whole or not at all; then remove the oldest ones beyond the limit, but not
+        the one that the user named, nor later ones, of an earlier attempt."""
+        self.require_finite(trainer)
+        with files.new_folder(self.path / f"checkpoint-{trainer.step}") as folder:
+            kernels = {"kernels": verdicts} if verdicts else {}
+            checkpoint.save(trainer, folder, self.recorded, self.conditions | kernels)
+        limit = self.options.checkpoints_total_limit
+        ours = [p for p in self.checkpoints() if number(p) <= trainer.step]
+        for path in ours[: -limit if limit else 0]:
+            if path.resolve() != self.asked:
+                remove(path)
+
+    def require_finite(self, trainer: Trainer) -> None:
+        """ValueError, naming the last good checkpoint, unless all that has been trained is finite."""
+        trained = {**trainer.trained, **checkpoint.slots(trainer)}
+        if name := checkpoint.not_finite(trained.items()):
+            raise ValueError(
+                f"update {trainer.step} left values in {name} that are not finite; nothing of it was saved. "
+                + self.advice(trainer.step)
+            )
+
+    def advice(self, step: int) -> str:
+        """What to do after update `step` has failed."""
+        path, _ = self.newest_whole([p for p in self.checkpoints() if number(p) <= step])
+        found = f"{path.name} is the last checkpoint with finite values" if path else "There is no checkpoint"
+        return f"{found}. A lower --learning_rate, or --mixed_precision bf16 or no, may help"
+
+    def save_result(self, trainer: Trainer) -> list[str]:
+        """Write the result and the image of it; return the names of these files within the folder."""
+        self.require_finite(trainer)
+        with trainer.averaged():
+            with files.new_folder(self.path, keep=True) as fresh:
+                trainer.method.save(fresh)
+                names = sorted(p.relative_to(fresh).as_posix() for p in fresh.rglob("*") if p.is_file())
+            self.save_image(trainer.step, "result", trainer.method.preview(final=True), "result.png")
+        return [*names, "result.png"]
+
+
+VERSIONS = "minisd", "torch", "device"
+
+
+def conditions(dataset: Captioned | Prior, processes: int, device: torch.device) -> dict:
+    """What a resumed run has to find again, besides its flags, to end with the same bytes: the number of
+    processes, the data (names, sizes, order, repeats and captions), and, nearly, the versions."""
+    sha = hashlib.sha256()
+    records = [r for part in getattr(dataset, "parts", (dataset,)) for r in part.described.records]
+    for r in records:
+        sha.update(repr((r.name, r.repeats, sorted(r.sizes.items()), sorted(r.texts.items()))).encode())
+    versions = {"torch": torch.__version__, "device": device.type}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        versions["minisd"] = importlib.metadata.version("minisd")
+    return {"processes": processes, "images": len(records), "data": sha.hexdigest()} | versions
+
+
+def number(path: Path) -> int:
+    """N of checkpoint-N."""
+    return int(path.name[11:])
+
+
+def step_of(line: str) -> int:
+    """The update that a line of log.jsonl is about; -1 if the line is not whole."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, or a file or link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Log:
@@ -132,8 +258,7 @@ class Log:
         for step, loss, norm, lr in values:
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss of update {step} is {loss}; it was not saved, the last checkpoint is good. "
-                    "A lower --learning_rate, or --mixed_precision bf16 or no, may help"
+                    f"the loss of update {step} is {loss}, which was not saved. {self.folder.advice(step)}"
                 )
             self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from minisd import noise
+from minisd import graph, noise
 from minisd.methods._base import Method
+from minisd.models.unet import UNetEncoder
 from minisd.options import Average
 from minisd.training import optim
 from minisd.training.distributed import Processes
@@ -37,23 +38,27 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
         self.ema = EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
         self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
+        own = [value for value in vars(method).values() if isinstance(value, torch.nn.Module)]
+        self.networks = [*method.sd.parts.values(), *own]
+        for network in self.networks if o.compile else ():
+            if isinstance(network, UNetEncoder):
+                network.compile(dynamic=False)
+        self.graphs = graph.Graphs()
+        self.gradients: dict[torch.nn.Parameter, Tensor] = {}  # those that the graphs compute
 
     def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
         """Make one update from the next batches. Returns loss and gradient norm, over all processes, and the
         learning rate."""
-        accumulation = self.options.gradient_accumulation_steps
         lr = self.peak_lr * optim.lr_factor(self.options.lr_scheduler, self.step, **self.lr_curve)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=self.method.device)
-        for _ in range(accumulation):
+        for _ in range(self.options.gradient_accumulation_steps):
             batch = next(batches)
             # For dropout: each micro-batch has its own stream.
             seed = noise.generator(self.options.seed, "layers", batch["number"][0]).initial_seed()
             torch.manual_seed(seed)
-            loss = self.method.loss(batch) / accumulation
-            self.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
+            loss_sum += self._backward(self.method.inputs(batch))
         self.processes.average([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
         self.scaler.unscale_(self.optimizer)
         norm = optim.grad_norm(self.parameters)
@@ -65,3 +70,36 @@ class Trainer:
         if self.ema:
             self.ema.update(self.step)
         return loss_sum, norm, lr
+
+    def _backward(self, inputs: dict) -> Tensor:
+        """Add the gradients of a micro-batch to those of the update. Returns its share of the loss."""
+        for p, gradient in self.gradients.items():
+            if p.grad is gradient:  # of the micro-batch before; a replay would overwrite it
+                p.grad = gradient.clone()
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        graphed = graph.wanted(self.method.device)
+        found = self.graphs(self.networks, self._gradients, tensors) if graphed else None
+        if found is None:
+            if not any(self.graphs.graphs.values()):
+                self.gradients = {}
+            loss = self._loss(inputs)
+            self.scaler.scale(loss).backward()
+            return loss.detach()
+        sums = [(p.grad, gradient) for p, gradient in self.gradients.items() if p.grad is not None]
+        if sums:
+            torch._foreach_add_(*map(list, zip(*sums, strict=True)))
+        for p, gradient in self.gradients.items():
+            p.grad = gradient if p.grad is None else p.grad
+        return found[0]
+
+    def _loss(self, inputs: dict) -> Tensor:
+        return self.method.loss_of(inputs) / self.options.gradient_accumulation_steps
+
+    def _gradients(self, inputs: dict) -> list[Tensor]:
+        """A micro-batch's share of the loss, and its gradients, written to `gradients`: for a graph."""
+        loss = self._loss(inputs)
+        found = torch.autograd.grad(self.scaler.scale(loss), self.parameters, allow_unused=True)
+        found = {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}
+        self.gradients = self.gradients or {p: torch.empty_like(p) for p in found}
+        torch._foreach_copy_([*self.gradients.values()], [*found.values()])
+        return [loss.detach(), *self.gradients.values()]

@@ -4,6 +4,7 @@ import sys
 
 from PIL import Image
 
+from minisd import files
 from minisd.data import images
 from minisd.options import Run
 from minisd.spelling import as_written
@@ -83,11 +84,14 @@ def create_repository(options: Run) -> str | None:
         return None
 
 
-def upload(options: Run, repository: str) -> None:
-    """Upload the run's folder, without its checkpoints."""
-    from huggingface_hub import HfApi
+def upload(options: Run, repository: str, names: list[str]) -> None:
+    """Upload these files of the run's folder, and nothing else. ValueError if the hub does not take them."""
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    HfApi(token=options.hub_token).upload_folder(
-        repo_id=repository, folder_path=options.output_dir, ignore_patterns=["checkpoint-*/*"]
-    )
-    print(f"uploaded to {repository}")
+    added = [CommitOperationAdd(name, options.output_dir / name) for name in names]
+    try:
+        HfApi(token=options.hub_token).create_commit(repository, added, commit_message="End of training")
+    except Exception as e:  # each problem has its own error
+        folder, reason = options.output_dir, files.first_line(e)
+        raise ValueError(f"--push_to_hub: not uploaded ({reason}); the result is in {folder}") from e
+    print(f"uploaded to {repository}: {', '.join(names)}")

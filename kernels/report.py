@@ -1,0 +1,100 @@
+"""What the benchmarks write: a table in Markdown, the same rows as JSON, and a picture of the roofline."""
+
+import datetime
+import json
+import math
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+SMI = "driver_version power.limit clocks.max.sm clocks.max.mem clocks.sm clocks.mem temperature.gpu".split()
+
+
+def about(**more: object) -> dict[str, object]:
+    """The machine and the versions; with a GPU its driver, power limit and clocks, as nvidia-smi reports them
+    at this moment."""
+    found = dict(device="CPU", torch=torch.__version__, python=platform.python_version())
+    if torch.cuda.is_available():
+        device = torch.cuda.current_device()
+        found |= dict(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+        found["cudnn"] = torch.backends.cudnn.version()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        query = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
+        try:
+            values = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+            found |= dict(zip(SMI, values.strip().split(", "), strict=True))
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            found["nvidia-smi"] = f"not available ({type(error).__name__})"
+    return found | dict(date=datetime.date.today().isoformat()) | more
+
+
+def reason(error: Exception) -> str:
+    """A line about an exception, which may be anything that a compiler, a launch or an import raises."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def table(columns: dict[str, str], rows: list[dict]) -> list[str]:
+    """Lines of Markdown. A column has a heading and a format of a row. A row that lacks values has its
+    "reason" in the first of their columns."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return lines + [line(columns, row) for row in rows]
+
+
+def line(columns: dict[str, str], row: dict) -> str:
+    cells, reason = [], row.get("reason", "-")
+    for form in columns.values():
+        try:
+            cells.append(form.format(**row))
+        except (KeyError, TypeError):  # a missing number, or None
+            cells.append(reason)
+            reason = ""
+    return f"| {' | '.join(cells)} |"
+
+
+def write(out: Path, name: str, facts: dict, columns: dict[str, str], rows: list[dict], notes=(), **picture):
+    """Write NAME.json and NAME.md to a folder, and the `roofline` as NAME.png if its points are given."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = [*(f"{k}: {v}  " for k, v in facts.items()), "", *table(columns, rows), "", *notes, ""]
+    (out / f"{name}.json").write_text(json.dumps(dict(about=facts, rows=rows), indent=1), encoding="utf-8")
+    (out / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
+    if picture.get("points"):
+        roofline(**picture).save(out / f"{name}.png")
+
+
+def roofline(points: list[tuple[str, float, float]], flops: float, bandwidth: float, size=(1000, 640)):
+    """The image of a log-log plot: the limits (FLOP/s, bytes/s), and below them the points (label, FLOP/byte,
+    FLOP/s), each label in a colour of its own."""
+    from PIL import Image, ImageDraw
+
+    ridge, left, bottom, (width, height) = flops / bandwidth, 70, 50, size
+    xs, ys = [p[1] for p in points] + [ridge], [p[2] for p in points] + [flops]
+    low = math.floor(math.log10(min(xs))), math.floor(math.log10(min(ys)))
+    high = math.ceil(math.log10(max(xs)) + 0.1), math.ceil(math.log10(max(ys)) + 0.1)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(x) - low[0]) / (high[0] - low[0]) * (width - left - 40)
+        up = (math.log10(y) - low[1]) / (high[1] - low[1]) * (height - bottom - 20)
+        return left + across, height - bottom - up
+
+    for k in range(low[0], high[0] + 1):
+        draw.line([at(10**k, 10 ** low[1]), at(10**k, 10 ** high[1])], "#dddddd")
+        draw.text(at(10**k, 10 ** low[1]), f"{10.0**k:g}", "black")
+    for k in range(low[1], high[1] + 1):
+        draw.line([at(10 ** low[0], 10**k), at(10 ** high[0], 10**k)], "#dddddd")
+        draw.text((5, at(1, 10**k)[1] - 6), f"{10.0**k / 1e12:g}", "black")
+    draw.text((left, height - 20), "FLOP/byte", "black")
+    draw.text((5, 4), "TFLOP/s", "black")
+    start = max(10 ** low[0], 10 ** low[1] / bandwidth)
+    draw.line([at(start, start * bandwidth), at(ridge, flops), at(10 ** high[0], flops)], "black", 2)
+    kinds = sorted({label for label, _, _ in points})
+    colours = {kind: f"hsl({round(360 * i / len(kinds))},80%,40%)" for i, kind in enumerate(kinds)}
+    for i, kind in enumerate(kinds):
+        draw.text((left + 10, 30 + 14 * i), kind, colours[kind])
+    for label, x, y in points:
+        (px, py), colour = at(x, y), colours[label]
+        draw.ellipse([px - 4, py - 4, px + 4, py + 4], outline=colour, width=2)
+    return image

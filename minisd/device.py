@@ -1,0 +1,36 @@
+"""How this process computes on its device, by the flags of a run, and how tensors get there."""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minisd import graph, ops
+
+if TYPE_CHECKING:
+    from minisd.options import Precision
+    from minisd.sampling.options import Loading
+
+
+def configure(options: "Precision | Loading", *, search: bool = False) -> None:
+    """Choose kernels and graphs, and with --deterministic only what gives the same bytes every time; without
+    that, cuDNN may `search` for the fastest convolution of each shape. Call this before CUDA starts: cuBLAS
+    reads the size of its workspace then."""
+    fixed = options.deterministic
+    if fixed:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The same as use_deterministic_algorithms, which imports torch's compiler: two seconds.
+    torch.set_deterministic_debug_mode("error" if fixed else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check that would cost a kernel per tensor
+    torch.backends.cudnn.deterministic = fixed
+    torch.backends.cudnn.benchmark = search and not fixed
+    # "auto" goes by measured times, and these differ.
+    ops.choose("torch" if fixed and options.kernels == "auto" else options.kernels)
+    graph.choose(options.graph)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device. To a GPU it is copied from pinned memory, so that the program does not
+    wait for the work that the GPU has to do first."""
+    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
