@@ -25,8 +25,7 @@ from minisd.kernels.kernel import select
 from triton.backends.compiler import GPUTarget
 
 # architecture -> bytes of shared memory that a block may have
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-SHARED_LIMIT = {arch: kilobytes * 1024 for arch, kilobytes in SHARED_LIMIT.items()}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 # ------------------------------ Compiling
 

@@ -257,27 +257,25 @@ def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int) -> dict:
 
 # The shape class is the head width. Chosen by compiling, not yet by timing: aot.py prints the registers.
 FWD_TILES = L.Tiles(
-    "attention_fwd",
     {
         **{hd: {80: Tile(64, 64, 4), 90: Tile(128, 64, 8)} for hd in (32, 40, 64)},
         80: {80: Tile(64, 64, 4)},
         **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (128, 160)},
-    },
+    }
 )
 DQ_TILES = L.Tiles(
-    "attention_bwd_dq",
     {
         **{hd: {80: Tile(64, 64, 4)} for hd in (32, 40, 64)},
-        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (80, 128, 160)},
-    },
+        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (80, 128)},
+        160: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4), 120: Tile(32, 32, 4)},
+    }
 )
 DKDV_TILES = L.Tiles(
-    "attention_bwd_dkdv",
     {
         **{hd: {80: Tile(32, 64, 4), 90: Tile(64, 64, 4)} for hd in (32, 40, 64, 80)},
         128: {80: Tile(32, 64, 8), 90: Tile(32, 64, 4)},
         160: {80: Tile(32, 64, 4), 86: Tile(16, 64, 8), 90: Tile(32, 64, 8)},
-    },
+    }
 )
 
 

@@ -3,7 +3,7 @@
 The softmax is then exact in one pass, with no running maximum, and one backward kernel reads everything once:
 it writes dQ, and dK and dV of its share of the queries, which a second kernel sums in a fixed order. Letters
 and reference as in attention.py. CLIP's 77 keys are tiles of 64 + 16 in the forward and one of 128 in the
-backward, where two would need two sets of sums. Heads wider than 80 use attention.py's backward instead.
+backward, where two would need two sets of sums. Heads that are too wide for it use attention.py's backward.
 """
 
 import minisd.kernels.attention as attention
@@ -126,12 +126,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.shape[-1] > 80:
+    tile = BWD_TILES.pick(heads.shape_class(q.shape[-1]), q.device)
+    if not tile:
         return attention.backward(do, q, k, v, o, lse)
     q, k, v = (heads.dense(t) for t in (q, k, v))
     do = do.contiguous()
     b, n, nh, hd = q.shape
-    tile = BWD_TILES.pick(heads.shape_class(hd), q.device)
     # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
     most_splits = min(8, L.cdiv(264, b * nh))
     split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
@@ -153,21 +153,24 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 # ------------------------------ Tiles and cases
 
+
+def Tile(BLOCK_M: int, num_warps: int) -> dict:
+    return dict(BLOCK_M=BLOCK_M, num_warps=num_warps)
+
+
 FWD_TILES = L.Tiles(
-    "cross_attention_fwd",
-    {
-        **{hd: {80: dict(BLOCK_M=64, num_warps=4)} for hd in (32, 40, 64, 80, 128)},
-        160: {80: dict(BLOCK_M=64, num_warps=8), 90: dict(BLOCK_M=64, num_warps=4)},
-    },
+    {hd: {80: Tile(64, 4)} for hd in (32, 40, 64, 80, 128)}
+    | {160: {80: Tile(64, 8), 90: Tile(64, 4), 120: Tile(32, 8)}}
 )
-BWD_TILES = L.Tiles(
-    "cross_attention_bwd",
+BWD_TILES = L.Tiles(  # without a tile, attention.py's backward
     {
-        32: {80: dict(BLOCK_M=64, num_warps=8)},
-        40: {80: dict(BLOCK_M=32, num_warps=8), 90: dict(BLOCK_M=64, num_warps=8)},
-        64: {80: dict(BLOCK_M=32, num_warps=8)},
-        80: {80: dict(BLOCK_M=32, num_warps=8)},
-    },
+        32: {80: Tile(64, 8)},
+        40: {80: Tile(32, 8), 90: Tile(64, 8)},
+        64: {80: Tile(32, 8)},
+        80: {80: Tile(32, 8), 120: {}},
+        128: {80: {}},
+        160: {80: {}},
+    }
 )
 case = attention.case
 

@@ -107,7 +107,7 @@ def unsupported(x: Tensor) -> str:
 
 # ------------------------------ Tiles and cases
 
-TILES = L.Tiles("geglu", {"any": {80: dict(BLOCK_N=1024, num_warps=4)}})
+TILES = L.Tiles({"any": {80: dict(BLOCK_N=1024, num_warps=4)}})
 
 
 def case(name: str, *shape: int, scale: float = 1.0) -> Case:

@@ -162,8 +162,8 @@ def Tile(BLOCK_N: int, BLOCK_C: int, num_warps: int = 4) -> dict:
     return dict(BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=num_warps)
 
 
-FWD_TILES = L.Tiles("group_norm_fwd", {"channels_last": {80: Tile(64, 64)}, "contiguous": {80: Tile(512, 8)}})
-BWD_TILES = L.Tiles("group_norm_bwd", {"channels_last": {80: Tile(32, 64)}, "contiguous": {80: Tile(256, 8)}})
+FWD_TILES = L.Tiles({"channels_last": {80: Tile(64, 64)}, "contiguous": {80: Tile(512, 8)}})
+BWD_TILES = L.Tiles({"channels_last": {80: Tile(32, 64)}, "contiguous": {80: Tile(256, 8)}})
 
 
 def case(

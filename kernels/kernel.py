@@ -34,9 +34,7 @@ class Case:
     layout: torch.memory_format = torch.contiguous_format  # of the 4-d tensors
     flops: float = 0.0  # of the forward's matrix products (the backward takes 2.5 times); 0: memory-bound
     elements: int = 0  # read and written by the forward
-    exps: float = (
-        0.0  # exponentials of the forward, if they may be what limits it; the backward takes as many
-    )
+    exps: float = 0.0  # exponentials, if they may limit it, of the forward and again of the backward
     back: float = 2.0  # elements read and written by the backward, relative to the forward
 
 

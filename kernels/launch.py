@@ -63,8 +63,8 @@ def family(capability: int) -> int:
 class Tiles:
     """The tiles of a launch: shape class -> GPU family -> tile; a missing family takes the next older one."""
 
-    def __init__(self, name: str, table: dict):
-        self.name, self.table = name, table
+    def __init__(self, table: dict):
+        self.table = table
 
     def pick(self, shape_class: int | str, device: torch.device) -> dict:
         """Return a copy of the table's tile for this device."""

@@ -138,6 +138,30 @@ def test_what_must_not_be_repeated(notes, monkeypatch):
     assert not looks(x, r, w, b, 1e-5)
 
 
+def test_a_variant_is_remembered_apart(notes):
+    attention = kernel.discover()["attention"]
+    (anchored,) = attention.variants
+    tensors, _ = checks.inputs(attention.cases[0], torch.float16)
+    constants = []
+    for variant in (attention, anchored, attention, anchored):
+        variant.forward(*tensors.values())
+        constants.append([a for a in notes[-1][2] if type(a) is bool])
+        assert slow(notes) == (len(constants) <= 2)
+    assert constants[0] != constants[1] and constants[:2] == constants[2:]
+
+
+@pytest.mark.parametrize("change", ["run", "packed_metadata"])
+def test_a_triton_that_is_launched_in_another_way_always_looks(notes, monkeypatch, change):
+    if change == "run":
+        monkeypatch.setattr(Compiled, "run", lambda self, grid, stream: None)
+    else:
+        monkeypatch.delattr(Compiled, "packed_metadata")
+    x = torch.randn(3, 64)
+    for _ in range(3):
+        assert kernel.discover()["geglu"].forward(x).shape == (3, 32)
+        assert slow(notes)
+
+
 def test_a_failed_launch_leaves_nothing_behind(notes, monkeypatch):
     x = torch.randn(3, 64)
     geglu = KERNELS[[k.name for k in KERNELS].index("geglu")]

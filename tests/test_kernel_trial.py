@@ -13,7 +13,7 @@ from tests.kernel_helpers import automatic, interpreter  # noqa: F401
 pytest.importorskip("triton")
 from minisd.kernels.trial import Bench, Call, Spec, Wrong  # noqa: E402
 
-from minisd.kernels import attention, checks, geglu, kernel, trial, verdicts  # noqa: E402
+from minisd.kernels import attention, checks, geglu, kernel, launch, trial, verdicts  # noqa: E402
 
 pytestmark = [interpreter, pytest.mark.usefixtures("automatic")]
 
@@ -104,6 +104,13 @@ def test_a_trial_changes_nothing_of_a_run():
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_check_begins_with_a_first_call(monkeypatch):
+    """What a launcher remembers was not looked at by the check."""
+    monkeypatch.setattr(launch, "_tapes", {"an earlier call": None})
+    trial.check(geglu.KERNEL, call("geglu", geglu.KERNEL.cases[0]))
+    assert not launch._tapes
 
 
 def test_slices_and_expanded_tensors():
