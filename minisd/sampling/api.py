@@ -12,11 +12,10 @@ from torch import Tensor
 
 from minisd.data import images
 from minisd.formats import diffusers, hub
-from minisd.options import require
 from minisd.sampling import generate
-from minisd.sampling.options import NO_PROMPT, Drawing, Loading, unused
+from minisd.sampling.options import Drawing
 from minisd.sampling.pixel_diffusion import PixelDiffusion
-from minisd.sampling.request import Request
+from minisd.sampling.run import Request
 from minisd.sampling.stable_diffusion import StableDiffusion
 
 
@@ -66,11 +65,6 @@ class Model(Generates, StableDiffusion):
     flags = None  # it takes them all
     draw, denoise = generate.pictures, generate.denoise
 
-    def accept(self, options: Drawing | Loading) -> None:
-        """ValueError if there is no prompt, unless the model is only to be exported."""
-        others = (getattr(options, name, None) for name in ("prompt_file", "export"))
-        require(not isinstance(options, Drawing) or bool(options.prompt) or any(others), NO_PROMPT)
-
 
 class PixelModel(Generates, PixelDiffusion):
     """The model without text, with methods to generate images."""
@@ -80,11 +74,6 @@ class PixelModel(Generates, PixelDiffusion):
         "batch_size", "model", "revision", "variant", "cache_dir", "device", "kernels", "dtype",
         "like", "csv", "output", "preview",
     }  # fmt: skip
-
-    def accept(self, options: Drawing | Loading) -> None:
-        """ValueError, naming the flag, if one has no effect."""
-        name = unused(options, self.flags)
-        require(name is None, f"--{name} has no effect: {self.name} is a model of pixels, without text")
 
 
 def load(model: str | Path, **options) -> Model | PixelModel:

@@ -204,6 +204,17 @@ def default_of(f: Field) -> object:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
+def refuse_unused(options: Group, model) -> None:
+    """ValueError, naming the flag, if one has no effect on the model, whose `flags` are those that it takes.
+    If they are None, it takes them all, and needs a prompt."""
+    if model.flags is None:
+        texts = getattr(options, "prompt", True), getattr(options, "prompt_file", None)
+        if not any(texts) and not getattr(options, "export", None):
+            raise ValueError(NO_PROMPT)
+    elif name := unused(options, model.flags):
+        raise ValueError(f"--{name} has no effect: {model.name} is a model of pixels, without text")
+
+
 def unused(options: Group, used: Collection[str]) -> str | None:
     """The first flag that is not among the `used` ones, and yet is not at its default."""
     names = (f.name for f in fields(options) if getattr(options, f.name) not in (default_of(f), [""]))

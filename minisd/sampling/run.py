@@ -1,9 +1,13 @@
 """Sampling as sample.py does it: load the model, generate the images, and save them."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -12,18 +16,48 @@ from tqdm import tqdm
 from minisd import files, ops
 from minisd.data import images
 from minisd.device import configure
-from minisd.sampling import api, infotext, sweep
-from minisd.sampling.api import Model, PixelModel
-from minisd.sampling.options import Job, Loading, split_scale
-from minisd.sampling.prompt import lora_names
-from minisd.sampling.request import Request
+from minisd.sampling import infotext, sweep
+from minisd.sampling.input_images import InputImages
+from minisd.sampling.options import Drawing, Job, Loading, refuse_unused, split_scale
+from minisd.sampling.prompt import lora_names, parse_all
+
+if TYPE_CHECKING:
+    from minisd.sampling.api import Model, PixelModel
 
 NUMBERED = re.compile(r"(\d{5,})-")  # names of images in a folder
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class Request:
+    """The inputs of one run that need no model: prompts, parsed, and input images, opened."""
+
+    def __init__(self, options: Drawing, texts: list[str]):
+        self.options = options
+        self.images = InputImages(options) if options.image or options.controlnet else None
+        texts = self.images.prompts(texts) if self.images else texts
+        self.prompts = [prompt for prompt in parse_all(texts, options) for _ in range(options.num_images)]
+
+    def arguments(self, model: Model | PixelModel) -> dict:
+        """The keywords of `draw` for this model. ValueError, naming the flag, if one has no effect on it."""
+        refuse_unused(self.options, model)
+        settings, count = copy(self.options), len(self.prompts)
+        if self.images:
+            self.images.complete(settings, model)
+        settings.width = settings.width or model.default_size
+        settings.height = settings.height or model.default_size
+        return {
+            "prompts": self.prompts,
+            "seeds": [settings.seed + i for i in range(count)],
+            "settings": settings,
+            "batch_size": settings.batch_size or (1 if model.device.type == "cpu" else 4),
+            **(self.images.tensors(model, settings, count) if self.images else {}),
+        }
+
+
 def load(options: Loading) -> Model | PixelModel:
-    """Load the model and attach its adapters."""
+    """Load the model and attach its adapters. ValueError, naming the flag, if one has no effect on it."""
+    from minisd.sampling import api  # which takes Request from here
+
     configure(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -41,7 +75,7 @@ def load(options: Loading) -> Model | PixelModel:
         tokenizer=options.tokenizer_name,
         cache_dir=options.cache_dir,
     )
-    model.accept(options)
+    refuse_unused(options, model)
     if options.compile:
         model.unet.compile(dynamic=False)
     for adapter in options.adapter:
