@@ -1,6 +1,7 @@
 """What "auto" does on a GPU, with the CPU in its place: trials of real kernels, and the door of ops.py."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.kernel_helpers import automatic, interpreter  # noqa: F401
 pytest.importorskip("triton")
 from minisd.kernels.trial import Bench, Call, Spec, Wrong  # noqa: E402
 
-from minisd.kernels import attention, checks, geglu, kernel, launch, trial, verdicts  # noqa: E402
+from minisd.kernels import attention, checks, geglu, kernel, launch, timing, trial, verdicts  # noqa: E402
 
 pytestmark = [interpreter, pytest.mark.usefixtures("automatic")]
 
@@ -146,6 +147,16 @@ def test_times_of_all_candidates_in_turns(monkeypatch):
     assert {name: len(ms) for name, ms in times.items()} == {"torch": 15, "geglu": 15}
     assert order == [geglu.reference] * 2 + [geglu.KERNEL] * 2  # two sets of inputs
     assert times["torch"][0] == 10.0
+
+
+def test_a_timing_keeps_no_results(monkeypatch):
+    """Those of all calls in a row may not fit into the memory."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=0))
+    monkeypatch.setattr(timing, "captured", lambda each, graph: found.extend(run() for run in each))
+    monkeypatch.setattr(timing, "interleaved", lambda runs, rounds, wait: {})
+    trial.time_ms([geglu.KERNEL], call("geglu", geglu.KERNEL.cases[0]))
+    assert found == [None] * 2 * trial.REPEATS
 
 
 # ------------------------------ The door
