@@ -7,7 +7,6 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,7 +275,7 @@ def test_other_data_is_refused(copied, captioned, trainer, kind, tmp_path):
     shutil.copytree(captioned, data)
 
     def described() -> dict:
-        source = from_options(SimpleNamespace(**vars(copied) | {"data": data}), None)
+        source = from_options(replace(copied, data=data), None)
         return conditions(Captioned(source, resolution=16), 1, torch.device("cpu"))
 
     sign(newest, conditions=described())

@@ -45,11 +45,6 @@ def alike(a: Tensor, b: Tensor) -> Tensor:
     return 2 * a @ b.T / (a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)).clamp(min=1e-9)
 
 
-def share_alike(drawn: Sequence[Image.Image], things: Sequence[Image.Image]) -> float:
-    """Return the share of images that have the shape of one of the things."""
-    return (alike(shapes(drawn), shapes(things)).amax(dim=1) >= Lineup.LIKE).float().mean().item()
-
-
 class Lineup:
     """Tells whether images show a thing on a background, not another thing or a patch of its colours."""
 
