@@ -189,7 +189,7 @@ def gpu(monkeypatch, ms: float, record=None, check=None) -> list[str]:
         verdicts, "of", lambda device, pinned, share: verdicts.Verdicts(Table(), pinned, share, bench)
     )
     ops.choose("auto")
-    ops.pin(record, None)
+    ops.pin(record or {}, None)
     return tried
 
 
