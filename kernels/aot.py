@@ -25,13 +25,13 @@ from minisd.kernels.kernel import select
 from triton.backends.compiler import GPUTarget
 
 # architecture -> bytes of shared memory that a block may have
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 # ------------------------------ Compiling
 
 
 def calls(arch: int, only: str, dtype: torch.dtype) -> Iterator[tuple]:
-    """Yield (shape, kernel, arguments, constants) for every launch of the kernels' `compiled` cases."""
+    """Yield (shape, kernel, grid, arguments, constants) for every launch of the kernels' `compiled` cases."""
     randn = functools.partial(torch.randn, device="meta")
     for kernel, case in select("compiled", only):
         tensors, constants = checks.inputs(case, dtype, "meta", randn=randn, weights=torch.float32)
@@ -50,7 +50,7 @@ def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> I
     )
     triton.runtime.driver.set_active(driver)
     seen = set()
-    for shape, kernel, args, meta in calls(arch, only, dtype):
+    for shape, kernel, _, args, meta in calls(arch, only, dtype):
         start = time.time()
         compiled = kernel.warmup(*args, grid=(1,), **meta)
         if compiled.hash in seen:

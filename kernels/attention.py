@@ -95,7 +95,7 @@ def _fwd_kernel(
             acc0, acc1, total, top = _attend(
                 q0, q1, k_ptr, v_ptr, scale, m, stride_kn, stride_vn, HD, D0, D1, EVEN_M, False, BLOCK_N
             )
-    lse_ptr += tl.program_id(1) * n
+    lse_ptr += tl.program_id(1).to(tl.int64) * n
     tl.store(lse_ptr + rows, top + tl.log2(total), mask=rows < n)
     o_ptr += heads.dense_offset(n, nh, HD)
     over = (1.0 / total)[:, None]
@@ -119,7 +119,7 @@ def _bwd_dq_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1) * n + rows
+    stats = tl.program_id(1).to(tl.int64) * n + rows
     q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
     do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
     o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
@@ -151,7 +151,7 @@ def _bwd_dkdv_kernel(
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     do_ptr += heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1) * n
+    stats = tl.program_id(1).to(tl.int64) * n
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
     v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
     dk0, dk1 = heads.zeros(BLOCK_N, D0, D1)
@@ -180,18 +180,20 @@ def _bwd_dkdv_kernel(
 
 def new_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     b, n, nh, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(b, nh, n, dtype=torch.float32)
+    return L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
 
 
 def new_gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return L.empty(q, *q.shape), L.empty(k, *k.shape), L.empty(v, *v.shape)
 
 
+@L.remembered
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     return _forward(q, k, v, anchor=False)
 
 
+@L.remembered
 def anchored(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`forward` with fewer instructions. Not for fp16, which ends at 65504: exponentials above the anchor
     would overflow there, where those of bf16 and fp32 do not."""
@@ -210,6 +212,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *, anchor: bool) -> tuple[Tensor, 
     return o, lse
 
 
+@L.remembered
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +220,7 @@ def backward(
     do = do.contiguous()
     b, n, nh, hd = q.shape
     m = k.shape[1]
-    delta = torch.empty_like(lse)
+    delta = L.empty(lse, *lse.shape)
     dq, dk, dv = new_gradients(do, q, k, v, o, lse)
     scalars = (*heads.scales(hd), *heads.scalars(q, k, v))
     for tiles, kernel, tensors in (
@@ -237,8 +240,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"head width {hd}, the kernels take multiples of 8 up to 160"
     if not (q.dtype == k.dtype == v.dtype):
         return "q, k and v differ in type"
-    if q.shape[0] * q.shape[2] > 65535:
-        return "more than 65535 heads in the batch"
+    if q.shape[0] * q.shape[2] > L.GRID_YZ:
+        return f"more than {L.GRID_YZ} heads in the batch"
+    if any(t.shape[1] * max(t.stride(1), t.shape[2] * hd) > L.INT32 for t in (q, k, v)):
+        return "more than 2^31 elements in a sample"
     return ""
 
 
@@ -252,27 +257,25 @@ def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int) -> dict:
 
 # The shape class is the head width. Chosen by compiling, not yet by timing: aot.py prints the registers.
 FWD_TILES = L.Tiles(
-    "attention_fwd",
     {
         **{hd: {80: Tile(64, 64, 4), 90: Tile(128, 64, 8)} for hd in (32, 40, 64)},
         80: {80: Tile(64, 64, 4)},
         **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (128, 160)},
-    },
+    }
 )
 DQ_TILES = L.Tiles(
-    "attention_bwd_dq",
     {
         **{hd: {80: Tile(64, 64, 4)} for hd in (32, 40, 64)},
-        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (80, 128, 160)},
-    },
+        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (80, 128)},
+        160: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4), 120: Tile(32, 32, 4)},
+    }
 )
 DKDV_TILES = L.Tiles(
-    "attention_bwd_dkdv",
     {
         **{hd: {80: Tile(32, 64, 4), 90: Tile(64, 64, 4)} for hd in (32, 40, 64, 80)},
         128: {80: Tile(32, 64, 8), 90: Tile(32, 64, 4)},
         160: {80: Tile(32, 64, 4), 86: Tile(16, 64, 8), 90: Tile(32, 64, 8)},
-    },
+    }
 )
 
 

@@ -32,9 +32,8 @@ from minisd.kernels.kernel import Case, Kernel, select
 from minisd.kernels.timing import GPU, captured, interleaved, limits, quantiles
 from torch.nn import attention
 
-MODES = dict(
-    forward=(1.0, 1.0, 0.0), backward=(2.5, 0.0, 1.0), both=(3.5, 1.0, 1.0)
-)  # flops, forward, backward
+# mode -> flops, forwards, backwards
+MODES = dict(forward=(1.0, 1.0, 0.0), backward=(2.5, 0.0, 1.0), both=(3.5, 1.0, 1.0))
 
 # ------------------------------ The versions of an op
 

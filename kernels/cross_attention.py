@@ -3,7 +3,7 @@
 The softmax is then exact in one pass, with no running maximum, and one backward kernel reads everything once:
 it writes dQ, and dK and dV of its share of the queries, which a second kernel sums in a fixed order. Letters
 and reference as in attention.py. CLIP's 77 keys are tiles of 64 + 16 in the forward and one of 128 in the
-backward, where two would need two sets of sums. Heads wider than 80 use attention.py's backward instead.
+backward, where two would need two sets of sums. Heads that are too wide for it use attention.py's backward.
 """
 
 import minisd.kernels.attention as attention
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 MAX_KEYS = 128
@@ -54,7 +55,7 @@ def _fwd_kernel(
             pb = tl.exp2(sb - top[:, None])
             total += tl.sum(pb, 1)
             acc0, acc1 = heads.dot_onto(pb.to(vb0.dtype), vb0, vb1, acc0, acc1, D1)
-        tl.store(lse_ptr + tl.program_id(1) * n + rows, top + tl.log2(total), mask=rows < n)
+        tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * n + rows, top + tl.log2(total), mask=rows < n)
         over = (1.0 / total)[:, None]
         heads.store(o_ptr, acc0 * over, acc1 * over, rows, n, nh * HD, HD, D0, D1)
 
@@ -72,6 +73,7 @@ def _bwd_kernel(
     b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
+    stats = tl.program_id(1).to(tl.int64) * n
     cols = tl.arange(0, KEYS)
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, False)
     v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, False)
@@ -85,7 +87,7 @@ def _bwd_kernel(
         o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
         delta = heads.row_sums(do0, do1, o0, o1, D1)
         # infinity gives P = 0 for rows past the last
-        lse = tl.load(lse_ptr + tl.program_id(1) * n + rows, mask=rows < n, other=float("inf"))
+        lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))
         p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
         p = tl.where(cols[:, None] < m, p, 0.0)
         dv0, dv1 = heads.dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
@@ -94,33 +96,16 @@ def _bwd_kernel(
         dq0, dq1 = heads.zeros(BLOCK_M, D0, D1)
         dq0, dq1 = heads.dot_onto(tl.trans(ds), k0, k1, dq0, dq1, D1)
         heads.store(dq_ptr + dense, dq0 * sm_scale, dq1 * sm_scale, rows, n, nh * HD, HD, D0, D1)
-    batch = tl.num_programs(1) // nh
+    batch = (tl.num_programs(1) // nh).to(tl.int64)
     part_ptr += ((tl.program_id(0) * 2 * batch + b) * m * nh + h) * HD
     heads.store(part_ptr, dk0 * sm_scale, dk1 * sm_scale, cols, m, nh * HD, HD, D0, D1)
     heads.store(part_ptr + batch * m * nh * HD, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
 
 
-@triton.jit
-def _sum_kernel(
-    part_ptr,  # (splits, size) fp32
-    sum_ptr,  # (size,)
-    splits, size,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for s in range(splits):
-        total += tl.load(part_ptr + s * size + at, mask=at < size, other=0.0)
-    tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=at < size)
-
-
 # ------------------------------ Launchers
 
 
-def new_gradients(do, q: Tensor, k: Tensor, v, o, lse) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(2, *k.shape)
-
-
+@L.remembered
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     q, k, v = (heads.dense(t) for t in (q, k, v))
@@ -137,27 +122,27 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dq, and dk and dv as one tensor (2, b, m, nh, hd)."""
-    if q.shape[-1] > 80:
-        dq, dk, dv = attention.backward(do, q, k, v, o, lse)
-        return dq, torch.stack((dk, dv))
+@L.remembered
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    tile = BWD_TILES.pick(heads.shape_class(q.shape[-1]), q.device)
+    if not tile:
+        return attention.backward(do, q, k, v, o, lse)
     q, k, v = (heads.dense(t) for t in (q, k, v))
     do = do.contiguous()
     b, n, nh, hd = q.shape
-    tile = BWD_TILES.pick(heads.shape_class(hd), q.device)
     # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
     most_splits = min(8, L.cdiv(264, b * nh))
     split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
     splits = L.cdiv(n, split_rows)
-    dq, dkv = new_gradients(do, q, k, v, o, lse)
-    part = q.new_empty(splits, *dkv.shape, dtype=torch.float32)
+    dq, dk, dv = attention.new_gradients(do, q, k, v, o, lse)
+    part = L.empty(q, splits, 2, *k.shape, dtype=torch.float32)
     args = (q, k, v, o, do, lse, dq, part, *heads.scales(hd), *heads.scalars(q, k, v), split_rows)
     keys = L.power_of_two(k.shape[1], 16)
     L.launch(_bwd_kernel, (splits, b * nh), *args, **heads.split(hd), KEYS=keys, **tile)
-    grid = (L.cdiv(dkv.numel(), 1024),)
-    L.launch(_sum_kernel, grid, part, dkv, splits, dkv.numel(), BLOCK_N=1024, num_warps=4)
-    return dq, dkv
+    add_up(part, dk, dv)
+    return dq, dk, dv
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -168,21 +153,24 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 # ------------------------------ Tiles and cases
 
+
+def Tile(BLOCK_M: int, num_warps: int) -> dict:
+    return dict(BLOCK_M=BLOCK_M, num_warps=num_warps)
+
+
 FWD_TILES = L.Tiles(
-    "cross_attention_fwd",
-    {
-        **{hd: {80: dict(BLOCK_M=64, num_warps=4)} for hd in (32, 40, 64, 80, 128)},
-        160: {80: dict(BLOCK_M=64, num_warps=8), 90: dict(BLOCK_M=64, num_warps=4)},
-    },
+    {hd: {80: Tile(64, 4)} for hd in (32, 40, 64, 80, 128)}
+    | {160: {80: Tile(64, 8), 90: Tile(64, 4), 120: Tile(32, 8)}}
 )
-BWD_TILES = L.Tiles(
-    "cross_attention_bwd",
+BWD_TILES = L.Tiles(  # without a tile, attention.py's backward
     {
-        32: {80: dict(BLOCK_M=64, num_warps=8)},
-        40: {80: dict(BLOCK_M=32, num_warps=8), 90: dict(BLOCK_M=64, num_warps=8)},
-        64: {80: dict(BLOCK_M=32, num_warps=8)},
-        80: {80: dict(BLOCK_M=32, num_warps=8)},
-    },
+        32: {80: Tile(64, 8)},
+        40: {80: Tile(32, 8), 90: Tile(64, 8)},
+        64: {80: Tile(32, 8)},
+        80: {80: Tile(32, 8), 120: {}},
+        128: {80: {}},
+        160: {80: {}},
+    }
 )
 case = attention.case
 
@@ -194,8 +182,8 @@ def text(b: int, n: int, hd: int, m: int = 77) -> Case:
 
 KERNEL = Kernel(
     name="cross_attention", reference=attention.reference, unsupported=unsupported, dtypes=L.HALF,
-    forward=forward, backward=backward, new_outputs=attention.new_outputs, new_gradients=new_gradients,
-    gradients=lambda dq, dkv: (dq, dkv[0], dkv[1]), peers=attention.PEERS,
+    forward=forward, backward=backward, new_outputs=attention.new_outputs,
+    new_gradients=attention.new_gradients, peers=attention.PEERS,
     tiles=(FWD_TILES, BWD_TILES), size_class=heads.size_class,
     cases=[
         case("77 keys, 40", 1, 128, 77, 2, 40),

@@ -20,6 +20,7 @@ import minisd.kernels.launch as L
 import torch
 import torch.nn.functional as F
 from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 # ------------------------------ Reference
@@ -66,78 +67,83 @@ def split_pixels(n: int, group_c: int, block_n: int) -> tuple[int, int, dict]:
     return splits, split_rows, dict(BLOCK_S=L.power_of_two(splits), BLOCK_C=block_c, num_warps=4)
 
 
-def new_outputs(x: Tensor, weight, bias, add, num_groups: int, eps, silu) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(L.dense(x)), mean, rstd
+def new_outputs(x: Tensor, weight, bias, add, num_groups: int, eps, silu) -> tuple[Tensor, Tensor]:
+    return L.empty(L.dense(x)), L.empty(x, 2, len(x), num_groups, dtype=torch.float32)
 
 
 def new_gradients(
-    dy, x: Tensor, weight, bias, add: Tensor | None, mean, rstd, num_groups, silu
-) -> tuple[Tensor, Tensor, Tensor]:
-    dadd = x.new_empty(0) if add is None else add.new_empty(add.shape)
-    return torch.empty_like(L.dense(x)), x.new_empty(2, x.shape[1], dtype=torch.float32), dadd
+    dy, x: Tensor, weight, bias, add: Tensor | None, stats, num_groups, silu
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dweight, dbias = (L.empty(x, x.shape[1], dtype=torch.float32) for _ in range(2))
+    dadd = L.empty(x, 0) if add is None else L.empty(add, *add.shape)
+    return L.empty(L.dense(x)), dweight, dbias, dadd
 
 
+@L.remembered
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, num_groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y in the layout and dtype of x, and the groups' mean and rstd (b, g) in fp32."""
+) -> tuple[Tensor, Tensor]:
+    """Return y in the layout and dtype of x, and the groups' mean and rstd (2, b, g) in fp32."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     b, c, n, strides = sizes(x)
-    y, mean, rstd = new_outputs(x, weight, bias, add, num_groups, eps, silu)
+    y, stats = new_outputs(x, weight, bias, add, num_groups, eps, silu)
     flags = dict(HAS_ADD=add is not None)
     add = x if add is None else add.contiguous()
     group_c, inv_total = c // num_groups, num_groups / (c * n)
     tile = whole_group(n, group_c, MAX_GROUP_ELEMENTS["forward"])
-    grid = num_groups, 1, b
+    grid = num_groups, b
     if not tile:
         tile = FWD_TILES.pick(L.layout(x), x.device)
         splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
-        part_mean, part_m2 = (x.new_empty(b, splits, c, dtype=torch.float32) for _ in range(2))
-        args = (x, add, part_mean, part_m2, n, c, split_rows, *strides)
+        part = L.empty(x, 2, b, splits, c, dtype=torch.float32)
+        args = (x, add, part, n, c, split_rows, *strides)
         L.launch(device.stats_kernel, (L.cdiv(c, tile["BLOCK_C"]), splits, b), *args, **flags, **tile)
-        args = (part_mean, part_m2, mean, rstd, n, c, splits, split_rows, inv_total, eps)
+        args = (part, stats, n, c, splits, split_rows, inv_total, eps)
         L.launch(device.merge_kernel, (num_groups, b), *args, **merge)
-        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]), L.cdiv(n, tile["BLOCK_N"]), b), 0
-    args = (x, y, add, weight, bias, mean, rstd, n, c, num_groups, inv_total, eps, *strides)
+        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]) * L.cdiv(n, tile["BLOCK_N"]), b), 0
+    args = (x, y, add, weight, bias, stats, n, c, num_groups, inv_total, eps, *strides)
     L.launch(device.apply_kernel, grid, *args, SILU=silu, **flags, **tile)
-    return y, mean, rstd
+    return y, stats
 
 
+@L.remembered
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, stats: Tensor,
     num_groups: int, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dx, (dbias, dweight) as (2, c) fp32, and dadd, which is empty without `add`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dx, dweight and dbias in fp32, and dadd, which is empty without `add`."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     dy = L.dense(dy, like=x)
     b, c, n, strides = sizes(x)
-    dx, totals, dadd = new_gradients(dy, x, weight, bias, add, mean, rstd, num_groups, silu)
-    sums = x.new_empty(2, b, c, dtype=torch.float32)
+    dx, dweight, dbias, dadd = new_gradients(dy, x, weight, bias, add, stats, num_groups, silu)
+    sums = L.empty(x, b, 2, c, dtype=torch.float32)
     flags = dict(HAS_ADD=add is not None)
     add = x if add is None else add.contiguous()
     group_c, inv_total = c // num_groups, num_groups / (c * n)
     tile, coef = whole_group(n, group_c, MAX_GROUP_ELEMENTS["backward"]), sums
-    grid = num_groups, 1, b
+    grid = num_groups, b
     if not tile:
         tile = BWD_TILES.pick(L.layout(x), x.device)
         splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
-        part = x.new_empty(3, b, splits, c, dtype=torch.float32)
-        coef = x.new_empty(2, b, num_groups, dtype=torch.float32)
-        args = (x, dy, add, weight, bias, mean, rstd, part, n, c, num_groups, split_rows, *strides)
+        part = L.empty(x, 3, b, splits, c, dtype=torch.float32)
+        coef = L.empty(x, 2, b, num_groups, dtype=torch.float32)
+        args = (x, dy, add, weight, bias, stats, part, n, c, num_groups, split_rows, *strides)
         grid = (L.cdiv(c, tile["BLOCK_C"]), splits, b)
         L.launch(device.bwd_sums_kernel, grid, *args, SILU=silu, **flags, **tile)
-        args = (part, weight, rstd, sums, coef, dadd, n, c, splits, inv_total)
+        args = (part, weight, stats, sums, coef, dadd, n, c, splits, inv_total)
         L.launch(device.bwd_merge_kernel, (num_groups, b), *args, **flags, **merge)
-        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]), L.cdiv(n, tile["BLOCK_N"]), b), 0
-    args = (x, dy, dx, add, weight, bias, mean, rstd, coef, sums, dadd, n, c, num_groups, inv_total, *strides)
+        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]) * L.cdiv(n, tile["BLOCK_N"]), b), 0
+    args = (x, dy, dx, add, weight, bias, stats, coef, sums, dadd, n, c, num_groups, inv_total, *strides)
     L.launch(device.bwd_dx_kernel, grid, *args, SILU=silu, **flags, **tile)
-    return dx, torch.sum(sums, 1, out=totals), dadd
+    add_up(sums, dbias, dweight)
+    return dx, dweight, dbias, dadd
 
 
 def unsupported(x: Tensor, weight, bias, add: Tensor | None, num_groups: int, eps, silu) -> str:
     if x.shape[1] % num_groups:
         return f"{x.shape[1]} channels do not divide into {num_groups} groups"
+    if x.shape[0] > L.GRID_YZ or x[0, 0].numel() > L.INT32 // 64:
+        return f"more than {L.GRID_YZ} images or {L.INT32 // 64} pixels"
     if add is not None and add.shape != x.shape[:2]:
         return f"add has shape {tuple(add.shape)} beside {tuple(x.shape)}"
     return ""
@@ -156,8 +162,8 @@ def Tile(BLOCK_N: int, BLOCK_C: int, num_warps: int = 4) -> dict:
     return dict(BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=num_warps)
 
 
-FWD_TILES = L.Tiles("group_norm_fwd", {"channels_last": {80: Tile(64, 64)}, "contiguous": {80: Tile(512, 8)}})
-BWD_TILES = L.Tiles("group_norm_bwd", {"channels_last": {80: Tile(32, 64)}, "contiguous": {80: Tile(256, 8)}})
+FWD_TILES = L.Tiles({"channels_last": {80: Tile(64, 64)}, "contiguous": {80: Tile(512, 8)}})
+BWD_TILES = L.Tiles({"channels_last": {80: Tile(32, 64)}, "contiguous": {80: Tile(256, 8)}})
 
 
 def case(
@@ -183,8 +189,7 @@ def square(b: int, c: int, side: int, *, layout: str = "channels_last", add: boo
 KERNEL = Kernel(
     name="group_norm", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    save=lambda inputs, outputs: (*inputs[:4], *outputs[1:], inputs[4], inputs[6]),
-    gradients=lambda dx, sums, dadd: (dx, sums[1], sums[0], dadd),
+    save=lambda inputs, outputs: (*inputs[:4], outputs[1], inputs[4], inputs[6]),
     tiles=(FWD_TILES, BWD_TILES), size_class=size_class,
     cases=[
         case("small, batch 3", 3, 64, 4, 4, 4),

@@ -10,11 +10,14 @@ Pointers, the same in every kernel:
     x, y, dy, dx    (b, n, c) by strides
     add, dadd       (b, c), read and written if HAS_ADD
     weight, bias    (c,)
-    mean, rstd      (b, g) fp32
-    part_mean, part_m2  (b, s, c) fp32: mean of a split's pixels, and the sum of squared deviations from it
-    part            (3, b, s, c) fp32: sums over a split's pixels of dz, dz * xhat and (if HAS_ADD) xhat
-    sums            (2, b, c) fp32: sums over the pixels of dz and dz * xhat: each sample's dbias and dweight
+    stats           (2, b, g) fp32: mean and rstd
+    part            forward (2, b, s, c) fp32: mean of a split's pixels, sum of squared deviations from it
+                    backward (3, b, s, c) fp32: sums over a split's pixels of dz, dz * xhat, xhat (if HAS_ADD)
+    sums            (b, 2, c) fp32: sums over the pixels of dz and dz * xhat: each sample's dbias and dweight
     coef            (2, b, g) fp32: means over the group of weight * dz and weight * dz * xhat
+
+All tiles of an image are on the grid's first axis, which alone takes more than 65,535. Offsets to the corner
+of a tile are 64-bit: an image in the VAE may have 2^31 elements.
 """
 
 import triton
@@ -30,31 +33,36 @@ def load_row(ptr, at, ok):
 
 
 @triton.jit
-def load_tile(x_ptr, add_ptr, b, n, c, n_ok, c_ok, C, stride_b, stride_n, stride_c, HAS_ADD: tl.constexpr):
-    """Load x + add of sample b at pixels n and channels c, (n, c) fp32; also return the mask."""
-    ok = n_ok[:, None] & c_ok[None, :]
-    x_ptr += b.to(tl.int64) * stride_b  # a batch of VAE activations has more than 2^31 elements
-    x = tl.load(x_ptr + n[:, None] * stride_n + c[None, :] * stride_c, mask=ok, other=0.0).to(tl.float32)
+def tile_at(b, n, c, stride_b, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the offset of pixel n and channel c of sample b, and the offsets (n, c) of a tile from there."""
+    corner = b.to(tl.int64) * stride_b + tl.cast(n, tl.int64) * stride_n + tl.cast(c, tl.int64) * stride_c
+    return corner, tl.arange(0, BLOCK_N)[:, None] * stride_n + tl.arange(0, BLOCK_C)[None, :] * stride_c
+
+
+@triton.jit
+def load_tile(ptr, at, ok):
+    return tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_add(add_ptr, b, c, c_ok, C, HAS_ADD: tl.constexpr):
+    """Load what is added to each channel, (1, c) fp32, or 0."""
     if HAS_ADD:
-        x += load_row(add_ptr, b * C + c, c_ok)
-    return x, ok
-
-
-@triton.jit
-def store_tile(ptr, value, b, n, c, ok, stride_b, stride_n, stride_c):
-    ptr += b.to(tl.int64) * stride_b
-    tl.store(ptr + n[:, None] * stride_n + c[None, :] * stride_c, value.to(ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def place(N, C, GROUP_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return this program's pixels and channels (a whole group if GROUP_C > 0) and the channels' mask."""
-    n, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
-    if GROUP_C > 0:
-        return n, tl.program_id(0) * GROUP_C + c, c < GROUP_C
+        return load_row(add_ptr, b * C + c, c_ok)
     else:
-        c += tl.program_id(0) * BLOCK_C
-        return tl.program_id(1) * BLOCK_N + n, c, c < C
+        return 0.0
+
+
+@triton.jit
+def place(C, GROUP_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the first pixel and channel of this program's tile, a whole group if GROUP_C > 0, and where its
+    channels end."""
+    i = tl.program_id(0)
+    if GROUP_C > 0:
+        return i * 0, i * GROUP_C, (i + 1) * GROUP_C
+    else:
+        across = tl.cdiv(C, BLOCK_C)
+        return i // across * BLOCK_N, i % across * BLOCK_C, C
 
 
 @triton.jit
@@ -80,19 +88,21 @@ def grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 @triton.jit
 def stats_kernel(
-    x_ptr, add_ptr, part_mean_ptr, part_m2_ptr,
+    x_ptr, add_ptr, part_ptr,
     N, C, split_rows, stride_b, stride_n, stride_c,
     HAS_ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    split, b = tl.program_id(1), tl.program_id(2)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, split, b = tl.program_id(0) * BLOCK_C, tl.program_id(1), tl.program_id(2)
+    c = first + tl.arange(0, BLOCK_C)
     c_ok = c < C
+    add = load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
     for start in range(split * split_rows, tl.minimum(N, (split + 1) * split_rows), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        x, ok = load_tile(x_ptr, add_ptr, b, n, c, n < N, c_ok, C, stride_b, stride_n, stride_c, HAS_ADD)
+        ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
+        corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+        x = load_tile(x_ptr + corner, at, ok) + add
         # Two passes over registers, then Chan's merge with what came before: sum(x^2) - sum(x)^2 / n would
         # lose every digit of the variance when the mean is large.
         rows = tl.minimum(N - start, BLOCK_N).to(tl.float32)
@@ -102,59 +112,67 @@ def stats_kernel(
         m2 += tl.sum(d * d, 0) + delta * delta * (count * rows / (count + rows))
         mean += delta * (rows / (count + rows))
         count += rows
-    at = (b * tl.num_programs(1) + split) * C + c
-    tl.store(part_mean_ptr + at, mean, mask=c_ok)
-    tl.store(part_m2_ptr + at, m2, mask=c_ok)
+    plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * C
+    part_ptr += (b.to(tl.int64) * tl.num_programs(1) + split) * C
+    tl.store(part_ptr + c, mean, mask=c_ok)
+    tl.store(part_ptr + plane + c, m2, mask=c_ok)
 
 
 @triton.jit
 def merge_kernel(
-    part_mean_ptr, part_m2_ptr, mean_ptr, rstd_ptr,
+    part_ptr, stats_ptr,
     N, C, splits, split_rows, inv_total, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    g, b, G = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    g, b, G, B = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     s, k = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
     ok = (s < splits)[:, None] & (k < C // G)[None, :]
-    at = (b * splits + s)[:, None] * C + g * (C // G) + k[None, :]
+    plane = B.to(tl.int64) * splits * C
+    part_ptr += b.to(tl.int64) * splits * C + g * (C // G)
+    at = s[:, None] * C + k[None, :]
     rows = tl.minimum(N - s * split_rows, split_rows).to(tl.float32)[:, None]
-    part_mean = tl.load(part_mean_ptr + at, mask=ok, other=0.0)
+    part_mean = tl.load(part_ptr + at, mask=ok, other=0.0)
     # Subtract a value of similar size before averaging, so that a large common offset costs no digits
-    pivot = tl.load(part_mean_ptr + b * splits * C + g * (C // G))
+    pivot = tl.load(part_ptr)
     mean = pivot + tl.sum(tl.where(ok, (part_mean - pivot) * rows, 0.0)) * inv_total
     d = part_mean - mean
-    var = tl.sum(tl.where(ok, tl.load(part_m2_ptr + at, mask=ok, other=0.0) + rows * d * d, 0.0)) * inv_total
-    tl.store(mean_ptr + b * G + g, mean)
-    tl.store(rstd_ptr + b * G + g, 1.0 / tl.sqrt(var + eps))
+    m2 = tl.load(part_ptr + plane + at, mask=ok, other=0.0)
+    var = tl.sum(tl.where(ok, m2 + rows * d * d, 0.0)) * inv_total
+    tl.store(stats_ptr + b * G + g, mean)
+    tl.store(stats_ptr + (B + b) * G + g, 1.0 / tl.sqrt(var + eps))
 
 
 @triton.jit
 def apply_kernel(
-    x_ptr, y_ptr, add_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    x_ptr, y_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr,
     N, C, G, inv_total, eps, stride_b, stride_n, stride_c,
     GROUP_C: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2)
-    n, c, c_ok = place(N, C, GROUP_C, BLOCK_N, BLOCK_C)
-    x, ok = load_tile(x_ptr, add_ptr, b, n, c, n < N, c_ok, C, stride_b, stride_n, stride_c, HAS_ADD)
+    b, B = tl.program_id(1), tl.num_programs(1)
+    start, first, end = place(C, GROUP_C, BLOCK_N, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    c_ok = c < end
+    ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
+    corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+    x = load_tile(x_ptr + corner, at, ok) + load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
     if GROUP_C > 0:
         mean = tl.sum(tl.where(ok, x, 0.0)) * inv_total
         d = tl.where(ok, x - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(d * d) * inv_total + eps)
-        tl.store(mean_ptr + b * G + tl.program_id(0), mean)
-        tl.store(rstd_ptr + b * G + tl.program_id(0), rstd)
+        tl.store(stats_ptr + b * G + tl.program_id(0), mean)
+        tl.store(stats_ptr + (B + b) * G + tl.program_id(0), rstd)
     else:
         group = b * G + c // (C // G)
-        d = x - load_row(mean_ptr, group, c_ok)
-        rstd = load_row(rstd_ptr, group, c_ok)
+        d = x - load_row(stats_ptr, group, c_ok)
+        rstd = load_row(stats_ptr, B * G + group, c_ok)
     weight = load_row(weight_ptr, c, c_ok)
     bias = load_row(bias_ptr, c, c_ok)
     # Subtract the mean before scaling: x * scale + shift would lose digits when the mean is large
     y = d * (rstd * weight) + bias
     if SILU:
         y = y * sigmoid(y)
-    store_tile(y_ptr, y, b, n, c, ok, stride_b, stride_n, stride_c)
+    tl.store(y_ptr + corner + at, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
 # ------------------------------ Backward
@@ -162,41 +180,43 @@ def apply_kernel(
 
 @triton.jit
 def bwd_sums_kernel(
-    x_ptr, dy_ptr, add_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, part_ptr,
+    x_ptr, dy_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr, part_ptr,
     N, C, G, split_rows, stride_b, stride_n, stride_c,
     HAS_ADD: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    split, b = tl.program_id(1), tl.program_id(2)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, split, b = tl.program_id(0) * BLOCK_C, tl.program_id(1), tl.program_id(2)
+    c = first + tl.arange(0, BLOCK_C)
     c_ok = c < C
     group = b * G + c // (C // G)
-    mean = load_row(mean_ptr, group, c_ok)
-    rstd = load_row(rstd_ptr, group, c_ok)
+    mean = load_row(stats_ptr, group, c_ok)
+    rstd = load_row(stats_ptr, tl.num_programs(2) * G + group, c_ok)
+    add = load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
     weight = load_row(weight_ptr, c, c_ok)
     bias = load_row(bias_ptr, c, c_ok)
     sum_dz = tl.zeros((BLOCK_C,), tl.float32)
     sum_dz_xhat = tl.zeros((BLOCK_C,), tl.float32)
     sum_xhat = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(split * split_rows, tl.minimum(N, (split + 1) * split_rows), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        x, ok = load_tile(x_ptr, add_ptr, b, n, c, n < N, c_ok, C, stride_b, stride_n, stride_c, HAS_ADD)
-        dy, _ = load_tile(dy_ptr, add_ptr, b, n, c, n < N, c_ok, C, stride_b, stride_n, stride_c, False)
+        ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
+        corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+        x = load_tile(x_ptr + corner, at, ok) + add
+        dy = load_tile(dy_ptr + corner, at, ok)
         xhat, dz = grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU)
         sum_dz += tl.sum(dz, 0)
         sum_dz_xhat += tl.sum(dz * xhat, 0)
         if HAS_ADD:
             sum_xhat += tl.sum(xhat, 0)
-    at = (b * tl.num_programs(1) + split) * C + c
-    plane = tl.num_programs(2) * tl.num_programs(1) * C
-    tl.store(part_ptr + at, sum_dz, mask=c_ok)
-    tl.store(part_ptr + plane + at, sum_dz_xhat, mask=c_ok)
+    plane = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * C
+    part_ptr += (b.to(tl.int64) * tl.num_programs(1) + split) * C
+    tl.store(part_ptr + c, sum_dz, mask=c_ok)
+    tl.store(part_ptr + plane + c, sum_dz_xhat, mask=c_ok)
     if HAS_ADD:
-        tl.store(part_ptr + 2 * plane + at, sum_xhat, mask=c_ok)
+        tl.store(part_ptr + 2 * plane + c, sum_xhat, mask=c_ok)
 
 
 @triton.jit
 def bwd_merge_kernel(
-    part_ptr, weight_ptr, rstd_ptr, sums_ptr, coef_ptr, dadd_ptr,
+    part_ptr, weight_ptr, stats_ptr, sums_ptr, coef_ptr, dadd_ptr,
     N, C, splits, inv_total,
     HAS_ADD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -205,56 +225,63 @@ def bwd_merge_kernel(
     here = k < C // G
     ok = (s < splits)[:, None] & here[None, :]
     c = g * (C // G) + k
-    at = (b * splits + s)[:, None] * C + c[None, :]
-    plane = B * splits * C
+    plane = B.to(tl.int64) * splits * C
+    part_ptr += b.to(tl.int64) * splits * C
+    at = s[:, None] * C + c[None, :]
     dz = tl.sum(tl.load(part_ptr + at, mask=ok, other=0.0), 0)
     dz_xhat = tl.sum(tl.load(part_ptr + plane + at, mask=ok, other=0.0), 0)
     weight = tl.load(weight_ptr + c, mask=here, other=0.0).to(tl.float32)
     mean_dz = tl.sum(weight * dz) * inv_total
     mean_dz_xhat = tl.sum(weight * dz_xhat) * inv_total
-    tl.store(sums_ptr + b * C + c, dz, mask=here)
-    tl.store(sums_ptr + (B + b) * C + c, dz_xhat, mask=here)
+    sums_ptr += 2 * b * C
+    tl.store(sums_ptr + c, dz, mask=here)
+    tl.store(sums_ptr + C + c, dz_xhat, mask=here)
     tl.store(coef_ptr + b * G + g, mean_dz)
     tl.store(coef_ptr + (B + b) * G + g, mean_dz_xhat)
     if HAS_ADD:
         # the sum of dx over the pixels in closed form, without a pass over the image
         xhat = tl.sum(tl.load(part_ptr + 2 * plane + at, mask=ok, other=0.0), 0)
-        dadd = tl.load(rstd_ptr + b * G + g) * (weight * dz - N * mean_dz - xhat * mean_dz_xhat)
+        dadd = tl.load(stats_ptr + (B + b) * G + g) * (weight * dz - N * mean_dz - xhat * mean_dz_xhat)
         tl.store(dadd_ptr + b * C + c, dadd.to(dadd_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def bwd_dx_kernel(
-    x_ptr, dy_ptr, dx_ptr, add_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, coef_ptr, sums_ptr, dadd_ptr,
+    x_ptr, dy_ptr, dx_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr, coef_ptr, sums_ptr, dadd_ptr,
     N, C, G, inv_total, stride_b, stride_n, stride_c,
     GROUP_C: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write dx, and with GROUP_C > 0 also sums and dadd; with GROUP_C = 0, read coef."""
-    b, B = tl.program_id(2), tl.num_programs(2)
-    n, c, c_ok = place(N, C, GROUP_C, BLOCK_N, BLOCK_C)
-    x, ok = load_tile(x_ptr, add_ptr, b, n, c, n < N, c_ok, C, stride_b, stride_n, stride_c, HAS_ADD)
-    dy, _ = load_tile(dy_ptr, add_ptr, b, n, c, n < N, c_ok, C, stride_b, stride_n, stride_c, False)
+    b, B = tl.program_id(1), tl.num_programs(1)
+    start, first, end = place(C, GROUP_C, BLOCK_N, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    c_ok = c < end
+    ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
+    corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+    x = load_tile(x_ptr + corner, at, ok) + load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
+    dy = load_tile(dy_ptr + corner, at, ok)
     if GROUP_C > 0:
         group = b * G + tl.program_id(0)
-        mean, rstd = tl.load(mean_ptr + group), tl.load(rstd_ptr + group)
+        mean, rstd = tl.load(stats_ptr + group), tl.load(stats_ptr + B * G + group)
     else:
         group = b * G + c // (C // G)
-        mean = load_row(mean_ptr, group, c_ok)
-        rstd = load_row(rstd_ptr, group, c_ok)
+        mean = load_row(stats_ptr, group, c_ok)
+        rstd = load_row(stats_ptr, B * G + group, c_ok)
     weight = load_row(weight_ptr, c, c_ok)
     bias = load_row(bias_ptr, c, c_ok)
     xhat, dz = grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU)
     if GROUP_C > 0:
-        tl.store(sums_ptr + b * C + c, tl.sum(dz, 0), mask=c_ok)
-        tl.store(sums_ptr + (B + b) * C + c, tl.sum(dz * xhat, 0), mask=c_ok)
+        sums_ptr += 2 * b * C
+        tl.store(sums_ptr + c, tl.sum(dz, 0), mask=c_ok)
+        tl.store(sums_ptr + C + c, tl.sum(dz * xhat, 0), mask=c_ok)
         mean_dz = tl.sum(weight * dz) * inv_total
         mean_dz_xhat = tl.sum(weight * dz * xhat) * inv_total
     else:
         mean_dz = load_row(coef_ptr, group, c_ok)
         mean_dz_xhat = load_row(coef_ptr, B * G + group, c_ok)
     dx = rstd * (weight * dz - mean_dz - xhat * mean_dz_xhat)
-    store_tile(dx_ptr, dx, b, n, c, ok, stride_b, stride_n, stride_c)
+    tl.store(dx_ptr + corner + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
     if GROUP_C > 0 and HAS_ADD:
         dadd = tl.sum(tl.where(ok, dx, 0.0), 0)
         tl.store(dadd_ptr + b * C + c, dadd.to(dadd_ptr.dtype.element_ty), mask=c_ok)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import minisd.kernels.launch as L
 import torch
+from minisd.kernels.launch import as_tuple
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction  # Function without 5 us of Python in each call
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN, OPTIONAL = (Tensor, torch.nn.Parameter), (Tensor, type(None))
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,7 @@ class Case:
     layout: torch.memory_format = torch.contiguous_format  # of the 4-d tensors
     flops: float = 0.0  # of the forward's matrix products (the backward takes 2.5 times); 0: memory-bound
     elements: int = 0  # read and written by the forward
-    exps: float = (
-        0.0  # exponentials of the forward, if they may be what limits it; the backward takes as many
-    )
+    exps: float = 0.0  # exponentials, if they may limit it, of the forward and again of the backward
     back: float = 2.0  # elements read and written by the backward, relative to the forward
 
 
@@ -70,26 +70,36 @@ class Kernel:
         self.operator.register_autograd(self._backward, setup_context=self._setup_context)
         self._backward_operator = torch.library.custom_op(f"{name}_bwd", self.backward, **options)
         self._backward_operator.register_fake(self.new_gradients)
-        pieces = dict(forward=self.forward, setup_context=self._setup_context, backward=self._backward)
-        pieces = {name: staticmethod(piece) for name, piece in pieces.items()}
-        self._function = type(self.name, (torch.autograd.Function,), pieces)
+        pieces = dict(forward=staticmethod(self._forward), backward=staticmethod(self._backward))
+        self._function = type(self.name, (_SingleLevelFunction,), pieces)
 
     def __call__(self, *arguments):
         """Return the differentiable output, or a tuple of them."""
-        # Both run the same launchers; an operator's autograd costs 80 us more a call, 150 calls per UNet
-        plain = type(arguments[0]) in PLAIN and not torch.compiler.is_compiling()
-        outputs = self._function.apply(*arguments) if plain else self.operator(*arguments)
-        outputs = as_tuple(outputs)[: self.differentiable]
-        return outputs if self.differentiable > 1 else outputs[0]
+        # Three ways to the same launchers: an operator costs 10 us more a call, autograd for it 80 us, and
+        # autograd for plain tensors 10 us. There are 150 calls in a UNet.
+        if torch.compiler.is_compiling() or type(arguments[0]) not in PLAIN:
+            outputs = self.operator(*arguments)
+        elif torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments):
+            return self._function.apply(*arguments)
+        else:
+            outputs = self.forward(*arguments)
+        return self._shown(as_tuple(outputs))
+
+    def _shown(self, outputs: tuple) -> Tensor | tuple[Tensor, ...]:
+        return outputs[: self.differentiable] if self.differentiable > 1 else outputs[0]
+
+    def _forward(self, ctx, *arguments):
+        outputs = as_tuple(self.forward(*arguments))
+        self._setup_context(ctx, arguments, outputs)
+        return self._shown(outputs)
 
     def _setup_context(self, ctx, inputs, output):
         outputs = as_tuple(output)
-        unused = [y for y in outputs[: self.differentiable] if not y.numel()]
-        ctx.mark_non_differentiable(*unused, *outputs[self.differentiable :])
+        absent = [y for y in outputs[: self.differentiable] if not y.numel()]
+        ctx.mark_non_differentiable(*absent, *outputs[self.differentiable :])
         ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient: each would be a launch
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         saved = self.save(inputs, outputs)
-        ctx.constants = [value for value in saved if not isinstance(value, Tensor | None)]
+        ctx.constants = [value for value in saved if not isinstance(value, OPTIONAL)]
         ctx.save_for_backward(*saved[: len(saved) - len(ctx.constants)])
 
     def _backward(self, ctx, *grads):
@@ -98,10 +108,8 @@ class Kernel:
         # The operator is what compilers trace, and what says that there is no second derivative
         plain = type(arguments[self.differentiable]) in PLAIN and not torch.is_grad_enabled()
         results = (self.backward if plain else self._backward_operator)(*arguments)
-        return tuple(
-            g if is_tensor else None
-            for g, is_tensor in zip_longest(self.gradients(*as_tuple(results)), ctx.is_tensor)
-        )
+        results = self.gradients(*as_tuple(results))
+        return tuple([g if needed else None for g, needed in zip_longest(results, ctx.needs_input_grad)])
 
     def launchers(self, *arguments) -> tuple[Callable, Callable]:
         """Return the forward's and the backward's launches as calls without arguments or autograd."""
@@ -115,14 +123,11 @@ class Kernel:
         return self.unsupported(*arguments) or L.why_not(*tensors, dtypes=self.dtypes)
 
 
-def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (values,) if isinstance(values, Tensor) else values
-
-
 @functools.cache
 def discover() -> dict[str, Kernel]:
     """Return the kernels of this folder by name: the files that define KERNEL."""
     paths = sorted(Path(__file__).parent.glob("*.py"))
+    L.survey()
     names = [p.stem for p in paths if re.search(r"^KERNEL = ", p.read_text(encoding="utf-8"), re.MULTILINE)]
     return {name: importlib.import_module(f"minisd.kernels.{name}").KERNEL for name in names}
 

@@ -2,26 +2,35 @@
 
     why_not(q, k, v, dtypes=HALF)         why kernels cannot run on these tensors, or an empty string
     Tiles(...).pick(shape_class, device)  the tile of the table, a dict of constexprs and compile options
+    empty(x, *shape)                      what a launcher allocates
     launch(kernel, grid, *args, **meta)   the call; inside `record` it is recorded and not run
+    @remembered                           makes a launcher whose second call of a kind repeats the first
 
 Tiles are fixed by (launch, shape class, GPU family) and not searched: every candidate would take 1 to 3 s to
 compile.
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from operator import itemgetter, or_
 
 import torch
+import triton
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.float16, torch.bfloat16)
 FLOAT = (*HALF, torch.float32)
+INT32, GRID_YZ = 2**31 - 1, 65535  # the first axis of a grid takes as much as an integer, the others 65535
 
 # ------------------------------ The GPU
 
-FAMILIES = (80, 86, 90, 100)  # compute capabilities at which the tile tables may change
+FAMILIES = (80, 86, 90, 100, 120)  # compute capabilities at which the tile tables may change
+
+_capabilities: dict[int | None, int] = {}  # by device index; to torch.compile, constants
 
 
 def capability(device: torch.device) -> int:
@@ -30,9 +39,17 @@ def capability(device: torch.device) -> int:
         return _recording[0]
     if device.type != "cuda":
         return 80
-    # of the functions that return it, the one that torch.compile treats as a constant
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor
+    if device.index not in _capabilities:
+        survey()
+    return _capabilities[device.index]
+
+
+def survey() -> None:
+    """Look at every GPU. It is done when kernels are loaded, before torch.compile traces one."""
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        _capabilities[index] = 10 * properties.major + properties.minor
+    _capabilities[None] = _capabilities.get(0, 80)  # a device without an index
 
 
 def family(capability: int) -> int:
@@ -46,13 +63,14 @@ def family(capability: int) -> int:
 class Tiles:
     """The tiles of a launch: shape class -> GPU family -> tile; a missing family takes the next older one."""
 
-    def __init__(self, name: str, table: dict):
-        self.name, self.table = name, table
+    def __init__(self, table: dict):
+        self.table = table
 
     def pick(self, shape_class: int | str, device: torch.device) -> dict:
         """Return a copy of the table's tile for this device."""
-        row = self.table[shape_class]
-        return dict(row[max(f for f in row if f <= family(capability(device)))])
+        row, chip = self.table[shape_class], capability(device)
+        newest = 120 if chip >= 120 and 120 in row else family(chip)
+        return dict(row[max(f for f in row if f <= newest)])
 
 
 # ------------------------------ Whether kernels can run
@@ -106,8 +124,8 @@ _recording: tuple[int, list] | None = None  # a compute capability, and the call
 
 @contextlib.contextmanager
 def record(capability: int) -> Iterator[list[tuple]]:
-    """Yield a list; inside, `launch` appends (kernel, arguments, constants) to it and runs nothing, and every
-    device counts as a GPU of this capability."""
+    """Yield a list; inside, `launch` appends (kernel, grid, arguments, constants) to it and runs nothing, and
+    every device counts as a GPU of this capability."""
     global _recording
     calls: list[tuple] = []
     _recording = capability, calls
@@ -117,15 +135,132 @@ def record(capability: int) -> Iterator[list[tuple]]:
         _recording = None
 
 
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an uninitialised tensor, contiguous and by default of the type of `like`; without a shape, one
+    of the shape, type and layout of `like`."""
+    made = like.new_empty(shape, dtype=dtype or like.dtype) if shape else torch.empty_like(like)
+    if tape := getattr(_running, "tape", None):
+        tape.made.append((tape.number(like), shape, made.dtype))
+        tape.tensors.append(made)
+    return made
+
+
 def launch(kernel, grid: tuple, *args, **meta) -> None:
-    """Run kernel[grid](*args, **meta) on the device of the first argument."""
+    """Run kernel[grid](*args, **meta), tensors first, on the device of the first."""
     if not INTERPRET:
         # Triton 3.9 warns that the default will change; without it every a * b + c is two instructions
         meta["enable_fp_fusion"] = True
     if _recording is not None:
-        return _recording[1].append((kernel, args, meta))
+        return _recording[1].append((kernel, grid, args, meta))
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **meta)
+        compiled = kernel[grid](*args, **meta)
+    if tape := getattr(_running, "tape", None):
+        tape.launched(kernel, compiled, grid, args, meta)
+
+
+# ------------------------------ The same call again
+
+# The Python of a launcher and Triton's look at every argument take 10 to 30 us a launch, which is longer than
+# many kernels run. So the first call of a launcher is written down, what it allocates and launches, and the
+# next one with tensors of the same kind repeats that with its own tensors.
+
+_running = threading.local()  # its tape: that of the call which is being written down
+_tapes: dict[tuple, "Tape"] = {}
+MOST_TAPES = 4096
+
+
+class Tape:
+    """What one call of a launcher did. Tensors are numbered: its arguments, then what it allocates."""
+
+    def __init__(self, arguments: tuple):
+        self.tensors, self.made, self.launches = list(arguments), [], []
+        given = [id(t) for t in arguments if isinstance(t, Tensor)]
+        self.complete = len(set(given)) == len(given)  # else a number has two meanings
+
+    def number(self, tensor: Tensor) -> int:
+        found = next((i for i, t in enumerate(self.tensors) if t is tensor), None)
+        self.complete &= found is not None  # else it was copied, which the tape does not know
+        return found or 0
+
+    def launched(self, kernel, compiled, grid: tuple, args: tuple, meta: dict) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        # What is compiled for addresses divisible by 16 is right for others that are. The interpreter
+        # compiles nothing.
+        self.complete &= all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
+        self.complete &= not any(t.data_ptr() % 16 for t in tensors)
+        if self.complete:
+            handles = compiled.function, compiled.packed_metadata, None, None, None
+            rest = *args[len(tensors) :], *(meta[name] for name in kernel.arg_names[len(args) :])
+            numbers = [self.number(t) for t in tensors]
+            self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, numbers, rest))
+
+    def end(self, results: Tensor | tuple[Tensor, ...]) -> None:
+        self.device = as_tuple(results)[0].get_device()
+        self.results = itemgetter(*[self.number(t) for t in as_tuple(results)])
+        used = sorted({i for *_, numbers, _ in self.launches for i in numbers})
+        self.used = itemgetter(*used)
+        self.launches = [
+            (*c, itemgetter(*map(used.index, numbers)), rest) for *c, numbers, rest in self.launches
+        ]
+        self.tensors = []
+
+    def repeat(self, arguments: tuple) -> Tensor | tuple[Tensor, ...] | None:
+        """Return the results for tensors of the same kind, or None if their addresses, the current device, a
+        profiler or the version of Triton do not allow it."""
+        tensors = list(arguments)
+        for like, shape, dtype in self.made:
+            like = tensors[like]
+            tensors.append(like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like))
+        addresses = [t.data_ptr() for t in self.used(tensors)]
+        try:
+            driver, hooks = triton.runtime.driver.active, triton.knobs.runtime.launch_enter_hook
+            aligned = not functools.reduce(or_, addresses) % 16
+            if not aligned or getattr(hooks, "calls", hooks) or driver.get_current_device() != self.device:
+                return None
+            stream = driver.get_current_stream(self.device)
+            for run, grid, handles, taken, rest in self.launches:  # as JITFunction.run does
+                run(*grid, stream, *handles, *taken(addresses), *rest)
+        except (AttributeError, TypeError):  # this version of Triton is launched in another way
+            self.complete = False
+            return None
+        return self.results(tensors)
+
+
+def remembered(launcher: Callable) -> Callable:
+    """Make `launcher`, which sees no values of tensors, repeat its first call on tensors of the same shapes,
+    strides, types and device, with the same constants."""
+
+    @functools.wraps(launcher)
+    def call(*arguments):
+        if _recording is not None or getattr(_running, "tape", None):
+            return launcher(*arguments)
+        key = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments]
+        key = (launcher, *key)
+        if tape := _tapes.get(key):
+            results = tape.repeat(arguments) if tape.complete else None
+            return launcher(*arguments) if results is None else results
+        _running.tape = tape = Tape(arguments)
+        try:
+            results = launcher(*arguments)
+        finally:
+            _running.tape = None
+        if tape.complete:
+            tape.end(results)
+        if tape.complete:
+            _tapes.clear() if len(_tapes) >= MOST_TAPES else None
+            _tapes[key] = tape
+        return results
+
+    return call
+
+
+def forget() -> None:
+    """The next call of each launcher is one that Triton looks at."""
+    _tapes.clear()
+
+
+def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else values
 
 
 # Triton's own versions of these two also work in kernels, and take 5 us each, several times a launch

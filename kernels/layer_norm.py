@@ -13,7 +13,7 @@ Pointers, the same in both kernels:
     residual, sum   (rows, d), read and written if HAS_RESIDUAL; sum is x + residual
     s, dsum         (rows, d): x + residual or x alone, and the gradient of sum, read if HAS_RESIDUAL
     weight, bias    (d,)
-    mean, rstd      (rows,) fp32
+    stats           (2, rows) fp32: mean and rstd
     part            (programs, 2, d) fp32: dbias and dweight of each program's rows
 """
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 PROGRAMS = 264  # of the backward, each with its own partial sums: two per multiprocessor of an H100
@@ -49,7 +50,7 @@ def reference(
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, stats_ptr,
     d, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -68,8 +69,8 @@ def _fwd_kernel(
     weight = tl.load(weight_ptr + col, mask=ok, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + col, mask=ok, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, (c * rstd * weight + bias).to(y_ptr.dtype.element_ty), mask=ok)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    tl.store(stats_ptr + row, mean)
+    tl.store(stats_ptr + tl.num_programs(0) + row, rstd)
 
 
 # ------------------------------ Backward
@@ -77,7 +78,7 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, dsum_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, part_ptr,
+    dy_ptr, dsum_ptr, s_ptr, weight_ptr, stats_ptr, dx_ptr, part_ptr,
     rows, d,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +91,8 @@ def _bwd_kernel(
         at = tl.cast(row, tl.int64) * d + col
         dy = tl.load(dy_ptr + at, mask=ok, other=0.0).to(tl.float32)
         s = tl.load(s_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        xhat = tl.where(ok, (s - tl.load(mean_ptr + row)) * rstd, 0.0)
+        rstd = tl.load(stats_ptr + rows + row)
+        xhat = tl.where(ok, (s - tl.load(stats_ptr + row)) * rstd, 0.0)
         dbias += dy
         dweight += dy * xhat
         dxhat = dy * weight
@@ -114,14 +115,16 @@ def tile(d: int) -> dict:
 
 
 def new_outputs(x: Tensor, residual: Tensor | None, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
-    s = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), s, x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
+    s = L.empty(x, 0) if residual is None else L.empty(x, *x.shape)
+    return L.empty(x, *x.shape), s, L.empty(x, 2, *x.shape[:-1], dtype=torch.float32)
 
 
-def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor]:
-    return s.new_empty(s.shape), s.new_empty(2, s.shape[-1], dtype=torch.float32)
+def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor, Tensor]:
+    dweight, dbias = (L.empty(s, s.shape[-1], dtype=torch.float32) for _ in range(2))
+    return L.empty(s, *s.shape), dweight, dbias
 
 
+@L.remembered
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +132,7 @@ def forward(
     x, d = x.contiguous(), x.shape[-1]
     y, s, stats = new_outputs(x, residual, weight, bias, eps)
     residual_arg = x if residual is None else residual.contiguous()
-    args = (x, residual_arg, weight, bias, y, s, stats[0], stats[1], d, eps)
+    args = (x, residual_arg, weight, bias, y, s, stats, d, eps)
     L.launch(_fwd_kernel, (x.numel() // d,), *args, HAS_RESIDUAL=residual is not None, **tile(d))
     return y, s, stats
 
@@ -140,25 +143,29 @@ def save(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return x if residual is None else s, weight, stats
 
 
+@L.remembered
 def backward(
     dy: Tensor | None, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dx, which is also the gradient of the residual, and (dbias, dweight) as (2, d) fp32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, which is also the gradient of the residual, and dweight and dbias in fp32."""
     s, d = s.contiguous(), s.shape[-1]
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
     rows = s.numel() // d
     programs = min(PROGRAMS, rows)
-    dx, sums = new_gradients(dy, dsum, s, weight, stats)
-    part = s.new_empty(programs, 2, d, dtype=torch.float32)
+    dx, dweight, dbias = new_gradients(dy, dsum, s, weight, stats)
+    part = L.empty(s, programs, 2, d, dtype=torch.float32)
     dsum_arg = dy if dsum is None else dsum.contiguous()
-    args = (dy, dsum_arg, s, weight, stats[0], stats[1], dx, part, rows, d)
+    args = (dy, dsum_arg, s, weight, stats, dx, part, rows, d)
     L.launch(_bwd_kernel, (programs,), *args, HAS_RESIDUAL=dsum is not None, **tile(d))
-    return dx, torch.sum(part, 0, out=sums)
+    add_up(part, dbias, dweight)
+    return dx, dweight, dbias
 
 
 def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> str:
     if x.shape[-1] > MAX_WIDTH:
         return f"rows of {x.shape[-1]}, the kernels take up to {MAX_WIDTH}"
+    if x.numel() // x.shape[-1] > L.INT32:
+        return "more than 2^31 rows"
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return "x and residual differ in shape or type"
     return ""
@@ -182,7 +189,7 @@ def case(name: str, *shape: int, residual: bool = True, shift: float = 0.0) -> C
 KERNEL = Kernel(
     name="layer_norm", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    size_class=size_class, save=save, gradients=lambda dx, sums: (dx, dx, sums[1], sums[0]), differentiable=2,
+    size_class=size_class, save=save, gradients=lambda dx, *rest: (dx, dx, *rest), differentiable=2,
     cases=[
         case("320, tokens", 2, 7, 320),
         case("no residual", 5, 64, residual=False),

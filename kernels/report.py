@@ -32,7 +32,7 @@ def about(**more: object) -> dict[str, object]:
 
 def reason(error: Exception) -> str:
     """A line about an exception, which may be anything that a compiler, a launch or an import raises."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def table(columns: dict[str, str], rows: list[dict]) -> list[str]:

@@ -11,32 +11,39 @@ import triton.language as tl
 GPU = torch.cuda.is_available() and not L.INTERPRET
 
 
-def captured(each: list[Callable]) -> Callable:
-    """The calls as one CUDA graph, captured on the current stream; without a GPU, one after the other."""
+def captured(each: list[Callable], graph: bool = GPU) -> Callable:
+    """The calls as one CUDA graph, captured on the current stream; without `graph`, one after the other."""
 
     def run():
         return [call() for call in each]
 
-    if not GPU:
+    if not graph:
         return run
     run()  # compiles what is not compiled yet
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        run()
-    return lambda kept=each: graph.replay()  # a graph does not keep the tensors that it reads
-
-
-def interleaved(runs: dict[str, Callable], rounds: int = 30) -> dict[str, list[float]]:
-    """The times of each in ms, sorted. They take turns, so that clocks and heat are the same for all."""
-    events: dict[str, list] = {name: [] for name in runs}
-    for _ in range(rounds + 3):
-        for name, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            events[name].append((start, end))
     torch.cuda.synchronize()
+    graphed = torch.cuda.CUDAGraph()
+    # Not torch.cuda.graph, which would empty the caches; other threads, as of a data loader, may go on
+    graphed.capture_begin(capture_error_mode="thread_local")
+    try:
+        run()
+    finally:
+        graphed.capture_end()
+    return lambda kept=each: graphed.replay()  # a graph does not keep the tensors that it reads
+
+
+def interleaved(runs: dict[str, Callable], rounds: int = 30, *, wait: bool = False) -> dict[str, list[float]]:
+    """The times of each in ms, sorted. They take turns, so that clocks and heat are the same for all. With
+    `wait` each begins on an idle GPU, so that its time is the host's or the GPU's, whichever is longer."""
+    events: dict[str, list] = {name: [] for name in runs}
+    for name in list(runs) * (rounds + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        runs[name]()
+        end.record()
+        events[name].append((start, end))
+        if wait:
+            end.synchronize()
+    end.synchronize()
     return {name: sorted(a.elapsed_time(b) for a, b in pairs[3:]) for name, pairs in events.items()}
 
 

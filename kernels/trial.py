@@ -4,11 +4,15 @@ It works on tensors and generators of its own, so that nothing of a run changes.
 results; its tests replace `BENCH`.
 """
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import minisd.kernels.checks as checks
+import minisd.kernels.launch as L
+import minisd.kernels.timing as timing
 import torch
 from minisd.kernels.kernel import Kernel, as_tuple
 from torch import Tensor
@@ -149,6 +153,7 @@ def check(kernel: Kernel, call: Call) -> list[float]:
         with torch.autocast(DEVICE, enabled=False):
             exact = step(kernel.reference, arguments, precise)()
             torchs = step(kernel.reference, arguments)()
+            L.forget()  # so that these are a first call of the launchers, and its repetition
             with Filled() as mode:
                 ours, again = step(kernel, arguments)(), step(kernel, arguments)()
     finally:
@@ -169,49 +174,24 @@ def check(kernel: Kernel, call: Call) -> list[float]:
 
 
 def time_ms(kernels: Sequence[Kernel], call: Call) -> dict[str, list[float]]:
-    """Return the times of all rounds, by name. The candidates take turns, so that a changing clock is fair,
-    and so do sets of inputs, which together exceed the L2 cache."""
+    """Return the times of all rounds, by name. The candidates take turns, and so do sets of inputs, which
+    together exceed the L2 cache."""
     size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in call.specs)
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     sets = [inputs(call, seed)[0] for seed in range(min(REPEATS, 1 + 2 * cache // size))]
     half = call.specs[0].dtype if call.specs[0].dtype != torch.float32 else None
-    with torch.autocast(DEVICE, half, enabled=call.autocast):
-        fns = {TORCH: kernels[0].reference} | {kernel.name: kernel for kernel in kernels}
-        runs = {name: repeated([step(fn, s) for s in sets], call.graph) for name, fn in fns.items()}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for name in list(runs) * ROUNDS:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            runs[name]()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / REPEATS)
-    return times
-
-
-def repeated(steps: list[Callable], graph: bool) -> Callable[[], object]:
-    """Return REPEATS steps in a row as one call, once warm; a graph if the network will be in one. Without it
-    the time from first to last is the host's or the GPU's, whichever is longer."""
-
-    def run() -> None:
-        for i in range(REPEATS):
-            steps[i % len(steps)]()
-
-    if not graph:
-        run()
-        return run
-    captured = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        run()
-        # Not torch.cuda.graph, which would empty the caches; other threads, as of a data loader, may go on
-        captured.capture_begin(capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            captured.capture_end()
-    torch.cuda.synchronize()
-    return captured.replay
+    fns = {TORCH: kernels[0].reference} | {kernel.name: kernel for kernel in kernels}
+    stream = torch.cuda.stream(torch.cuda.Stream()) if call.graph else contextlib.nullcontext()
+    if call.graph:
+        torch.cuda.synchronize()  # before another stream reads the inputs
+    with torch.autocast(DEVICE, half, enabled=call.autocast), stream:
+        runs = {}
+        for name, fn in fns.items():
+            steps = itertools.islice(itertools.cycle([step(fn, s) for s in sets]), REPEATS)
+            each = [lambda run=run: run() and None for run in steps]  # keeps no results
+            runs[name] = timing.captured(each, call.graph)
+        times = timing.interleaved(runs, ROUNDS, wait=not call.graph)
+    return {name: [ms / REPEATS for ms in found] for name, found in times.items()}
 
 
 BENCH = Bench(launch, check, time_ms)

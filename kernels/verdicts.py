@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import minisd.kernels.trial as trial
+import minisd.kernels.report as report
 import torch
 from minisd.kernels.kernel import Kernel, discover
-from minisd.kernels.trial import TORCH, Bench, Call
+from minisd.kernels.timing import quantiles
+from minisd.kernels.trial import BENCH, TORCH, Call
 
 try:
     import fcntl
@@ -60,14 +61,10 @@ def candidates(call: Call) -> list[Kernel]:
 def fastest(times: dict[str, list[float]]) -> str:
     """Return the candidate with the lowest median of those that are faster than torch by the margin and
     beyond the noise: their 80th percentile is below torch's 20th. If there is none, torch."""
-    median = {name: statistics.median(ms) for name, ms in times.items()}
-    low, high = ({name: statistics.quantiles(ms, n=5)[i] for name, ms in times.items()} for i in (0, -1))
-    faster = [n for n in times if median[n] * MARGIN <= median[TORCH] and high[n] < low[TORCH]]
-    return min(faster, key=median.__getitem__, default=TORCH)
-
-
-def reason_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+    found = {name: quantiles(sorted(ms)) for name, ms in times.items()}
+    median, low, _ = found[TORCH]
+    faster = [name for name, q in found.items() if q[0] * MARGIN <= median and q[2] < low]
+    return min(faster, key=found.__getitem__, default=TORCH)
 
 
 def say(text: str) -> None:
@@ -78,13 +75,7 @@ class Verdicts:
     """The decisions of a process. `pinned` are those of the run that goes on, choices by key; `share(key,
     decide)` returns what the first of several processes decides."""
 
-    def __init__(
-        self,
-        table: "Table",
-        pinned: dict[str, str],
-        share: Callable | None = None,
-        bench: Bench = trial.BENCH,
-    ):
+    def __init__(self, table: "Table", pinned: dict[str, str], share: Callable | None = None, bench=BENCH):
         self.table, self.pinned, self.bench = table, pinned, bench
         self.share = share or (lambda key, decide: decide())
         self.choices: dict[tuple, str] = {}  # call -> name of a kernel or "", torch; what an op looks up
@@ -139,13 +130,14 @@ class Verdicts:
     def _pinned_row(self, k: str, call: Call) -> dict:
         name = self.pinned[k]
         try:
-            for kernel in [] if name == TORCH else [{c.name: c for c in candidates(call)}[name]]:
+            if name != TORCH:
+                kernel = {c.name: c for c in candidates(call)}[name]
                 self.bench.compile(kernel, call)
                 self.bench.check(kernel, call)
         except torch.OutOfMemoryError:
             pass  # it was right when the run began
         except Exception as error:
-            raise ValueError(unable_to_go_on(k, name, reason_of(error))) from error
+            raise ValueError(unable_to_go_on(k, name, report.reason(error))) from error
         return dict(choice=name, reason="as before in this run")
 
     def _look_up(self, k: str, call: Call) -> dict:
@@ -178,7 +170,7 @@ class Verdicts:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler or a driver raises
-                reasons[name] = reason_of(error)
+                reasons[name] = report.reason(error)
                 say(f"{k}: not {name}, {reasons[name]}")
 
         for kernel in candidates(call):

@@ -122,10 +122,9 @@ def _kernel(name: str, *arguments):
 def _spec(t: Tensor, compiling: bool) -> tuple:
     shape, stride = t.shape, t.stride()
     if compiling:
-        from torch.fx.experimental.symbolic_shapes import (
-            guard_scalar,
-        )  # a verdict holds for these sizes alone
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
 
+        # A verdict holds for these sizes alone
         shape, stride = (tuple([guard_scalar(n) for n in sizes]) for sizes in (shape, stride))
     return shape, stride, t.dtype, t.requires_grad
 

@@ -137,4 +137,4 @@ def test_every_file_is_complete(name):
     assert found.name == name and found.cases and found.timed and found.compiled
     for tiles in found.tiles:
         for shape_class, row in tiles.table.items():
-            assert 80 in row and set(row) <= set(launch.FAMILIES), (tiles.name, shape_class)
+            assert 80 in row and set(row) <= set(launch.FAMILIES), (found.name, shape_class)

@@ -60,6 +60,19 @@ def test_gpu_families():
     assert {chip: launch.family(chip) for chip in chips} == chips
 
 
+def test_a_row_of_12_x_is_for_12_x_alone():
+    tiles = launch.Tiles(
+        {
+            "with": {80: dict(B=80), 90: dict(B=90), 120: dict(B=120)},
+            "without": {80: dict(B=80), 86: dict(B=86), 90: dict(B=90)},
+        }
+    )
+    for chip, expected in {80: (80, 80), 89: (80, 86), 90: (90, 90), 103: (90, 90), 120: (120, 86)}.items():
+        with launch.record(chip):
+            found = tuple(tiles.pick(row, torch.device("cpu"))["B"] for row in ("with", "without"))
+        assert found == expected
+
+
 REACH = dict(flops=1e12, bytes=1e12, exps=1e9)
 
 

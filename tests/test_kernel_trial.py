@@ -1,6 +1,7 @@
 """What "auto" does on a GPU, with the CPU in its place: trials of real kernels, and the door of ops.py."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.kernel_helpers import automatic, interpreter  # noqa: F401
 pytest.importorskip("triton")
 from minisd.kernels.trial import Bench, Call, Spec, Wrong  # noqa: E402
 
-from minisd.kernels import attention, checks, geglu, kernel, trial, verdicts  # noqa: E402
+from minisd.kernels import attention, checks, geglu, kernel, launch, timing, trial, verdicts  # noqa: E402
 
 pytestmark = [interpreter, pytest.mark.usefixtures("automatic")]
 
@@ -106,6 +107,13 @@ def test_a_trial_changes_nothing_of_a_run():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_a_check_begins_with_a_first_call(monkeypatch):
+    """What a launcher remembers was not looked at by the check."""
+    monkeypatch.setattr(launch, "_tapes", {"an earlier call": None})
+    trial.check(geglu.KERNEL, call("geglu", geglu.KERNEL.cases[0]))
+    assert not launch._tapes
+
+
 def test_slices_and_expanded_tensors():
     """Like those of a fused QKV product, and of one prompt for a whole batch."""
     q, k, v = torch.randn(2, 16, 3, 2, 40).unbind(2)
@@ -141,6 +149,16 @@ def test_times_of_all_candidates_in_turns(monkeypatch):
     assert times["torch"][0] == 10.0
 
 
+def test_a_timing_keeps_no_results(monkeypatch):
+    """Those of all calls in a row may not fit into the memory."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=0))
+    monkeypatch.setattr(timing, "captured", lambda each, graph: found.extend(run() for run in each))
+    monkeypatch.setattr(timing, "interleaved", lambda runs, rounds, wait: {})
+    trial.time_ms([geglu.KERNEL], call("geglu", geglu.KERNEL.cases[0]))
+    assert found == [None] * 2 * trial.REPEATS
+
+
 # ------------------------------ The door
 
 
@@ -171,7 +189,7 @@ def gpu(monkeypatch, ms: float, record=None, check=None) -> list[str]:
         verdicts, "of", lambda device, pinned, share: verdicts.Verdicts(Table(), pinned, share, bench)
     )
     ops.choose("auto")
-    ops.pin(record, None)
+    ops.pin(record or {}, None)
     return tried
 
 
