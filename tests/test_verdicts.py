@@ -404,10 +404,11 @@ def test_summary(table):
 
 
 FIRST_TO_ASK = """
+import sys
 from minisd.training.distributed import Processes
 processes = Processes()
 answers = [processes.first_to_ask(f"a key {i}", lambda: {"rank": processes.rank}) for i in range(9)]
-print("found", answers)
+sys.stdout.write(f"found {answers}\\n")  # in one piece, whoever else writes
 processes.close()
 """
 
