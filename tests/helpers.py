@@ -49,6 +49,12 @@ def full_size(test):
     return pytest.mark.slow(pytest.mark.xdist_group("full size")(test))
 
 
+def mostly_slow(cases, *kept) -> list:
+    """The cases of a parametrized test; those that are not `kept` are slow."""
+    return [c if c in kept else pytest.param(*(c if isinstance(c, tuple) else [c]), marks=pytest.mark.slow)
+            for c in cases]  # fmt: skip
+
+
 def same_fields(config, *names: str) -> dict:
     """The fields that a diffusers network calls as we do."""
     return {name: getattr(config, name) for name in names}

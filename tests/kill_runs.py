@@ -44,8 +44,9 @@ OWN = {
     "text_to_image": ["--data", "captioned", "--random_flip"],
     "dreambooth": ["--data", "cat", *CLASSES],
     "custom_diffusion": ["--data", "cat", *CLASSES],
-    "unconditional": ["--data", "cat", "--model_config_name_or_path", "config.json"],
-}
+    "unconditional": ["--data", "cat", "--model_config_name_or_path", "config.json",
+                      "--ddpm_num_inference_steps", "2"],
+}  # fmt: skip
 
 
 def prepare(folder: Path) -> None:

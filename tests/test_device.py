@@ -16,6 +16,7 @@ from minisd.training import loop
 from minisd.training.distributed import Processes
 from minisd.training.optim import AdamW
 from minisd.training.step import Trainer
+from tests.helpers import mostly_slow
 from tests.test_methods import METHODS, NEEDS
 
 META = torch.device("meta")
@@ -73,7 +74,7 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize("method, changes", CASES, ids=str)
+@pytest.mark.parametrize("method, changes", mostly_slow(CASES, *CASES[: len(METHODS)]), ids=str)
 def test_a_step_waits_for_nothing(method, changes, short_run, cat, monkeypatch):
     o = short_run(method, *NEEDS.get(method, []), class_data_dir=cat, **changes)
     m = registry.load_class("methods", method)(o, META)

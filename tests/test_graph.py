@@ -18,7 +18,7 @@ from minisd.sampling.generate import Control, Denoiser, Settings, pictures, text
 from minisd.training.distributed import Processes
 from minisd.training.step import Trainer
 from tests import lora_helpers, method_helpers
-from tests.helpers import TINY_UNET
+from tests.helpers import TINY_UNET, mostly_slow
 from tests.kernel_helpers import needs_gpu
 from tests.test_methods import METHODS, NEEDS, outputs, same
 
@@ -329,6 +329,11 @@ RUNS += [
     ("lora", ["--lora_dropout", "0.5", "--gradient_checkpointing", "--mixed_precision", "bf16"]),
     ("dreambooth", ["--adam_beta1", "0.5", "--max_grad_norm", "1e-3"]),
 ]
+ORDINARY = [(method, []) for method in ("controlnet", "text_to_image", "unconditional")]
+ORDINARY += [
+    ("lora", ["--gradient_checkpointing"]),
+    ("lora", ["--lora_dropout", "0.5", "--train_text_encoder"]),
+]
 
 
 def trained(
@@ -348,7 +353,7 @@ def trained(
     return left + (trainer.ema.average if trainer.ema else []), trainer
 
 
-@pytest.mark.parametrize("method, flags", RUNS, ids=str)
+@pytest.mark.parametrize("method, flags", mostly_slow(RUNS, *ORDINARY), ids=str)
 def test_training_is_the_same(method, flags, short_run, stand_in):
     """To the bit, with accumulation, and averages where a method has them."""
     o = short_run(method, *ACCUMULATED, *NEEDS.get(method, []), *flags)
@@ -379,6 +384,7 @@ def test_a_run_leaves_the_same_bytes(short_run, stand_in, tmp_path):
     assert both_runs("text_to_image", o, stand_in, tmp_path).recorded == 2
 
 
+@pytest.mark.slow
 def test_every_bucket_has_a_graph(short_run, stand_in, tmp_path, monkeypatch):
     """Also one that is recorded in the middle of an update, to whose gradients it adds."""
     sizes = "--resolution", 64, "--train_batch_size", 1, "--max_train_steps", 10
@@ -388,7 +394,7 @@ def test_every_bucket_has_a_graph(short_run, stand_in, tmp_path, monkeypatch):
     assert both_runs("text_to_image", o, stand_in, tmp_path).recorded >= 3
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", mostly_slow([1, 3], 1))
 def test_the_scale_of_the_loss(accumulation, short_run, stand_in):
     """It grows with every second update until gradients overflow, and is halved; a replay reads it anew."""
     o = short_run("lora", *NEEDS["lora"], gradient_accumulation_steps=accumulation)

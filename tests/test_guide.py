@@ -232,6 +232,7 @@ def test_the_launcher_s_precision_is_the_flag_s(place, monkeypatch, tmp_path, sc
     assert not same(results["launched"], results["full"])
 
 
+@pytest.mark.slow
 def test_accelerate_s_config_file(place, monkeypatch, tmp_path, capsys):
     """Its precision counts as the launcher's flag; a run with another is not resumed."""
     (tmp_path / "config.yaml").write_text(

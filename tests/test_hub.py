@@ -24,6 +24,7 @@ from minisd.formats import hub as resolver
 from minisd.options import TINY, free_flags
 from minisd.training import model_card
 from tests.conftest import ROOT
+from tests.helpers import mostly_slow
 from tests.method_helpers import train
 from tests.test_methods import NEEDS
 
@@ -369,7 +370,9 @@ def test_an_upload_that_fails_loses_nothing(short, hub, tmp_path, monkeypatch):
 # The model card
 
 
-@pytest.mark.parametrize("method", registry.names("methods"))
+@pytest.mark.parametrize(
+    "method", mostly_slow(registry.names("methods"), "custom_diffusion", "lora", "unconditional")
+)
 def test_the_card_says_how_to_load_the_result(method, short_run, model, tmp_path, monkeypatch):
     """Its Python is run against diffusers, and its command is one of ours."""
     o = short_run(method, *NEEDS.get(method, []), max_train_steps=1)

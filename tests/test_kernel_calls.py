@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers import mostly_slow
 from tests.kernel_helpers import interpreter, ordinary
 
 pytest.importorskip("triton")
@@ -224,7 +225,7 @@ def test_second_derivatives_are_refused(kernel):
 
 @interpreter
 @each_kernel
-@pytest.mark.parametrize("how", ["autocast", "compiled"])
+@pytest.mark.parametrize("how", mostly_slow(["autocast", "compiled"], "autocast"))
 def test_checkpointed_gradients(kernel, how):
     """Bit-equal to those without checkpointing, under fp16 autocast and as torch.compile traces them."""
     dtype = torch.float16 if how == "autocast" else torch.float32

@@ -26,6 +26,11 @@ def cases(count: int | None = None, ordinary: int | None = None):
 
 
 few_cases = cases(2, ordinary=1)
+norms_first = pytest.mark.parametrize(  # attention takes torch's tools seconds in the interpreter
+    "kernel, case",
+    [pytest.param(k, k.cases[0], marks=pytest.mark.slow if "attention" in k.name else ()) for k in KERNELS],
+    ids=lambda value: value.name,
+)
 
 
 def gradients(ys, tensors, dys=None, **more) -> tuple[torch.Tensor, ...]:
@@ -39,13 +44,13 @@ def equal(ours, theirs) -> bool:
 
 
 @interpreter
-@cases()
+@cases(ordinary=4)
 def test_outputs_and_gradients(kernel, case):
     assert checks.faults(kernel, case, torch.float32, "cpu") == []
 
 
 @interpreter
-@cases(ordinary=2)
+@cases(ordinary=1)
 def test_outputs_and_gradients_in_half_precision(kernel, case):
     assert checks.faults(kernel, case, torch.float16, "cpu") == []
 
@@ -99,7 +104,7 @@ def test_under_gradient_checkpointing(kernel, case):
 
 
 @interpreter
-@few_cases
+@norms_first
 def test_operator(kernel, case):
     """The operator keeps every rule of torch.library."""
     tensors, constants = checks.inputs(case)
@@ -107,7 +112,7 @@ def test_operator(kernel, case):
 
 
 @interpreter
-@cases(1)
+@norms_first
 def test_compiles_without_a_break(kernel, case):
     tensors, constants = checks.inputs(case)
 

@@ -167,6 +167,7 @@ def test_exponentials_are_counted_on_a_kernel_that_computes_them():
 
 
 @ordinary
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks without a GPU")
 def test_bench_without_a_gpu(tmp_path):
     """It checks in the interpreter by itself, and says so; and it writes the shapes."""

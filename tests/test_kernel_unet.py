@@ -88,6 +88,7 @@ def losses(choice: str, rounding: int = 0) -> torch.Tensor:
     return torch.stack(found).cpu()
 
 
+@pytest.mark.slow
 def test_training_goes_the_same_way():
     """With and without kernels the losses differ no more than those of two seeds of rounding."""
     theirs, ours = losses("torch"), losses("triton")
@@ -107,6 +108,7 @@ def test_a_whole_unet_compiles_without_a_break():
         assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_whole_unet_in_a_cuda_graph():
     """Replayed with other latents it gives the same bits as without a graph."""

@@ -21,6 +21,7 @@ from minisd.training.loop import held_out_loss
 from minisd.training.run_folder import RunFolder
 from minisd.training.step import Trainer
 from tests import method_helpers
+from tests.helpers import mostly_slow
 from tests.method_helpers import built, new, theirs_of
 from tests.method_helpers import train as run
 
@@ -204,7 +205,7 @@ def test_a_lost_state_is_not_guessed(options):
     assert not list(done.output_dir.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("method", ["textual_inversion", "autoencoder"])
+@pytest.mark.parametrize("method", mostly_slow(["textual_inversion", "autoencoder"], "textual_inversion"))
 def test_checkpoints_rotate_and_a_full_disk_loses_nothing(method, options, monkeypatch):
     o = options(method, checkpointing_steps=1, checkpoints_total_limit=2)
     assert run(method, o) == 0
@@ -246,7 +247,7 @@ def test_held_out_loss(method, options):
     assert held_out_loss(m, held) != first
 
 
-@pytest.mark.parametrize("method", ["text_to_image", "unconditional"])
+@pytest.mark.parametrize("method", mostly_slow(["text_to_image", "unconditional"], "unconditional"))
 def test_the_held_out_loss_is_logged(method, options):
     """When due, and after a resume."""
     pictures = {"validation_steps": 2, "validation_epochs": None, "save_images_epochs": 1}
@@ -279,7 +280,7 @@ def test_a_loss_that_is_not_a_number_stops(options):
     assert sorted(p.name for p in o.output_dir.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "controlnet", "lora", "unconditional"))
 def test_bf16_and_gradient_checkpointing(method, options):
     """The trained parameters stay in fp32, and the loss is that of fp32 to the precision of bf16."""
     m, trained, batch = built(method, options(method))
