@@ -9,19 +9,8 @@
 M is a folder in the diffusers layout, a .safetensors or .ckpt file, or a hub id.
 """
 
-import sys
-
 from minisd import cli
-
-
-def main() -> int:
-    jobs = cli.parse_sample(sys.argv[1:])
-
-    from minisd.sampling import run
-
-    print("\n".join(map(str, run.run(jobs))))
-    return 0
-
+from minisd.__main__ import sample as main
 
 if __name__ == "__main__":
     cli.run("sample.py", main)

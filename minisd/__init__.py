@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from minisd.sampling.api import Model, PixelModel
 
 
+__version__ = "0.1.0"
+
+
 def load(model: str | Path, **options) -> Model | PixelModel:
     """Load the model in a folder, a file or a hub id; by default on the GPU and in fp16 if there is one.
     `options` are those of StableDiffusion.load."""

@@ -163,18 +163,18 @@ def options_of(method: str) -> type:
     return registry.load("methods", method).Options
 
 
-def parse_train(argv: list[str]) -> tuple[str, object]:
+def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
     """(method name, its Options). If the flags are wrong, exits with status 2 and one line."""
     SPELLED.clear()
-    early = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    early = Parser(prog=prog, add_help=False, allow_abbrev=False)
     early.add_argument("--method")
     known, rest = early.parse_known_args(argv)
     names = registry.names("methods")
     if known.method is None:
         if "-h" in rest or "--help" in rest:
             methods = "".join(f"  {name:20} {registry.summary('methods', name)}\n" for name in names)
-            print(f"usage: train.py --method METHOD [flags]\n\nmethods:\n{methods}")
-            print("train.py --method METHOD --help lists the flags of one method")
+            print(f"usage: {prog} --method METHOD [flags]\n\nmethods:\n{methods}")
+            print(f"{prog} --method METHOD --help lists the flags of one method")
             sys.exit(0)
         early.error(f"--method is required, one of: {', '.join(names)}")
     try:
@@ -183,7 +183,7 @@ def parse_train(argv: list[str]) -> tuple[str, object]:
         early.error(str(e))
 
     cls = options_of(method)
-    parser = parser_of(cls, f"train.py --method {method}", registry.summary("methods", method))
+    parser = parser_of(cls, f"{prog} --method {method}", registry.summary("methods", method))
     parser.methods = names
     values = parser.read(rest)
     try:
@@ -193,11 +193,11 @@ def parse_train(argv: list[str]) -> tuple[str, object]:
     return method, parser.build(cls, values, method)
 
 
-def parse_sample(argv: list[str]) -> list[Job]:
+def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     """The jobs of a command line: one, or one for each row of --csv. A row has priority over the flags, and
     these over the settings in the image of --like."""
     SPELLED.clear()
-    parser = parser_of(Sample, "sample.py", "Generate images with a Stable Diffusion v1.x model.")
+    parser = parser_of(Sample, prog, "Generate images with a Stable Diffusion v1.x model.")
     values, rows, jobs = parser.read(argv), {"": {}}, []
     try:
         if path := values.get("like"):

@@ -33,7 +33,7 @@ LAYERS = [
     ["minisd.methods"],
     ["minisd.training"],
     ["minisd.cli"],
-    ["minisd.tiny"],
+    ["minisd.__main__", "minisd.tiny"],
     ["train", "sample"],
 ]
 

@@ -40,7 +40,7 @@ def trace(root: Path) -> tuple[set[Hop], set[Hop]]:
             return
         callers = []  # the project's functions above this one, the nearest first
         above = frame.f_back
-        while above and above.f_code.co_name != "main":
+        while above and above.f_code.co_name != "sample":
             callers += [above] if file(above) else []
             above = above.f_back
         if not above or any(f.f_code.co_name == "<module>" for f in [frame, *callers]):

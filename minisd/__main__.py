@@ -1,0 +1,58 @@
+"""The commands, from anywhere: `minisd train`, `python -m minisd train`, `torchrun -m minisd train`."""
+
+import runpy
+import sys
+
+from minisd import __version__, cli
+
+MODULES = {"bench": "minisd.kernels.bench", "judge": "minisd.tiny.judge"}
+USAGE = """usage: minisd COMMAND [flags]
+
+commands:
+  train    train a model by one of several methods
+  sample   generate images
+  bench    measure the kernels beside PyTorch's
+  judge    train the small model by every method, and measure what it learned
+
+minisd COMMAND --help lists the flags of a command, and minisd --version prints the version."""
+
+
+def train(prog: str = "train.py") -> int:
+    """Train as the command line says, and return the exit status."""
+    name, options = cli.parse_train(sys.argv[1:], prog)
+
+    from minisd import device, registry
+    from minisd.training import distributed, loop
+    from minisd.training.run_folder import RunFolder
+
+    device.configure(options)  # before CUDA starts
+    method = registry.load_class("methods", name)(options, distributed.device())
+    return loop.train(method, RunFolder(name, options))
+
+
+def sample(prog: str = "sample.py") -> int:
+    """Generate images as the command line says, print their paths, and return the exit status."""
+    jobs = cli.parse_sample(sys.argv[1:], prog)
+
+    from minisd.sampling import run
+
+    print("\n".join(map(str, run.run(jobs))))
+    return 0
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    if name in MODULES:
+        runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
+    elif name in ("train", "sample"):
+        prog, command = f"minisd {name}", {"train": train, "sample": sample}[name]
+        cli.run(prog, lambda: command(prog))
+    elif name in ("-h", "--help", "--version"):
+        print(f"minisd {__version__}" if name == "--version" else USAGE)
+    else:
+        sys.exit(cli.complain("minisd", f"no command {name}; there are train, sample, {', '.join(MODULES)}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The commands of the installed package."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import minisd
+from tests.conftest import ROOT
+
+
+def run(*words, cwd, path=ROOT) -> subprocess.CompletedProcess:
+    """`minisd WORDS` in a folder where nothing of the repository is."""
+    env = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "minisd", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+
+
+@pytest.mark.parametrize(
+    "words, status, said",
+    [
+        ([], 0, "usage: minisd COMMAND"),
+        (["--version"], 0, f"minisd {minisd.__version__}\n"),
+        (["train", "--help"], 0, "usage: minisd train --method METHOD"),
+        (["sample", "--promt", "x"], 2, "minisd sample: error: unknown flag --promt; did you mean --prompt?"),
+        (["paint"], 2, "minisd: error: no command paint; there are train, sample, bench, judge"),
+    ],
+    ids=str,
+)
+def test_commands(tmp_path, words, status, said):
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == status and said in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_is_whole(tmp_path):
+    """Each command runs from an unpacked wheel in an empty folder: weights, tokenizer and kernels are there."""
+    source = tmp_path / "source"  # where building leaves its folders
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(source)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed, here = tmp_path / "installed", tmp_path / "here"
+    here.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    drawn = run("sample", "--prompt", "3d emoji of a cat", "--steps", 2, cwd=here, path=installed)
+    assert drawn.returncode == 0 and (here / "samples" / "00000-seed-0.png").exists(), drawn.stderr
+    flags = ["--method", "textual_inversion", "--data", ROOT / "cat", "--max_train_steps", 2]
+    trained = run("train", *flags, cwd=here, path=installed)
+    assert (here / "text-inversion-model" / "learned_embeds.safetensors").exists(), trained.stderr
+    for words in (["bench", "--only", "geglu"], ["judge", "--help"]):
+        done = run(*words, cwd=here, path=installed)
+        assert done.returncode == 0, done.stderr
