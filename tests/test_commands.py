@@ -37,7 +37,7 @@ def test_commands(tmp_path, words, status, said):
 
 @pytest.mark.slow
 def test_a_wheel_is_whole(tmp_path):
-    """Each command runs from an unpacked wheel in an empty folder: weights, tokenizer and kernels are there."""
+    """Each command runs from an unpacked wheel in an empty folder, which has all that is not code too."""
     source = tmp_path / "source"  # where building leaves its folders
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(source)]
