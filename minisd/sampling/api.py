@@ -13,10 +13,12 @@ from torch import Tensor
 from minisd.data import images
 from minisd.formats import diffusers, hub
 from minisd.sampling import generate
+from minisd.sampling.invert import invert
 from minisd.sampling.options import Drawing
 from minisd.sampling.pixel_diffusion import PixelDiffusion
 from minisd.sampling.run import Request
 from minisd.sampling.stable_diffusion import StableDiffusion
+from minisd.sampling.watch import watch
 
 
 class Generates:
@@ -26,6 +28,7 @@ class Generates:
         self,
         prompt: str | list[str] | None = None,
         *,
+        noise: Tensor | None = None,
         on_step: Callable[[int], None] = lambda n: None,
         on_preview: Callable[[list[Image.Image]], None] | None = None,
         **flags,
@@ -33,14 +36,17 @@ class Generates:
         """Return the images of the prompts, with seeds from `seed` on; a model of pixels takes no prompt.
         `flags` are sample.py's flags about the image: steps, seed, width, negative_prompt, num_images,
         lora_dir, image, mask, controlnet, ...; input images may be paths or PIL images. `on_step(n)` is
-        called after each step of n images, and `on_preview` with previews of them. ValueError, naming the
-        flag, as in sample.py."""
-        return list(self.draw(**self._arguments(prompt, flags), on_step=on_step, on_preview=on_preview))
+        called after each step of n images, and `on_preview` with previews of them. `noise` (images, 4, h, w)
+        replaces that of the seeds. ValueError, naming the flag, as in sample.py."""
+        given = self._arguments(prompt, flags) | ({} if noise is None else {"noise": noise})
+        return list(self.draw(**given, on_step=on_step, on_preview=on_preview))
 
-    def steps(self, prompt: str | None = None, **flags) -> Iterator[Tensor]:
-        """Yield the latents (1, 4, h, w), or the pixels, after each step of one image; `flags` are as in
-        `generate`."""
-        arguments = self._arguments(prompt, flags)
+    watch = watch
+
+    def steps(self, prompt: str | None = None, *, noise: Tensor | None = None, **flags) -> Iterator[Tensor]:
+        """Yield the latents (1, 4, h, w), or the pixels, after each step of one image; `noise` and `flags`
+        are as in `generate`."""
+        arguments = self._arguments(prompt, flags) | ({} if noise is None else {"noise": noise})
         del arguments["batch_size"]
         yield from self.denoise(**arguments)
 
@@ -63,7 +69,8 @@ class Model(Generates, StableDiffusion):
     """The assembled model, with methods to generate images."""
 
     flags = None  # it takes them all
-    draw, denoise = generate.pictures, generate.denoise
+    draw, denoise, predict = generate.pictures, generate.denoise, generate.predict
+    invert = invert
 
 
 class PixelModel(Generates, PixelDiffusion):

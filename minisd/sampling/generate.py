@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd import graph, registry
+from minisd import graph, ops, registry
 from minisd.data import images
 from minisd.models import controlnet
 from minisd.models.layers import CachedContext
@@ -136,6 +136,8 @@ class Denoiser:
         self.step, self.steps = 0, steps
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
+        if ops.watcher:
+            ops.watcher.run = self.step, len(self.weights)
         inputs = torch.cat([x] * len(self.weights))
         if self.channels is not None:
             inputs = torch.cat([inputs, self.channels.to(inputs)], dim=1)  # (branches * b, c + more, h, w)
@@ -164,6 +166,16 @@ class Denoiser:
         return [self.unet(inputs, timesteps, context, **residuals)]
 
 
+def predict(
+    sd: StableDiffusion, latents: Tensor, t: float, context: Tensor, negative: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """The guided prediction (b, 4, h, w) for latents at timestep t, in fp32, with gradients if they are on.
+    Contexts (b, s, d) are those of `sd.encode_text`; guidance needs the negative one."""
+    require(guidance_scale <= 1 or negative is not None, "guidance needs the negative prompt's context")
+    return Denoiser(sd.unet, text_branches(context, negative, guidance_scale))(latents, t)
+
+
 def init_image(
     sd: StableDiffusion, settings: Settings, init_images: Images, masks: Images
 ) -> InitImage | None:
@@ -187,6 +199,7 @@ def denoise(
     *,
     init_images: Tensor | None = None,
     masks: Tensor | None = None,
+    noise: Tensor | None = None,
     controls: Sequence[Control] = (),
     watch: Watch | None = None,
 ) -> Iterator[Tensor]:
@@ -195,8 +208,8 @@ def denoise(
 
     `init_images` (b, 3, height, width) in [-1, 1] are the images to start from, or for instruct-pix2pix to
     edit; they are redrawn where `masks` (b, 1, height, width) are 1, and kept where they are 0. Each control
-    has a hint for each image. `watch` is called with the predicted x_0 in each step. All prompts must name
-    the same LoRAs.
+    has a hint for each image. `noise` (b, 4, h, w) replaces that of the seeds. `watch` is called with the
+    predicted x_0 in each step. All prompts must name the same LoRAs.
     """
     # Latents have no fixed range to be clipped to, even if the model's file says so.
     scheduler = configured(sd, settings, clip_sample=False)
@@ -206,7 +219,7 @@ def denoise(
         start = init_image(sd, settings, init_images, masks)
         denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (start.first_step if start else 0))
 
-        yield from solve(sd, denoiser, scheduler, seeds, settings, start, watch)
+        yield from solve(sd, denoiser, scheduler, seeds, settings, start, noise, watch)
 
 
 def configured(model: Model, settings: Settings, **changes) -> tuple[ModuleType, dict[str, object]]:
@@ -231,6 +244,7 @@ def solve(
     seeds: Sequence[int],
     settings: Settings,
     start: InitImage | None = None,
+    noise: Tensor | None = None,
     watch: Watch | None = None,
 ) -> Iterator[Tensor]:
     """Yield x (b, c, h, w) after each step of a `configured` scheduler."""
@@ -244,9 +258,11 @@ def solve(
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     height, width = settings.height // model.downscale, settings.width // model.downscale
-    noise = randn((model.channels, height, width), generators).to(model.device)
+    noise = randn((model.channels, height, width), generators) if noise is None else noise
     given = {"schedule": model.schedule, "steps": settings.steps, "generators": generators}
-    problem = Problem(denoise=predict, noise=noise, settings=scheduler[1], init_image=start, **given)
+    problem = Problem(
+        denoise=predict, noise=noise.to(model.device), settings=scheduler[1], init_image=start, **given
+    )
     for x in scheduler[0].sample(problem):
         denoiser.step += 1
         yield x
@@ -261,13 +277,14 @@ def pictures(
     batch_size: int = 4,
     init_images: Tensor | None = None,
     masks: Tensor | None = None,
+    noise: Tensor | None = None,
     controls: Sequence[Control] = (),
     **watching,
 ) -> Iterator[Image.Image]:
     """Yield one image for each pair of prompt and seed. `watching` are the callbacks of `finished`.
-    `init_images`, `masks` and `controls` are as in `denoise`, with one for each image."""
+    `init_images`, `masks`, `noise` and `controls` are as in `denoise`, with one for each image."""
     prompts = prompt.prepare(sd, prompts, settings)
-    inputs = {"init_images": init_images, "masks": masks}
+    inputs = {"init_images": init_images, "masks": masks, "noise": noise}
     inputs = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     for part in batches(prompts, batch_size):
         of_part = {name: tensor[part] for name, tensor in inputs.items()}
