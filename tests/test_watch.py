@@ -159,7 +159,7 @@ def test_a_picture_comes_back(sd):
     prompt, flags = "3d emoji of a cat", {"steps": 50, "guidance_scale": 1.0, "scheduler": "ddim"}
     *_, latents = sd.steps(prompt, seed=1, **flags)
     expected, found = sd.decode(latents), []
-    for iterations in (1, 3):
+    for iterations in (1, 2):
         noise = sd.invert(latents, prompt, iterations=iterations, steps=50)
         *_, again = sd.steps(prompt, noise=noise, **flags)
         found.append(psnr(sd.decode(again), expected))

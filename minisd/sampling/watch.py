@@ -53,7 +53,8 @@ class Seen:
             h, w = (h + 1) // 2, (w + 1) // 2
         p = p.mT.unflatten(2, (h, w))  # (images, m, h, w)
         scale = side / max(h, w) if side else 1
-        return p if scale == 1 else F.interpolate(p, (round(h * scale), round(w * scale)), mode="area")
+        size = round(h * scale), round(w * scale)
+        return p if scale == 1 else F.interpolate(p, size, mode="bilinear", antialias=True)
 
 
 def kept(seen: Seen) -> Tensor:

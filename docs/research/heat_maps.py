@@ -1,0 +1,63 @@
+"""Where each word of a prompt acts: heat maps of cross-attention (DAAM: Tang et al. 2022, arXiv 2210.04885).
+
+    python docs/research/heat_maps.py "3d emoji of a red apple on a blue background" apple blue
+    python docs/research/heat_maps.py "a cat on a chair" cat chair --model v1-5-pruned-emaonly.safetensors
+
+Writes heat_maps.png: the image, and for each word the mean over steps, layers and heads of how much a place
+attends to it, each map scaled to its own maximum.
+"""
+
+import argparse
+
+import torch
+from PIL import Image
+
+import minisd
+from minisd.options import TINY
+
+SIDE = 32  # of the maps
+
+
+def places(sd, prompt: str, word: str) -> list[int]:
+    """Where the tokens of a word stand among those of the prompt."""
+    ids = sd.tokenizer([prompt])[0].tolist()
+    inner = [i for i in sd.tokenizer([word])[0].tolist() if i not in (ids[0], ids[-1])]
+    for start in range(len(ids)):
+        if inner and ids[start : start + len(inner)] == inner:
+            return list(range(start, start + len(inner)))
+    raise SystemExit(f"the prompt lacks {word!r}")
+
+
+def heat_maps(sd, prompt: str, words: list[str], **flags) -> tuple[Image.Image, torch.Tensor]:
+    """The image, and a map (words, h, w) from 0 to 1 for each word."""
+    rows = [places(sd, prompt, word) for word in words]
+    with sd.watch("attn2", keep=lambda seen: seen.maps(SIDE)[0]) as seen:
+        (image,) = sd.generate(prompt, **flags)
+    mean = torch.stack([s.value for s in seen]).mean(dim=0)  # (s, h, w)
+    maps = torch.stack([mean[row].mean(dim=0) for row in rows])  # (words, h, w)
+    return image, maps / maps.amax(dim=(1, 2), keepdim=True)
+
+
+def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
+    """The image, dark where the map is low."""
+    mask = Image.fromarray((heat * 255).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(image, image.point(lambda value: value // 5), mask)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("prompt")
+    parser.add_argument("words", nargs="+")
+    parser.add_argument("--model", default=TINY)
+    parser.add_argument("--seed", type=int, default=0)
+    o = parser.parse_args()
+    image, maps = heat_maps(minisd.load(o.model), o.prompt, o.words, seed=o.seed, steps=30)
+    sheet = Image.new("RGB", (image.width * (1 + len(maps)), image.height))
+    for i, shown in enumerate([image, *(overlay(image, heat) for heat in maps)]):
+        sheet.paste(shown, (i * image.width, 0))
+    sheet.save("heat_maps.png")
+    print("heat_maps.png:", "the image,", ", ".join(o.words))
+
+
+if __name__ == "__main__":
+    main()
