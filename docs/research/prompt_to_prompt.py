@@ -18,7 +18,7 @@ from minisd.options import TINY
 
 
 def inject(seen) -> torch.Tensor:
-    """The output, of which the last row, the edit's, has the probabilities of the row before, the source's."""
+    """The output, of which the last row, the edit's, takes the probabilities of the row before it."""
     probabilities = seen.probabilities  # (rows, nh, n, m)
     values = seen.v[-1:].transpose(1, 2)  # (1, nh, m, hd)
     edited = (probabilities[-2:-1].to(values) @ values).transpose(1, 2)  # (1, n, nh, hd)
