@@ -108,7 +108,9 @@ class Run(Group):
     """Run"""
 
     output_dir: Path = flag(Path("out"), "folder for log, checkpoints and result", free=True)
-    overwrite_output_dir: bool = flag(False, "discard an earlier run and start over", free=True)
+    overwrite_output_dir: bool = flag(
+        False, "discard an earlier run and its result, and start over", also=("overwrite",), free=True
+    )
     seed: int = flag(0, "seed of everything random")
     max_train_steps: int | None = flag(None, "optimizer updates, instead of epochs", free=True)
     num_train_epochs: int = flag(

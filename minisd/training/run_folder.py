@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minisd import files, reading
 from minisd.data import images
 from minisd.data.datasets import Captioned, Prior
-from minisd.options import Run, free_flags
+from minisd.options import Run, free_flags, require
 from minisd.training import checkpoint, trackers
 from minisd.training.lock import Lock
 from minisd.training.step import Trainer
@@ -81,13 +81,31 @@ class RunFolder:
         numbered = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
         return sorted(numbered, key=number)
 
+    def results(self) -> list[str]:
+        """The files in the folder that a finished run leaves, of any method and of diffusers' scripts too."""
+        found = [
+            *self.path.glob("*.safetensors"),
+            *self.path.glob("*.bin"),
+            *self.path.glob("model_index.json"),
+        ]
+        return sorted(p.name for p in found if "-steps-" not in p.name)
+
     def resume(self) -> Path | None:
         """The checkpoint to continue from, or None to start at 0. ValueError if another run is using the
         folder, if the flags do not say clearly which checkpoint, if that is damaged, or if they differ from
-        its flags. `latest` passes over damaged ones."""
+        its flags, or if the folder has another's results. `latest` passes over damaged ones."""
+        for name in ("model", "data", "class_data_dir"):
+            given = self.recorded.get(name)
+            same = given is not None and Path(given).resolve() == self.path.resolve()
+            require(not same, f"--output_dir {self.path} is --{name} as well, which the run would change")
         if self.path.is_dir():
             self.lock = Lock(self.path)
         source, existing = self.options.resume_from_checkpoint, self.checkpoints()
+        if not existing and not self.options.overwrite_output_dir and (names := self.results()):
+            raise ValueError(
+                f"--output_dir {self.path} has a result, {names[0]}: --overwrite_output_dir replaces it, "
+                "another --output_dir keeps it"
+            )
         if source is None:
             if existing and not self.options.overwrite_output_dir:
                 raise ValueError(
