@@ -111,17 +111,12 @@ class Run(Group):
     overwrite_output_dir: bool = flag(False, "discard an earlier run and start over", free=True)
     seed: int = flag(0, "seed of everything random")
     max_train_steps: int | None = flag(None, "optimizer updates, instead of epochs", free=True)
-    num_train_epochs: int = flag(
-        100, "passes over the data, unless --max_train_steps is given", also=("num_epochs",), free=True
-    )
+    num_train_epochs: int = flag(100, "passes over the data", also=("num_epochs",), free=True)
     checkpointing_steps: int = flag(500, "updates between checkpoints; 0 saves none", free=True)
     checkpoints_total_limit: int | None = flag(None, "number of checkpoints to keep", free=True)
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or 'latest'", free=True)
     report_to: Literal["none", "tensorboard", "wandb", "comet_ml", "all"] = flag(
-        "tensorboard",
-        "tracker to log to besides log.jsonl, if installed; comet_ml is not supported",
-        also=("logger",),
-        free=True,
+        "tensorboard", "tracker besides log.jsonl, if installed; not comet_ml", also=("logger",), free=True
     )
     logging_dir: str = flag("logs", "tensorboard's folder within --output_dir", free=True)
     push_to_hub: bool = flag(False, "upload the result to the hub", free=True)
@@ -197,12 +192,8 @@ GRAPH = Literal["auto", "on", "off"]
 class Precision(Group):
     """Speed and memory"""
 
-    kernels: KERNELS = flag(
-        "auto", "implementation of attention and norms; auto is the fastest measured", free=True
-    )
-    graph: GRAPH = flag(
-        "auto", "forward and backward pass as a CUDA graph; auto: where that gives the same bits", free=True
-    )
+    kernels: KERNELS = flag("auto", "what computes attention and norms; auto: what is fastest", free=True)
+    graph: GRAPH = flag("auto", "run updates as CUDA graphs; auto: where that gives the same bits", free=True)
     compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
     deterministic: bool = flag(
         False,
@@ -214,9 +205,7 @@ class Precision(Group):
     )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")
-    enable_xformers_memory_efficient_attention: bool = flag(
-        False, "accepted: attention never stores the whole score matrix"
-    )
+    enable_xformers_memory_efficient_attention: bool = flag(False, "accepted: it saves memory anyway")
     set_grads_to_none: bool = flag(False, "accepted: gradients are always set to None")
     dataloader_num_workers: int = flag(0, "processes that load images; 0 is the main process", free=True)
 
@@ -247,16 +236,10 @@ class Dataset(Data):
     DATA_HAS_SPLITS = False  # whether names in --data tell splits apart, as always in --dataset_name
 
     data: Path | None = flag(None)
-    dataset_name: str | None = flag(
-        None, "dataset on the hub, a folder or a parquet file; --data is then a folder in it"
-    )
+    dataset_name: str | None = flag(None, "hub dataset, folder or parquet file; --data is a folder in it")
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     max_train_samples: int | None = flag(None, "use only this many examples, drawn by --seed")
-    validation_split: float = flag(
-        0.0,
-        "fraction (below 1) or number (from 1) of examples to hold out; their loss is logged at every "
-        "validation, each with a fixed noise and timestep",
-    )
+    validation_split: float = flag(0.0, "fraction or number of examples to hold out, whose loss is logged")
 
     def check(self):
         split = self.validation_split
@@ -369,9 +352,7 @@ class ValidationImages(Group):
 class Validation(ValidationImages):
     """Validation images"""
 
-    validation_prompt: str | None = flag(
-        None, "prompt of the validation images; {} in it stands for the trained concept", free=True
-    )
+    validation_prompt: str | None = flag(None, "their prompt; {} in it stands for the concept", free=True)
     validation_guidance_scale: float = flag(7.5, "guidance scale of validation images")
     validation_scheduler: str = flag("ddim", "scheduler of validation images, as --scheduler of sample.py")
 

@@ -1,15 +1,8 @@
 """Prior preservation: training on images of the class as well as the instance (arXiv 2208.12242)."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method
-
-if TYPE_CHECKING:
-    from minisd.data.datasets import Captioned, Prior
-    from minisd.data.source import Source
+from minisd.methods._base import Captioned, Method, Source
 
 
 class PriorPreservation(Method):
@@ -27,7 +20,7 @@ class PriorPreservation(Method):
     def dataset(self, source: Source) -> Captioned:
         return super().dataset(source, self.options.instance_prompt)
 
-    def datasets(self) -> tuple[Captioned | Prior, Captioned | None]:
+    def datasets(self) -> tuple[Captioned, Captioned | None]:
         from minisd.data import datasets, source
 
         o, (instances, held_out) = self.options, super().datasets()

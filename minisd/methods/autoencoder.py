@@ -1,18 +1,12 @@
 """Train the autoencoder on images alone: reconstruction and KL divergence (arXiv 1312.6114)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method
+from minisd.methods._base import Image, Method, Parameters, StableDiffusion, Tensor
 from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag, require
-
-if TYPE_CHECKING:
-    from minisd.methods._base import Image, Parameters, StableDiffusion, Tensor
 
 
 @dataclass(kw_only=True)

@@ -1,18 +1,12 @@
 """Learn concepts by new words and the keys and values of cross-attention (arXiv 2212.04488)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from minisd.methods._base import Device, Parameters, Prompts, Source, StableDiffusion, Tensor
 from minisd.methods._prior import PriorPreservation, count_images
 from minisd.options import Prior, Training, flag, require
-
-if TYPE_CHECKING:
-    import torch
-
-    from minisd.methods._base import Parameters, Prompts, Source, StableDiffusion, Tensor
 
 CHANNELS = 4  # of the latents
 
@@ -60,7 +54,7 @@ class Options(Prior, Training):
 class CustomDiffusion(PriorPreservation):
     """Trains copies of the projections, and an embedding row for each new word."""
 
-    def __init__(self, options: Options, device: torch.device):
+    def __init__(self, options: Options, device: Device):
         from minisd.data.concepts import Concept, read_concepts
 
         super().__init__(options, device)

@@ -1,7 +1,5 @@
 """Bind a rare word to the subject of a few images by training the UNet (DreamBooth, arXiv 2208.12242)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,16 +1,12 @@
 """Train low-rank updates beside a frozen model, on captions or as DreamBooth (LoRA, arXiv 2106.09685)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from minisd.methods._base import Parameters, StableDiffusion
 from minisd.methods._prior import PriorPreservation
 from minisd.options import Subject, Training, flag, require
-
-if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, StableDiffusion
 
 
 def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
