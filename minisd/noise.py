@@ -127,6 +127,17 @@ class NoiseSchedule:
         alphas_cumprod = self.at(timesteps)
         return alphas_cumprod / (1 - alphas_cumprod)
 
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """The weights (b,) of the squared errors that give the error of x_0 a weight of min(SNR, gamma) (Hang
+        et al. 2023, arXiv 2303.09556)."""
+        snr = self.snr(timesteps)
+        capped = snr.clamp(max=gamma)
+        if self.prediction_type == "sample":
+            return capped
+        if self.prediction_type == "v_prediction":
+            return capped / (snr + 1)
+        return torch.where(snr > 0, capped / snr, 1.0)  # 1 is the limit at SNR 0
+
     def split(self, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
         """The x_0 and the noise that `pred` implies for x, at the noise level `alpha_cumprod` (a scalar)."""
         pred, x = pred.float(), x.float()

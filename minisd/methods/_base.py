@@ -184,17 +184,13 @@ class Method:
         return self.sd.unet(noisy, timesteps, **self.condition(batch))
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
-        """The error of each sample's prediction, (b,)."""
-        from minisd import losses
-
-        return losses.mse(pred, target)
+        """The mean squared error of each sample, in fp32: (b, c, h, w) -> (b,)."""
+        return (pred.float() - target.float()).square().flatten(1).mean(dim=1)
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
         """The weight of each sample's error, (b,), by --snr_gamma."""
-        from minisd import losses
-
         gamma = self.options.snr_gamma
-        return 1.0 if gamma is None else losses.min_snr_weights(self.sd.schedule, timesteps, gamma)
+        return 1.0 if gamma is None else self.sd.schedule.min_snr_weights(timesteps, gamma)
 
     def save(self, folder: Path) -> None:
         """Write the result: the whole model, trained parts in fp32 and the other parts as they were read."""

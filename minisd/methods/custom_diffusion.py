@@ -43,7 +43,7 @@ class Options(Prior, Training):
     def check(self):
         one = self.data is not None and self.instance_prompt is not None
         require(one or bool(self.concepts_list), "give --data and --instance_prompt, or --concepts_list")
-        require(not (self.data and self.concepts_list), "--data and --concepts_list exclude each other")
+        self.exclusive("data", "concepts_list")
         if not self.concepts_list:
             self.check_class()
         if self.modifier_token:
@@ -64,7 +64,6 @@ class CustomDiffusion(PriorPreservation):
             same = {n: getattr(options, n) for n in ("instance_prompt", "class_prompt", "class_data_dir")}
             self.concepts = [Concept(instance_data_dir=options.data, **same)]
         self.words = options.modifier_token.split("+") if options.modifier_token else []
-        self.skip = {"skip_bad_images": options.skip_bad_images}
         if options.with_prior_preservation:
             self.lr_scale = 2.0  # twice the images, as diffusers' example script counts them
 
@@ -96,8 +95,9 @@ class CustomDiffusion(PriorPreservation):
     def read(self) -> Source:
         from minisd.data import concepts
 
-        flag, skip = "--concepts_list" if self.options.concepts_list else "--data", self.skip
-        return concepts.read_instances(self.concepts, flag=flag, **skip)
+        o = self.options
+        flag = "--concepts_list" if o.concepts_list else "--data"
+        return concepts.read_instances(self.concepts, flag=flag, skip_bad_images=o.skip_bad_images)
 
     def datasets(self) -> tuple:
         from minisd.data import concepts, datasets
@@ -106,7 +106,8 @@ class CustomDiffusion(PriorPreservation):
         size = {"resolution": o.resolution, "factor": self.sd.vae.config.downscale}
         self.data = concepts.CustomConcepts(self.read(), augment=not o.noaug, hflip=o.hflip, **size)
         if o.with_prior_preservation:
-            source = concepts.read_classes(self.concepts, flag="--class_data_dir", **self.skip)
+            skip = {"flag": "--class_data_dir", "skip_bad_images": o.skip_bad_images}
+            source = concepts.read_classes(self.concepts, **skip)
             classes = concepts.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
             share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
             self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)
@@ -128,11 +129,6 @@ class CustomDiffusion(PriorPreservation):
         extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
         path = folder / f"pytorch_custom_diffusion_weights{extension}"
         custom_diffusion.save(path, self.sd.unet, self.projections, {"format": "pt", "model": self.sd.name})
-        # The folder in which it will be: `folder` may be a temporary one.
-        out, weights = self.options.output_dir, path.name
-        calls = [f'unet.load_attn_procs("{out}", weight_name="{weights}", _pipeline=pipe)']
         for i, word in enumerate(self.words):
             row = self.rows[i : i + 1]
             token_embedding.save(folder / f"{word}{extension}", word, row, {"format": "pt"})
-            calls.append(f'load_textual_inversion("{out}", weight_name="{word}{extension}")')
-        print("in diffusers:", "; ".join(f"pipe.{call}" for call in calls))

@@ -60,8 +60,9 @@ KINDS = {
         others="A1111 (`embeddings`) and ComfyUI (`models/embeddings`) read `{file}`; the name that the file "
         "has there is what to type, in ComfyUI after `embedding:`.",
     ),
-    "custom_diffusion":
-        Kind("custom-diffusion", load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r})"),
+    "custom_diffusion": Kind(
+        "custom-diffusion", load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r}, _pipeline=pipe)"
+    ),
     "controlnet": Kind(
         "controlnet",
         sample="--model {base} --controlnet {result} --control_image IMAGE",

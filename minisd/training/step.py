@@ -13,7 +13,6 @@ from minisd.models.unet import UNetEncoder
 from minisd.options import Average
 from minisd.training import optim
 from minisd.training.distributed import Processes
-from minisd.training.ema import EMA
 
 
 class Trainer:
@@ -36,7 +35,7 @@ class Trainer:
         self.lr_curve |= {"cycles": o.lr_num_cycles, "power": o.lr_power}
         self.optimizer = optim.adamw(self.parameters, o)
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
-        self.ema = EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
+        self.ema = optim.EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
         self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
         own = [value for value in vars(method).values() if isinstance(value, torch.nn.Module)]
         self.networks = [*method.sd.parts.values(), *own]
