@@ -52,8 +52,7 @@ def flags(given: Mapping[str, object], own_precision: str | None) -> dict[str, o
         return values
     if own_precision is not None:
         _say(
-            f"accelerate launch --mixed_precision {precision}: not used; diffusers' script for this method "
-            "heeds its own --mixed_precision alone"
+            f"accelerate launch --mixed_precision {precision}: not used; this method heeds its own flag alone"
         )
         return values
     if precision not in get_args(PRECISIONS):

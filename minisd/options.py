@@ -195,11 +195,7 @@ class Precision(Group):
     kernels: KERNELS = flag("auto", "what computes attention and norms; auto: what is fastest", free=True)
     graph: GRAPH = flag("auto", "run updates as CUDA graphs; auto: where that gives the same bits", free=True)
     compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
-    deterministic: bool = flag(
-        False,
-        "the same command gives the same bytes on the same GPU, if somewhat later; --kernels auto is then "
-        "torch; not promised for the sums over several GPUs, nor with --use_8bit_adam",
-    )
+    deterministic: bool = flag(False, "the same command gives the same bytes on the same GPU; slower")
     mixed_precision: PRECISIONS | None = flag(
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
     )

@@ -113,18 +113,19 @@ def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> 
     prompts = list(dict.fromkeys(line(prompt) for prompt, _ in prompts if prompt))
     licence, note = APACHE if is_tiny else OPEN_RAIL if base else OWN
     task = next((kind.task for kind, _ in found), None)
-    tags = ["diffusers", "minisd", *(["stable-diffusion"] if base else []), method.replace("_", "-")]
+    tags = ["diffusers", "minisd", base and "stable-diffusion", method.replace("_", "-")]
+    tags += [kind.tag for kind, _ in found]
+    drawn = prompts if task == "text-to-image" else []
     facts = {
         "license": licence,
         "library_name": "diffusers",
         "base_model": base if base == model and hub.is_id(base or "") else None,
         "instance_prompt": getattr(o, "instance_prompt", None),
         "pipeline_tag": task,
-        "tags": list(dict.fromkeys([*tags, *(kind.tag for kind, _ in found if kind.tag)])),
+        "tags": list(dict.fromkeys(filter(None, tags))),
         "inference": task == "text-to-image" or None,
+        "widget": [{"text": prompt, "output": {"url": "result.png"}} for prompt in drawn] or None,
     }
-    if task == "text-to-image" and prompts:
-        facts["widget"] = [{"text": prompt, "output": {"url": "result.png"}} for prompt in prompts]
     header = [f"{k}: {json.dumps(v, ensure_ascii=False)}\n" for k, v in facts.items() if v is not None]
     values = {"base": base, "result": result}
     code = dict.fromkeys(kind.start.format(**values) for kind, _ in found)

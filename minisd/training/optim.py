@@ -117,14 +117,11 @@ def lr_factor(
     progress = (step - warmup) / max(1, total - warmup)
     if name == "linear":
         return max(0.0, (total - step) / max(1, total - warmup))
-    if name == "cosine":  # half a wave, down to 0
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-    if name == "cosine_with_restarts":
-        return 0.0 if progress >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1))))
-    if name == "polynomial":
-        end = 1e-7
-        return ((lr - end) * (1 - min(1.0, progress)) ** power + end) / lr
-    raise ValueError(f"--lr_scheduler {name} is unknown")
+    if name in ("cosine", "cosine_with_restarts"):  # half waves, down to 0
+        waves = progress * (cycles if name == "cosine_with_restarts" else 1)
+        return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (waves % 1)))
+    end = 1e-7  # of polynomial
+    return ((lr - end) * (1 - min(1.0, progress)) ** power + end) / lr
 
 
 def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
