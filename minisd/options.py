@@ -282,9 +282,8 @@ class Prior(Group):
 
     def check_class(self) -> None:
         """ValueError if the class, or the folder of its images, is needed but not given."""
-        prior = self.with_prior_preservation
-        require(not prior or bool(self.class_data_dir), "--with_prior_preservation needs --class_data_dir")
-        require(not prior or bool(self.class_prompt), "--with_prior_preservation needs --class_prompt")
+        for name in ("class_data_dir", "class_prompt") if self.with_prior_preservation else ():
+            require(getattr(self, name), f"--with_prior_preservation needs --{name}")
 
 
 @dataclass(kw_only=True)

@@ -106,10 +106,9 @@ def adamw(parameters: list[torch.nn.Parameter], options: Optimizer) -> AdamW:
     return kind(parameters, lr=o.learning_rate, **adam)
 
 
-def lr_factor(
-    name: str, step: int, *, warmup: int, total: int, lr: float, cycles: float, power: float
-) -> float:
-    """The factor of the learning rate in update `step` of `total`, the first being 0."""
+def lr_factor(options: Optimizer, step: int, total: int, peak: float) -> float:
+    """The factor of the learning rate, at most `peak`, in update `step` of `total`, the first being 0."""
+    name, warmup = options.lr_scheduler, options.lr_warmup_steps
     if step < warmup and name != "constant":
         return step / warmup
     if name in ("constant", "constant_with_warmup"):
@@ -118,10 +117,10 @@ def lr_factor(
     if name == "linear":
         return max(0.0, (total - step) / max(1, total - warmup))
     if name in ("cosine", "cosine_with_restarts"):  # half waves, down to 0
-        waves = progress * (cycles if name == "cosine_with_restarts" else 1)
+        waves = progress * (options.lr_num_cycles if name == "cosine_with_restarts" else 1)
         return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (waves % 1)))
     end = 1e-7  # of polynomial
-    return ((lr - end) * (1 - min(1.0, progress)) ** power + end) / lr
+    return ((peak - end) * (1 - min(1.0, progress)) ** options.lr_power + end) / peak
 
 
 def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -30,9 +30,7 @@ class Trainer:
         self.total = o.max_train_steps or o.num_train_epochs * self.updates_per_epoch
         self.step = self.samples = 0
         scale = self.images_per_update * method.lr_scale if o.scale_lr else 1
-        lr = self.peak_lr = o.learning_rate * scale
-        self.lr_curve = {"warmup": o.lr_warmup_steps, "total": self.total, "lr": lr}
-        self.lr_curve |= {"cycles": o.lr_num_cycles, "power": o.lr_power}
+        self.peak_lr = o.learning_rate * scale
         self.optimizer = optim.adamw(self.parameters, o)
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
         self.ema = optim.EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
@@ -48,7 +46,7 @@ class Trainer:
     def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
         """Make one update from the next batches. Returns loss and gradient norm, over all processes, and the
         learning rate."""
-        lr = self.peak_lr * optim.lr_factor(self.options.lr_scheduler, self.step, **self.lr_curve)
+        lr = self.peak_lr * optim.lr_factor(self.options, self.step, self.total, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=self.method.device)
