@@ -49,7 +49,7 @@ class Method:
 
         from minisd.device import DTYPES, configure
 
-        configure(options, search=not getattr(options, "bucket", False))
+        configure(options, search=not (isinstance(options, Captions) and options.bucket))
         self.options, self.device = options, device
         precision = options.mixed_precision
         if precision == "fp16" and device.type == "cpu":

@@ -23,7 +23,14 @@ class AdamW:
         self.state: dict[torch.nn.Parameter, dict[str, Tensor]] = {}
         # Number of updates of each parameter, in one tensor: a single addition if all of them are updated.
         self.steps = torch.zeros(len(parameters), device=parameters[0].device)
-        self.each = self.steps.unbind()
+        self.each = dict(zip(parameters, self.steps.unbind(), strict=True))
+
+    def slot(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
+        """The state of a parameter, which is 0 before its first update."""
+        if p not in self.state:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": self.each[p]} | zeros
+        return self.state[p]
 
     @torch.no_grad()
     def step(self, clip_divisor: Tensor | None = None) -> None:
@@ -31,12 +38,9 @@ class AdamW:
         group = self.param_groups[0]
         numbers = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         moved = [group["params"][i] for i in numbers]
-        for p in moved:
-            if p not in self.state:
-                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         if moved:
-            steps = [self.each[i] for i in numbers]
-            means, squares = ([self.state[p][k] for p in moved] for k in ("exp_avg", "exp_avg_sq"))
+            slots = [self.slot(p) for p in moved]
+            steps, means, squares = ([slot[k] for slot in slots] for k in ("step", "exp_avg", "exp_avg_sq"))
             counted = slice(None) if len(moved) == len(self.steps) else numbers
             self.steps[counted] += 1 if self.found_inf is None else 1 - self.found_inf
             # The kernel runs over memory, so gradients need the strides of their parameters.
@@ -50,53 +54,30 @@ class AdamW:
         for p in self.param_groups[0]["params"]:
             p.grad = None
 
-    def state_dict(self) -> dict:
-        """As torch's, with the state by the parameters' numbers."""
-        group = self.param_groups[0]
-        numbered = [(i, p) for i, p in enumerate(group["params"]) if p in self.state]
-        slots = {i: self.state[p] | {"step": self.each[i].clone()} for i, p in numbered}
-        return {"state": slots, "param_groups": [{"lr": group["lr"]}]}
-
-    def load_state_dict(self, state: dict) -> None:
-        parameters = self.param_groups[0]["params"]
-        self.state = {}
-        self.steps.zero_()
-        for i, slot in state["state"].items():
-            p = parameters[i]
-            for key in ("exp_avg", "exp_avg_sq"):  # over whose memory the kernel runs unchecked
-                if slot[key].shape != p.shape or slot[key].dtype != p.dtype:
-                    raise ValueError(f"{key} of parameter {i} is not {[*p.shape]} of {p.dtype}")
-            self.steps[i] = slot["step"]
-            self.state[p] = {k: slot[k].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-
 
 def eight_bit() -> type:
-    """bitsandbytes' AdamW, with its state as tensors by name, like AdamW's. ValueError if it is not
-    installed."""
+    """bitsandbytes' AdamW, as AdamW is here. ValueError if it is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ValueError("--use_8bit_adam: not installed (pip install 'minisd[8bit]')") from None
 
-    class Flat(AdamW8bit):
+    class EightBit(AdamW8bit):
+        def slot(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
+            if not self.state[p]:
+                self.init_state(self.param_groups[0], p, 0, 0)
+                self.state[p]["step"] = torch.tensor(0)  # to copy into; a number again in `step`
+            return self.state[p]
+
         def step(self, clip_divisor: Tensor | None = None) -> None:
             if clip_divisor is not None:
                 gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
                 torch._foreach_div_(gradients, clip_divisor)
+            for slot in self.state.values():
+                slot["step"] = int(slot["step"])
             super().step()
 
-        def state_dict(self) -> dict:
-            state = super().state_dict()
-            for slot in state["state"].values():
-                for key in [k for k, v in slot.items() if isinstance(v, dict)]:
-                    slot.update(slot.pop(key))
-            return state
-
-        def load_state_dict(self, state: dict) -> None:
-            slots = {i: slot | {"step": int(slot["step"])} for i, slot in state["state"].items()}
-            super().load_state_dict(state | {"state": slots})
-
-    return Flat
+    return EightBit
 
 
 def adamw(parameters: list[torch.nn.Parameter], options: Optimizer) -> AdamW:

@@ -114,9 +114,7 @@ class RunFolder:
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
         if changed:
-            raise ValueError(
-                f"{path} is of a run with other flags ({', '.join(changed)}): give the same, or start over"
-            )
+            raise ValueError(f"{path} has other flags ({', '.join(changed)}): give the same, or start over")
         print(f"continuing from {path}")
         return path
 

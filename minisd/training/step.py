@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisd import graph, noise
 from minisd.methods._base import Method
@@ -19,9 +19,7 @@ class Trainer:
     """Everything that an update changes. Of `total` updates, `step` are done, with `samples` images.
     `trained` are the parameters by name; `epoch` is the number of images in an epoch."""
 
-    def __init__(
-        self, method: Method, trained: dict[str, torch.nn.Parameter], epoch: int, processes: Processes
-    ):
+    def __init__(self, method: Method, trained: dict[str, nn.Parameter], epoch: int, processes: Processes):
         o = self.options = method.options
         self.method, self.trained, self.processes = method, trained, processes
         self.parameters = list(trained.values())
@@ -35,13 +33,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
         self.ema = optim.EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
         self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
-        own = [value for value in vars(method).values() if isinstance(value, torch.nn.Module)]
+        own = [value for value in vars(method).values() if isinstance(value, nn.Module)]
         self.networks = [*method.sd.parts.values(), *own]
         for network in self.networks if o.compile else ():
             if isinstance(network, UNetEncoder):
                 network.compile(dynamic=False)
         self.graphs = graph.Graphs()
-        self.gradients: dict[torch.nn.Parameter, Tensor] = {}  # those that the graphs compute
+        self.gradients: dict[nn.Parameter, Tensor] = {}  # those that the graphs compute
 
     def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
         """Make one update from the next batches. Returns loss and gradient norm, over all processes, and the
