@@ -32,7 +32,6 @@ class Options(Prior, Training):
     no_safe_serialization: bool = flag(False, "write .bin instead of .safetensors")
     num_class_images: int = flag(200)
     seed: int = flag(42)
-    train_batch_size: int = flag(4)
     dataloader_num_workers: int = flag(2)
     num_train_epochs: int = flag(1)
     checkpointing_steps: int = flag(250)

@@ -15,7 +15,6 @@ class Options(Subject, Average, Training):
     skip_save_text_encoder: bool = flag(False, "accepted: an untrained text encoder is saved as it was read")
     offset_noise: bool = flag(False, "the same as --noise_offset 0.1")
     learning_rate: float = flag(5e-6)
-    train_batch_size: int = flag(4)
     num_train_epochs: int = flag(1)
     output_dir: Path = flag(Path("dreambooth-model"))
 

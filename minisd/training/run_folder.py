@@ -244,18 +244,14 @@ class Log:
 
     def flush(self) -> None:
         """Write what was added since the last call. ValueError if a loss is not a number."""
-        if not self.pending:
-            return
-        steps, losses, norms, rates = zip(*self.pending, strict=True)
-        self.pending.clear()
-        values = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), rates, strict=True)
-        for step, loss, norm, lr in values:
+        for step, loss, norm, lr in self.pending:
+            loss = loss.item()
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss of update {step} is {loss}, which was not saved. {self.folder.advice(step)}"
-                )
-            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
+                advice = self.folder.advice(step)
+                raise ValueError(f"the loss of update {step} is {loss}, which was not saved. {advice}")
+            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm.item())
+            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
+        self.pending.clear()
 
 
 def peak_memory() -> str:
