@@ -170,7 +170,7 @@ def command(options: Group, flags: dict) -> str:
     counted = [f for f in fields(options) if f.name not in free_flags(type(options))]
     values = {f.name: getattr(options, f.name) for f in counted if getattr(options, f.name) != default_of(f)}
     words = ["python", "train.py"]
-    for name, value in (flags | values | flags).items():
+    for name, value in {**flags, **values, **flags}.items():  # `flags` come first, and they count
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
