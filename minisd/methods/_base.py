@@ -59,7 +59,6 @@ class Method:
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.lr_scale = 1.0  # a further factor of --scale_lr
-        self.unfrozen: set[str] = set()  # the parts of the model that train as a whole
         self.contexts: dict[str, Tensor] = {}  # of the latest prompts that a frozen text encoder has seen
         self.read = functools.cache(self.read)
 
@@ -163,7 +162,7 @@ class Method:
     def condition(self, batch: dict) -> dict:
         """What the UNet gets besides the noisy latents and the timesteps."""
         text = batch["text"]
-        return {"context": self.sd.encode_ids(text).to(self.dtype) if self.trains_text() else text}
+        return {"context": self.sd.encode_ids(text).to(self.dtype) if self.trains("text_encoder") else text}
 
     def latents(self, batch: dict) -> Tensor:
         """A sample from the posterior of the images' scaled latents (b, 4, h, w), in fp32."""
@@ -194,14 +193,13 @@ class Method:
 
     def save(self, folder: Path) -> None:
         """Write the result: the whole model, trained parts in fp32 and the other parts as they were read."""
-        self.sd.save(folder, self.unfrozen)
+        self.sd.save(folder, {part for part in self.sd.parts if self.trains(part)})
 
     # What the methods use
 
     def unfreeze(self, name: str, module: Module) -> Parameters:
         """Train all of a module, in fp32 whatever precision the rest runs in."""
         module.float().requires_grad_(True)
-        self.unfrozen.add(name)
         if self.options.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing()
         return {f"{name}.{n}": p for n, p in module.named_parameters()}
@@ -282,13 +280,13 @@ class Method:
         config = self.sd.vae.config
         return config.latent_channels, *(side // config.downscale for side in batch["pixels"].shape[2:])
 
-    def trains_text(self) -> bool:
-        """Whether anything in the text encoder trains."""
-        return any(p.requires_grad for p in self.sd.text_encoder.parameters())
+    def trains(self, part: str) -> bool:
+        """Whether anything in a part of the model trains."""
+        return any(p.requires_grad for p in self.sd.parts[part].parameters())
 
     def text(self, prompts: list[str]) -> Tensor:
         """Prompts as token ids (b, s) if the text encoder trains, otherwise as its context (b, s, d)."""
-        return self.sd.tokenizer(prompts) if self.trains_text() else self.frozen_context(prompts)
+        return self.sd.tokenizer(prompts) if self.trains("text_encoder") else self.frozen_context(prompts)
 
     def frozen_context(self, prompts: list[str]) -> Tensor:
         """Context (b, s, d) of a text encoder that does not train; that of a thousand prompts is kept. On a
