@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from minisd.methods._base import Device, Parameters, Prompts, Source, StableDiffusion, Tensor
-from minisd.methods._prior import PriorPreservation, count_images
+from minisd.methods._prior import PriorPreservation
 from minisd.options import Prior, Training, flag, require
 
 CHANNELS = 4  # of the latents
@@ -69,14 +69,12 @@ class CustomDiffusion(PriorPreservation):
     def classes(self) -> list[tuple[Path, str]]:
         return [(c.class_data_dir, c.class_prompt) for c in self.concepts]
 
-    def complete_class(self, folder: Path, prompt: str) -> None:
-        """ValueError if images are missing and --real_prior forbids generating them."""
-        o, count = self.options, count_images(folder)
-        if not o.real_prior:
-            super().complete_class(folder, prompt)
-        elif count < o.num_class_images:
-            needs = f"--real_prior needs --num_class_images {o.num_class_images}"
-            raise ValueError(f"--class_data_dir: {folder} has {count} images, {needs}")
+    def complete_class(self, folder: Path, prompt: str, missing: int) -> None:
+        """ValueError if --real_prior forbids generating images."""
+        needed = self.options.num_class_images
+        there = f"--class_data_dir: {folder} has {needed - missing} images"
+        require(not self.options.real_prior, f"{there}, --real_prior needs --num_class_images {needed}")
+        super().complete_class(folder, prompt, missing)
 
     def build(self, sd: StableDiffusion) -> Parameters:
         from minisd.adapters import custom_diffusion
