@@ -3,7 +3,6 @@
 A group is a keyword-only dataclass; the first line of its docstring is its title in `--help`. A method's
 Options inherits the groups it uses, adds its own flags, and may redeclare a field to change only its default:
 
-    @dataclass(kw_only=True)
     class Options(Training):
         rank: int = flag(4, "rank r of the update B @ A")
         learning_rate: float = flag(1e-4)       # help and group stay those of Optimizer.learning_rate
@@ -11,7 +10,7 @@ Options inherits the groups it uses, adds its own flags, and may redeclare a fie
 
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform
 
 from minisd import registry
 
@@ -46,9 +45,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(flag,))
 @dataclass(kw_only=True)
 class Group:
-    """Base of every group: after construction the `check` of each class in the MRO runs, subclasses first."""
+    """Base of every group, which makes a dataclass of it. After construction the `check` of each class in the
+    MRO runs, subclasses first."""
+
+    def __init_subclass__(cls):
+        dataclass(kw_only=True)(cls)
 
     def __post_init__(self):
         for f in fields(self):
@@ -79,7 +83,6 @@ class Group:
         require(not both, f"--{one} and --{other} exclude each other")
 
 
-@dataclass(kw_only=True)
 class Model(Group):
     """Model"""
 
@@ -103,7 +106,6 @@ class Model(Group):
         return {keyword: getattr(self, name) for keyword, name in names.items()}
 
 
-@dataclass(kw_only=True)
 class Run(Group):
     """Run"""
 
@@ -139,7 +141,6 @@ LR_SCHEDULERS = Literal[
 ]
 
 
-@dataclass(kw_only=True)
 class Optimizer(Group):
     """Optimizer"""
 
@@ -167,7 +168,6 @@ class Optimizer(Group):
         self.not_negative("lr_warmup_steps", "max_grad_norm", "adam_weight_decay")
 
 
-@dataclass(kw_only=True)
 class Diffusion(Group):
     """Noise and loss"""
 
@@ -188,7 +188,6 @@ PRECISIONS = Literal["no", "fp16", "bf16"]
 GRAPH = Literal["auto", "on", "off"]
 
 
-@dataclass(kw_only=True)
 class Precision(Group):
     """Speed and memory"""
 
@@ -210,7 +209,6 @@ class Precision(Group):
         self.mixed_precision = self.mixed_precision or "no"
 
 
-@dataclass(kw_only=True)
 class Data(Group):
     """Data"""
 
@@ -225,7 +223,6 @@ class Data(Group):
         require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
 
 
-@dataclass(kw_only=True)
 class Dataset(Data):
     """Data with columns"""
 
@@ -247,7 +244,6 @@ class Dataset(Data):
 INTERPOLATIONS = Literal["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
-@dataclass(kw_only=True)
 class Captions(Dataset):
     """Captioned data"""
 
@@ -263,7 +259,6 @@ class Captions(Dataset):
         self.probabilities("caption_dropout")
 
 
-@dataclass(kw_only=True)
 class Prior(Group):
     """Prior preservation"""
 
@@ -286,7 +281,6 @@ class Prior(Group):
             require(getattr(self, name), f"--with_prior_preservation needs --{name}")
 
 
-@dataclass(kw_only=True)
 class Subject(Captions, Prior):
     """Subject"""
 
@@ -304,7 +298,6 @@ class Subject(Captions, Prior):
         self.exclusive("pre_compute_text_embeddings", "train_text_encoder")
 
 
-@dataclass(kw_only=True)
 class Average(Group):
     """Averaged weights"""
 
@@ -320,7 +313,6 @@ class Average(Group):
         self.probabilities("ema_max_decay")
 
 
-@dataclass(kw_only=True)
 class ValidationImages(Group):
     """Validation"""
 
@@ -343,7 +335,6 @@ class ValidationImages(Group):
         return self.validation_steps or self.validation_epochs * updates_per_epoch
 
 
-@dataclass(kw_only=True)
 class Validation(ValidationImages):
     """Validation images"""
 
@@ -356,7 +347,6 @@ class Validation(ValidationImages):
         self.validation_scheduler = f"{name} karras" if karras else name
 
 
-@dataclass(kw_only=True)
 class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
     """Latents
 

@@ -1,7 +1,7 @@
 """Train the autoencoder on images alone: reconstruction and KL divergence (arXiv 1312.6114)."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from minisd.methods._base import Image, Method, Parameters, StableDiffusion, Ten
 from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag, require
 
 
-@dataclass(kw_only=True)
 class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, Run):
     """Autoencoder"""
 

@@ -1,13 +1,11 @@
 """Train a ControlNet, which conditions a frozen model on images such as edges or poses (arXiv 2302.05543)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
 from minisd.options import Dataset, Training, flag, require
 
 
-@dataclass(kw_only=True)
 class Options(Dataset, Training):
     """ControlNet"""
 

@@ -1,6 +1,5 @@
 """Learn concepts by new words and the keys and values of cross-attention (arXiv 2212.04488)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +10,6 @@ from minisd.options import Prior, Training, flag, require
 CHANNELS = 4  # of the latents
 
 
-@dataclass(kw_only=True)
 class Options(Prior, Training):
     """Custom Diffusion"""
 

@@ -1,13 +1,11 @@
 """Bind a rare word to the subject of a few images by training the UNet (DreamBooth, arXiv 2208.12242)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from minisd.methods._prior import PriorPreservation
 from minisd.options import Average, Subject, Training, flag
 
 
-@dataclass(kw_only=True)
 class Options(Subject, Average, Training):
     """DreamBooth"""
 

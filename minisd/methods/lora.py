@@ -1,6 +1,6 @@
 """Train low-rank updates beside a frozen model, on captions or as DreamBooth (LoRA, arXiv 2106.09685)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
     return flag(None, help, by_kind=(captioned, dreambooth))
 
 
-@dataclass(kw_only=True)
 class Options(Subject, Training):
     """LoRA"""
 

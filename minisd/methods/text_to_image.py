@@ -1,13 +1,11 @@
 """Train the whole UNet on captioned images (Rombach et al. 2022, arXiv 2112.10752)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
 from minisd.options import Average, Captions, Training, flag, require
 
 
-@dataclass(kw_only=True)
 class Options(Captions, Average, Training):
     """Text to image"""
 

@@ -1,6 +1,5 @@
 """Learn a new token that stands for the concept in a few images (textual inversion, arXiv 2208.01618)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +7,6 @@ from minisd.methods._base import Device, Image, Method, Parameters, Prompts, Sta
 from minisd.options import Training, flag
 
 
-@dataclass(kw_only=True)
 class Options(Training):
     """Textual inversion"""
 

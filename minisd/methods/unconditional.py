@@ -1,6 +1,5 @@
 """Train a diffusion model of pixels from scratch, without text (DDPM, arXiv 2006.11239)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +7,6 @@ from minisd.methods._base import Image, Method, Parameters, PixelDiffusion, Tens
 from minisd.options import LR_SCHEDULERS, Average, Dataset, Diffusion, Optimizer, Precision, Run, flag
 
 
-@dataclass(kw_only=True)
 class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     """Unconditional"""
 

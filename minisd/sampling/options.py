@@ -7,7 +7,7 @@ with `infotext=None` do not shape the image, or sampling/infotext.py writes them
 
 import random
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +20,6 @@ unwritten = partial(flag, infotext=None)
 SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
 
-@dataclass(kw_only=True)
 class Settings(Group):
     """Sampling"""
 
@@ -86,7 +85,6 @@ class Settings(Group):
         return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
 
 
-@dataclass(kw_only=True)
 class Drawing(Settings):
     """Images"""
 
@@ -138,7 +136,6 @@ class Drawing(Settings):
         return list(zip(*(v * count if len(v) == 1 else v for v in values), strict=True))
 
 
-@dataclass(kw_only=True)
 class Loading(Model):
     """Adapters, device and precision"""
 
@@ -155,7 +152,6 @@ class Loading(Model):
     )
 
 
-@dataclass(kw_only=True)
 class Sample(Drawing, Loading):
     """Input and output"""
 
