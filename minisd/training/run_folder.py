@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from minisd.training.lock import Lock
 from minisd.training.step import Trainer
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager):
     """--output_dir of a run, and the trackers of its curves and images. `recorded` are the options."""
 
     def __init__(self, method: str, options: Run):
@@ -37,9 +37,6 @@ class RunFolder:
         self.lock: Lock | None = None
         self.asked: Path | None = None  # the checkpoint that the user named, which rotation leaves alone
         self.conditions: dict = {}  # see `conditions`
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Close the trackers, and let other runs have the folder."""
