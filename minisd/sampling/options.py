@@ -8,7 +8,7 @@ with `infotext=None` do not shape the image, or sampling/infotext.py writes them
 import random
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,7 +21,6 @@ unwritten = partial(flag, infotext=None)
 SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
 
-@dataclass(kw_only=True)
 class Settings(Group):
     """Sampling"""
 
@@ -87,7 +86,6 @@ class Settings(Group):
         return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
 
 
-@dataclass(kw_only=True)
 class Drawing(Settings):
     """Images"""
 
@@ -139,7 +137,6 @@ class Drawing(Settings):
         return list(zip(*(v * count if len(v) == 1 else v for v in values), strict=True))
 
 
-@dataclass(kw_only=True)
 class Loading(Model):
     """Adapters, device and precision"""
 
@@ -156,7 +153,6 @@ class Loading(Model):
     )
 
 
-@dataclass(kw_only=True)
 class Sample(Drawing, Loading):
     """Input and output"""
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from minisd.training.lock import Lock
 from minisd.training.step import Trainer
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager):
     """--output_dir of a run, and the trackers of its curves and images. `recorded` are the options."""
 
     def __init__(self, method: str, options: Run):
@@ -37,9 +37,6 @@ class RunFolder:
         self.lock: Lock | None = None
         self.asked: Path | None = None  # the checkpoint that the user named, which rotation leaves alone
         self.conditions: dict = {}  # see `conditions`
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Close the trackers, and let other runs have the folder."""
@@ -132,9 +129,7 @@ class RunFolder:
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
         if changed:
-            raise ValueError(
-                f"{path} is of a run with other flags ({', '.join(changed)}): give the same, or start over"
-            )
+            raise ValueError(f"{path} has other flags ({', '.join(changed)}): give the same, or start over")
         print(f"continuing from {path}")
         return path
 
@@ -264,18 +259,14 @@ class Log:
 
     def flush(self) -> None:
         """Write what was added since the last call. ValueError if a loss is not a number."""
-        if not self.pending:
-            return
-        steps, losses, norms, rates = zip(*self.pending, strict=True)
-        self.pending.clear()
-        values = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), rates, strict=True)
-        for step, loss, norm, lr in values:
+        for step, loss, norm, lr in self.pending:
+            loss = loss.item()
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss of update {step} is {loss}, which was not saved. {self.folder.advice(step)}"
-                )
-            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
+                advice = self.folder.advice(step)
+                raise ValueError(f"the loss of update {step} is {loss}, which was not saved. {advice}")
+            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm.item())
+            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
+        self.pending.clear()
 
 
 def peak_memory() -> str:
