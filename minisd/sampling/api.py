@@ -22,6 +22,8 @@ from minisd.sampling.stable_diffusion import StableDiffusion
 class Generates:
     """Methods to generate images, the same for both kinds of models."""
 
+    draw, denoise = generate.pictures, generate.denoise
+
     def generate(
         self,
         prompt: str | list[str] | None = None,
@@ -63,7 +65,6 @@ class Model(Generates, StableDiffusion):
     """The assembled model, with methods to generate images."""
 
     flags = None  # it takes them all
-    draw, denoise = generate.pictures, generate.denoise
 
 
 class PixelModel(Generates, PixelDiffusion):
