@@ -72,18 +72,11 @@ def _bwd_kernel(
 # ------------------------------ Launchers
 
 
-def new_outputs(x: Tensor) -> Tensor:
-    return L.empty(x, *x.shape[:-1], x.shape[-1] // 2)
-
-
-def new_gradients(dy, x: Tensor) -> Tensor:
-    return L.empty(x, *x.shape)
-
-
 @L.remembered
 def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
-    y, d = new_outputs(x), x.shape[-1] // 2
+    d = x.shape[-1] // 2
+    y = L.empty(x, *x.shape[:-1], d)
     tile = TILES.pick("any", x.device)
     L.launch(_fwd_kernel, (y.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, y, d, **tile)
     return y
@@ -92,7 +85,7 @@ def forward(x: Tensor) -> Tensor:
 @L.remembered
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
-    dx, d = new_gradients(dy, x), x.shape[-1] // 2
+    dx, d = L.empty(x), x.shape[-1] // 2
     tile = TILES.pick("any", x.device)
     L.launch(_bwd_kernel, (dy.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, dy, dx, d, **tile)
     return dx
@@ -119,7 +112,7 @@ def case(name: str, *shape: int, scale: float = 1.0) -> Case:
 
 KERNEL = Kernel(
     name="geglu", reference=reference, unsupported=unsupported,
-    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
+    forward=forward, backward=backward,
     save=lambda inputs, outputs: inputs,
     tiles=(TILES,), size_class=lambda x: f"{x[-1] // 2} x{L.power_of_two(math.prod(x[:-1]))}",
     cases=[

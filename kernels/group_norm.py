@@ -51,32 +51,20 @@ def sizes(x: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
     return b, c, n, (c * n, c, 1) if L.layout(x) == "channels_last" else (c * n, 1, n)
 
 
-def whole_group(n: int, group_c: int, most: int) -> dict:
-    """Return the tile that holds a padded group, or {} if it has more than `most` elements."""
-    tile = dict(BLOCK_N=L.power_of_two(n, 16), BLOCK_C=L.power_of_two(group_c), num_warps=8)
-    return dict(GROUP_C=group_c, **tile) if tile["BLOCK_N"] * tile["BLOCK_C"] <= most else {}
-
-
-def split_pixels(n: int, group_c: int, block_n: int) -> tuple[int, int, dict]:
-    """Return the number of splits, the pixels in each (a whole number of tiles), and the tile of the merge,
-    which holds (splits, channels of a group) in one program."""
-    block_c = L.power_of_two(group_c)
-    most_splits = max(1, min(256, 4096 // block_c))
-    split_rows = block_n * L.cdiv(L.cdiv(n, block_n), most_splits)
+def tiling(x: Tensor, num_groups: int, most: int, tiles: L.Tiles) -> tuple[dict, tuple, int, int, dict]:
+    """Return the tile and the grid of a pass over x. Unless a program holds a whole group, of at most `most`
+    padded elements, also return the number of splits, the pixels in each (a whole number of tiles), and the
+    tile of the merge, which holds (splits, channels of a group) in one program."""
+    b, c, n, _ = sizes(x)
+    block_n, block_c = L.power_of_two(n, 16), L.power_of_two(c // num_groups)
+    if block_n * block_c <= most:
+        return dict(BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8), (num_groups, b), 0, 0, {}
+    tile = tiles.pick(L.layout(x), x.device)
+    down = L.cdiv(n, tile["BLOCK_N"])
+    split_rows = tile["BLOCK_N"] * L.cdiv(down, max(1, min(256, 4096 // block_c)))
     splits = L.cdiv(n, split_rows)
-    return splits, split_rows, dict(BLOCK_S=L.power_of_two(splits), BLOCK_C=block_c, num_warps=4)
-
-
-def new_outputs(x: Tensor, weight, bias, add, num_groups: int, eps, silu) -> tuple[Tensor, Tensor]:
-    return L.empty(L.dense(x)), L.empty(x, 2, len(x), num_groups, dtype=torch.float32)
-
-
-def new_gradients(
-    dy, x: Tensor, weight, bias, add: Tensor | None, stats, num_groups, silu
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dweight, dbias = (L.empty(x, x.shape[1], dtype=torch.float32) for _ in range(2))
-    dadd = L.empty(x, 0) if add is None else L.empty(add, *add.shape)
-    return L.empty(L.dense(x)), dweight, dbias, dadd
+    merge = dict(BLOCK_S=L.power_of_two(splits), BLOCK_C=block_c, num_warps=4)
+    return tile, (L.cdiv(c, tile["BLOCK_C"]) * down, b), splits, split_rows, merge
 
 
 @L.remembered
@@ -86,23 +74,18 @@ def forward(
     """Return y in the layout and dtype of x, and the groups' mean and rstd (2, b, g) in fp32."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     b, c, n, strides = sizes(x)
-    y, stats = new_outputs(x, weight, bias, add, num_groups, eps, silu)
-    flags = dict(HAS_ADD=add is not None)
-    add = x if add is None else add.contiguous()
-    group_c, inv_total = c // num_groups, num_groups / (c * n)
-    tile = whole_group(n, group_c, MAX_GROUP_ELEMENTS["forward"])
-    grid = num_groups, b
-    if not tile:
-        tile = FWD_TILES.pick(L.layout(x), x.device)
-        splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
+    y, stats = L.empty(x), L.empty(x, 2, b, num_groups, dtype=torch.float32)
+    tile, grid, splits, split_rows, merge = tiling(x, num_groups, MAX_GROUP_ELEMENTS["forward"], FWD_TILES)
+    tile["HAS_ADD"], add = add is not None, x if add is None else add.contiguous()
+    image = (n, c, num_groups, num_groups / (c * n), *strides)
+    if splits:
         part = L.empty(x, 2, b, splits, c, dtype=torch.float32)
-        args = (x, add, part, n, c, split_rows, *strides)
-        L.launch(device.stats_kernel, (L.cdiv(c, tile["BLOCK_C"]), splits, b), *args, **flags, **tile)
-        args = (part, stats, n, c, splits, split_rows, inv_total, eps)
+        split_grid = L.cdiv(c, tile["BLOCK_C"]), splits, b
+        L.launch(device.stats_kernel, split_grid, x, add, part, split_rows, *image, **tile)
+        args = (part, stats, splits, split_rows, eps, *image[:4])
         L.launch(device.merge_kernel, (num_groups, b), *args, **merge)
-        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]) * L.cdiv(n, tile["BLOCK_N"]), b), 0
-    args = (x, y, add, weight, bias, stats, n, c, num_groups, inv_total, eps, *strides)
-    L.launch(device.apply_kernel, grid, *args, SILU=silu, **flags, **tile)
+    tile |= dict(GROUP_C=0 if splits else c // num_groups, SILU=silu)
+    L.launch(device.apply_kernel, grid, x, y, add, weight, bias, stats, eps, *image, **tile)
     return y, stats
 
 
@@ -115,25 +98,21 @@ def backward(
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
     dy = L.dense(dy, like=x)
     b, c, n, strides = sizes(x)
-    dx, dweight, dbias, dadd = new_gradients(dy, x, weight, bias, add, stats, num_groups, silu)
-    sums = L.empty(x, b, 2, c, dtype=torch.float32)
-    flags = dict(HAS_ADD=add is not None)
-    add = x if add is None else add.contiguous()
-    group_c, inv_total = c // num_groups, num_groups / (c * n)
-    tile, coef = whole_group(n, group_c, MAX_GROUP_ELEMENTS["backward"]), sums
-    grid = num_groups, b
-    if not tile:
-        tile = BWD_TILES.pick(L.layout(x), x.device)
-        splits, split_rows, merge = split_pixels(n, group_c, tile["BLOCK_N"])
+    dx, dweight, dbias = L.empty(x), *(L.empty(x, c, dtype=torch.float32) for _ in range(2))
+    dadd = L.empty(x, 0) if add is None else L.empty(add, *add.shape)
+    sums = coef = L.empty(x, b, 2, c, dtype=torch.float32)
+    tile, grid, splits, split_rows, merge = tiling(x, num_groups, MAX_GROUP_ELEMENTS["backward"], BWD_TILES)
+    flags, add = dict(HAS_ADD=add is not None), x if add is None else add.contiguous()
+    given = (x, dy, add, weight, bias, stats)
+    image = (n, c, num_groups, num_groups / (c * n), *strides)
+    if splits:
         part = L.empty(x, 3, b, splits, c, dtype=torch.float32)
         coef = L.empty(x, 2, b, num_groups, dtype=torch.float32)
-        args = (x, dy, add, weight, bias, stats, part, n, c, num_groups, split_rows, *strides)
-        grid = (L.cdiv(c, tile["BLOCK_C"]), splits, b)
-        L.launch(device.bwd_sums_kernel, grid, *args, SILU=silu, **flags, **tile)
-        args = (part, weight, stats, sums, coef, dadd, n, c, splits, inv_total)
+        args, split_grid = (*given, part, split_rows, *image), (L.cdiv(c, tile["BLOCK_C"]), splits, b)
+        L.launch(device.bwd_sums_kernel, split_grid, *args, SILU=silu, **flags, **tile)
+        args = (part, weight, stats, sums, coef, dadd, splits, *image[:4])
         L.launch(device.bwd_merge_kernel, (num_groups, b), *args, **flags, **merge)
-        grid, tile["GROUP_C"] = (L.cdiv(c, tile["BLOCK_C"]) * L.cdiv(n, tile["BLOCK_N"]), b), 0
-    args = (x, dy, dx, add, weight, bias, stats, coef, sums, dadd, n, c, num_groups, inv_total, *strides)
+    args, flags["GROUP_C"] = (*given, dx, coef, sums, dadd, *image), 0 if splits else c // num_groups
     L.launch(device.bwd_dx_kernel, grid, *args, SILU=silu, **flags, **tile)
     add_up(sums, dbias, dweight)
     return dx, dweight, dbias, dadd
@@ -188,9 +167,9 @@ def square(b: int, c: int, side: int, *, layout: str = "channels_last", add: boo
 
 KERNEL = Kernel(
     name="group_norm", reference=reference, unsupported=unsupported,
-    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
+    forward=forward, backward=backward, size_class=size_class,
     save=lambda inputs, outputs: (*inputs[:4], outputs[1], inputs[4], inputs[6]),
-    tiles=(FWD_TILES, BWD_TILES), size_class=size_class,
+    tiles=(FWD_TILES, BWD_TILES),
     cases=[
         case("small, batch 3", 3, 64, 4, 4, 4),
         case("small, 10 channels a group", 1, 80, 4, 4, 8, eps=1e-6, silu=False, add=False),

@@ -33,10 +33,12 @@ def load_row(ptr, at, ok):
 
 
 @triton.jit
-def tile_at(b, n, c, stride_b, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the offset of pixel n and channel c of sample b, and the offsets (n, c) of a tile from there."""
+def tile_at(b, n, c, N, end, stride_b, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the offset of pixel n and channel c of sample b, the offsets (n, c) of a tile from there, and
+    which of its pixels and channels there are, up to N and `end`."""
+    rows, cols = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_C)[None, :]
     corner = b.to(tl.int64) * stride_b + tl.cast(n, tl.int64) * stride_n + tl.cast(c, tl.int64) * stride_c
-    return corner, tl.arange(0, BLOCK_N)[:, None] * stride_n + tl.arange(0, BLOCK_C)[None, :] * stride_c
+    return corner, rows * stride_n + cols * stride_c, (n + rows < N) & (c + cols < end)
 
 
 @triton.jit
@@ -51,6 +53,13 @@ def load_add(add_ptr, b, c, c_ok, C, HAS_ADD: tl.constexpr):
         return load_row(add_ptr, b * C + c, c_ok)
     else:
         return 0.0
+
+
+@triton.jit
+def load_pair(ptr, b, B, c, c_ok, C, G):
+    """Load from (2, b, g) what belongs to the channels' groups, twice (1, c) fp32."""
+    group = b * G + c // (C // G)
+    return load_row(ptr, group, c_ok), load_row(ptr, B * G + group, c_ok)
 
 
 @triton.jit
@@ -73,8 +82,10 @@ def sigmoid(z):
 
 
 @triton.jit
-def grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """Return xhat and the gradient of xhat * weight + bias, both (n, c) and 0 outside; recomputes SiLU."""
+def load_grads(x_ptr, dy_ptr, at, ok, add, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """Load x and dy; return xhat and the gradient of xhat * weight + bias, both (n, c) and 0 outside."""
+    x = load_tile(x_ptr, at, ok) + add
+    dy = load_tile(dy_ptr, at, ok)
     xhat = tl.where(ok, (x - mean) * rstd, 0.0)
     if SILU:
         z = xhat * weight + bias
@@ -88,8 +99,7 @@ def grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 @triton.jit
 def stats_kernel(
-    x_ptr, add_ptr, part_ptr,
-    N, C, split_rows, stride_b, stride_n, stride_c,
+    x_ptr, add_ptr, part_ptr, split_rows, N, C, G, inv_total, stride_b, stride_n, stride_c,
     HAS_ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     first, split, b = tl.program_id(0) * BLOCK_C, tl.program_id(1), tl.program_id(2)
@@ -100,8 +110,7 @@ def stats_kernel(
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
     for start in range(split * split_rows, tl.minimum(N, (split + 1) * split_rows), BLOCK_N):
-        ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-        corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+        corner, at, ok = tile_at(b, start, first, N, C, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
         x = load_tile(x_ptr + corner, at, ok) + add
         # Two passes over registers, then Chan's merge with what came before: sum(x^2) - sum(x)^2 / n would
         # lose every digit of the variance when the mean is large.
@@ -120,11 +129,10 @@ def stats_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, stats_ptr,
-    N, C, splits, split_rows, inv_total, eps,
+    part_ptr, stats_ptr, splits, split_rows, eps, N, C, G, inv_total,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    g, b, G, B = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    g, b, B = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     s, k = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
     ok = (s < splits)[:, None] & (k < C // G)[None, :]
     plane = B.to(tl.int64) * splits * C
@@ -144,8 +152,8 @@ def merge_kernel(
 
 @triton.jit
 def apply_kernel(
-    x_ptr, y_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr,
-    N, C, G, inv_total, eps, stride_b, stride_n, stride_c,
+    x_ptr, y_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr, eps,
+    N, C, G, inv_total, stride_b, stride_n, stride_c,
     GROUP_C: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -153,8 +161,7 @@ def apply_kernel(
     start, first, end = place(C, GROUP_C, BLOCK_N, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     c_ok = c < end
-    ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-    corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+    corner, at, ok = tile_at(b, start, first, N, end, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
     x = load_tile(x_ptr + corner, at, ok) + load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
     if GROUP_C > 0:
         mean = tl.sum(tl.where(ok, x, 0.0)) * inv_total
@@ -163,13 +170,10 @@ def apply_kernel(
         tl.store(stats_ptr + b * G + tl.program_id(0), mean)
         tl.store(stats_ptr + (B + b) * G + tl.program_id(0), rstd)
     else:
-        group = b * G + c // (C // G)
-        d = x - load_row(stats_ptr, group, c_ok)
-        rstd = load_row(stats_ptr, B * G + group, c_ok)
-    weight = load_row(weight_ptr, c, c_ok)
-    bias = load_row(bias_ptr, c, c_ok)
+        mean, rstd = load_pair(stats_ptr, b, B, c, c_ok, C, G)
+        d = x - mean
     # Subtract the mean before scaling: x * scale + shift would lose digits when the mean is large
-    y = d * (rstd * weight) + bias
+    y = d * (rstd * load_row(weight_ptr, c, c_ok)) + load_row(bias_ptr, c, c_ok)
     if SILU:
         y = y * sigmoid(y)
     tl.store(y_ptr + corner + at, y.to(y_ptr.dtype.element_ty), mask=ok)
@@ -181,15 +185,13 @@ def apply_kernel(
 @triton.jit
 def bwd_sums_kernel(
     x_ptr, dy_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr, part_ptr,
-    N, C, G, split_rows, stride_b, stride_n, stride_c,
+    split_rows, N, C, G, inv_total, stride_b, stride_n, stride_c,
     HAS_ADD: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     first, split, b = tl.program_id(0) * BLOCK_C, tl.program_id(1), tl.program_id(2)
     c = first + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    group = b * G + c // (C // G)
-    mean = load_row(stats_ptr, group, c_ok)
-    rstd = load_row(stats_ptr, tl.num_programs(2) * G + group, c_ok)
+    mean, rstd = load_pair(stats_ptr, b, tl.num_programs(2), c, c_ok, C, G)
     add = load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
     weight = load_row(weight_ptr, c, c_ok)
     bias = load_row(bias_ptr, c, c_ok)
@@ -197,11 +199,8 @@ def bwd_sums_kernel(
     sum_dz_xhat = tl.zeros((BLOCK_C,), tl.float32)
     sum_xhat = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(split * split_rows, tl.minimum(N, (split + 1) * split_rows), BLOCK_N):
-        ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-        corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
-        x = load_tile(x_ptr + corner, at, ok) + add
-        dy = load_tile(dy_ptr + corner, at, ok)
-        xhat, dz = grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU)
+        corner, at, ok = tile_at(b, start, first, N, C, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
+        xhat, dz = load_grads(x_ptr + corner, dy_ptr + corner, at, ok, add, mean, rstd, weight, bias, SILU)
         sum_dz += tl.sum(dz, 0)
         sum_dz_xhat += tl.sum(dz * xhat, 0)
         if HAS_ADD:
@@ -216,11 +215,10 @@ def bwd_sums_kernel(
 
 @triton.jit
 def bwd_merge_kernel(
-    part_ptr, weight_ptr, stats_ptr, sums_ptr, coef_ptr, dadd_ptr,
-    N, C, splits, inv_total,
+    part_ptr, weight_ptr, stats_ptr, sums_ptr, coef_ptr, dadd_ptr, splits, N, C, G, inv_total,
     HAS_ADD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    g, b, G, B = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    g, b, B = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     s, k = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
     here = k < C // G
     ok = (s < splits)[:, None] & here[None, :]
@@ -247,7 +245,7 @@ def bwd_merge_kernel(
 
 @triton.jit
 def bwd_dx_kernel(
-    x_ptr, dy_ptr, dx_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr, coef_ptr, sums_ptr, dadd_ptr,
+    x_ptr, dy_ptr, add_ptr, weight_ptr, bias_ptr, stats_ptr, dx_ptr, coef_ptr, sums_ptr, dadd_ptr,
     N, C, G, inv_total, stride_b, stride_n, stride_c,
     GROUP_C: tl.constexpr, HAS_ADD: tl.constexpr, SILU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -257,20 +255,16 @@ def bwd_dx_kernel(
     start, first, end = place(C, GROUP_C, BLOCK_N, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     c_ok = c < end
-    ok = (start + tl.arange(0, BLOCK_N) < N)[:, None] & c_ok[None, :]
-    corner, at = tile_at(b, start, first, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
-    x = load_tile(x_ptr + corner, at, ok) + load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
-    dy = load_tile(dy_ptr + corner, at, ok)
+    corner, at, ok = tile_at(b, start, first, N, end, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
     if GROUP_C > 0:
         group = b * G + tl.program_id(0)
         mean, rstd = tl.load(stats_ptr + group), tl.load(stats_ptr + B * G + group)
     else:
-        group = b * G + c // (C // G)
-        mean = load_row(stats_ptr, group, c_ok)
-        rstd = load_row(stats_ptr, B * G + group, c_ok)
+        mean, rstd = load_pair(stats_ptr, b, B, c, c_ok, C, G)
+    add = load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
     weight = load_row(weight_ptr, c, c_ok)
     bias = load_row(bias_ptr, c, c_ok)
-    xhat, dz = grad_affine(x, dy, ok, mean, rstd, weight, bias, SILU)
+    xhat, dz = load_grads(x_ptr + corner, dy_ptr + corner, at, ok, add, mean, rstd, weight, bias, SILU)
     if GROUP_C > 0:
         sums_ptr += 2 * b * C
         tl.store(sums_ptr + c, tl.sum(dz, 0), mask=c_ok)
@@ -278,8 +272,7 @@ def bwd_dx_kernel(
         mean_dz = tl.sum(weight * dz) * inv_total
         mean_dz_xhat = tl.sum(weight * dz * xhat) * inv_total
     else:
-        mean_dz = load_row(coef_ptr, group, c_ok)
-        mean_dz_xhat = load_row(coef_ptr, B * G + group, c_ok)
+        mean_dz, mean_dz_xhat = load_pair(coef_ptr, b, B, c, c_ok, C, G)
     dx = rstd * (weight * dz - mean_dz - xhat * mean_dz_xhat)
     tl.store(dx_ptr + corner + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
     if GROUP_C > 0 and HAS_ADD:

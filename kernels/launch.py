@@ -61,14 +61,15 @@ def family(capability: int) -> int:
 
 
 class Tiles:
-    """The tiles of a launch: shape class -> GPU family -> tile; a missing family takes the next older one."""
+    """The tiles of a launch: size -> GPU family -> tile. A missing size takes the next larger one, a missing
+    family the next older one."""
 
     def __init__(self, table: dict):
         self.table = table
 
-    def pick(self, shape_class: int | str, device: torch.device) -> dict:
-        """Return a copy of the table's tile for this device."""
-        row, chip = self.table[shape_class], capability(device)
+    def pick(self, size: int | str, device: torch.device) -> dict:
+        """Return a copy of the table's tile for this size and device."""
+        row, chip = self.table[min(s for s in self.table if s >= size)], capability(device)
         newest = 120 if chip >= 120 and 120 in row else family(chip)
         return dict(row[max(f for f in row if f <= newest)])
 
@@ -165,7 +166,7 @@ def launch(kernel, grid: tuple, *args, **meta) -> None:
 # next one with tensors of the same kind repeats that with its own tensors.
 
 _running = threading.local()  # its tape: that of the call which is being written down
-_tapes: dict[tuple, "Tape"] = {}
+_tapes: dict[tuple, "Tape"] = {}  # when it is cleared, each launcher's next call is one that Triton looks at
 MOST_TAPES = 4096
 
 
@@ -173,9 +174,9 @@ class Tape:
     """What one call of a launcher did. Tensors are numbered: its arguments, then what it allocates."""
 
     def __init__(self, arguments: tuple):
-        self.tensors, self.made, self.launches = list(arguments), [], []
-        given = [id(t) for t in arguments if isinstance(t, Tensor)]
-        self.complete = len(set(given)) == len(given)  # else a number has two meanings
+        self.given = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
+        self.tensors, self.made, self.launches = [arguments[i] for i in self.given], [], []
+        self.complete = len({*map(id, self.tensors)}) == len(self.given)  # else a number has two meanings
 
     def number(self, tensor: Tensor) -> int:
         found = next((i for i, t in enumerate(self.tensors) if t is tensor), None)
@@ -191,27 +192,22 @@ class Tape:
         if self.complete:
             handles = compiled.function, compiled.packed_metadata, None, None, None
             rest = *args[len(tensors) :], *(meta[name] for name in kernel.arg_names[len(args) :])
-            numbers = [self.number(t) for t in tensors]
-            self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, numbers, rest))
+            taken = itemgetter(*map(self.number, tensors))
+            self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, taken, rest))
 
     def end(self, results: Tensor | tuple[Tensor, ...]) -> None:
         self.device = as_tuple(results)[0].get_device()
-        self.results = itemgetter(*[self.number(t) for t in as_tuple(results)])
-        used = sorted({i for *_, numbers, _ in self.launches for i in numbers})
-        self.used = itemgetter(*used)
-        self.launches = [
-            (*c, itemgetter(*map(used.index, numbers)), rest) for *c, numbers, rest in self.launches
-        ]
+        self.results = itemgetter(*map(self.number, as_tuple(results)))
         self.tensors = []
 
     def repeat(self, arguments: tuple) -> Tensor | tuple[Tensor, ...] | None:
         """Return the results for tensors of the same kind, or None if their addresses, the current device, a
         profiler or the version of Triton do not allow it."""
-        tensors = list(arguments)
+        tensors = [arguments[i] for i in self.given]
         for like, shape, dtype in self.made:
             like = tensors[like]
             tensors.append(like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like))
-        addresses = [t.data_ptr() for t in self.used(tensors)]
+        addresses = [t.data_ptr() for t in tensors]
         try:
             driver, hooks = triton.runtime.driver.active, triton.knobs.runtime.launch_enter_hook
             aligned = not functools.reduce(or_, addresses) % 16
@@ -254,11 +250,6 @@ def remembered(launcher: Callable) -> Callable:
     return call
 
 
-def forget() -> None:
-    """The next call of each launcher is one that Triton looks at."""
-    _tapes.clear()
-
-
 def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (values,) if isinstance(values, Tensor) else values
 
@@ -268,7 +259,7 @@ def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def power_of_two(n: int, least: int = 1) -> int:
     """Return the smallest power of two that is at least n, or `least` if that is larger."""
-    return max(least, 1 << (n - 1).bit_length())
+    return max(least, 1 << int(n - 1).bit_length())
 
 
 def cdiv(a: int, b: int) -> int:

@@ -114,23 +114,14 @@ def tile(d: int) -> dict:
     return dict(BLOCK_N=block, num_warps=min(16, max(1, block // 256)))
 
 
-def new_outputs(x: Tensor, residual: Tensor | None, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
-    s = L.empty(x, 0) if residual is None else L.empty(x, *x.shape)
-    return L.empty(x, *x.shape), s, L.empty(x, 2, *x.shape[:-1], dtype=torch.float32)
-
-
-def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor, Tensor]:
-    dweight, dbias = (L.empty(s, s.shape[-1], dtype=torch.float32) for _ in range(2))
-    return L.empty(s, *s.shape), dweight, dbias
-
-
 @L.remembered
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
     x, d = x.contiguous(), x.shape[-1]
-    y, s, stats = new_outputs(x, residual, weight, bias, eps)
+    s = L.empty(x, 0) if residual is None else L.empty(x)
+    y, stats = L.empty(x), L.empty(x, 2, *x.shape[:-1], dtype=torch.float32)
     residual_arg = x if residual is None else residual.contiguous()
     args = (x, residual_arg, weight, bias, y, s, stats, d, eps)
     L.launch(_fwd_kernel, (x.numel() // d,), *args, HAS_RESIDUAL=residual is not None, **tile(d))
@@ -152,7 +143,7 @@ def backward(
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
     rows = s.numel() // d
     programs = min(PROGRAMS, rows)
-    dx, dweight, dbias = new_gradients(dy, dsum, s, weight, stats)
+    dx, dweight, dbias = L.empty(s), *(L.empty(s, d, dtype=torch.float32) for _ in range(2))
     part = L.empty(s, programs, 2, d, dtype=torch.float32)
     dsum_arg = dy if dsum is None else dsum.contiguous()
     args = (dy, dsum_arg, s, weight, stats, dx, part, rows, d)
@@ -188,8 +179,8 @@ def case(name: str, *shape: int, residual: bool = True, shift: float = 0.0) -> C
 
 KERNEL = Kernel(
     name="layer_norm", reference=reference, unsupported=unsupported,
-    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    size_class=size_class, save=save, gradients=lambda dx, *rest: (dx, dx, *rest), differentiable=2,
+    forward=forward, backward=backward, size_class=size_class, save=save,
+    gradients=lambda dx, *rest: (dx, dx, *rest), differentiable=2,
     cases=[
         case("320, tokens", 2, 7, 320),
         case("no residual", 5, 64, residual=False),
