@@ -73,19 +73,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y in the layout and dtype of x, and the groups' mean and rstd (2, b, g) in fp32."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
-    b, c, n, strides = sizes(x)
-    y, stats = L.empty(x), L.empty(x, 2, b, num_groups, dtype=torch.float32)
-    tile, grid, splits, split_rows, merge = tiling(x, num_groups, MAX_GROUP_ELEMENTS["forward"], FWD_TILES)
-    tile["HAS_ADD"], add = add is not None, x if add is None else add.contiguous()
-    image = (n, c, num_groups, num_groups / (c * n), *strides)
-    if splits:
-        part = L.empty(x, 2, b, splits, c, dtype=torch.float32)
-        split_grid = L.cdiv(c, tile["BLOCK_C"]), splits, b
-        L.launch(device.stats_kernel, split_grid, x, add, part, split_rows, *image, **tile)
-        args = (part, stats, splits, split_rows, eps, *image[:4])
-        L.launch(device.merge_kernel, (num_groups, b), *args, **merge)
-    tile |= dict(GROUP_C=0 if splits else c // num_groups, SILU=silu)
-    L.launch(device.apply_kernel, grid, x, y, add, weight, bias, stats, eps, *image, **tile)
+    y, stats = L.empty(x), L.empty(x, 2, len(x), num_groups, dtype=torch.float32)
+    _launch(False, x, x, y, add, weight, bias, stats, stats, stats, num_groups, eps, silu)
     return y, stats
 
 
@@ -96,26 +85,33 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dx, dweight and dbias in fp32, and dadd, which is empty without `add`."""
     x, weight, bias = L.dense(x), weight.contiguous(), bias.contiguous()
-    dy = L.dense(dy, like=x)
-    b, c, n, strides = sizes(x)
+    dy, c = L.dense(dy, like=x), x.shape[1]
     dx, dweight, dbias = L.empty(x), *(L.empty(x, c, dtype=torch.float32) for _ in range(2))
     dadd = L.empty(x, 0) if add is None else L.empty(add, *add.shape)
-    sums = coef = L.empty(x, b, 2, c, dtype=torch.float32)
-    tile, grid, splits, split_rows, merge = tiling(x, num_groups, MAX_GROUP_ELEMENTS["backward"], BWD_TILES)
-    flags, add = dict(HAS_ADD=add is not None), x if add is None else add.contiguous()
-    given = (x, dy, add, weight, bias, stats)
-    image = (n, c, num_groups, num_groups / (c * n), *strides)
-    if splits:
-        part = L.empty(x, 3, b, splits, c, dtype=torch.float32)
-        coef = L.empty(x, 2, b, num_groups, dtype=torch.float32)
-        args, split_grid = (*given, part, split_rows, *image), (L.cdiv(c, tile["BLOCK_C"]), splits, b)
-        L.launch(device.bwd_sums_kernel, split_grid, *args, SILU=silu, **flags, **tile)
-        args = (part, weight, stats, sums, coef, dadd, splits, *image[:4])
-        L.launch(device.bwd_merge_kernel, (num_groups, b), *args, **flags, **merge)
-    args, flags["GROUP_C"] = (*given, dx, coef, sums, dadd, *image), 0 if splits else c // num_groups
-    L.launch(device.bwd_dx_kernel, grid, *args, SILU=silu, **flags, **tile)
+    sums = L.empty(x, len(x), 2, c, dtype=torch.float32)
+    _launch(True, x, dy, dx, add, weight, bias, stats, sums, dadd, num_groups, 0.0, silu)
     add_up(sums, dbias, dweight)
     return dx, dweight, dbias, dadd
+
+
+def _launch(back: bool, x, dy, out, add, weight, bias, stats, sums, dadd, num_groups, eps, silu) -> None:
+    b, c, n, strides = sizes(x)
+    most, tiles = MAX_GROUP_ELEMENTS["backward" if back else "forward"], BWD_TILES if back else FWD_TILES
+    tile, grid, splits, split_rows, merge = tiling(x, num_groups, most, tiles)
+    has_add, add = add is not None, x if add is None else add.contiguous()
+    image, coef = (n, c, num_groups, num_groups / (c * n), *strides), stats
+    if splits:
+        part = L.empty(x, 3 if back else 2, b, splits, c, dtype=torch.float32)
+        coef = L.empty(stats) if back else stats
+        args = (x, dy, add, weight, bias, stats, part, split_rows, *image)
+        split_grid, flags = (L.cdiv(c, tile["BLOCK_C"]), splits, b), dict(HAS_ADD=has_add, SILU=back and silu)
+        L.launch(device.split_kernel, split_grid, *args, BACKWARD=back, **flags, **tile)
+        args = (part, weight, stats, sums, coef, dadd, splits, split_rows, eps, *image[:4])
+        merge |= dict(BACKWARD=back, HAS_ADD=back and has_add)
+        L.launch(device.merge_kernel, (num_groups, b), *args, **merge)
+    args = (x, dy, out, add, weight, bias, stats, coef, sums, dadd, eps, *image)
+    flags = dict(GROUP_C=0 if splits else c // num_groups, BACKWARD=back, HAS_ADD=has_add, SILU=silu)
+    L.launch(device.pass_kernel, grid, *args, **flags, **tile)
 
 
 def unsupported(x: Tensor, weight, bias, add: Tensor | None, num_groups: int, eps, silu) -> str:
