@@ -115,7 +115,7 @@ def _bwd_dq_kernel(
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dq, and delta for `_bwd_dkdv_kernel`."""
+    """Write dq, and delta for `bwd_dkdv_kernel`."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
@@ -141,36 +141,53 @@ def _bwd_dq_kernel(
 
 
 @triton.jit
-def _bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+def bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, split_rows,
     scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv. Scores are transposed, (keys, queries), so that P^T and dS^T stay in registers."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Write dk and dv. Scores are transposed, (keys, queries), so that P^T and dS^T stay in registers.
+
+    With SPLIT a program has all the keys, and split_rows of the queries. It computes delta, writes dq, and to
+    dk_ptr, which is dv_ptr, its share of dk and dv: (splits, 2, b, m, nh, hd) fp32.
+    """
+    i, stats = tl.program_id(0), tl.program_id(1).to(tl.int64) * n
+    cols = tl.arange(0, BLOCK_N) if SPLIT else i * BLOCK_N + tl.arange(0, BLOCK_N)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
-    do_ptr += heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1).to(tl.int64) * n
+    dense = heads.dense_offset(n, nh, HD)
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
     v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
     dk0, dk1 = heads.zeros(BLOCK_N, D0, D1)
     dv0, dv1 = heads.zeros(BLOCK_N, D0, D1)
-    tl.assume(n > 0)
-    for start in range(0, n, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+    tl.assume(split_rows > 0)
+    for start in range(0, split_rows, BLOCK_M):
+        rows = (i * split_rows if SPLIT else 0) + start + tl.arange(0, BLOCK_M)
         q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
-        do0, do1 = heads.load(do_ptr, rows, n, nh * HD, HD, D0, D1, EVEN_N)
+        do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
         if EVEN_N:
             lse, delta = tl.load(lse_ptr + stats + rows), tl.load(delta_ptr + stats + rows)
         else:
             lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))  # no such row: P = 0
             delta = tl.load(delta_ptr + stats + rows, mask=rows < n, other=0.0)
+        if SPLIT:
+            o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
+            delta = heads.row_sums(do0, do1, o0, o1, D1)
         p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
+        if SPLIT:
+            p = tl.where(cols[:, None] < m, p, 0.0)
         dv0, dv1 = heads.dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
-        ds = p * (heads.dot(v0, v1, do0, do1, D1) - delta[None, :])
-        dk0, dk1 = heads.dot_onto(ds.to(q0.dtype), q0, q1, dk0, dk1, D1)
+        ds = (p * (heads.dot(v0, v1, do0, do1, D1) - delta[None, :])).to(q0.dtype)
+        dk0, dk1 = heads.dot_onto(ds, q0, q1, dk0, dk1, D1)
+        if SPLIT:
+            dq0, dq1 = heads.zeros(BLOCK_M, D0, D1)
+            dq0, dq1 = heads.dot_onto(tl.trans(ds), k0, k1, dq0, dq1, D1)
+            heads.store(dq_ptr + dense, dq0 * HD**-0.5, dq1 * HD**-0.5, rows, n, nh * HD, HD, D0, D1)
     dense = heads.dense_offset(m, nh, HD)
+    if SPLIT:
+        plane = (tl.num_programs(1) // nh).to(tl.int64) * m * nh * HD
+        dk_ptr += 2 * i * plane
+        dv_ptr += (2 * i + 1) * plane
     heads.store(dk_ptr + dense, dk0 * HD**-0.5, dk1 * HD**-0.5, cols, m, nh * HD, HD, D0, D1)
     heads.store(dv_ptr + dense, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
 
@@ -207,12 +224,13 @@ def backward(
     do = do.contiguous()
     delta = L.empty(lse)
     dq, dk, dv = (L.empty(t, *t.shape) for t in (q, k, v))
-    _launch(_bwd_dq_kernel, DQ_TILES, q.shape[1], "BLOCK_M", q, k, v, o, do, lse, delta, dq)
-    _launch(_bwd_dkdv_kernel, DKDV_TILES, k.shape[1], "BLOCK_N", q, k, v, do, lse, delta, dk, dv)
+    n, m, both = q.shape[1], k.shape[1], (q, k, v, o, do, lse, delta, dq)
+    _launch(_bwd_dq_kernel, DQ_TILES, n, "BLOCK_M", *both)
+    _launch(bwd_dkdv_kernel, DKDV_TILES, m, "BLOCK_N", *both, dk, dv, n, SPLIT=False)
     return dq, dk, dv
 
 
-def _launch(kernel, tiles: L.Tiles, rows: int, block: str, q: Tensor, k: Tensor, *rest: Tensor, **flags):
+def _launch(kernel, tiles: L.Tiles, rows: int, block: str, q: Tensor, k: Tensor, *rest, **flags) -> None:
     """Launch a program for every `block` of `rows`, which are queries or keys, of every head."""
     tile = tiles.pick(q.shape[-1], q.device)
     even = dict(EVEN_N=q.shape[1] % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)

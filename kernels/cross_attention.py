@@ -60,48 +60,6 @@ def _fwd_kernel(
         heads.store(o_ptr, acc0 * over, acc1 * over, rows, n, nh * HD, HD, D0, D1)
 
 
-# ------------------------------ Backward
-
-
-@triton.jit
-def _bwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, part_ptr,
-    split_rows, scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
-    HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Write dq, and part (splits, 2, b, m, nh, hd) in fp32: dk and dv of each split's queries."""
-    b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
-    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
-    dense = heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1).to(tl.int64) * n
-    cols = tl.arange(0, KEYS)
-    k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, False)
-    v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, False)
-    dk0, dk1 = heads.zeros(KEYS, D0, D1)
-    dv0, dv1 = heads.zeros(KEYS, D0, D1)
-    tl.assume(split_rows > 0)
-    for start in range(0, split_rows, BLOCK_M):
-        rows = tl.program_id(0) * split_rows + start + tl.arange(0, BLOCK_M)
-        q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, False)
-        do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
-        o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
-        delta = heads.row_sums(do0, do1, o0, o1, D1)
-        # infinity gives P = 0 for rows past the last
-        lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))
-        p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
-        p = tl.where(cols[:, None] < m, p, 0.0)
-        dv0, dv1 = heads.dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
-        ds = (p * (heads.dot(v0, v1, do0, do1, D1) - delta[None, :])).to(q0.dtype)
-        dk0, dk1 = heads.dot_onto(ds, q0, q1, dk0, dk1, D1)
-        dq0, dq1 = heads.zeros(BLOCK_M, D0, D1)
-        dq0, dq1 = heads.dot_onto(tl.trans(ds), k0, k1, dq0, dq1, D1)
-        heads.store(dq_ptr + dense, dq0 * HD**-0.5, dq1 * HD**-0.5, rows, n, nh * HD, HD, D0, D1)
-    batch = (tl.num_programs(1) // nh).to(tl.int64)
-    part_ptr += ((tl.program_id(0) * 2 * batch + b) * m * nh + h) * HD
-    heads.store(part_ptr, dk0 * HD**-0.5, dk1 * HD**-0.5, cols, m, nh * HD, HD, D0, D1)
-    heads.store(part_ptr + batch * m * nh * HD, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
-
-
 # ------------------------------ Launchers
 
 
@@ -137,8 +95,9 @@ def backward(
     splits = L.cdiv(n, split_rows)
     dq, dk, dv = (L.empty(t, *t.shape) for t in (q, k, v))
     part = L.empty(q, splits, 2, *k.shape, dtype=torch.float32)
-    keys = L.power_of_two(k.shape[1], 16)
-    heads.launch(_bwd_kernel, splits, q, k, v, o, do, lse, dq, part, split_rows, KEYS=keys, **tile)
+    tile |= dict(SPLIT=True, BLOCK_N=L.power_of_two(k.shape[1], 16), EVEN_N=False, EVEN_M=False)
+    args = (q, k, v, o, do, lse, lse, dq, part, part, split_rows)  # computes delta where it would read it
+    heads.launch(attention.bwd_dkdv_kernel, splits, *args, **tile)
     add_up(part, dk, dv)
     return dq, dk, dv
 
