@@ -195,13 +195,11 @@ def bwd_dkdv_kernel(
 # ------------------------------ Launchers
 
 
-@L.remembered
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     return _forward(q, k, v, anchor=False)
 
 
-@L.remembered
 def anchored(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`forward` with fewer instructions. Not for fp16, which ends at 65504: exponentials above the anchor
     would overflow there, where those of bf16 and fp32 do not."""
@@ -216,7 +214,6 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *, anchor: bool) -> tuple[Tensor, 
     return o, lse
 
 
-@L.remembered
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,7 +63,6 @@ def _fwd_kernel(
 # ------------------------------ Launchers
 
 
-@L.remembered
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     q, k, v = (heads.dense(t) for t in (q, k, v))
@@ -79,7 +78,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-@L.remembered
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

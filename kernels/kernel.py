@@ -61,6 +61,7 @@ class Kernel:
     peers: Mapping[str, Callable] = field(default_factory=dict)  # torch's versions, if not eager and compiled
 
     def __post_init__(self):
+        self.forward, self.backward = L.remembered(self.forward), L.remembered(self.backward)
         self.operator = operator(self.name, self.forward)
         self.operator.register_autograd(self._backward, setup_context=self._setup_context)
         self._backward_operator = operator(f"{self.name}_bwd", self.backward)

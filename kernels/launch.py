@@ -1,12 +1,6 @@
 """What every launcher needs: whether a kernel can run on these tensors, which tile it takes, and the call.
 
-    why_not(q, k, v, dtypes=HALF)         why kernels cannot run on these tensors, or an empty string
-    Tiles(...).pick(shape_class, device)  the tile of the table, a dict of constexprs and compile options
-    empty(x, *shape)                      what a launcher allocates
-    launch(kernel, grid, *args, **meta)   the call; inside `record` it is recorded and not run
-    @remembered                           makes a launcher whose second call of a kind repeats the first
-
-Tiles are fixed by (launch, shape class, GPU family) and not searched: every candidate would take 1 to 3 s to
+Tiles are fixed by (launch, size, GPU family) and not searched: every candidate would take 1 to 3 s to
 compile.
 """
 

@@ -114,7 +114,6 @@ def tile(d: int) -> dict:
     return dict(BLOCK_N=block, num_warps=min(16, max(1, block // 256)))
 
 
-@L.remembered
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +133,6 @@ def save(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return x if residual is None else s, weight, stats
 
 
-@L.remembered
 def backward(
     dy: Tensor | None, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
