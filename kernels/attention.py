@@ -18,9 +18,6 @@ import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-# ------------------------------ Reference
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -300,13 +297,8 @@ def square(b: int, n: int, hd: int) -> Case:
     return case(f"self b{b} {n}x{n} hd{hd}", b, n, n, 8, hd)
 
 
-PEERS = {  # the reference by each of torch's own kernels
-    "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(reference),
-    "cudnn": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(reference),
-    "efficient": sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(reference),
-}
 KERNEL = Kernel(
-    name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF, peers=PEERS,
+    name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF,
     forward=forward, backward=backward, size_class=heads.size_class,
     tiles=(FWD_TILES, DQ_TILES, DKDV_TILES),
     cases=[

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
-from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 MAX_KEYS = 128
@@ -96,7 +95,7 @@ def backward(
     tile |= dict(SPLIT=True, BLOCK_N=L.power_of_two(k.shape[1], 16), EVEN_N=False, EVEN_M=False)
     args = (q, k, v, o, do, lse, lse, dq, part, part, split_rows)  # computes delta where it would read it
     heads.launch(attention.bwd_dkdv_kernel, splits, *args, **tile)
-    add_up(part, dk, dv)
+    L.add_up(part, dk, dv)
     return dq, dk, dv
 
 
@@ -133,7 +132,7 @@ def text(b: int, n: int, hd: int, m: int = 77) -> Case:
 
 KERNEL = Kernel(
     name="cross_attention", reference=attention.reference, unsupported=unsupported, dtypes=L.HALF,
-    forward=forward, backward=backward, size_class=heads.size_class, peers=attention.PEERS,
+    forward=forward, backward=backward, size_class=heads.size_class,
     tiles=(FWD_TILES, BWD_TILES),
     cases=[
         case("77 keys, 40", 1, 128, 77, 2, 40),

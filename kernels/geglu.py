@@ -15,8 +15,6 @@ from torch import Tensor
 
 TILE = dict(BLOCK_N=1024, num_warps=4)
 
-# ------------------------------ Reference
-
 
 def reference(x: Tensor) -> Tensor:
     """The same operation in plain torch: x (..., 2 d) -> (..., d)."""
@@ -24,11 +22,8 @@ def reference(x: Tensor) -> Tensor:
     return a * F.gelu(g)
 
 
-# ------------------------------ Kernel
-
-
 @triton.jit
-def _kernel(
+def geglu_kernel(
     x_ptr,  # (rows, 2 d)
     dy_ptr,  # (rows, d), read if BACKWARD
     out_ptr,  # y (rows, d), or dx (rows, 2 d): never the memory of x, which another backward may still need
@@ -52,9 +47,6 @@ def _kernel(
         tl.store(out_ptr + row * d + col, (a * g * phi).to(out_ptr.dtype.element_ty), mask=ok)
 
 
-# ------------------------------ Launchers
-
-
 def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = L.empty(x, *x.shape[:-1], x.shape[-1] // 2)
@@ -72,7 +64,7 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
 def _launch(x: Tensor, dy: Tensor, out: Tensor, **flags) -> None:
     d = x.shape[-1] // 2
     grid = x.numel() // (2 * d), L.cdiv(d, TILE["BLOCK_N"])
-    L.launch(_kernel, grid, x, dy, out, d, **flags, **TILE)
+    L.launch(geglu_kernel, grid, x, dy, out, d, **flags, **TILE)
 
 
 def unsupported(x: Tensor) -> str:
@@ -80,9 +72,6 @@ def unsupported(x: Tensor) -> str:
         return f"{x.shape[-1]} columns do not divide in two"
     large = x.numel() > L.INT32 * x.shape[-1] or x.shape[-1] > 512 * L.GRID_YZ
     return "more than 2^31 rows, or rows too long for the grid" if large else ""
-
-
-# ------------------------------ Cases
 
 
 def case(name: str, *shape: int, scale: float = 1.0) -> Case:

@@ -7,8 +7,8 @@ minisd/ops.py, aot.py, bench.py, verdicts.py and the tests all call `discover`.
 import functools
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -58,7 +58,6 @@ class Kernel:
     tiles: Sequence[L.Tiles] = ()
     size_class: Callable[..., str]  # sizes that share a verdict; takes tensors' shapes in place of tensors
     variants: Sequence["Kernel"] = ()  # other kernels of the same operation, each with a name of its own
-    peers: Mapping[str, Callable] = field(default_factory=dict)  # torch's versions, if not eager and compiled
 
     def __post_init__(self):
         self.forward, self.backward = L.remembered(self.forward), L.remembered(self.backward)

@@ -13,6 +13,7 @@ from operator import itemgetter, or_
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,9 +52,6 @@ def family(capability: int) -> int:
     return 86 if capability >= 120 else max([f for f in FAMILIES if f <= capability], default=80)
 
 
-# ------------------------------ Tile tables
-
-
 class Tiles:
     """The tiles of a launch: size -> GPU family -> tile. A missing size takes the next larger one, a missing
     family the next older one."""
@@ -66,9 +64,6 @@ class Tiles:
         row, chip = self.table[min(s for s in self.table if s >= size)], capability(device)
         newest = 120 if chip >= 120 and 120 in row else family(chip)
         return dict(row[max(f for f in row if f <= newest)])
-
-
-# ------------------------------ Whether kernels can run
 
 
 def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -94,9 +89,6 @@ def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
     if any(t.numel() == 0 for t in tensors):
         return f"an empty tensor of {dtype}"
     return ""
-
-
-# ------------------------------ Layouts
 
 
 def layout(x: Tensor) -> str:
@@ -258,3 +250,32 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# ------------------------------ Partial sums
+
+
+@triton.jit
+def _sum_kernel(
+    part_ptr,  # (splits, 2, size) fp32
+    first_ptr, second_ptr,  # (size,)
+    splits, size,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    half, at = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        rows = part_ptr + (s.to(tl.int64) * 2 + half)[:, None] * size
+        total += tl.load(rows + at[None, :], mask=(s < splits)[:, None] & (at < size)[None, :], other=0.0)
+    sum_ptr = second_ptr if half else first_ptr
+    tl.store(sum_ptr + at, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=at < size)
+
+
+def add_up(part: Tensor, first: Tensor, second: Tensor) -> None:
+    """Write the sum over the first dimension of part (splits, 2, ...) to `first` and `second`, added up in a
+    fixed order: what backwards end with, where others would use atomics."""
+    splits, size = len(part), first.numel()
+    block = min(32, power_of_two(splits))
+    tile = dict(BLOCK_S=block, BLOCK_N=1024 // block, num_warps=4)
+    launch(_sum_kernel, (cdiv(size, tile["BLOCK_N"]), 2), part, first, second, splits, size, **tile)
