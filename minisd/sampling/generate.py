@@ -266,8 +266,8 @@ def pictures(
     preview: int = 1,
 ) -> Iterator[Image.Image]:
     """Yield one image for each pair of prompt and seed. `init_images`, `masks`, `noise` and `controls`
-    are as in `denoise`, with one for each image. `on_step(n)` is called after each step of a batch of n images, and
-    `on_preview` with previews of them at every `preview`-th run of the network."""
+    are as in `denoise`, with one for each image. `on_step(n)` is called after each step of a batch of n
+    images, and `on_preview` with previews of them at every `preview`-th run of the network."""
 
     def show(predicted: Tensor) -> None:
         if next(runs) % preview == 0:
