@@ -114,12 +114,9 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     """Images in a grid on white, in cells as large as the largest; by default the grid is about square."""
     columns = columns or max(1, round(len(images) ** 0.5))
     width, height = max(i.width for i in images), max(i.height for i in images)
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
-    for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        sheet.paste(image, (column * (width + GAP), row * (height + GAP)))
-    return sheet
+    cells = [ImageOps.expand(i, (0, 0, width - i.width, height - i.height), "white") for i in images]
+    rows = [stack(cells[first : first + columns], True, GAP) for first in range(0, len(cells), columns)]
+    return stack(rows, gap=GAP)
 
 
 def label(text: str, width: int, height: int = 0) -> Image.Image:
