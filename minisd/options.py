@@ -16,6 +16,7 @@ from typing import Any, Literal
 from minisd import registry
 
 TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
+MAX_PIXELS = 89_478_485  # of an image that is read: Pillow's own limit
 
 
 def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] = (), **metadata: Any) -> Any:
@@ -235,9 +236,12 @@ class Data(Group):
     resolution: int = flag(512, "side of the training images in pixels, a multiple of 8")
     center_crop: bool = flag(False, "crop images to the central square first")
     skip_bad_images: bool = flag(False, "skip images that cannot be decoded")
+    allow_outside: bool = flag(False, "read images that metadata names outside its folder", free=True)
+    max_pixels: int = flag(MAX_PIXELS, "refuse images with more pixels than this", free=True)
 
     def check(self):
         require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
+        self.positive("max_pixels")
 
 
 @dataclass(kw_only=True)

@@ -70,7 +70,6 @@ class CustomDiffusion(PriorPreservation):
             same = {n: getattr(options, n) for n in ("instance_prompt", "class_prompt", "class_data_dir")}
             self.concepts = [Concept(instance_data_dir=options.data, **same)]
         self.words = options.modifier_token.split("+") if options.modifier_token else []
-        self.skip = {"skip_bad_images": options.skip_bad_images}
         if options.with_prior_preservation:
             self.lr_scale = 2.0  # twice the images, as diffusers' example script counts them
 
@@ -100,20 +99,20 @@ class CustomDiffusion(PriorPreservation):
         return trained
 
     def read(self) -> Source:
-        from minisd.data import concepts
+        from minisd.data import concepts, source
 
-        flag, skip = "--concepts_list" if self.options.concepts_list else "--data", self.skip
-        return concepts.read_instances(self.concepts, flag=flag, **skip)
+        flag = "--concepts_list" if self.options.concepts_list else "--data"
+        return concepts.read_instances(self.concepts, flag=flag, **source.keywords(self.options))
 
     def datasets(self) -> tuple:
-        from minisd.data import concepts, datasets
+        from minisd.data import concepts, datasets, source
 
         o = self.options
         size = {"resolution": o.resolution, "factor": self.sd.vae.config.downscale}
         self.data = concepts.CustomConcepts(self.read(), augment=not o.noaug, hflip=o.hflip, **size)
         if o.with_prior_preservation:
-            source = concepts.read_classes(self.concepts, flag="--class_data_dir", **self.skip)
-            classes = concepts.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
+            classes = concepts.read_classes(self.concepts, flag="--class_data_dir", **source.keywords(o))
+            classes = concepts.ClassPictures(classes, random_flip=o.hflip, center_crop=o.center_crop, **size)
             share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
             self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)
         return self.data, None
