@@ -65,8 +65,7 @@ def open_image(
     try:
         file = io.BytesIO(path.read_bytes() if content is None else content)
         require(file.getbuffer(), "it is empty")
-        with warnings.catch_warnings(), Image.open(file) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(action="error", category=BOMBS[0]), Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")

@@ -93,6 +93,8 @@ class Source:
             texts = value if isinstance(value, list | tuple) else [value]
             if of == "texts" and not (texts and all(isinstance(t, str) for t in texts)):
                 raise ValueError(f"{flag} {column}: that of {record.name} is not text or texts: {value!r}")
+            for text in texts if of == "texts" else ():
+                reading.check_length(text, f"{flag} {column}: {record.name} has one")
         return column
 
     def pair_column(self, name: str, other: str, *, flag: str) -> str:
