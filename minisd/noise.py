@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.options import require
-
 
 def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
     """The variance that each step adds, (steps,), for a `kind` that a config's beta_schedule can have."""
@@ -57,9 +55,10 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
 
     def __post_init__(self):
-        problem = f"prediction_type {self.prediction_type!r}: one of epsilon, v_prediction, sample"
-        require(self.prediction_type in ("epsilon", "v_prediction", "sample"), problem)
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+        kind = self.prediction_type
+        if kind not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type {kind!r}: one of epsilon, v_prediction, sample")
+        if self.rescale_betas_zero_snr and kind == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
                 "x_0 cannot be computed from pure noise and its prediction"
@@ -84,7 +83,8 @@ class NoiseSchedule:
         """The timesteps (steps,) of inference, descending and in fp64, for a spacing "leading", "linspace" or
         "trailing"; those of "linspace" need not be whole numbers (Lin et al. 2023, table 2)."""
         total = self.num_train_timesteps
-        require(1 <= steps <= total, f"steps {steps}: from 1 to {total}")
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps {steps}: from 1 to {total}")
         i = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":
             descending = i.flip(0) * (total // steps) + offset
@@ -126,6 +126,17 @@ class NoiseSchedule:
         """alpha_bar_t / (1 - alpha_bar_t), (b,)."""
         alphas_cumprod = self.at(timesteps)
         return alphas_cumprod / (1 - alphas_cumprod)
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """The weights (b,) of the squared errors that give the error of x_0 a weight of min(SNR, gamma) (Hang
+        et al. 2023, arXiv 2303.09556)."""
+        snr = self.snr(timesteps)
+        capped = snr.clamp(max=gamma)
+        if self.prediction_type == "sample":
+            return capped
+        if self.prediction_type == "v_prediction":
+            return capped / (snr + 1)
+        return torch.where(snr > 0, capped / snr, 1.0)  # 1 is the limit at SNR 0
 
     def split(self, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
         """The x_0 and the noise that `pred` implies for x, at the noise level `alpha_cumprod` (a scalar)."""

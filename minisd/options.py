@@ -3,7 +3,6 @@
 A group is a keyword-only dataclass; the first line of its docstring is its title in `--help`. A method's
 Options inherits the groups it uses, adds its own flags, and may redeclare a field to change only its default:
 
-    @dataclass(kw_only=True)
     class Options(Training):
         rank: int = flag(4, "rank r of the update B @ A")
         learning_rate: float = flag(1e-4)       # help and group stay those of Optimizer.learning_rate
@@ -11,7 +10,7 @@ Options inherits the groups it uses, adds its own flags, and may redeclare a fie
 
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform
 
 from minisd import registry
 
@@ -47,9 +46,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(flag,))
 @dataclass(kw_only=True)
 class Group:
-    """Base of every group: after construction the `check` of each class in the MRO runs, subclasses first."""
+    """Base of every group, which makes a dataclass of it. After construction the `check` of each class in the
+    MRO runs, subclasses first."""
+
+    def __init_subclass__(cls):
+        dataclass(kw_only=True)(cls)
 
     def __post_init__(self):
         for f in fields(self):
@@ -80,7 +84,6 @@ class Group:
         require(not both, f"--{one} and --{other} exclude each other")
 
 
-@dataclass(kw_only=True)
 class Model(Group):
     """Model"""
 
@@ -104,25 +107,21 @@ class Model(Group):
         return {keyword: getattr(self, name) for keyword, name in names.items()}
 
 
-@dataclass(kw_only=True)
 class Run(Group):
     """Run"""
 
     output_dir: Path = flag(Path("out"), "folder for log, checkpoints and result", free=True)
-    overwrite_output_dir: bool = flag(False, "discard an earlier run and start over", free=True)
+    overwrite_output_dir: bool = flag(
+        False, "discard an earlier run and its result, and start over", also=("overwrite",), free=True
+    )
     seed: int = flag(0, "seed of everything random")
     max_train_steps: int | None = flag(None, "optimizer updates, instead of epochs", free=True)
-    num_train_epochs: int = flag(
-        100, "passes over the data, unless --max_train_steps is given", also=("num_epochs",), free=True
-    )
+    num_train_epochs: int = flag(100, "passes over the data", also=("num_epochs",), free=True)
     checkpointing_steps: int = flag(500, "updates between checkpoints; 0 saves none", free=True)
     checkpoints_total_limit: int | None = flag(None, "number of checkpoints to keep", free=True)
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or 'latest'", free=True)
     report_to: Literal["none", "tensorboard", "wandb", "comet_ml", "all"] = flag(
-        "tensorboard",
-        "tracker to log to besides log.jsonl, if installed; comet_ml is not supported",
-        also=("logger",),
-        free=True,
+        "tensorboard", "tracker besides log.jsonl, if installed; not comet_ml", also=("logger",), free=True
     )
     logging_dir: str = flag("logs", "tensorboard's folder within --output_dir", free=True)
     push_to_hub: bool = flag(False, "upload the result to the hub", free=True)
@@ -145,7 +144,6 @@ LR_SCHEDULERS = Literal[
 ]
 
 
-@dataclass(kw_only=True)
 class Optimizer(Group):
     """Optimizer"""
 
@@ -173,7 +171,6 @@ class Optimizer(Group):
         self.not_negative("lr_warmup_steps", "max_grad_norm", "adam_weight_decay")
 
 
-@dataclass(kw_only=True)
 class Diffusion(Group):
     """Noise and loss"""
 
@@ -194,30 +191,19 @@ PRECISIONS = Literal["no", "fp16", "bf16"]
 GRAPH = Literal["auto", "on", "off"]
 
 
-@dataclass(kw_only=True)
 class Precision(Group):
     """Speed and memory"""
 
-    kernels: KERNELS = flag(
-        "auto", "implementation of attention and norms; auto is the fastest measured", free=True
-    )
-    graph: GRAPH = flag(
-        "auto", "forward and backward pass as a CUDA graph; auto: where that gives the same bits", free=True
-    )
+    kernels: KERNELS = flag("auto", "what computes attention and norms; auto: what is fastest", free=True)
+    graph: GRAPH = flag("auto", "run updates as CUDA graphs; auto: where that gives the same bits", free=True)
     compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
-    deterministic: bool = flag(
-        False,
-        "the same command gives the same bytes on the same GPU, if somewhat later; --kernels auto is then "
-        "torch; not promised for the sums over several GPUs, nor with --use_8bit_adam",
-    )
+    deterministic: bool = flag(False, "the same command gives the same bytes on the same GPU; slower")
     mixed_precision: PRECISIONS | None = flag(
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
     )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")
-    enable_xformers_memory_efficient_attention: bool = flag(
-        False, "accepted: attention never stores the whole score matrix"
-    )
+    enable_xformers_memory_efficient_attention: bool = flag(False, "accepted: it saves memory anyway")
     set_grads_to_none: bool = flag(False, "accepted: gradients are always set to None")
     dataloader_num_workers: int = flag(0, "processes that load images; 0 is the main process", free=True)
 
@@ -226,7 +212,6 @@ class Precision(Group):
         self.mixed_precision = self.mixed_precision or "no"
 
 
-@dataclass(kw_only=True)
 class Data(Group):
     """Data"""
 
@@ -244,23 +229,16 @@ class Data(Group):
         self.positive("max_pixels")
 
 
-@dataclass(kw_only=True)
 class Dataset(Data):
     """Data with columns"""
 
     DATA_HAS_SPLITS = False  # whether names in --data tell splits apart, as always in --dataset_name
 
     data: Path | None = flag(None)
-    dataset_name: str | None = flag(
-        None, "dataset on the hub, a folder or a parquet file; --data is then a folder in it"
-    )
+    dataset_name: str | None = flag(None, "hub dataset, folder or parquet file; --data is a folder in it")
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     max_train_samples: int | None = flag(None, "use only this many examples, drawn by --seed")
-    validation_split: float = flag(
-        0.0,
-        "fraction (below 1) or number (from 1) of examples to hold out; their loss is logged at every "
-        "validation, each with a fixed noise and timestep",
-    )
+    validation_split: float = flag(0.0, "fraction or number of examples to hold out, whose loss is logged")
 
     def check(self):
         split = self.validation_split
@@ -272,7 +250,6 @@ class Dataset(Data):
 INTERPOLATIONS = Literal["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
-@dataclass(kw_only=True)
 class Captions(Dataset):
     """Captioned data"""
 
@@ -288,7 +265,6 @@ class Captions(Dataset):
         self.probabilities("caption_dropout")
 
 
-@dataclass(kw_only=True)
 class Prior(Group):
     """Prior preservation"""
 
@@ -307,12 +283,10 @@ class Prior(Group):
 
     def check_class(self) -> None:
         """ValueError if the class, or the folder of its images, is needed but not given."""
-        prior = self.with_prior_preservation
-        require(not prior or bool(self.class_data_dir), "--with_prior_preservation needs --class_data_dir")
-        require(not prior or bool(self.class_prompt), "--with_prior_preservation needs --class_prompt")
+        for name in ("class_data_dir", "class_prompt") if self.with_prior_preservation else ():
+            require(getattr(self, name), f"--with_prior_preservation needs --{name}")
 
 
-@dataclass(kw_only=True)
 class Subject(Captions, Prior):
     """Subject"""
 
@@ -330,7 +304,6 @@ class Subject(Captions, Prior):
         self.exclusive("pre_compute_text_embeddings", "train_text_encoder")
 
 
-@dataclass(kw_only=True)
 class Average(Group):
     """Averaged weights"""
 
@@ -346,7 +319,6 @@ class Average(Group):
         self.probabilities("ema_max_decay")
 
 
-@dataclass(kw_only=True)
 class ValidationImages(Group):
     """Validation"""
 
@@ -369,13 +341,10 @@ class ValidationImages(Group):
         return self.validation_steps or self.validation_epochs * updates_per_epoch
 
 
-@dataclass(kw_only=True)
 class Validation(ValidationImages):
     """Validation images"""
 
-    validation_prompt: str | None = flag(
-        None, "prompt of the validation images; {} in it stands for the trained concept", free=True
-    )
+    validation_prompt: str | None = flag(None, "their prompt; {} in it stands for the concept", free=True)
     validation_guidance_scale: float = flag(7.5, "guidance scale of validation images")
     validation_scheduler: str = flag("ddim", "scheduler of validation images, as --scheduler of sample.py")
 
@@ -384,7 +353,6 @@ class Validation(ValidationImages):
         self.validation_scheduler = f"{name} karras" if karras else name
 
 
-@dataclass(kw_only=True)
 class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
     """Latents
 

@@ -44,13 +44,13 @@ def states(monkeypatch):
 
 def test_training_is_set_up_before_cuda_starts(command, states, cat, model, tmp_path):
     flags = ["--method", "textual_inversion", "--data", cat, "--model", model, "--resolution", 32]
-    flags += ["--max_train_steps", 1, "--report_to", "none", "--output_dir", tmp_path]
+    flags += ["--max_train_steps", 1, "--report_to", "none", "--output_dir", tmp_path / "out"]
     status, _, stderr = command("train.py", *flags, "--deterministic")
     assert status == 0, stderr
     assert states and all(state == (True,) * 4 for state in states)
-    assert json.loads((tmp_path / "options.json").read_text())["deterministic"] is True
-    status, _, stderr = command("train.py", *flags, "--resume_from_checkpoint", "latest")
-    assert status == 0, stderr  # no checkpoint yet: a new run
+    assert json.loads((tmp_path / "out" / "options.json").read_text())["deterministic"] is True
+    status, _, stderr = command("train.py", *flags, "--overwrite")
+    assert status == 0, stderr
     assert states[-1][1:] == (False, False, False)  # shapes are fixed, so cuDNN searches
 
 

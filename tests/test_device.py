@@ -93,7 +93,9 @@ def test_a_step_waits_for_nothing(method, changes, short_run, cat, monkeypatch):
     text = copies.count - len(
         sent
     )  # token ids, or none where the text encoder is frozen and knows the prompts
-    assert text in (0, 1) and (text or method in ("autoencoder", "unconditional") or not m.trains_text())
+    assert text in (0, 1) and (
+        text or method in ("autoencoder", "unconditional") or not m.trains("text_encoder")
+    )
 
 
 @pytest.mark.parametrize(

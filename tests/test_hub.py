@@ -407,7 +407,7 @@ def test_a_card_that_is_not_ours_stays(short_run, capsys):
     card = o.output_dir / "README.md"
     assert train("textual_inversion", o) == 0
     first = card.read_text()
-    o.seed = 1
+    o.seed, o.overwrite_output_dir = 1, True
     assert train("textual_inversion", o) == 0
     assert card.read_text() != first  # it was ours, so it is that of the new run
     for text in (first.replace("minisd", "Minisd"), "# My notes\n", ""):

@@ -24,7 +24,7 @@ LAYERS = [
         "minisd.files",
         "minisd.graph",
     ],
-    ["minisd.ops", "minisd.losses"],
+    ["minisd.ops"],
     ["minisd.device"],
     ["minisd.models"],
     ["minisd.formats", "minisd.schedulers", "minisd.data"],

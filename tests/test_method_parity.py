@@ -1,5 +1,7 @@
 """Losses, gradients and files of the methods against diffusers and the published scripts' formulas."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -186,8 +188,8 @@ def test_pipelines_that_open_in_diffusers(options, method, flags):
 
 @pytest.mark.parametrize("extension", [".safetensors", ".bin"])
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, extension, tmp_path, capsys):
-    """By the calls that the run prints."""
+def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, extension, tmp_path, monkeypatch):
+    """By the calls in the model card."""
     flags = ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>", "--initializer_token", "dog"]
     flags += ["--no_safe_serialization"] if extension == ".bin" else []
     o = options("custom_diffusion", *flags, "--freeze_model", freeze_model)
@@ -202,8 +204,10 @@ def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, exten
     assert {n.partition(".processor.")[2] for n in names} == expected
     prompt, size = "a <new1> cat", Settings(width=32, height=32, steps=8)
     pipe = pipeline(model)
-    line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("in diffusers: "))
-    for call in line.removeprefix("in diffusers: ").split("; "):
+    monkeypatch.chdir(o.output_dir.parent)
+    calls = re.findall(r"^pipe\..*", (o.output_dir / "README.md").read_text(), re.MULTILINE)
+    assert len(calls) == 2
+    for call in calls:
         eval(call, {"pipe": pipe})
     expected = draw_theirs(pipe, [prompt], [1], 32, 32, num_inference_steps=8)[0]
     sd = StableDiffusion.load(model)

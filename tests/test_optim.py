@@ -30,9 +30,13 @@ def moved(kind, count, state=None):
     optimizer = kind(ps, **SETTINGS)
     first = 0
     if state:
-        first = int(state[1]["state"][0]["step"])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state[1]["state"], "param_groups": groups})
+        first = int(state[1][0]["step"])
+        for i, slot in state[1].items():
+            if kind is optim.AdamW:
+                for key, value in optimizer.slot(ps[i]).items():
+                    value.copy_(slot[key])
+            else:
+                optimizer.state[ps[i]] = slot
         with torch.no_grad():
             for p, value in zip(ps, state[0], strict=True):
                 p.copy_(value)
@@ -42,7 +46,8 @@ def moved(kind, count, state=None):
             p.grad = torch.randn(p.shape) if j != 1 or i % 2 else None
         optimizer.param_groups[0]["lr"] = 1e-2 / (1 + i)
         optimizer.step()
-    return [p.detach().clone() for p in ps], optimizer.state_dict()
+    state = {i: optimizer.state[p] for i, p in enumerate(ps) if p in optimizer.state}
+    return [p.detach().clone() for p in ps], state
 
 
 def test_it_is_torch_s():
@@ -50,9 +55,10 @@ def test_it_is_torch_s():
     ours, theirs = moved(optim.AdamW, 6), moved(torch.optim.AdamW, 6)
     for a, b in zip(ours[0], theirs[0], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
-    assert ours[1]["state"].keys() == theirs[1]["state"].keys() == {0, 1, 2}
-    for i, slot in theirs[1]["state"].items():
-        assert all(torch.allclose(ours[1]["state"][i][k], v, rtol=1e-5, atol=1e-8) for k, v in slot.items())
+    assert ours[1].keys() == theirs[1].keys() == {0, 1, 2}
+    for i, slot in theirs[1].items():
+        assert ours[1][i].keys() == slot.keys()
+        assert all(torch.allclose(ours[1][i][k], v, rtol=1e-5, atol=1e-8) for k, v in slot.items())
     for first, second in ((optim.AdamW, torch.optim.AdamW), (torch.optim.AdamW, optim.AdamW)):
         for a, b in zip(moved(second, 2, moved(first, 4))[0], theirs[0], strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)

@@ -139,11 +139,11 @@ def test_like_needs_the_pictures_again(model, tmp_path):
     drawn = sample(*flags, "--output", tmp_path / "out")
     assert "Denoising strength: 0.8" in infotext.read(drawn[0])
     for path in drawn[:2]:
-        (again,) = sample("--like", path, "--output", tmp_path / "again.png")
+        (again,) = sample("--like", path, "--output", tmp_path / "again.png", "--overwrite")
         assert np.array_equal(pixels(again), pixels(path))
     files[1].unlink()
     with pytest.raises((ValueError, OSError), match="2.png"):
-        sample("--like", drawn[1], "--output", tmp_path / "again.png")
+        sample("--like", drawn[1], "--output", tmp_path / "again.png", "--overwrite")
 
 
 def test_loras_in_prompts_equal_adapters(model, loras, tmp_path):
@@ -202,7 +202,8 @@ def test_csv_draws_a_table(model, tmp_path):
     drawn = sample(*flags, "--csv", file, "--output", tmp_path / "out")
     assert [path.name[:5] for path in drawn] == ["00000", "00001", "00002", "00003", "00000"]
     for path, (seed, steps) in zip(drawn, [(1, 2), (1, 3), (2, 2), (2, 3)], strict=False):
-        (alone,) = sample(*flags, "--seed", seed, "--steps", steps, "--output", tmp_path / "alone.png")
+        more = ["--seed", seed, "--steps", steps, "--output", tmp_path / "alone.png", "--overwrite"]
+        (alone,) = sample(*flags, *more)
         assert np.array_equal(pixels(path), pixels(alone))
     sheet = pixels(drawn[4])
     rows, columns = range(2), range(2)

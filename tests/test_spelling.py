@@ -54,7 +54,7 @@ def test_notices_too(model, captioned, tmp_path, monkeypatch, command):
     argv += "--resolution 32 --max_train_steps 1 --train_batch_size 1 --num_validation_images 1".split()
     out = command("train.py", *argv, "--logger", "comet_ml")[1]
     assert "--logger comet_ml: minisd does not log there; log.jsonl is kept" in out
-    out = command("train.py", *argv, "--report_to", "all")[1]
+    out = command("train.py", *argv, "--report_to", "all", "--overwrite")[1]
     assert "--report_to tensorboard: not installed" in out and "--report_to wandb: not installed" in out
 
 

@@ -11,7 +11,7 @@ from minisd.models import controlnet, layers, unet, unet2d, vae
 from minisd.models.layers import TransformerBlock, to_channels_last
 from minisd.sampling.generate import Control, Denoiser, text_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
-from minisd.training import checkpoint
+from minisd.training import checkpoint, optim
 from tests.helpers import TINY_UNET, TINY_VAE
 
 TINY_CONTROL = controlnet.ControlNetConfig.of(TINY_UNET, (4, 8, 12, 16))
@@ -246,7 +246,8 @@ def test_a_resumed_optimizer_has_the_layout_of_its_parameters(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
 
-    optimizer = torch.optim.AdamW(layer.parameters())
+    settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    optimizer = optim.AdamW([*layer.parameters()], **settings)
     step(optimizer)
     trainer = SimpleNamespace(
         trained=trained, optimizer=optimizer, scaler=scaler, ema=None, step=1, samples=1
@@ -255,7 +256,7 @@ def test_a_resumed_optimizer_has_the_layout_of_its_parameters(tmp_path):
     step(optimizer)
     expected = layer.weight.detach().clone()
 
-    optimizer = trainer.optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer = trainer.optimizer = optim.AdamW([*layer.parameters()], **settings)
     checkpoint.restore(trainer, tmp_path)
     assert optimizer.state[layer.weight]["exp_avg"].stride() == layer.weight.stride()
     step(optimizer)

@@ -13,41 +13,43 @@ save       the result
 
 The loss is `loss_of(inputs(batch))`. In `loss_of` nothing comes from the CPU or goes to it: the program never
 waits for the GPU, which can repeat all of it as a CUDA graph.
-
-This file and the methods import torch only inside functions, so that `--help` does not wait for it.
 """
 
-from __future__ import annotations
-
 import functools
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from minisd.methods._previews import Previews
-from minisd.options import Captions, Diffusion
+from minisd.options import Captions, Diffusion, Training, Validation
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from PIL.Image import Image
+    from torch import Generator, Tensor
+    from torch import device as Device
+    from torch import dtype as Dtype
+    from torch.nn import Module, Parameter
 
     from minisd.data.datasets import Captioned
     from minisd.data.source import Source
-    from minisd.methods._previews import Image, Prompts  # noqa: F401, for the methods
-    from minisd.options import Training
+    from minisd.sampling.pixel_diffusion import PixelDiffusion
     from minisd.sampling.stable_diffusion import StableDiffusion
 
-    Parameters = dict[str, torch.nn.Parameter]
+    Parameters = dict[str, Parameter]
+    Prompts = list[tuple[str, Tensor | None]]  # each with its conditioning image (3, h, w) in [-1, 1]
+else:  # this file and the methods import torch only inside functions: `--help` does not wait for it
+    Captioned = Device = Dtype = Generator = Image = Module = Parameter = Parameters = Any
+    PixelDiffusion = Prompts = Source = StableDiffusion = Tensor = Any
 
 
-class Method(Previews):
+class Method:
     """One run: its options, its model, and one loss function for the loop."""
 
-    def __init__(self, options: Training, device: torch.device):
+    def __init__(self, options: Training, device: Device):
         import torch
 
         from minisd.device import DTYPES, configure
 
-        configure(options, search=not getattr(options, "bucket", False))
+        configure(options, search=not (isinstance(options, Captions) and options.bucket))
         self.options, self.device = options, device
         precision = options.mixed_precision
         if precision == "fp16" and device.type == "cpu":
@@ -57,7 +59,6 @@ class Method(Previews):
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.lr_scale = 1.0  # a further factor of --scale_lr
-        self.unfrozen: set[str] = set()  # the parts of the model that train as a whole
         self.contexts: dict[str, Tensor] = {}  # of the latest prompts that a frozen text encoder has seen
         self.read = functools.cache(self.read)
 
@@ -106,7 +107,7 @@ class Method(Previews):
 
     # What a method overrides
 
-    def load(self, dtype: torch.dtype | None = None, revision: str | None = None) -> StableDiffusion:
+    def load(self, dtype: Dtype | None = None, revision: str | None = None) -> StableDiffusion:
         """The model that the options name, frozen, with their noise schedule; in the run's precision unless
         `dtype` is given."""
         from minisd.sampling.stable_diffusion import StableDiffusion
@@ -161,7 +162,7 @@ class Method(Previews):
     def condition(self, batch: dict) -> dict:
         """What the UNet gets besides the noisy latents and the timesteps."""
         text = batch["text"]
-        return {"context": self.sd.encode_ids(text).to(self.dtype) if self.trains_text() else text}
+        return {"context": self.sd.encode_ids(text).to(self.dtype) if self.trains("text_encoder") else text}
 
     def latents(self, batch: dict) -> Tensor:
         """A sample from the posterior of the images' scaled latents (b, 4, h, w), in fp32."""
@@ -182,35 +183,28 @@ class Method(Previews):
         return self.sd.unet(noisy, timesteps, **self.condition(batch))
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
-        """The error of each sample's prediction, (b,)."""
-        from minisd import losses
-
-        return losses.mse(pred, target)
+        """The mean squared error of each sample, in fp32: (b, c, h, w) -> (b,)."""
+        return (pred.float() - target.float()).square().flatten(1).mean(dim=1)
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
         """The weight of each sample's error, (b,), by --snr_gamma."""
-        from minisd import losses
-
         gamma = self.options.snr_gamma
-        return 1.0 if gamma is None else losses.min_snr_weights(self.sd.schedule, timesteps, gamma)
+        return 1.0 if gamma is None else self.sd.schedule.min_snr_weights(timesteps, gamma)
 
     def save(self, folder: Path) -> None:
         """Write the result: the whole model, trained parts in fp32 and the other parts as they were read."""
-        self.sd.save(folder, self.unfrozen)
+        self.sd.save(folder, {part for part in self.sd.parts if self.trains(part)})
 
     # What the methods use
 
-    def unfreeze(self, name: str, module: torch.nn.Module) -> Parameters:
+    def unfreeze(self, name: str, module: Module) -> Parameters:
         """Train all of a module, in fp32 whatever precision the rest runs in."""
         module.float().requires_grad_(True)
-        self.unfrozen.add(name)
         if self.options.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing()
         return {f"{name}.{n}": p for n, p in module.named_parameters()}
 
-    def add_token(
-        self, sd: StableDiffusion, token: str, word: str, count: int, *, flag: str
-    ) -> torch.nn.Parameter:
+    def add_token(self, sd: StableDiffusion, token: str, word: str, count: int, *, flag: str) -> Parameter:
         """Give the model a new token of `count` vectors, each initialized from that of `word`. Returns those
         of all new tokens (n, d). ValueError if the word is several tokens, or the token cannot be one."""
         from minisd.adapters import token_embedding
@@ -240,13 +234,13 @@ class Method(Previews):
 
         return {k: send(v, self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager:
         """The precision that the networks run in."""
         import torch
 
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def generators(self, name: str, batch: dict) -> list[torch.Generator]:
+    def generators(self, name: str, batch: dict) -> list[Generator]:
         """A generator for each sample, a function of the seed, `name` and the sample's number."""
         from minisd.noise import generator
 
@@ -286,13 +280,13 @@ class Method(Previews):
         config = self.sd.vae.config
         return config.latent_channels, *(side // config.downscale for side in batch["pixels"].shape[2:])
 
-    def trains_text(self) -> bool:
-        """Whether anything in the text encoder trains."""
-        return any(p.requires_grad for p in self.sd.text_encoder.parameters())
+    def trains(self, part: str) -> bool:
+        """Whether anything in a part of the model trains."""
+        return any(p.requires_grad for p in self.sd.parts[part].parameters())
 
     def text(self, prompts: list[str]) -> Tensor:
         """Prompts as token ids (b, s) if the text encoder trains, otherwise as its context (b, s, d)."""
-        return self.sd.tokenizer(prompts) if self.trains_text() else self.frozen_context(prompts)
+        return self.sd.tokenizer(prompts) if self.trains("text_encoder") else self.frozen_context(prompts)
 
     def frozen_context(self, prompts: list[str]) -> Tensor:
         """Context (b, s, d) of a text encoder that does not train; that of a thousand prompts is kept. On a
@@ -309,3 +303,52 @@ class Method(Previews):
         for prompt in list(self.contexts)[:-1000]:
             del self.contexts[prompt]
         return context
+
+    # The images that show what a run has learned
+
+    def preview(self, final: bool) -> Image | None:
+        """The image to save during training, if a flag asks for one, or at the end of it (`final`): a row for
+        each prompt, with its conditioning image first."""
+        from minisd.data import images
+
+        prompts = self.validation_prompts or (self.training_prompts() if final else [])
+        rows = []
+        for prompt, image in prompts:
+            conditioning = [] if image is None else [images.to_pil(image)]
+            rows.append((prompt, conditioning + self.samples(prompt, image)))
+        return images.labelled_rows(rows) if rows else None
+
+    def read_validation_prompts(self) -> Prompts:
+        """The prompts to validate with, from the flags."""
+        o = self.options
+        return [(o.validation_prompt, None)] if isinstance(o, Validation) and o.validation_prompt else []
+
+    def training_prompts(self) -> Prompts:
+        """The prompts of the final preview if no flag gives any: one of the training set."""
+        from minisd.noise import generator
+
+        example = self.data.examples(0, generator(self.options.seed, "result"))[0]
+        return [(example.prompt, self.conditioning_image(example.view))]
+
+    def conditioning_image(self, view) -> Tensor | None:
+        """The image (3, h, w) in [-1, 1] that conditions a view of the training set."""
+        return None
+
+    def sampling_kwargs(self, images: Tensor) -> dict:
+        """The arguments of generate.pictures for conditioning images (b, 3, h, w) in [-1, 1]."""
+        raise NotImplementedError
+
+    def samples(self, prompt: str, image: Tensor | None = None) -> list[Image]:
+        """--num_validation_images images for a prompt, from the same noise every time; `image` (3, h, w) in
+        [-1, 1] conditions them."""
+        from tqdm import tqdm
+
+        from minisd.sampling.generate import Settings, pictures
+
+        o, count = self.options, self.options.num_validation_images
+        chosen = {"guidance_scale": o.validation_guidance_scale, "scheduler": o.validation_scheduler}
+        settings = Settings(width=o.resolution, height=o.resolution, steps=25, plain_prompt=True, **chosen)
+        kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
+        seeds = [o.seed + i for i in range(count)]
+        with tqdm(total=count * settings.steps, desc="drawing", leave=False) as bar, self.autocast():
+            return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update, **kwargs))

@@ -1,15 +1,8 @@
 """Prior preservation: training on images of the class as well as the instance (arXiv 2208.12242)."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method
-
-if TYPE_CHECKING:
-    from minisd.data.datasets import Captioned, Prior
-    from minisd.data.source import Source
+from minisd.methods._base import Captioned, Method, Source
 
 
 class PriorPreservation(Method):
@@ -20,14 +13,18 @@ class PriorPreservation(Method):
         return [(self.options.class_data_dir, self.options.class_prompt)]
 
     def prepare(self) -> None:
-        if self.options.with_prior_preservation:
-            for folder, prompt in self.classes():
-                self.complete_class(folder, prompt)
+        from minisd.data import images
+
+        o = self.options
+        for folder, prompt in self.classes() if o.with_prior_preservation else ():
+            there = sum(len(images.list_images(f)) for f in (folder, folder / "images") if f.is_dir())
+            if there < o.num_class_images:
+                self.complete_class(folder, prompt, o.num_class_images - there)
 
     def dataset(self, source: Source) -> Captioned:
         return super().dataset(source, self.options.instance_prompt)
 
-    def datasets(self) -> tuple[Captioned | Prior, Captioned | None]:
+    def datasets(self) -> tuple[Captioned, Captioned | None]:
         from minisd.data import datasets, source
 
         o, (instances, held_out) = self.options, super().datasets()
@@ -39,9 +36,9 @@ class PriorPreservation(Method):
             self.data = datasets.Prior(instances, classes, o.prior_loss_weight)
         return self.data, held_out
 
-    def complete_class(self, folder: Path, prompt: str) -> None:
-        """Generate the images that a class's folder lacks of --num_class_images, with the untrained model.
-        Image i has the seed --seed + i, so that an interrupted run continues where it stopped."""
+    def complete_class(self, folder: Path, prompt: str, missing: int) -> None:
+        """Generate the `missing` images of a class's folder with the untrained model. Image i has the seed
+        --seed + i, so that an interrupted run continues where it stopped."""
         from tqdm import tqdm
 
         from minisd.data import images
@@ -49,10 +46,7 @@ class PriorPreservation(Method):
         from minisd.sampling import infotext
         from minisd.sampling.generate import Settings, pictures
 
-        o, missing = self.options, self.options.num_class_images - count_images(folder)
-        if missing <= 0:
-            return
-        default = "fp16" if self.device.type == "cuda" else "fp32"
+        o, default = self.options, "fp16" if self.device.type == "cuda" else "fp32"
         sd = self.load(DTYPES[o.prior_generation_precision or default])
         settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True)
         paths = {o.seed + i: folder / f"{i:05}-seed-{o.seed + i}.png" for i in range(o.num_class_images)}
@@ -61,10 +55,3 @@ class PriorPreservation(Method):
         made = tqdm(made, desc=f"drawing {prompt!r}", total=missing, leave=False)
         for seed, image in zip(seeds, made, strict=True):
             images.save_png(image, paths[seed], infotext.write(prompt, seed, sd.name, settings))
-
-
-def count_images(folder: Path) -> int:
-    """The number of images in a class's folder and in its subfolder images/."""
-    from minisd.data import images
-
-    return sum(len(images.list_images(f)) for f in (folder, folder / "images") if f.is_dir())

@@ -1,30 +1,21 @@
 """Train the autoencoder on images alone: reconstruction and KL divergence (arXiv 1312.6114)."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method
+from minisd.methods._base import Image, Method, Parameters, StableDiffusion, Tensor
 from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag, require
 
-if TYPE_CHECKING:
-    from minisd.methods._base import Image, Parameters, StableDiffusion, Tensor
 
-
-@dataclass(kw_only=True)
 class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, Run):
     """Autoencoder"""
 
     kl_weight: float = flag(2e-5, "weight of the mean KL divergence; 1e-3 kills channels of a small model")
     gradient_weight: float = flag(0.5, "weight of the absolute error of differences between adjacent pixels")
     l2_weight: float = flag(0.5, "weight of the squared error; that of the absolute error is 1")
-    rescale_latents: bool = flag(
-        False, "finally scale latents to a mean square of 1, after which a UNet has to be trained anew"
-    )
+    rescale_latents: bool = flag(False, "scale latents to a mean square of 1; then train a UNet anew")
     image_column: str = flag("image", "column of the images")
     random_flip: bool = flag(False, "flip images with probability 1/2")
     num_validation_images: int = flag(8, "number of images shown beside their reconstructions")

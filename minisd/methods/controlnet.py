@@ -1,20 +1,12 @@
 """Train a ControlNet, which conditions a frozen model on images such as edges or poses (arXiv 2302.05543)."""
 
-from __future__ import annotations
-
 import functools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method
+from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
 from minisd.options import Dataset, Training, flag, require
 
-if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
-
-@dataclass(kw_only=True)
 class Options(Dataset, Training):
     """ControlNet"""
 

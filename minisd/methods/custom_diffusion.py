@@ -1,23 +1,15 @@
 """Learn concepts by new words and the keys and values of cross-attention (arXiv 2212.04488)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from minisd.methods._prior import PriorPreservation, count_images
+from minisd.methods._base import Device, Parameters, Prompts, Source, StableDiffusion, Tensor
+from minisd.methods._prior import PriorPreservation
 from minisd.options import Prior, Training, flag, require
-
-if TYPE_CHECKING:
-    import torch
-
-    from minisd.methods._base import Parameters, Prompts, Source, StableDiffusion, Tensor
 
 CHANNELS = 4  # of the latents
 
 
-@dataclass(kw_only=True)
 class Options(Prior, Training):
     """Custom Diffusion"""
 
@@ -38,7 +30,6 @@ class Options(Prior, Training):
     no_safe_serialization: bool = flag(False, "write .bin instead of .safetensors")
     num_class_images: int = flag(200)
     seed: int = flag(42)
-    train_batch_size: int = flag(4)
     dataloader_num_workers: int = flag(2)
     num_train_epochs: int = flag(1)
     checkpointing_steps: int = flag(250)
@@ -49,7 +40,7 @@ class Options(Prior, Training):
     def check(self):
         one = self.data is not None and self.instance_prompt is not None
         require(one or bool(self.concepts_list), "give --data and --instance_prompt, or --concepts_list")
-        require(not (self.data and self.concepts_list), "--data and --concepts_list exclude each other")
+        self.exclusive("data", "concepts_list")
         if not self.concepts_list:
             self.check_class()
         if self.modifier_token:
@@ -60,7 +51,7 @@ class Options(Prior, Training):
 class CustomDiffusion(PriorPreservation):
     """Trains copies of the projections, and an embedding row for each new word."""
 
-    def __init__(self, options: Options, device: torch.device):
+    def __init__(self, options: Options, device: Device):
         from minisd.data.concepts import Concept, read_concepts
 
         super().__init__(options, device)
@@ -76,14 +67,12 @@ class CustomDiffusion(PriorPreservation):
     def classes(self) -> list[tuple[Path, str]]:
         return [(c.class_data_dir, c.class_prompt) for c in self.concepts]
 
-    def complete_class(self, folder: Path, prompt: str) -> None:
-        """ValueError if images are missing and --real_prior forbids generating them."""
-        o, count = self.options, count_images(folder)
-        if not o.real_prior:
-            super().complete_class(folder, prompt)
-        elif count < o.num_class_images:
-            needs = f"--real_prior needs --num_class_images {o.num_class_images}"
-            raise ValueError(f"--class_data_dir: {folder} has {count} images, {needs}")
+    def complete_class(self, folder: Path, prompt: str, missing: int) -> None:
+        """ValueError if --real_prior forbids generating images."""
+        needed = self.options.num_class_images
+        there = f"--class_data_dir: {folder} has {needed - missing} images"
+        require(not self.options.real_prior, f"{there}, --real_prior needs --num_class_images {needed}")
+        super().complete_class(folder, prompt, missing)
 
     def build(self, sd: StableDiffusion) -> Parameters:
         from minisd.adapters import custom_diffusion
@@ -101,8 +90,9 @@ class CustomDiffusion(PriorPreservation):
     def read(self) -> Source:
         from minisd.data import concepts, source
 
-        flag = "--concepts_list" if self.options.concepts_list else "--data"
-        return concepts.read_instances(self.concepts, flag=flag, **source.keywords(self.options))
+        o = self.options
+        flag = "--concepts_list" if o.concepts_list else "--data"
+        return concepts.read_instances(self.concepts, flag=flag, **source.keywords(o))
 
     def datasets(self) -> tuple:
         from minisd.data import concepts, datasets, source
@@ -133,11 +123,6 @@ class CustomDiffusion(PriorPreservation):
         extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
         path = folder / f"pytorch_custom_diffusion_weights{extension}"
         custom_diffusion.save(path, self.sd.unet, self.projections, {"format": "pt", "model": self.sd.name})
-        # The folder in which it will be: `folder` may be a temporary one.
-        out, weights = self.options.output_dir, path.name
-        calls = [f'unet.load_attn_procs("{out}", weight_name="{weights}", _pipeline=pipe)']
         for i, word in enumerate(self.words):
             row = self.rows[i : i + 1]
             token_embedding.save(folder / f"{word}{extension}", word, row, {"format": "pt"})
-            calls.append(f'load_textual_inversion("{out}", weight_name="{word}{extension}")')
-        print("in diffusers:", "; ".join(f"pipe.{call}" for call in calls))

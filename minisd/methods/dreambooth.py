@@ -1,15 +1,11 @@
 """Bind a rare word to the subject of a few images by training the UNet (DreamBooth, arXiv 2208.12242)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
 
 from minisd.methods._prior import PriorPreservation
 from minisd.options import Average, Subject, Training, flag
 
 
-@dataclass(kw_only=True)
 class Options(Subject, Average, Training):
     """DreamBooth"""
 
@@ -17,7 +13,6 @@ class Options(Subject, Average, Training):
     skip_save_text_encoder: bool = flag(False, "accepted: an untrained text encoder is saved as it was read")
     offset_noise: bool = flag(False, "the same as --noise_offset 0.1")
     learning_rate: float = flag(5e-6)
-    train_batch_size: int = flag(4)
     num_train_epochs: int = flag(1)
     output_dir: Path = flag(Path("dreambooth-model"))
 

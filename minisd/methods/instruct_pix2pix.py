@@ -1,19 +1,11 @@
 """Train the whole UNet to edit images by instructions (InstructPix2Pix, arXiv 2211.09800)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method
+from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
 from minisd.options import Average, Dataset, Training, flag, require
 
-if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
-
-@dataclass(kw_only=True)
 class Options(Dataset, Average, Training):
     """InstructPix2Pix"""
 

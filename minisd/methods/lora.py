@@ -1,16 +1,12 @@
 """Train low-rank updates beside a frozen model, on captions or as DreamBooth (LoRA, arXiv 2106.09685)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from minisd.methods._base import Parameters, StableDiffusion
 from minisd.methods._prior import PriorPreservation
 from minisd.options import Subject, Training, flag, require
-
-if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, StableDiffusion
 
 
 def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
@@ -19,7 +15,6 @@ def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
     return flag(None, help, by_kind=(captioned, dreambooth))
 
 
-@dataclass(kw_only=True)
 class Options(Subject, Training):
     """LoRA"""
 
@@ -28,9 +23,7 @@ class Options(Subject, Training):
     rank: int | None = flag(None, "rank of the updates; 4 by default, or that of --init_lora")
     alpha: float | None = flag(None, "an update is scaled by alpha / rank; by default the rank")
     target_modules: list[str] = flag(
-        [],
-        "layers: attention (default), feed_forward, projections, resnet, or ends of names such as attn2.to_k",
-        also=("target",),
+        [], "attention (default), feed_forward, projections, resnet, or ends of names", also=("target",)
     )
     lora_dropout: float = flag(0.0, "dropout probability of the updates' inputs")
     init_lora: Path | None = flag(None, "initial LoRA file, which sets layers, ranks and alphas")

@@ -1,19 +1,11 @@
 """Train the whole UNet on captioned images (Rombach et al. 2022, arXiv 2112.10752)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisd.methods._base import Method
+from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
 from minisd.options import Average, Captions, Training, flag, require
 
-if TYPE_CHECKING:
-    from minisd.methods._base import Parameters, Prompts, StableDiffusion, Tensor
 
-
-@dataclass(kw_only=True)
 class Options(Captions, Average, Training):
     """Text to image"""
 

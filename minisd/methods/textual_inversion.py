@@ -1,21 +1,12 @@
 """Learn a new token that stands for the concept in a few images (textual inversion, arXiv 2208.01618)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from minisd.methods._base import Method
+from minisd.methods._base import Device, Image, Method, Parameters, Prompts, StableDiffusion
 from minisd.options import Training, flag
 
-if TYPE_CHECKING:
-    import torch
 
-    from minisd.methods._base import Image, Parameters, Prompts, StableDiffusion
-
-
-@dataclass(kw_only=True)
 class Options(Training):
     """Textual inversion"""
 
@@ -47,7 +38,7 @@ class TextualInversion(Method):
     """Trains `rows` (n, d), a parameter beside the text encoder's frozen table: no other row changes, and the
     optimizer holds n rows instead of 49,408."""
 
-    def __init__(self, options: Options, device: torch.device):
+    def __init__(self, options: Options, device: Device):
         super().__init__(options, device)
         name = options.data.resolve().name.lower()
         self.token = options.placeholder_token or f"<{name}>"

@@ -1,20 +1,12 @@
 """Train a diffusion model of pixels from scratch, without text (DDPM, arXiv 2006.11239)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from minisd.methods._base import Method
+from minisd.methods._base import Image, Method, Parameters, PixelDiffusion, Tensor
 from minisd.options import LR_SCHEDULERS, Average, Dataset, Diffusion, Optimizer, Precision, Run, flag
 
-if TYPE_CHECKING:
-    from minisd.methods._base import Image, Parameters, Tensor
-    from minisd.sampling.pixel_diffusion import PixelDiffusion
 
-
-@dataclass(kw_only=True)
 class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     """Unconditional"""
 

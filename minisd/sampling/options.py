@@ -6,8 +6,9 @@ with `infotext=None` do not shape the image, or sampling/infotext.py writes them
 """
 
 import random
+import re
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +21,6 @@ unwritten = partial(flag, infotext=None)
 SIDE = "in pixels, a multiple of 8; by default that of --image or --control_image, or the model's own"
 
 
-@dataclass(kw_only=True)
 class Settings(Group):
     """Sampling"""
 
@@ -86,7 +86,6 @@ class Settings(Group):
         return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
 
 
-@dataclass(kw_only=True)
 class Drawing(Settings):
     """Images"""
 
@@ -139,7 +138,6 @@ class Drawing(Settings):
         return list(zip(*(v * count if len(v) == 1 else v for v in values), strict=True))
 
 
-@dataclass(kw_only=True)
 class Loading(Model):
     """Adapters, device and precision"""
 
@@ -156,7 +154,6 @@ class Loading(Model):
     )
 
 
-@dataclass(kw_only=True)
 class Sample(Drawing, Loading):
     """Input and output"""
 
@@ -167,6 +164,7 @@ class Sample(Drawing, Loading):
         None, "write the model with --adapter merged in, to a folder or .safetensors file; needs no --prompt"
     )
     output: Path = unwritten(Path("samples"), "folder for the images, or the name of a .png file")
+    overwrite: bool = unwritten(False, "replace the files that --output and --export name, if they are there")
     preview: int | None = unwritten(None, "steps between previews, written to preview.png in that folder")
 
     def check(self):
@@ -175,10 +173,25 @@ class Sample(Drawing, Loading):
         require(draws or self.export or self.may_lack_text(), NO_PROMPT)
         require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
         self.positive("preview")
+        image = self.output.suffix.lower() in (".jpg", ".jpeg", ".webp")
+        require(not image, f"--output {self.output}: a folder, or the name of a .png file")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
         used = {"export", "steps", "guidance_scale", *(f.name for f in fields(Loading))}
         name = None if draws or not self.export else unused(self, used)
         require(name is None, f"--{name} draws nothing without --prompt")
+        for name, path in self.replaced():
+            require(self.overwrite, f"--{name} {path} exists: --overwrite replaces it")
+
+    def replaced(self) -> list[tuple[str, Path]]:
+        """The flag and the path of each file that is there, and that this run would write."""
+        named = [("export", self.export)] if self.export else []
+        if is_png(self.output) and (self.prompt or self.prompt_file or not self.export):
+            numbered = re.compile(re.escape(self.output.stem) + r"-\d+" + re.escape(self.output.suffix))
+            beside = sorted(p for p in self.output.parent.glob("*") if numbered.fullmatch(p.name))
+            named += [("output", path) for path in (self.output, *beside)]
+        return [
+            (name, path) for name, path in named if path.is_file() or path.is_dir() and any(path.iterdir())
+        ]
 
     def may_lack_text(self) -> bool:
         """Whether the model is one of pixels, which takes no prompt, or on the hub, so that it may be one."""
@@ -198,6 +211,11 @@ class Sample(Drawing, Loading):
         prompts = [line.strip() for line in lines if line.strip()]
         require(prompts, f"--prompt_file {self.prompt_file} has no prompt")
         return prompts
+
+
+def is_png(output: Path) -> bool:
+    """Whether --output names a file, not a folder."""
+    return output.suffix.lower() == ".png"
 
 
 def refuse_unused(options: Group, model) -> None:

@@ -18,7 +18,7 @@ from minisd.data import images
 from minisd.device import DTYPES, configure
 from minisd.sampling import infotext, sweep
 from minisd.sampling.input_images import InputImages
-from minisd.sampling.options import Drawing, Job, Loading, refuse_unused, split_scale
+from minisd.sampling.options import Drawing, Job, Loading, is_png, refuse_unused, split_scale
 from minisd.sampling.prompt import lora_names, parse_all
 
 if TYPE_CHECKING:
@@ -110,11 +110,6 @@ def save(image: Image.Image, text: str, output: Path, seed: int, number: int | N
         path = output / f"{max(used, default=-1) + 1:05}-seed-{seed}.png"
         images.save_png(image, path, text)
     return path
-
-
-def is_png(output: Path) -> bool:
-    """Whether --output names a file, not a folder."""
-    return output.suffix.lower() == ".png"
 
 
 def run(jobs: list[Job]) -> list[Path]:

@@ -40,10 +40,11 @@ def verdicts(folder: Path) -> dict[str, str]:
 
 def slots(trainer: Trainer) -> dict[str, Tensor]:
     """The optimizer's state as NAME|KEY, and the averages as NAME|average."""
-    names, state = list(trainer.trained), trainer.optimizer.state_dict()["state"]
-    tensors = {f"{names[i]}|{k}": torch.as_tensor(v) for i, slot in state.items() for k, v in slot.items()}
+    state = {name: trainer.optimizer.state.get(p, {}) for name, p in trainer.trained.items()}
+    tensors = {f"{name}|{k}": torch.as_tensor(v) for name, slot in state.items() for k, v in slot.items()}
     if trainer.ema:
-        tensors |= {f"{name}|average": a for name, a in zip(names, trainer.ema.average, strict=True)}
+        averages = zip(trainer.trained, trainer.ema.average, strict=True)
+        tensors |= {f"{name}|average": average for name, average in averages}
     return tensors
 
 
@@ -103,32 +104,19 @@ def check(folder: Path) -> dict:
 @torch.no_grad()
 def restore(trainer: Trainer, folder: Path) -> None:
     """Continue from a checkpoint. ValueError, naming the file, if it does not fit what trains."""
-    values, numbers = files.read(folder / TRAINED), reading.read_json(folder / STATE)
-    if layout(values) != layout(trainer.trained):
-        raise ValueError(f"{folder / TRAINED} is not of what trains here, by name, type or shape")
-    slots: dict[str, dict[str, Tensor]] = {name: {} for name in trainer.trained}
-    for key, value in files.read(folder / OPTIMIZER).items():
-        name, _, kind = key.rpartition("|")
-        require(name in slots, f"{folder / OPTIMIZER} has {key}, which does not train here")
-        parameter, copy = trainer.trained[name], torch.empty_like(value)
-        if value.shape == parameter.shape:  # then in the same memory layout too
-            copy = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
-        slots[name][kind] = copy.copy_(value)
-    averages = {name: slot.pop("average") for name, slot in slots.items() if "average" in slot}
-    expected = dict(zip(trainer.trained, trainer.ema.average, strict=True)) if trainer.ema else {}
-    if layout(averages) != layout(expected):
-        raise ValueError(f"{folder / OPTIMIZER} has other averages than those of what trains here")
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    by_number = {i: slot for i, slot in enumerate(slots.values()) if slot}
-    require(not (numbers["step"] and not by_number), f"{folder / OPTIMIZER} has no state of an optimizer")
-    try:
-        trainer.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder / OPTIMIZER} does not fit: {files.first_line(error)}") from error
-    for name, value in values.items():
-        trainer.trained[name].copy_(value)
-    for name, value in averages.items():
-        expected[name].copy_(value)
+    trained, numbers = trainer.trained, reading.read_json(folder / STATE)
+    saved = {name: files.read(folder / name) for name in (TRAINED, OPTIMIZER)}
+    updated = {key.rpartition("|")[0] for key in saved[OPTIMIZER] if not key.endswith("|average")}
+    require(updated or not numbers["step"], f"{folder / OPTIMIZER} has no state of an optimizer")
+    for name in updated & trained.keys():
+        trainer.optimizer.slot(trained[name])
+    here = {TRAINED: trained, OPTIMIZER: slots(trainer)}
+    for file in saved:
+        fits = layout(saved[file]) == layout(here[file])
+        require(fits, f"{folder / file} is not of what trains here, by name, type or shape")
+    for file in saved:
+        for name, value in saved[file].items():
+            here[file][name].copy_(value)
     trainer.step, trainer.samples = numbers["step"], numbers["samples"]
     if numbers["scaler"]:
         trainer.scaler.load_state_dict(numbers["scaler"])

@@ -70,7 +70,8 @@ def run(method: Method, folder: RunFolder) -> int:
             stop = processes.agree(sum(signals))  # a signal to any process, or 0
             if stop or is_due(trainer.step, options.checkpointing_steps):
                 log.flush()
-                kernels = verdicts(processes)
+                # The kernels' verdicts of all processes: each may have met shapes of its own.
+                kernels = {k: v for found in processes.gather(ops.verdicts()) for k, v in found.items()}
                 if processes.first:
                     folder.save_checkpoint(trainer, kernels)
                 processes.wait()
@@ -86,11 +87,6 @@ def run(method: Method, folder: RunFolder) -> int:
 def is_due(step: int, interval: int) -> bool:
     """Whether something that happens every `interval` updates, or never if that is 0, is due after `step`."""
     return interval > 0 and step % interval == 0
-
-
-def verdicts(processes: Processes) -> dict[str, str]:
-    """The kernels' verdicts of all processes: each may have met shapes of its own."""
-    return {key: choice for found in processes.gather(ops.verdicts()) for key, choice in found.items()}
 
 
 def describe(trainer: Trainer, held_out) -> str:

@@ -19,7 +19,6 @@ from minisd.training.run_folder import RunFolder
 from minisd.training.step import Trainer
 
 CARD = "README.md"
-UNREAD = "A1111 and ComfyUI do not read this kind of file."
 WHOLE = {
     "start": "pipe = diffusers.DiffusionPipeline.from_pretrained({result!r})",
     "others": "For A1111 (`models/Stable-diffusion`) and ComfyUI (`models/checkpoints`), "
@@ -30,14 +29,15 @@ WHOLE = {
 @dataclass(frozen=True)
 class Kind:
     """A kind of result. `start` and `load` are the Python that makes diffusers' `pipe` and loads a file into
-    it; in all texts {base}, {result} and {file} stand for the base model, the result and the file."""
+    it; `others` is about other programs. In all texts {base}, {result} and {file} stand for the base model,
+    the result and the file."""
 
     tag: str = ""
     task: str = "text-to-image"  # as the hub calls what it does
     sample: str = "--model {base} --adapter {result}"  # flags of sample.py
     start: str = "pipe = diffusers.DiffusionPipeline.from_pretrained({base!r})"
     load: str = ""
-    others: str = UNREAD  # about other programs
+    others: str = "A1111 and ComfyUI do not read this kind of file."
 
 
 # By the class in model_index.json, or by the kind of adapter (minisd/adapters/).
@@ -60,8 +60,9 @@ KINDS = {
         others="A1111 (`embeddings`) and ComfyUI (`models/embeddings`) read `{file}`; the name that the file "
         "has there is what to type, in ComfyUI after `embedding:`.",
     ),
-    "custom_diffusion":
-        Kind("custom-diffusion", load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r})"),
+    "custom_diffusion": Kind(
+        "custom-diffusion", load="pipe.unet.load_attn_procs({result!r}, weight_name={file!r}, _pipeline=pipe)"
+    ),
     "controlnet": Kind(
         "controlnet",
         sample="--model {base} --controlnet {result} --control_image IMAGE",
@@ -88,24 +89,17 @@ def write(trainer: Trainer, folder: RunFolder, names: list[str], repository: str
     images = [f"validation/step-{step:06}.png" for step in range(every, trainer.step, every)]
     images = [name for name in images if (folder.path / name).is_file()]
     path = folder.path / CARD
-    if path.exists() and not is_ours(path):
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if path.exists() and before != marked(before.rpartition("<!--")[0]):
         print(f"{path} is not minisd's, or was changed: it stays as it is, and there is no model card")
         return images
-    content = text(trainer, folder, names, repository or folder.path.resolve().name)
-    files.write_text(path, content + mark(content))
+    files.write_text(path, marked(text(trainer, folder, names, repository or folder.path.resolve().name)))
     return [*images, CARD]
 
 
-def mark(content: str) -> str:
-    """The last line of a card, which tells whether it was changed."""
-    return f"<!-- written by minisd: {hashlib.sha256(content.encode()).hexdigest()} -->\n"
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a README.md is a card that nobody has changed."""
-    whole = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    content = whole.rpartition("<!--")[0]
-    return whole == content + mark(content)
+def marked(content: str) -> str:
+    """A card with its last line, which tells whether it was changed."""
+    return f"{content}<!-- written by minisd: {hashlib.sha256(content.encode()).hexdigest()} -->\n"
 
 
 def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> str:
@@ -119,20 +113,24 @@ def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> 
     prompts = list(dict.fromkeys(line(prompt) for prompt, _ in prompts if prompt))
     licence, note = APACHE if is_tiny else OPEN_RAIL if base else OWN
     task = next((kind.task for kind, _ in found), None)
-    tags = ["diffusers", "minisd", *(["stable-diffusion"] if base else []), method.replace("_", "-")]
+    tags = ["diffusers", "minisd", base and "stable-diffusion", method.replace("_", "-")]
+    tags += [kind.tag for kind, _ in found]
+    drawn = prompts if task == "text-to-image" else []
     facts = {
         "license": licence,
         "library_name": "diffusers",
         "base_model": base if base == model and hub.is_id(base or "") else None,
         "instance_prompt": getattr(o, "instance_prompt", None),
         "pipeline_tag": task,
-        "tags": list(dict.fromkeys([*tags, *(kind.tag for kind, _ in found if kind.tag)])),
+        "tags": list(dict.fromkeys(filter(None, tags))),
         "inference": task == "text-to-image" or None,
+        "widget": [{"text": prompt, "output": {"url": "result.png"}} for prompt in drawn] or None,
     }
-    if task == "text-to-image" and prompts:
-        facts["widget"] = [{"text": prompt, "output": {"url": "result.png"}} for prompt in prompts]
     header = [f"{k}: {json.dumps(v, ensure_ascii=False)}\n" for k, v in facts.items() if v is not None]
     values = {"base": base, "result": result}
+    code = dict.fromkeys(kind.start.format(**values) for kind, _ in found)
+    code |= dict.fromkeys(kind.load.format(**values, file=file) for kind, file in found if kind.load)
+    code = "\n".join(["import diffusers", "", *code])
     quoted = {name: shlex.quote(value or "") for name, value in values.items()}
     prompt = f" --prompt {shlex.quote(prompts[0])}" if prompts else ""
     parts = [
@@ -146,7 +144,7 @@ def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> 
         f"With minisd, in {trainer.step} updates of {trainer.images_per_update} images:",
         f"    {command(o, {'method': method, 'model': base, 'max_train_steps': trainer.step})}",
         "## How to use it",
-        *([f"With diffusers:\n\n```python\n{python(found, values)}\n```", "With minisd:"] if found else []),
+        *([f"With diffusers:\n\n```python\n{code}\n```", "With minisd:"] if found else []),
         *dict.fromkeys(f"    python sample.py {k.sample.format(**quoted)}{prompt}" for k, _ in found),
         *dict.fromkeys(kind.others.format(file=file) for kind, file in found),
         f"## Licence\n\n{note}",
@@ -167,25 +165,15 @@ def kinds(folder: Path, names: list[str]) -> list[tuple[Kind, str]]:
     return list(found.values())
 
 
-def python(found: list[tuple[Kind, str]], values: dict) -> str:
-    """The Python that loads the files by diffusers."""
-    lines = dict.fromkeys(kind.start.format(**values) for kind, _ in found)
-    lines |= dict.fromkeys(kind.load.format(**values, file=file) for kind, file in found if kind.load)
-    return "\n".join(["import diffusers", "", *lines])
-
-
 def command(options: Group, flags: dict) -> str:
     """The command with these flags, and with those that change the result and are not the defaults."""
-    for f in fields(options):
-        if f.name not in free_flags(type(options)) and getattr(options, f.name) != default_of(f):
-            flags.setdefault(f.name, getattr(options, f.name))
+    counted = [f for f in fields(options) if f.name not in free_flags(type(options))]
+    values = {f.name: getattr(options, f.name) for f in counted if getattr(options, f.name) != default_of(f)}
     words = ["python", "train.py"]
-    for name, value in flags.items():
-        if value is None:
-            continue
+    for name, value in {**flags, **values, **flags}.items():  # `flags` come first, and they count
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        else:
+        elif value is not None:
             words += [f"--{name}", *(public(v) for v in (value if isinstance(value, list) else [value]))]
     return line(shlex.join(words))
 

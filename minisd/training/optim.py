@@ -1,11 +1,13 @@
-"""The optimizer, its learning rate schedule and gradient clipping, all counted in optimizer updates."""
+"""The optimizer, its learning rate schedule, gradient clipping, and the average of what it trains."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from minisd.options import Optimizer
+from minisd.options import Average, Optimizer
 
 
 class AdamW:
@@ -21,7 +23,14 @@ class AdamW:
         self.state: dict[torch.nn.Parameter, dict[str, Tensor]] = {}
         # Number of updates of each parameter, in one tensor: a single addition if all of them are updated.
         self.steps = torch.zeros(len(parameters), device=parameters[0].device)
-        self.each = self.steps.unbind()
+        self.each = dict(zip(parameters, self.steps.unbind(), strict=True))
+
+    def slot(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
+        """The state of a parameter, which is 0 before its first update."""
+        if p not in self.state:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": self.each[p]} | zeros
+        return self.state[p]
 
     @torch.no_grad()
     def step(self, clip_divisor: Tensor | None = None) -> None:
@@ -29,12 +38,9 @@ class AdamW:
         group = self.param_groups[0]
         numbers = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         moved = [group["params"][i] for i in numbers]
-        for p in moved:
-            if p not in self.state:
-                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         if moved:
-            steps = [self.each[i] for i in numbers]
-            means, squares = ([self.state[p][k] for p in moved] for k in ("exp_avg", "exp_avg_sq"))
+            slots = [self.slot(p) for p in moved]
+            steps, means, squares = ([slot[k] for slot in slots] for k in ("step", "exp_avg", "exp_avg_sq"))
             counted = slice(None) if len(moved) == len(self.steps) else numbers
             self.steps[counted] += 1 if self.found_inf is None else 1 - self.found_inf
             # The kernel runs over memory, so gradients need the strides of their parameters.
@@ -48,53 +54,30 @@ class AdamW:
         for p in self.param_groups[0]["params"]:
             p.grad = None
 
-    def state_dict(self) -> dict:
-        """As torch's, with the state by the parameters' numbers."""
-        group = self.param_groups[0]
-        numbered = [(i, p) for i, p in enumerate(group["params"]) if p in self.state]
-        slots = {i: self.state[p] | {"step": self.each[i].clone()} for i, p in numbered}
-        return {"state": slots, "param_groups": [{"lr": group["lr"]}]}
-
-    def load_state_dict(self, state: dict) -> None:
-        parameters = self.param_groups[0]["params"]
-        self.state = {}
-        self.steps.zero_()
-        for i, slot in state["state"].items():
-            p = parameters[i]
-            for key in ("exp_avg", "exp_avg_sq"):  # over whose memory the kernel runs unchecked
-                if slot[key].shape != p.shape or slot[key].dtype != p.dtype:
-                    raise ValueError(f"{key} of parameter {i} is not {[*p.shape]} of {p.dtype}")
-            self.steps[i] = slot["step"]
-            self.state[p] = {k: slot[k].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-
 
 def eight_bit() -> type:
-    """bitsandbytes' AdamW, with its state as tensors by name, like AdamW's. ValueError if it is not
-    installed."""
+    """bitsandbytes' AdamW, as AdamW is here. ValueError if it is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ValueError("--use_8bit_adam: not installed (pip install 'minisd[8bit]')") from None
 
-    class Flat(AdamW8bit):
+    class EightBit(AdamW8bit):
+        def slot(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
+            if not self.state[p]:
+                self.init_state(self.param_groups[0], p, 0, 0)
+                self.state[p]["step"] = torch.tensor(0)  # to copy into; a number again in `step`
+            return self.state[p]
+
         def step(self, clip_divisor: Tensor | None = None) -> None:
             if clip_divisor is not None:
                 gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
                 torch._foreach_div_(gradients, clip_divisor)
+            for slot in self.state.values():
+                slot["step"] = int(slot["step"])
             super().step()
 
-        def state_dict(self) -> dict:
-            state = super().state_dict()
-            for slot in state["state"].values():
-                for key in [k for k, v in slot.items() if isinstance(v, dict)]:
-                    slot.update(slot.pop(key))
-            return state
-
-        def load_state_dict(self, state: dict) -> None:
-            slots = {i: slot | {"step": int(slot["step"])} for i, slot in state["state"].items()}
-            super().load_state_dict(state | {"state": slots})
-
-    return Flat
+    return EightBit
 
 
 def adamw(parameters: list[torch.nn.Parameter], options: Optimizer) -> AdamW:
@@ -104,10 +87,9 @@ def adamw(parameters: list[torch.nn.Parameter], options: Optimizer) -> AdamW:
     return kind(parameters, lr=o.learning_rate, **adam)
 
 
-def lr_factor(
-    name: str, step: int, *, warmup: int, total: int, lr: float, cycles: float, power: float
-) -> float:
-    """The factor of the learning rate in update `step` of `total`, the first being 0."""
+def lr_factor(options: Optimizer, step: int, total: int, peak: float) -> float:
+    """The factor of the learning rate, at most `peak`, in update `step` of `total`, the first being 0."""
+    name, warmup = options.lr_scheduler, options.lr_warmup_steps
     if step < warmup and name != "constant":
         return step / warmup
     if name in ("constant", "constant_with_warmup"):
@@ -115,14 +97,11 @@ def lr_factor(
     progress = (step - warmup) / max(1, total - warmup)
     if name == "linear":
         return max(0.0, (total - step) / max(1, total - warmup))
-    if name == "cosine":  # half a wave, down to 0
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-    if name == "cosine_with_restarts":
-        return 0.0 if progress >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1))))
-    if name == "polynomial":
-        end = 1e-7
-        return ((lr - end) * (1 - min(1.0, progress)) ** power + end) / lr
-    raise ValueError(f"--lr_scheduler {name} is unknown")
+    if name in ("cosine", "cosine_with_restarts"):  # half waves, down to 0
+        waves = progress * (options.lr_num_cycles if name == "cosine_with_restarts" else 1)
+        return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (waves % 1)))
+    end = 1e-7  # of polynomial
+    return ((peak - end) * (1 - min(1.0, progress)) ** options.lr_power + end) / peak
 
 
 def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
@@ -133,3 +112,43 @@ def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
 def clip_divisor(norm: Tensor, max_norm: float) -> Tensor | None:
     """What to divide gradients of this norm by so that it is at most `max_norm`; None for max_norm 0."""
     return ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm > 0 else None
+
+
+class EMA:
+    """An average of the parameters over the updates, in which the latest ones count most.
+
+    The decay of update s is (1 + s) / (10 + s), or with `warmup` 1 - (1 + s / inv_gamma)^-power, and at most
+    `max_decay`; the first update copies.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], options: Average):
+        self.parameters = parameters
+        self.options = options
+        device = "cpu" if options.offload_ema else None
+        self.average = [p.detach().to(device, copy=True) for p in parameters]
+
+    def decay(self, step: int) -> float:
+        """The decay of update number `step`, the first being 1."""
+        o, s = self.options, step - 1
+        if s <= 0:
+            return 0.0
+        d = 1 - (1 + s / o.ema_inv_gamma) ** -o.ema_power if o.ema_warmup else (1 + s) / (10 + s)
+        return min(max(d, 0.0), o.ema_max_decay)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the parameters after update number `step`."""
+        now = [p.to(a.device) for p, a in zip(self.parameters, self.average, strict=True)]
+        torch._foreach_lerp_(self.average, now, 1 - self.decay(step))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context, the parameters have the averaged values."""
+        kept = [p.data for p in self.parameters]
+        for p, a in zip(self.parameters, self.average, strict=True):
+            p.data = a.to(p.device)
+        try:
+            yield
+        finally:
+            for p, data in zip(self.parameters, kept, strict=True):
+                p.data = data

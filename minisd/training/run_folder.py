@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from tqdm import tqdm
 from minisd import files, reading
 from minisd.data import images
 from minisd.data.datasets import Captioned, Prior
-from minisd.options import Run, free_flags
+from minisd.options import Run, free_flags, require
 from minisd.training import checkpoint, trackers
 from minisd.training.lock import Lock
 from minisd.training.step import Trainer
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager):
     """--output_dir of a run, and the trackers of its curves and images. `recorded` are the options."""
 
     def __init__(self, method: str, options: Run):
@@ -37,9 +37,6 @@ class RunFolder:
         self.lock: Lock | None = None
         self.asked: Path | None = None  # the checkpoint that the user named, which rotation leaves alone
         self.conditions: dict = {}  # see `conditions`
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Close the trackers, and let other runs have the folder."""
@@ -81,13 +78,31 @@ class RunFolder:
         numbered = [p for p in self.path.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
         return sorted(numbered, key=number)
 
+    def results(self) -> list[str]:
+        """The files in the folder that a finished run leaves, of any method and of diffusers' scripts too."""
+        found = [
+            *self.path.glob("*.safetensors"),
+            *self.path.glob("*.bin"),
+            *self.path.glob("model_index.json"),
+        ]
+        return sorted(p.name for p in found if "-steps-" not in p.name)
+
     def resume(self) -> Path | None:
         """The checkpoint to continue from, or None to start at 0. ValueError if another run is using the
         folder, if the flags do not say clearly which checkpoint, if that is damaged, or if they differ from
-        its flags. `latest` passes over damaged ones."""
+        its flags, or if the folder has another's results. `latest` passes over damaged ones."""
+        for name in ("model", "data", "class_data_dir"):
+            given = self.recorded.get(name)
+            same = given is not None and Path(given).resolve() == self.path.resolve()
+            require(not same, f"--output_dir {self.path} is --{name} as well, which the run would change")
         if self.path.is_dir():
             self.lock = Lock(self.path)
         source, existing = self.options.resume_from_checkpoint, self.checkpoints()
+        if not existing and not self.options.overwrite_output_dir and (names := self.results()):
+            raise ValueError(
+                f"--output_dir {self.path} has a result, {names[0]}: --overwrite_output_dir replaces it, "
+                "another --output_dir keeps it"
+            )
         if source is None:
             if existing and not self.options.overwrite_output_dir:
                 raise ValueError(
@@ -114,9 +129,7 @@ class RunFolder:
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
         if changed:
-            raise ValueError(
-                f"{path} is of a run with other flags ({', '.join(changed)}): give the same, or start over"
-            )
+            raise ValueError(f"{path} has other flags ({', '.join(changed)}): give the same, or start over")
         print(f"continuing from {path}")
         return path
 
@@ -246,18 +259,14 @@ class Log:
 
     def flush(self) -> None:
         """Write what was added since the last call. ValueError if a loss is not a number."""
-        if not self.pending:
-            return
-        steps, losses, norms, rates = zip(*self.pending, strict=True)
-        self.pending.clear()
-        values = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), rates, strict=True)
-        for step, loss, norm, lr in values:
+        for step, loss, norm, lr in self.pending:
+            loss = loss.item()
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss of update {step} is {loss}, which was not saved. {self.folder.advice(step)}"
-                )
-            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
+                advice = self.folder.advice(step)
+                raise ValueError(f"the loss of update {step} is {loss}, which was not saved. {advice}")
+            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm.item())
+            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
+        self.pending.clear()
 
 
 def peak_memory() -> str:

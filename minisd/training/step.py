@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisd import graph, noise
 from minisd.methods._base import Method
@@ -13,16 +13,13 @@ from minisd.models.unet import UNetEncoder
 from minisd.options import Average
 from minisd.training import optim
 from minisd.training.distributed import Processes
-from minisd.training.ema import EMA
 
 
 class Trainer:
     """Everything that an update changes. Of `total` updates, `step` are done, with `samples` images.
     `trained` are the parameters by name; `epoch` is the number of images in an epoch."""
 
-    def __init__(
-        self, method: Method, trained: dict[str, torch.nn.Parameter], epoch: int, processes: Processes
-    ):
+    def __init__(self, method: Method, trained: dict[str, nn.Parameter], epoch: int, processes: Processes):
         o = self.options = method.options
         self.method, self.trained, self.processes = method, trained, processes
         self.parameters = list(trained.values())
@@ -31,25 +28,23 @@ class Trainer:
         self.total = o.max_train_steps or o.num_train_epochs * self.updates_per_epoch
         self.step = self.samples = 0
         scale = self.images_per_update * method.lr_scale if o.scale_lr else 1
-        lr = self.peak_lr = o.learning_rate * scale
-        self.lr_curve = {"warmup": o.lr_warmup_steps, "total": self.total, "lr": lr}
-        self.lr_curve |= {"cycles": o.lr_num_cycles, "power": o.lr_power}
+        self.peak_lr = o.learning_rate * scale
         self.optimizer = optim.adamw(self.parameters, o)
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
-        self.ema = EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
+        self.ema = optim.EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
         self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
-        own = [value for value in vars(method).values() if isinstance(value, torch.nn.Module)]
+        own = [value for value in vars(method).values() if isinstance(value, nn.Module)]
         self.networks = [*method.sd.parts.values(), *own]
         for network in self.networks if o.compile else ():
             if isinstance(network, UNetEncoder):
                 network.compile(dynamic=False)
         self.graphs = graph.Graphs()
-        self.gradients: dict[torch.nn.Parameter, Tensor] = {}  # those that the graphs compute
+        self.gradients: dict[nn.Parameter, Tensor] = {}  # those that the graphs compute
 
     def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
         """Make one update from the next batches. Returns loss and gradient norm, over all processes, and the
         learning rate."""
-        lr = self.peak_lr * optim.lr_factor(self.options.lr_scheduler, self.step, **self.lr_curve)
+        lr = self.peak_lr * optim.lr_factor(self.options, self.step, self.total, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=self.method.device)
