@@ -209,6 +209,7 @@ class Precision(Group):
 
     def check(self):
         self.not_negative("dataloader_num_workers")
+        require(self.dataloader_num_workers <= 1024, "--dataloader_num_workers must be at most 1024")
         self.mixed_precision = self.mixed_precision or "no"
 
 
