@@ -8,13 +8,16 @@ spills, too much shared memory, or wgmma that ptxas made serial.
 
 import argparse
 import functools
+import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import minisd.kernels.checks as checks
@@ -42,24 +45,20 @@ def calls(arch: int, only: str, dtype: torch.dtype) -> Iterator[tuple]:
 
 
 def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> Iterator[dict]:
-    """Compile each distinct launch once, and yield the resources that it uses."""
+    """Compile each launch, and yield the resources that it uses."""
     driver = SimpleNamespace(  # what Triton's compiler needs of a driver; each architecture is a device
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
-    seen = set()
     for shape, kernel, _, args, meta in calls(arch, only, dtype):
         start = time.time()
         compiled = kernel.warmup(*args, grid=(1,), **meta)
-        if compiled.hash in seen:
-            continue
-        seen.add(compiled.hash)
         registers, stack, lines = disassemble(compiled.asm["cubin"])
         whole = count(lines)
         yield dict(
-            arch=arch, kernel=kernel.fn.__name__.strip("_"), shape=shape,
+            hash=compiled.hash, arch=arch, kernel=kernel.fn.__name__.strip("_"), shape=shape,
             tile={name: value for name, value in meta.items() if type(value) is int},
             registers=registers, spills=stack, shared=compiled.metadata.shared,
             warps=compiled.metadata.num_warps, whole=whole, loop=inner_loop(lines),
@@ -68,6 +67,10 @@ def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> I
             serialised=whole.get("sync", 0) >= 2 * whole.get("mma", 1),
             seconds=round(time.time() - start, 2),
         )  # fmt: skip
+
+
+def measured(arch: int, only: str, dtype: torch.dtype) -> list[dict]:
+    return list(measure(arch, only, dtype))
 
 
 # ------------------------------ Reading the machine code
@@ -153,18 +156,20 @@ def main() -> int:
     parser.add_argument("--json", help="write the rows to this file")
     options = parser.parse_args()
     print(HEADING)
-    start, rows, bad = time.time(), [], 0
-    for arch in options.arch:
-        for row in measure(int(arch.removeprefix("sm_")), options.only, getattr(torch, options.dtype)):
-            rows.append(row)
-            print(show(row), flush=True)
-            for fault in faults(row):
-                bad += 1
-                print(f"    FAULT: {fault}", flush=True)
+    start, rows, bad = time.time(), {}, 0
+    names = [f"{kernel.name} {case.name}" for kernel, case in select("compiled", options.only)]
+    pairs = [(int(arch.removeprefix("sm_")), name) for arch in options.arch for name in names]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as processes:
+        job = functools.partial(measured, dtype=getattr(torch, options.dtype))
+        for row in itertools.chain.from_iterable(processes.map(job, *zip(*pairs, strict=True))):
+            if row["hash"] not in rows:  # several shapes may launch the same
+                rows[row["hash"]] = row
+                print(show(row), *(f"    FAULT: {fault}" for fault in faults(row)), sep="\n", flush=True)
+                bad += len(faults(row))
     print(f"{len(rows)} compilations in {time.time() - start:.0f} s; faults: {bad}")
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+            json.dump([*rows.values()], file, indent=1)
     return 1 if bad else 0
 
 

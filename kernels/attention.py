@@ -18,9 +18,6 @@ import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-# ------------------------------ Reference
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -111,11 +108,11 @@ def _fwd_kernel(
 @triton.jit
 def _bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
+    scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dq, and delta for `_bwd_dkdv_kernel`."""
+    """Write dq, and delta for `bwd_dkdv_kernel`."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
     dense = heads.dense_offset(n, nh, HD)
@@ -137,63 +134,69 @@ def _bwd_dq_kernel(
             p = tl.where(cols[None, :] < m, p, 0.0)  # exp2(0 - lse) may be infinite, and inf * 0 is nan
         ds = p * (heads.dot(do0, do1, v0, v1, D1) - delta[:, None])
         dq0, dq1 = heads.dot_onto(ds.to(k0.dtype), k0, k1, dq0, dq1, D1)
-    heads.store(dq_ptr + dense, dq0 * sm_scale, dq1 * sm_scale, rows, n, nh * HD, HD, D0, D1)
+    heads.store(dq_ptr + dense, dq0 * HD**-0.5, dq1 * HD**-0.5, rows, n, nh * HD, HD, D0, D1)
 
 
 @triton.jit
-def _bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
+def bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, split_rows,
+    scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv. Scores are transposed, (keys, queries), so that P^T and dS^T stay in registers."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Write dk and dv. Scores are transposed, (keys, queries), so that P^T and dS^T stay in registers.
+
+    With SPLIT a program has all the keys, and split_rows of the queries. It computes delta, writes dq, and to
+    dk_ptr, which is dv_ptr, its share of dk and dv: (splits, 2, b, m, nh, hd) fp32.
+    """
+    i, stats = tl.program_id(0), tl.program_id(1).to(tl.int64) * n
+    cols = tl.arange(0, BLOCK_N) if SPLIT else i * BLOCK_N + tl.arange(0, BLOCK_N)
     q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
-    do_ptr += heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1).to(tl.int64) * n
+    dense = heads.dense_offset(n, nh, HD)
     k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, EVEN_M)
     v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, EVEN_M)
     dk0, dk1 = heads.zeros(BLOCK_N, D0, D1)
     dv0, dv1 = heads.zeros(BLOCK_N, D0, D1)
-    tl.assume(n > 0)
-    for start in range(0, n, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+    tl.assume(split_rows > 0)
+    for start in range(0, split_rows, BLOCK_M):
+        rows = (i * split_rows if SPLIT else 0) + start + tl.arange(0, BLOCK_M)
         q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
-        do0, do1 = heads.load(do_ptr, rows, n, nh * HD, HD, D0, D1, EVEN_N)
+        do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
         if EVEN_N:
             lse, delta = tl.load(lse_ptr + stats + rows), tl.load(delta_ptr + stats + rows)
         else:
             lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))  # no such row: P = 0
             delta = tl.load(delta_ptr + stats + rows, mask=rows < n, other=0.0)
+        if SPLIT:
+            o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
+            delta = heads.row_sums(do0, do1, o0, o1, D1)
         p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
+        if SPLIT:
+            p = tl.where(cols[:, None] < m, p, 0.0)
         dv0, dv1 = heads.dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
-        ds = p * (heads.dot(v0, v1, do0, do1, D1) - delta[None, :])
-        dk0, dk1 = heads.dot_onto(ds.to(q0.dtype), q0, q1, dk0, dk1, D1)
+        ds = (p * (heads.dot(v0, v1, do0, do1, D1) - delta[None, :])).to(q0.dtype)
+        dk0, dk1 = heads.dot_onto(ds, q0, q1, dk0, dk1, D1)
+        if SPLIT:
+            dq0, dq1 = heads.zeros(BLOCK_M, D0, D1)
+            dq0, dq1 = heads.dot_onto(tl.trans(ds), k0, k1, dq0, dq1, D1)
+            heads.store(dq_ptr + dense, dq0 * HD**-0.5, dq1 * HD**-0.5, rows, n, nh * HD, HD, D0, D1)
     dense = heads.dense_offset(m, nh, HD)
-    heads.store(dk_ptr + dense, dk0 * sm_scale, dk1 * sm_scale, cols, m, nh * HD, HD, D0, D1)
+    if SPLIT:
+        plane = (tl.num_programs(1) // nh).to(tl.int64) * m * nh * HD
+        dk_ptr += 2 * i * plane
+        dv_ptr += (2 * i + 1) * plane
+    heads.store(dk_ptr + dense, dk0 * HD**-0.5, dk1 * HD**-0.5, cols, m, nh * HD, HD, D0, D1)
     heads.store(dv_ptr + dense, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
 
 
 # ------------------------------ Launchers
 
 
-def new_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    b, n, nh, _ = q.shape
-    return L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
-
-
-def new_gradients(do, q: Tensor, k: Tensor, v: Tensor, o, lse) -> tuple[Tensor, Tensor, Tensor]:
-    return L.empty(q, *q.shape), L.empty(k, *k.shape), L.empty(v, *v.shape)
-
-
-@L.remembered
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     return _forward(q, k, v, anchor=False)
 
 
-@L.remembered
 def anchored(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`forward` with fewer instructions. Not for fp16, which ends at 65504: exponentials above the anchor
     would overflow there, where those of bf16 and fp32 do not."""
@@ -202,36 +205,30 @@ def anchored(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *, anchor: bool) -> tuple[Tensor, Tensor]:
     q, k, v = (heads.dense(t) for t in (q, k, v))
-    b, n, nh, hd = q.shape
-    o, lse = new_outputs(q, k, v)
-    tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
-    even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
-    args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
-    grid = (L.cdiv(n, tile["BLOCK_M"]), b * nh)
-    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), **even, ANCHOR=anchor, **tile)
+    b, n, nh, _ = q.shape
+    o, lse = L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
+    _launch(_fwd_kernel, FWD_TILES, n, "BLOCK_M", q, k, v, o, lse, ANCHOR=anchor)
     return o, lse
 
 
-@L.remembered
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (heads.dense(t) for t in (q, k, v))
     do = do.contiguous()
-    b, n, nh, hd = q.shape
-    m = k.shape[1]
-    delta = L.empty(lse, *lse.shape)
-    dq, dk, dv = new_gradients(do, q, k, v, o, lse)
-    scalars = (*heads.scales(hd), *heads.scalars(q, k, v))
-    for tiles, kernel, tensors in (
-        (DQ_TILES, _bwd_dq_kernel, (q, k, v, o, do, lse, delta, dq)),
-        (DKDV_TILES, _bwd_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv)),
-    ):
-        tile = tiles.pick(heads.shape_class(hd), q.device)
-        even = dict(EVEN_N=n % tile["BLOCK_M"] == 0, EVEN_M=m % tile["BLOCK_N"] == 0)
-        blocks = L.cdiv(n, tile["BLOCK_M"]) if tiles is DQ_TILES else L.cdiv(m, tile["BLOCK_N"])
-        L.launch(kernel, (blocks, b * nh), *tensors, *scalars, **heads.split(hd), **even, **tile)
+    delta = L.empty(lse)
+    dq, dk, dv = (L.empty(t, *t.shape) for t in (q, k, v))
+    n, m, both = q.shape[1], k.shape[1], (q, k, v, o, do, lse, delta, dq)
+    _launch(_bwd_dq_kernel, DQ_TILES, n, "BLOCK_M", *both)
+    _launch(bwd_dkdv_kernel, DKDV_TILES, m, "BLOCK_N", *both, dk, dv, n, SPLIT=False)
     return dq, dk, dv
+
+
+def _launch(kernel, tiles: L.Tiles, rows: int, block: str, q: Tensor, k: Tensor, *rest, **flags) -> None:
+    """Launch a program for every `block` of `rows`, which are queries or keys, of every head."""
+    tile = tiles.pick(q.shape[-1], q.device)
+    even = dict(EVEN_N=q.shape[1] % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
+    heads.launch(kernel, L.cdiv(rows, tile[block]), q, k, *rest, **even, **flags, **tile)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -255,24 +252,24 @@ def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int) -> dict:
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=2)
 
 
-# The shape class is the head width. Chosen by compiling, not yet by timing: aot.py prints the registers.
+# By head width, up to 160. Chosen by compiling, not yet by timing: aot.py prints the registers.
 FWD_TILES = L.Tiles(
     {
-        **{hd: {80: Tile(64, 64, 4), 90: Tile(128, 64, 8)} for hd in (32, 40, 64)},
+        64: {80: Tile(64, 64, 4), 90: Tile(128, 64, 8)},
         80: {80: Tile(64, 64, 4)},
-        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (128, 160)},
+        160: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)},
     }
 )
 DQ_TILES = L.Tiles(
     {
-        **{hd: {80: Tile(64, 64, 4)} for hd in (32, 40, 64)},
-        **{hd: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)} for hd in (80, 128)},
+        64: {80: Tile(64, 64, 4)},
+        128: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)},
         160: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4), 120: Tile(32, 32, 4)},
     }
 )
 DKDV_TILES = L.Tiles(
     {
-        **{hd: {80: Tile(32, 64, 4), 90: Tile(64, 64, 4)} for hd in (32, 40, 64, 80)},
+        80: {80: Tile(32, 64, 4), 90: Tile(64, 64, 4)},
         128: {80: Tile(32, 64, 8), 90: Tile(32, 64, 4)},
         160: {80: Tile(32, 64, 4), 86: Tile(16, 64, 8), 90: Tile(32, 64, 8)},
     }
@@ -300,15 +297,10 @@ def square(b: int, n: int, hd: int) -> Case:
     return case(f"self b{b} {n}x{n} hd{hd}", b, n, n, 8, hd)
 
 
-PEERS = {  # the reference by each of torch's own kernels
-    "flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(reference),
-    "cudnn": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(reference),
-    "efficient": sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(reference),
-}
 KERNEL = Kernel(
-    name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF, peers=PEERS,
-    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    tiles=(FWD_TILES, DQ_TILES, DKDV_TILES), size_class=heads.size_class,
+    name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF,
+    forward=forward, backward=backward, size_class=heads.size_class,
+    tiles=(FWD_TILES, DQ_TILES, DKDV_TILES),
     cases=[
         case("40 = 32 + 16, two heads", 1, 64, 128, 2, 40),
         case("80 = 64 + 16, ragged, batch 3", 3, 33, 70, 1, 80),

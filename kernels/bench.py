@@ -12,6 +12,7 @@ shapes for other benchmarks to shapes.json, and does nothing else.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -34,6 +35,8 @@ from torch.nn import attention
 
 # mode -> flops, forwards, backwards
 MODES = dict(forward=(1.0, 1.0, 0.0), backward=(2.5, 0.0, 1.0), both=(3.5, 1.0, 1.0))
+
+SDPA = ("flash", "cudnn", "efficient")  # torch's own attention kernels
 
 # ------------------------------ The versions of an op
 
@@ -74,9 +77,11 @@ def apex(x, weight, bias, add, num_groups, eps, silu):
 def versions(kernel: Kernel) -> dict[str, Version]:
     """The kernel and what it is compared with, by name."""
     found = {"minisd": Version(kernel), "eager": Version(kernel.reference)}
-    found |= {name: Version(run) for name, run in kernel.peers.items()}
-    if kernel.peers:  # attention: "eager" is what SDPA chooses by itself
-        found |= {f"FA{i}": Version(kernel.reference, functools.partial(flash, f"FA{i}")) for i in (3, 4)}
+    if kernel.name.endswith("attention"):  # "eager" is what SDPA chooses by itself
+        backends = {name: attention.SDPBackend.__members__[f"{name.upper()}_ATTENTION"] for name in SDPA}
+        inside = {name: functools.partial(attention.sdpa_kernel, b) for name, b in backends.items()}
+        inside |= {name: functools.partial(flash, name) for name in ("FA3", "FA4")}
+        found |= {name: Version(kernel.reference, context) for name, context in inside.items()}
         return found | {"xformers": Version(xformers)}
     torch.compiler.reset()  # else the ninth shape exceeds the recompilation limit and silently runs eager
     for name, mode in (("compiled", "default"), ("max-autotune", "max-autotune-no-cudagraphs")):
@@ -90,20 +95,15 @@ def versions(kernel: Kernel) -> dict[str, Version]:
 # ------------------------------ Timing
 
 
-def calls(version: Version, case: Case, dtype: torch.dtype, device: str) -> dict[str, list[Callable]]:
-    """For every mode, calls on sets of tensors that together are larger than the L2 cache."""
-    tensors, constants = checks.inputs(case, dtype, device)
-    size = sum(t.nbytes for t in tensors.values() if t is not None)
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if GPU else 0
+def calls(version: Version, case: Case, dtype: torch.dtype, device: str, sets: int) -> dict[str, list]:
+    """For every mode, a call on each of so many sets of random tensors."""
+    case = dataclasses.replace(case, layout=version.layout or case.layout)
+    randn = functools.partial(torch.randn, device=device)
     found: dict[str, list[Callable]] = {mode: [] for mode in MODES}
-    for _ in range(min(16, 1 + math.ceil(2 * cache / size))):
-        copies = {k: None if t is None else t.detach().clone() for k, t in tensors.items()}
-        for name, t in copies.items():
-            if version.layout and t is not None and t.ndim == 4:
-                copies[name] = t.contiguous(memory_format=version.layout)
-        present = [t.requires_grad_() for t in copies.values() if t is not None]
-        outputs = functools.partial(checks.outputs, version.run, copies, constants)
-        ys = outputs()
+    for _ in range(sets):
+        tensors, constants = checks.inputs(case, dtype, device, randn=randn)
+        outputs = functools.partial(checks.outputs, version.run, tensors, constants)
+        ys, present = outputs(), [t for t in tensors.values() if t is not None]
         dys = [torch.randn_like(y) for y in ys]
         gradients = functools.partial(torch.autograd.grad, inputs=present, grad_outputs=dys)
         found["forward"].append(torch.no_grad()(outputs))
@@ -112,42 +112,38 @@ def calls(version: Version, case: Case, dtype: torch.dtype, device: str) -> dict
     return found
 
 
-def times_of(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> tuple[dict, dict[str, str]]:
-    """The quantiles in ms of mode -> version, and why the other versions failed."""
-    runs: dict[str, dict[str, Callable]] = {}
-    sizes, failed = {}, {}
-    for name, version in versions(kernel).items():
-        try:
-            with version.inside():
-                each = calls(version, case, dtype, device)
-                runs[name], sizes[name] = {mode: captured(each[mode]) for mode in MODES}, len(each["both"])
-        except Exception as e:
-            failed[name] = report.reason(e)
-    found = {}
-    for mode in MODES:
-        times = interleaved({name: run[mode] for name, run in runs.items()})
-        found[mode] = {name: quantiles([t / sizes[name] for t in ts]) for name, ts in times.items()}
-    return found, failed
-
-
 def time_case(
     kernel: Kernel, case: Case, dtype: torch.dtype, reach: dict, device: str = "cuda", **error: float | str
 ) -> list[dict]:
     """Time every mode of every version; return a row of the table for each mode. `error` is part of them."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if GPU else 0
+    sets = min(16, 1 + math.ceil(2 * cache / (case.elements * dtype.itemsize)))  # larger than the L2 cache
+    runs: dict[str, dict[str, Callable]] = {mode: {} for mode in MODES}
+    failed, rows = {}, []
     stream = torch.cuda.stream(torch.cuda.Stream()) if GPU else contextlib.nullcontext()
     with stream:  # all on one that is not the default, as graphs have to be captured
-        times, failed = times_of(kernel, case, dtype, device)
-    rows = []
-    for (mode, by_name), (products, ahead, back) in zip(times.items(), MODES.values(), strict=True):
+        for name, version in versions(kernel).items():
+            try:
+                with version.inside():
+                    each = calls(version, case, dtype, device, sets)
+                    graphs = {mode: captured(each[mode]) for mode in MODES}
+            except Exception as e:
+                failed[name] = report.reason(e)
+            else:
+                for mode in MODES:
+                    runs[mode][name] = graphs[mode]
+        times = {mode: interleaved(by_name) for mode, by_name in runs.items()}
+    for mode, (products, ahead, back) in MODES.items():
         moved = (ahead + back * case.back) * case.elements * dtype.itemsize
         work = {"flops": products * case.flops, "bytes": moved, "exps": (ahead + back) * case.exps}
         row = dict(op=kernel.name, case=case.name, mode=mode, work=work, failed=failed, **error)
-        row["all"] = {name: q[0] for name, q in by_name.items()}
-        others = {name: q[0] for name, q in by_name.items() if name != "minisd"}
-        row["best"], row["best_ms"] = min(others.items(), key=lambda pair: pair[1], default=(None, None))
+        found = {name: quantiles([t / sets for t in ts]) for name, ts in times[mode].items()}
+        row["all"] = {name: median for name, (median, _, _) in found.items()}
+        others = [(median, name) for name, median in row["all"].items() if name != "minisd"]
+        row["best_ms"], row["best"] = min(others, default=(None, None))
         row["limit"] = max(reach, key=lambda unit: work[unit] / reach[unit])
-        if "minisd" in by_name:
-            row["ms"], row["low"], row["high"] = by_name["minisd"]
+        if "minisd" in found:
+            row["ms"], row["low"], row["high"] = found["minisd"]
             unit = ("flops", 1e9, "TFLOP/s") if case.flops else ("bytes", 1e6, "GB/s")
             row["rate"] = f"{work[unit[0]] / row['ms'] / unit[1]:.0f} {unit[2]}"
             row["of_limit"] = work[row["limit"]] / reach[row["limit"]] * 1e3 / row["ms"]
@@ -193,8 +189,7 @@ def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> tuple[
         return "not checked: float64 does not fit", {}
     except Exception as e:
         return f"failed: {report.reason(e)}", {}
-    wrong = [name for name, (ours, theirs) in found.items() if not ours <= 2 * theirs + checks.FLOOR]
-    ours, theirs = (max(column) for column in zip(*found.values(), strict=True))
+    wrong, (ours, theirs) = checks.wrong(found), map(max, zip(*found.values(), strict=True))
     return f"wrong: {', '.join(wrong)}" if wrong else "ok", dict(error=ours, torch_error=theirs)
 
 

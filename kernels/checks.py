@@ -1,11 +1,11 @@
-"""The criterion of correctness: a kernel's outputs and all its gradients on a case, against float64.
+"""The criterion of correctness: a kernel's outputs and all its gradients, against a higher precision.
 
-The tests and bench.py both call `faults`, so that they cannot diverge. An error is a relative norm,
+The tests, bench.py and trial.py all ask `wrong`, so that they cannot diverge. An error is a relative norm,
 |kernel - exact| / |exact|; it may be at most twice that of torch at the same dtype.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from minisd.kernels.kernel import Case, Kernel, as_tuple
@@ -38,12 +38,28 @@ def outputs(fn: Callable, tensors: dict, constants: dict) -> tuple[Tensor, ...]:
     return tuple(y for y in as_tuple(fn(*tensors.values(), *constants.values())) if y.numel())
 
 
+def step(fn: Callable, arguments: Sequence, dys: list[Tensor] | None = None) -> Callable:
+    """Return a call of fn, without arguments, for its outputs and the gradients of what requires one. `dys`,
+    the outputs' own, are by default random, and the same for every fn but for rounding."""
+    wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    forward = functools.partial(outputs, fn, dict(enumerate(arguments)), {})
+    if not wanted:
+        return forward
+    if dys is None:
+        generator = torch.Generator(wanted[0].device).manual_seed(1)
+        dys = [torch.randn(y.shape, device=y.device, generator=generator).to(y) for y in forward()]
+
+    def both() -> tuple[Tensor, ...]:
+        ys = forward()
+        return (*[y.detach() for y in ys], *torch.autograd.grad(ys, wanted, dys))
+
+    return both
+
+
 def run(fn: Callable, tensors: dict, constants: dict, dys: list[Tensor]) -> dict[str, Tensor]:
     """Return the outputs as y, y1, ... and the gradient of every tensor input."""
-    ys = outputs(fn, tensors, constants)
-    present = {f"d{name}": t for name, t in tensors.items() if t is not None}
-    grads = torch.autograd.grad(ys, [*present.values()], [g.to(ys[0].dtype) for g in dys])
-    return {f"y{i or ''}": y.detach() for i, y in enumerate(ys)} | dict(zip(present, grads, strict=True))
+    names = [f"y{i or ''}" for i in range(len(dys))] + [f"d{k}" for k, t in tensors.items() if t is not None]
+    return dict(zip(names, step(fn, [*tensors.values(), *constants.values()], dys)(), strict=True))
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
@@ -70,17 +86,18 @@ def errors(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> dict[
     randn = normal()
     rounded, constants = inputs(case, dtype, device, randn=randn)
     double = {k: None if t is None else t.detach().double().requires_grad_() for k, t in rounded.items()}
-    ours = outputs(kernel, rounded, constants)
-    dys = [randn(y.shape).to(dtype).double().to(device) for y in ours]
-    exact = exactly(kernel.reference, double, constants, dys)
+    dys = [randn(y.shape).to(y) for y in outputs(kernel, rounded, constants)]
+    exact = exactly(kernel.reference, double, constants, [dy.double() for dy in dys])
     theirs, ours = (run(fn, rounded, constants, dys) for fn in (kernel.reference, kernel))
     return {name: (relative(ours[name], y), relative(theirs[name], y)) for name, y in exact.items()}
 
 
+def wrong(errors: dict[str, tuple[float, float]]) -> list[str]:
+    """Return the names whose error is more than twice torch's."""
+    return [k for k, (ours, theirs) in errors.items() if not ours <= 2 * theirs + FLOOR]  # so also NaN
+
+
 def faults(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    """Return a line for every output and gradient whose error is more than twice torch's."""
-    return [
-        f"{name}: {ours:.2e}, torch {theirs:.2e}"
-        for name, (ours, theirs) in errors(kernel, case, dtype, device).items()
-        if not ours <= 2 * theirs + FLOOR  # so written, it includes NaN
-    ]
+    """Return a line for every output and gradient that is wrong."""
+    found = errors(kernel, case, dtype, device)
+    return ["{}: {:.2e}, torch {:.2e}".format(name, *found[name]) for name in wrong(found)]

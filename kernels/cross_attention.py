@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
-from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 MAX_KEYS = 128
@@ -60,88 +59,43 @@ def _fwd_kernel(
         heads.store(o_ptr, acc0 * over, acc1 * over, rows, n, nh * HD, HD, D0, D1)
 
 
-# ------------------------------ Backward
-
-
-@triton.jit
-def _bwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, part_ptr,
-    scale, sm_scale, n, m, nh, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn, split_rows,
-    HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Write dq, and part (splits, 2, b, m, nh, hd) in fp32: dk and dv of each split's queries."""
-    b, h = tl.program_id(1) // nh, tl.program_id(1) % nh
-    q_ptr, k_ptr, v_ptr = heads.at_head(q_ptr, k_ptr, v_ptr, stride_qb, stride_kb, stride_vb, nh, HD)
-    dense = heads.dense_offset(n, nh, HD)
-    stats = tl.program_id(1).to(tl.int64) * n
-    cols = tl.arange(0, KEYS)
-    k0, k1 = heads.load(k_ptr, cols, m, stride_kn, HD, D0, D1, False)
-    v0, v1 = heads.load(v_ptr, cols, m, stride_vn, HD, D0, D1, False)
-    dk0, dk1 = heads.zeros(KEYS, D0, D1)
-    dv0, dv1 = heads.zeros(KEYS, D0, D1)
-    tl.assume(split_rows > 0)
-    for start in range(0, split_rows, BLOCK_M):
-        rows = tl.program_id(0) * split_rows + start + tl.arange(0, BLOCK_M)
-        q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, False)
-        do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
-        o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, False)
-        delta = heads.row_sums(do0, do1, o0, o1, D1)
-        # infinity gives P = 0 for rows past the last
-        lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))
-        p = tl.exp2(heads.dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (keys, queries)
-        p = tl.where(cols[:, None] < m, p, 0.0)
-        dv0, dv1 = heads.dot_onto(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
-        ds = (p * (heads.dot(v0, v1, do0, do1, D1) - delta[None, :])).to(q0.dtype)
-        dk0, dk1 = heads.dot_onto(ds, q0, q1, dk0, dk1, D1)
-        dq0, dq1 = heads.zeros(BLOCK_M, D0, D1)
-        dq0, dq1 = heads.dot_onto(tl.trans(ds), k0, k1, dq0, dq1, D1)
-        heads.store(dq_ptr + dense, dq0 * sm_scale, dq1 * sm_scale, rows, n, nh * HD, HD, D0, D1)
-    batch = (tl.num_programs(1) // nh).to(tl.int64)
-    part_ptr += ((tl.program_id(0) * 2 * batch + b) * m * nh + h) * HD
-    heads.store(part_ptr, dk0 * sm_scale, dk1 * sm_scale, cols, m, nh * HD, HD, D0, D1)
-    heads.store(part_ptr + batch * m * nh * HD, dv0, dv1, cols, m, nh * HD, HD, D0, D1)
-
-
 # ------------------------------ Launchers
 
 
-@L.remembered
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
     q, k, v = (heads.dense(t) for t in (q, k, v))
     b, n, nh, hd = q.shape
-    o, lse = attention.new_outputs(q, k, v)
+    o, lse = L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
     k0, k1 = heads.two_tiles(k.shape[1])
-    tile = FWD_TILES.pick(heads.shape_class(hd), q.device)
+    tile = FWD_TILES.pick(hd, q.device)
     # Several tiles of queries per load of K and V, as long as every multiprocessor still has work
     tiles = L.cdiv(n, tile["BLOCK_M"])
     repeat = 4 if tiles * b * nh >= 2 * BUSY_PROGRAMS else 2 if tiles * b * nh >= BUSY_PROGRAMS else 1
-    args = (q, k, v, o, lse, heads.scales(hd)[0], *heads.scalars(q, k, v))
-    grid = (L.cdiv(tiles, repeat), b * nh)
-    L.launch(_fwd_kernel, grid, *args, **heads.split(hd), K0=k0, K1=k1, REPEAT=repeat, **tile)
+    blocks = L.cdiv(tiles, repeat)
+    heads.launch(_fwd_kernel, blocks, q, k, v, o, lse, K0=k0, K1=k1, REPEAT=repeat, **tile)
     return o, lse
 
 
-@L.remembered
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tile = BWD_TILES.pick(heads.shape_class(q.shape[-1]), q.device)
+    tile = BWD_TILES.pick(q.shape[-1], q.device)
     if not tile:
         return attention.backward(do, q, k, v, o, lse)
     q, k, v = (heads.dense(t) for t in (q, k, v))
     do = do.contiguous()
-    b, n, nh, hd = q.shape
+    b, n, nh, _ = q.shape
     # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
     most_splits = min(8, L.cdiv(264, b * nh))
     split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
     splits = L.cdiv(n, split_rows)
-    dq, dk, dv = attention.new_gradients(do, q, k, v, o, lse)
+    dq, dk, dv = (L.empty(t, *t.shape) for t in (q, k, v))
     part = L.empty(q, splits, 2, *k.shape, dtype=torch.float32)
-    args = (q, k, v, o, do, lse, dq, part, *heads.scales(hd), *heads.scalars(q, k, v), split_rows)
-    keys = L.power_of_two(k.shape[1], 16)
-    L.launch(_bwd_kernel, (splits, b * nh), *args, **heads.split(hd), KEYS=keys, **tile)
-    add_up(part, dk, dv)
+    tile |= dict(SPLIT=True, BLOCK_N=L.power_of_two(k.shape[1], 16), EVEN_N=False, EVEN_M=False)
+    args = (q, k, v, o, do, lse, lse, dq, part, part, split_rows)  # computes delta where it would read it
+    heads.launch(attention.bwd_dkdv_kernel, splits, *args, **tile)
+    L.add_up(part, dk, dv)
     return dq, dk, dv
 
 
@@ -158,17 +112,13 @@ def Tile(BLOCK_M: int, num_warps: int) -> dict:
     return dict(BLOCK_M=BLOCK_M, num_warps=num_warps)
 
 
-FWD_TILES = L.Tiles(
-    {hd: {80: Tile(64, 4)} for hd in (32, 40, 64, 80, 128)}
-    | {160: {80: Tile(64, 8), 90: Tile(64, 4), 120: Tile(32, 8)}}
-)
+FWD_TILES = L.Tiles({128: {80: Tile(64, 4)}, 160: {80: Tile(64, 8), 90: Tile(64, 4), 120: Tile(32, 8)}})
 BWD_TILES = L.Tiles(  # without a tile, attention.py's backward
     {
         32: {80: Tile(64, 8)},
         40: {80: Tile(32, 8), 90: Tile(64, 8)},
         64: {80: Tile(32, 8)},
         80: {80: Tile(32, 8), 120: {}},
-        128: {80: {}},
         160: {80: {}},
     }
 )
@@ -182,9 +132,8 @@ def text(b: int, n: int, hd: int, m: int = 77) -> Case:
 
 KERNEL = Kernel(
     name="cross_attention", reference=attention.reference, unsupported=unsupported, dtypes=L.HALF,
-    forward=forward, backward=backward, new_outputs=attention.new_outputs,
-    new_gradients=attention.new_gradients, peers=attention.PEERS,
-    tiles=(FWD_TILES, BWD_TILES), size_class=heads.size_class,
+    forward=forward, backward=backward, size_class=heads.size_class,
+    tiles=(FWD_TILES, BWD_TILES),
     cases=[
         case("77 keys, 40", 1, 128, 77, 2, 40),
         case("77 keys, 80, ragged, batch 3", 3, 70, 77, 1, 80),

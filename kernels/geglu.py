@@ -13,7 +13,7 @@ import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
 from torch import Tensor
 
-# ------------------------------ Reference
+TILE = dict(BLOCK_N=1024, num_warps=4)
 
 
 def reference(x: Tensor) -> Tensor:
@@ -22,80 +22,49 @@ def reference(x: Tensor) -> Tensor:
     return a * F.gelu(g)
 
 
-# ------------------------------ Forward
-
-
 @triton.jit
-def _load_halves(x_ptr, row, col, d):
-    """Load a and g of one row in fp32; also return the mask of existing columns."""
+def geglu_kernel(
+    x_ptr,  # (rows, 2 d)
+    dy_ptr,  # (rows, d), read if BACKWARD
+    out_ptr,  # y (rows, d), or dx (rows, 2 d): never the memory of x, which another backward may still need
+    d,
+    BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = col < d
-    x_ptr += row.to(tl.int64) * 2 * d
+    x_ptr += row * 2 * d
     a = tl.load(x_ptr + col, mask=ok, other=0.0).to(tl.float32)
     g = tl.load(x_ptr + d + col, mask=ok, other=0.0).to(tl.float32)
-    return a, g, ok
+    phi = 0.5 * tl.erf(g * 0.7071067811865476) + 0.5  # the standard normal distribution function
+    if BACKWARD:
+        dy = tl.load(dy_ptr + row * d + col, mask=ok, other=0.0).to(tl.float32)
+        density = 0.3989422804014327 * tl.exp2(g * g * -0.7213475204444817)  # exp(-g^2 / 2) / sqrt(2 pi)
+        out_ptr += row * 2 * d
+        tl.store(out_ptr + col, (dy * g * phi).to(out_ptr.dtype.element_ty), mask=ok)
+        dg = dy * a * (phi + g * density)
+        tl.store(out_ptr + d + col, dg.to(out_ptr.dtype.element_ty), mask=ok)
+    else:
+        tl.store(out_ptr + row * d + col, (a * g * phi).to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def _fwd_kernel(
-    x_ptr,  # (rows, 2 d)
-    y_ptr,  # (rows, d)
-    d,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    row, col = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a, g, ok = _load_halves(x_ptr, row, col, d)
-    y = a * g * 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
-    tl.store(y_ptr + row.to(tl.int64) * d + col, y.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-# ------------------------------ Backward
-
-
-@triton.jit
-def _bwd_kernel(
-    x_ptr,  # (rows, 2 d)
-    dy_ptr,  # (rows, d)
-    dx_ptr,  # (rows, 2 d); never the memory of x, which another backward may still need
-    d,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    row, col = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a, g, ok = _load_halves(x_ptr, row, col, d)
-    dy = tl.load(dy_ptr + row.to(tl.int64) * d + col, mask=ok, other=0.0).to(tl.float32)
-    phi = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))  # the standard normal distribution function
-    density = 0.3989422804014327 * tl.exp2(g * g * -0.7213475204444817)  # exp(-g^2 / 2) / sqrt(2 pi)
-    dx_ptr += row.to(tl.int64) * 2 * d
-    tl.store(dx_ptr + col, (dy * g * phi).to(dx_ptr.dtype.element_ty), mask=ok)
-    tl.store(dx_ptr + d + col, (dy * a * (phi + g * density)).to(dx_ptr.dtype.element_ty), mask=ok)
-
-
-# ------------------------------ Launchers
-
-
-def new_outputs(x: Tensor) -> Tensor:
-    return L.empty(x, *x.shape[:-1], x.shape[-1] // 2)
-
-
-def new_gradients(dy, x: Tensor) -> Tensor:
-    return L.empty(x, *x.shape)
-
-
-@L.remembered
 def forward(x: Tensor) -> Tensor:
     x = x.contiguous()
-    y, d = new_outputs(x), x.shape[-1] // 2
-    tile = TILES.pick("any", x.device)
-    L.launch(_fwd_kernel, (y.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, y, d, **tile)
+    y = L.empty(x, *x.shape[:-1], x.shape[-1] // 2)
+    _launch(x, x, y, BACKWARD=False)
     return y
 
 
-@L.remembered
 def backward(dy: Tensor, x: Tensor) -> Tensor:
-    x, dy = x.contiguous(), dy.contiguous()
-    dx, d = new_gradients(dy, x), x.shape[-1] // 2
-    tile = TILES.pick("any", x.device)
-    L.launch(_bwd_kernel, (dy.numel() // d, L.cdiv(d, tile["BLOCK_N"])), x, dy, dx, d, **tile)
+    x = x.contiguous()
+    dx = L.empty(x)
+    _launch(x, dy.contiguous(), dx, BACKWARD=True)
     return dx
+
+
+def _launch(x: Tensor, dy: Tensor, out: Tensor, **flags) -> None:
+    d = x.shape[-1] // 2
+    grid = x.numel() // (2 * d), L.cdiv(d, TILE["BLOCK_N"])
+    L.launch(geglu_kernel, grid, x, dy, out, d, **flags, **TILE)
 
 
 def unsupported(x: Tensor) -> str:
@@ -103,11 +72,6 @@ def unsupported(x: Tensor) -> str:
         return f"{x.shape[-1]} columns do not divide in two"
     large = x.numel() > L.INT32 * x.shape[-1] or x.shape[-1] > 512 * L.GRID_YZ
     return "more than 2^31 rows, or rows too long for the grid" if large else ""
-
-
-# ------------------------------ Tiles and cases
-
-TILES = L.Tiles({"any": {80: dict(BLOCK_N=1024, num_warps=4)}})
 
 
 def case(name: str, *shape: int, scale: float = 1.0) -> Case:
@@ -119,9 +83,9 @@ def case(name: str, *shape: int, scale: float = 1.0) -> Case:
 
 KERNEL = Kernel(
     name="geglu", reference=reference, unsupported=unsupported,
-    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
+    forward=forward, backward=backward,
     save=lambda inputs, outputs: inputs,
-    tiles=(TILES,), size_class=lambda x: f"{x[-1] // 2} x{L.power_of_two(math.prod(x[:-1]))}",
+    size_class=lambda x: f"{x[-1] // 2} x{L.power_of_two(math.prod(x[:-1]))}",
     cases=[
         case("tokens", 2, 5, 128),
         case("wider than a tile, ragged", 3, 2 * 1300),

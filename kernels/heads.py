@@ -13,7 +13,6 @@ Pointers, the same in every kernel:
     delta               (b, nh, n) fp32: row sums of dO * O
 """
 
-import functools
 import math
 
 import minisd.kernels.launch as L
@@ -125,7 +124,6 @@ def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 # ------------------------------ On the host
 
 
-@functools.cache
 def two_tiles(size: int) -> tuple[int, int]:
     """Return two tiles that hold `size`: 40 is 32 + 16; (tile, 0) where two are not shorter (64, 56)."""
     whole = L.power_of_two(size, 16)
@@ -134,19 +132,10 @@ def two_tiles(size: int) -> tuple[int, int]:
     return (first, second) if 0 < second < whole - first else (whole, 0)
 
 
-@functools.cache
 def split(hd: int) -> dict:
     """Return the head width and its tiles as the kernels' constants."""
     first, second = two_tiles(hd)
     return dict(HD=hd, D0=first, D1=second)
-
-
-WIDTHS = (32, 40, 64, 80, 128, 160)  # of heads: the shape classes of the tile tables
-
-
-def shape_class(hd: int) -> int:
-    """Return hd rounded up to a head width of the tile tables."""
-    return next(c for c in WIDTHS if hd <= c)
 
 
 def size_class(q: tuple, k: tuple, v: tuple) -> str:
@@ -159,11 +148,11 @@ def dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
 
 
-def scalars(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    """Return n, m, nh and the strides of batch and tokens, which all kernels take after their tensors."""
-    return q.shape[1], k.shape[1], q.shape[2], *(s for t in (q, k, v) for s in t.stride()[:2])
-
-
-def scales(hd: int) -> tuple[float, float]:
-    """Return log2(e) / sqrt(hd) for the scores, and 1 / sqrt(hd) for the gradients."""
-    return LOG2E / math.sqrt(hd), 1 / math.sqrt(hd)
+def launch(kernel, blocks: int, *arguments, **meta) -> None:
+    """Launch `blocks` programs for every head, with what all kernels take after their own arguments, of which
+    the first three are q, k and v: log2(e) / sqrt(hd), n, m, nh, and the strides of batch and tokens."""
+    q, k, v = arguments[:3]
+    b, n, nh, hd = q.shape
+    strides = [s for t in (q, k, v) for s in t.stride()[:2]]
+    scalars = (LOG2E / math.sqrt(hd), n, k.shape[1], nh, *strides)
+    L.launch(kernel, (blocks, b * nh), *arguments, *scalars, **split(hd), **meta)

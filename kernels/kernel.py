@@ -7,8 +7,8 @@ minisd/ops.py, aot.py, bench.py, verdicts.py and the tests all call `discover`.
 import functools
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -46,8 +46,6 @@ class Kernel:
     reference: Callable  # the same operation in plain torch
     forward: Callable  # launcher; outputs after the first `differentiable` are for the backward alone
     backward: Callable  # launcher; takes the gradients of differentiable outputs, then what `save` returned
-    new_outputs: Callable  # uninitialised outputs of forward: all that torch.compile sees of it
-    new_gradients: Callable  # the same for backward
     save: Callable = lambda inputs, outputs: (*inputs, *outputs)  # tensors, then constants, for the backward
     gradients: Callable = lambda *results: results  # backward's results as one gradient per tensor parameter
     differentiable: int = 1  # number of outputs that the caller gets
@@ -60,16 +58,12 @@ class Kernel:
     tiles: Sequence[L.Tiles] = ()
     size_class: Callable[..., str]  # sizes that share a verdict; takes tensors' shapes in place of tensors
     variants: Sequence["Kernel"] = ()  # other kernels of the same operation, each with a name of its own
-    peers: Mapping[str, Callable] = field(default_factory=dict)  # torch's versions, if not eager and compiled
 
     def __post_init__(self):
-        options = dict(mutates_args=(), device_types=("cuda", "cpu"))
-        name = f"minisd::{self.name}"
-        self.operator = torch.library.custom_op(name, self.forward, **options)
-        self.operator.register_fake(self.new_outputs)
+        self.forward, self.backward = L.remembered(self.forward), L.remembered(self.backward)
+        self.operator = operator(self.name, self.forward)
         self.operator.register_autograd(self._backward, setup_context=self._setup_context)
-        self._backward_operator = torch.library.custom_op(f"{name}_bwd", self.backward, **options)
-        self._backward_operator.register_fake(self.new_gradients)
+        self._backward_operator = operator(f"{self.name}_bwd", self.backward)
         pieces = dict(forward=staticmethod(self._forward), backward=staticmethod(self._backward))
         self._function = type(self.name, (_SingleLevelFunction,), pieces)
 
@@ -121,6 +115,19 @@ class Kernel:
         """Return why the kernel cannot run on these arguments, or an empty string."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         return self.unsupported(*arguments) or L.why_not(*tensors, dtypes=self.dtypes)
+
+
+def operator(name: str, launcher: Callable):
+    """Return a torch operator that calls `launcher`. A compiler sees what it allocates, and no launch."""
+
+    def fake(*arguments):
+        with L.record(80):
+            return launcher(*arguments)
+
+    options = dict(mutates_args=(), device_types=("cuda", "cpu"))
+    made = torch.library.custom_op(f"minisd::{name}", launcher, **options)
+    made.register_fake(fake)
+    return made
 
 
 @functools.cache

@@ -1,12 +1,6 @@
 """What every launcher needs: whether a kernel can run on these tensors, which tile it takes, and the call.
 
-    why_not(q, k, v, dtypes=HALF)         why kernels cannot run on these tensors, or an empty string
-    Tiles(...).pick(shape_class, device)  the tile of the table, a dict of constexprs and compile options
-    empty(x, *shape)                      what a launcher allocates
-    launch(kernel, grid, *args, **meta)   the call; inside `record` it is recorded and not run
-    @remembered                           makes a launcher whose second call of a kind repeats the first
-
-Tiles are fixed by (launch, shape class, GPU family) and not searched: every candidate would take 1 to 3 s to
+Tiles are fixed by (launch, size, GPU family) and not searched: every candidate would take 1 to 3 s to
 compile.
 """
 
@@ -19,6 +13,7 @@ from operator import itemgetter, or_
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,23 +52,18 @@ def family(capability: int) -> int:
     return 86 if capability >= 120 else max([f for f in FAMILIES if f <= capability], default=80)
 
 
-# ------------------------------ Tile tables
-
-
 class Tiles:
-    """The tiles of a launch: shape class -> GPU family -> tile; a missing family takes the next older one."""
+    """The tiles of a launch: size -> GPU family -> tile. A missing size takes the next larger one, a missing
+    family the next older one."""
 
     def __init__(self, table: dict):
         self.table = table
 
-    def pick(self, shape_class: int | str, device: torch.device) -> dict:
-        """Return a copy of the table's tile for this device."""
-        row, chip = self.table[shape_class], capability(device)
+    def pick(self, size: int | str, device: torch.device) -> dict:
+        """Return a copy of the table's tile for this size and device."""
+        row, chip = self.table[min(s for s in self.table if s >= size)], capability(device)
         newest = 120 if chip >= 120 and 120 in row else family(chip)
         return dict(row[max(f for f in row if f <= newest)])
-
-
-# ------------------------------ Whether kernels can run
 
 
 def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -99,9 +89,6 @@ def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
     if any(t.numel() == 0 for t in tensors):
         return f"an empty tensor of {dtype}"
     return ""
-
-
-# ------------------------------ Layouts
 
 
 def layout(x: Tensor) -> str:
@@ -165,7 +152,7 @@ def launch(kernel, grid: tuple, *args, **meta) -> None:
 # next one with tensors of the same kind repeats that with its own tensors.
 
 _running = threading.local()  # its tape: that of the call which is being written down
-_tapes: dict[tuple, "Tape"] = {}
+_tapes: dict[tuple, "Tape"] = {}  # when it is cleared, each launcher's next call is one that Triton looks at
 MOST_TAPES = 4096
 
 
@@ -173,9 +160,9 @@ class Tape:
     """What one call of a launcher did. Tensors are numbered: its arguments, then what it allocates."""
 
     def __init__(self, arguments: tuple):
-        self.tensors, self.made, self.launches = list(arguments), [], []
-        given = [id(t) for t in arguments if isinstance(t, Tensor)]
-        self.complete = len(set(given)) == len(given)  # else a number has two meanings
+        self.given = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
+        self.tensors, self.made, self.launches = [arguments[i] for i in self.given], [], []
+        self.complete = len({*map(id, self.tensors)}) == len(self.given)  # else a number has two meanings
 
     def number(self, tensor: Tensor) -> int:
         found = next((i for i, t in enumerate(self.tensors) if t is tensor), None)
@@ -191,27 +178,22 @@ class Tape:
         if self.complete:
             handles = compiled.function, compiled.packed_metadata, None, None, None
             rest = *args[len(tensors) :], *(meta[name] for name in kernel.arg_names[len(args) :])
-            numbers = [self.number(t) for t in tensors]
-            self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, numbers, rest))
+            taken = itemgetter(*map(self.number, tensors))
+            self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, taken, rest))
 
     def end(self, results: Tensor | tuple[Tensor, ...]) -> None:
         self.device = as_tuple(results)[0].get_device()
-        self.results = itemgetter(*[self.number(t) for t in as_tuple(results)])
-        used = sorted({i for *_, numbers, _ in self.launches for i in numbers})
-        self.used = itemgetter(*used)
-        self.launches = [
-            (*c, itemgetter(*map(used.index, numbers)), rest) for *c, numbers, rest in self.launches
-        ]
+        self.results = itemgetter(*map(self.number, as_tuple(results)))
         self.tensors = []
 
     def repeat(self, arguments: tuple) -> Tensor | tuple[Tensor, ...] | None:
         """Return the results for tensors of the same kind, or None if their addresses, the current device, a
         profiler or the version of Triton do not allow it."""
-        tensors = list(arguments)
+        tensors = [arguments[i] for i in self.given]
         for like, shape, dtype in self.made:
             like = tensors[like]
             tensors.append(like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like))
-        addresses = [t.data_ptr() for t in self.used(tensors)]
+        addresses = [t.data_ptr() for t in tensors]
         try:
             driver, hooks = triton.runtime.driver.active, triton.knobs.runtime.launch_enter_hook
             aligned = not functools.reduce(or_, addresses) % 16
@@ -254,11 +236,6 @@ def remembered(launcher: Callable) -> Callable:
     return call
 
 
-def forget() -> None:
-    """The next call of each launcher is one that Triton looks at."""
-    _tapes.clear()
-
-
 def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (values,) if isinstance(values, Tensor) else values
 
@@ -268,8 +245,37 @@ def as_tuple(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def power_of_two(n: int, least: int = 1) -> int:
     """Return the smallest power of two that is at least n, or `least` if that is larger."""
-    return max(least, 1 << (n - 1).bit_length())
+    return max(least, 1 << int(n - 1).bit_length())
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# ------------------------------ Partial sums
+
+
+@triton.jit
+def _sum_kernel(
+    part_ptr,  # (splits, 2, size) fp32
+    first_ptr, second_ptr,  # (size,)
+    splits, size,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    half, at = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        rows = part_ptr + (s.to(tl.int64) * 2 + half)[:, None] * size
+        total += tl.load(rows + at[None, :], mask=(s < splits)[:, None] & (at < size)[None, :], other=0.0)
+    sum_ptr = second_ptr if half else first_ptr
+    tl.store(sum_ptr + at, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=at < size)
+
+
+def add_up(part: Tensor, first: Tensor, second: Tensor) -> None:
+    """Write the sum over the first dimension of part (splits, 2, ...) to `first` and `second`, added up in a
+    fixed order: what backwards end with, where others would use atomics."""
+    splits, size = len(part), first.numel()
+    block = min(32, power_of_two(splits))
+    tile = dict(BLOCK_S=block, BLOCK_N=1024 // block, num_warps=4)
+    launch(_sum_kernel, (cdiv(size, tile["BLOCK_N"]), 2), part, first, second, splits, size, **tile)

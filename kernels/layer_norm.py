@@ -25,13 +25,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel
-from minisd.kernels.partial_sums import add_up
 from torch import Tensor
 
 PROGRAMS = 264  # of the backward, each with its own partial sums: two per multiprocessor of an H100
 MAX_WIDTH = 8192  # a row must fit in the registers of one program
-
-# ------------------------------ Reference
 
 
 def reference(
@@ -77,32 +74,50 @@ def _fwd_kernel(
 
 
 @triton.jit
+def _load_rows(dy_ptr, dsum_ptr, s_ptr, at, ok, HAS_RESIDUAL: tl.constexpr):
+    dy = tl.load(dy_ptr + at, mask=ok, other=0.0)
+    dsum = dy
+    if HAS_RESIDUAL:
+        dsum = tl.load(dsum_ptr + at, mask=ok, other=0.0)
+    return dy, dsum, tl.load(s_ptr + at, mask=ok, other=0.0)
+
+
+@triton.jit
 def _bwd_kernel(
     dy_ptr, dsum_ptr, s_ptr, weight_ptr, stats_ptr, dx_ptr, part_ptr,
     rows, d,
-    HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    col = tl.arange(0, BLOCK_N)
-    ok = col < d
-    weight = tl.load(weight_ptr + col, mask=ok, other=0.0).to(tl.float32)
-    dbias = tl.zeros((BLOCK_N,), tl.float32)
-    dweight = tl.zeros((BLOCK_N,), tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64) * d + col
-        dy = tl.load(dy_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        s = tl.load(s_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        rstd = tl.load(stats_ptr + rows + row)
-        xhat = tl.where(ok, (s - tl.load(stats_ptr + row)) * rstd, 0.0)
+    """Process ROWS rows at a time. The next ones are loaded before the present ones are used, so that the
+    memory is never idle."""
+    first, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    row, col = tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK_N)[None, :]
+    weight = tl.load(weight_ptr + col, mask=col < d, other=0.0).to(tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    at, ok = (first + row) * d + col, (first + row < rows) & (col < d)
+    next_dy, next_dsum, next_s = _load_rows(dy_ptr, dsum_ptr, s_ptr, at, ok, HAS_RESIDUAL)
+    for start in range(first, rows, step):
+        here = start + row
+        at, ok = here * d + col, (here < rows) & (col < d)
+        dy, dsum, s = next_dy.to(tl.float32), next_dsum.to(tl.float32), next_s.to(tl.float32)
+        more = (here + step < rows) & (col < d)
+        next_dy, next_dsum, next_s = _load_rows(dy_ptr, dsum_ptr, s_ptr, at + step * d, more, HAS_RESIDUAL)
+        mean = tl.load(stats_ptr + here, mask=here < rows, other=0.0)
+        rstd = tl.load(stats_ptr + rows + here, mask=here < rows, other=0.0)
+        xhat = tl.where(ok, (s - mean) * rstd, 0.0)
         dbias += dy
         dweight += dy * xhat
         dxhat = dy * weight
-        dx = rstd * (dxhat - tl.sum(dxhat, 0) / d - xhat * (tl.sum(dxhat * xhat, 0) / d))
+        mean_dxhat, mean_product = tl.sum(dxhat, 1)[:, None] / d, tl.sum(dxhat * xhat, 1)[:, None] / d
+        dx = rstd * (dxhat - mean_dxhat - xhat * mean_product)
         if HAS_RESIDUAL:
-            dx += tl.load(dsum_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            dx += dsum
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+    col = tl.arange(0, BLOCK_N)
     part_ptr += tl.program_id(0) * 2 * d
-    tl.store(part_ptr + col, dbias, mask=ok)
-    tl.store(part_ptr + d + col, dweight, mask=ok)
+    tl.store(part_ptr + col, tl.sum(dbias, 0), mask=col < d)
+    tl.store(part_ptr + d + col, tl.sum(dweight, 0), mask=col < d)
 
 
 # ------------------------------ Launchers
@@ -114,36 +129,19 @@ def tile(d: int) -> dict:
     return dict(BLOCK_N=block, num_warps=min(16, max(1, block // 256)))
 
 
-def new_outputs(x: Tensor, residual: Tensor | None, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
-    s = L.empty(x, 0) if residual is None else L.empty(x, *x.shape)
-    return L.empty(x, *x.shape), s, L.empty(x, 2, *x.shape[:-1], dtype=torch.float32)
-
-
-def new_gradients(dy, dsum, s: Tensor, weight, stats) -> tuple[Tensor, Tensor, Tensor]:
-    dweight, dbias = (L.empty(s, s.shape[-1], dtype=torch.float32) for _ in range(2))
-    return L.empty(s, *s.shape), dweight, dbias
-
-
-@L.remembered
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, x + residual (empty without one), and mean and rstd (2, ...) in fp32 for the backward."""
     x, d = x.contiguous(), x.shape[-1]
-    y, s, stats = new_outputs(x, residual, weight, bias, eps)
+    s = L.empty(x, 0) if residual is None else L.empty(x)
+    y, stats = L.empty(x), L.empty(x, 2, *x.shape[:-1], dtype=torch.float32)
     residual_arg = x if residual is None else residual.contiguous()
     args = (x, residual_arg, weight, bias, y, s, stats, d, eps)
     L.launch(_fwd_kernel, (x.numel() // d,), *args, HAS_RESIDUAL=residual is not None, **tile(d))
     return y, s, stats
 
 
-def save(inputs: tuple, outputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual, weight, _, _ = inputs
-    _, s, stats = outputs
-    return x if residual is None else s, weight, stats
-
-
-@L.remembered
 def backward(
     dy: Tensor | None, dsum: Tensor | None, s: Tensor, weight: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,21 +149,23 @@ def backward(
     s, d = s.contiguous(), s.shape[-1]
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
     rows = s.numel() // d
-    programs = min(PROGRAMS, rows)
-    dx, dweight, dbias = new_gradients(dy, dsum, s, weight, stats)
+    block = tile(d)["BLOCK_N"]
+    flags = dict(HAS_RESIDUAL=dsum is not None, ROWS=max(1, 2048 // block))
+    programs = min(PROGRAMS, L.cdiv(rows, flags["ROWS"]))
+    dx, dweight, dbias = L.empty(s), *(L.empty(s, d, dtype=torch.float32) for _ in range(2))
     part = L.empty(s, programs, 2, d, dtype=torch.float32)
     dsum_arg = dy if dsum is None else dsum.contiguous()
     args = (dy, dsum_arg, s, weight, stats, dx, part, rows, d)
-    L.launch(_bwd_kernel, (programs,), *args, HAS_RESIDUAL=dsum is not None, **tile(d))
-    add_up(part, dbias, dweight)
+    L.launch(_bwd_kernel, (programs,), *args, BLOCK_N=block, num_warps=16 if block > 4096 else 8, **flags)
+    L.add_up(part, dbias, dweight)
     return dx, dweight, dbias
 
 
 def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> str:
     if x.shape[-1] > MAX_WIDTH:
         return f"rows of {x.shape[-1]}, the kernels take up to {MAX_WIDTH}"
-    if x.numel() // x.shape[-1] > L.INT32:
-        return "more than 2^31 rows"
+    if x.numel() // x.shape[-1] > 2**30:
+        return "more than 2^30 rows"
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return "x and residual differ in shape or type"
     return ""
@@ -188,8 +188,9 @@ def case(name: str, *shape: int, residual: bool = True, shift: float = 0.0) -> C
 
 KERNEL = Kernel(
     name="layer_norm", reference=reference, unsupported=unsupported,
-    forward=forward, backward=backward, new_outputs=new_outputs, new_gradients=new_gradients,
-    size_class=size_class, save=save, gradients=lambda dx, *rest: (dx, dx, *rest), differentiable=2,
+    forward=forward, backward=backward, size_class=size_class,
+    save=lambda inputs, outputs: (inputs[0] if inputs[1] is None else outputs[1], inputs[2], outputs[2]),
+    gradients=lambda dx, *rest: (dx, dx, *rest), differentiable=2,
     cases=[
         case("320, tokens", 2, 7, 320),
         case("no residual", 5, 64, residual=False),

@@ -68,33 +68,32 @@ def roofline(points: list[tuple[str, float, float]], flops: float, bandwidth: fl
     FLOP/s), each label in a colour of its own."""
     from PIL import Image, ImageDraw
 
-    ridge, left, bottom, (width, height) = flops / bandwidth, 70, 50, size
-    xs, ys = [p[1] for p in points] + [ridge], [p[2] for p in points] + [flops]
-    low = math.floor(math.log10(min(xs))), math.floor(math.log10(min(ys)))
-    high = math.ceil(math.log10(max(xs)) + 0.1), math.ceil(math.log10(max(ys)) + 0.1)
     image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
+    draw, peak, slope = ImageDraw.Draw(image), math.log10(flops), math.log10(bandwidth)
+    marks = [(label, math.log10(x), math.log10(y)) for label, x, y in points]
+    xs, ys = [x for _, x, _ in marks] + [peak - slope], [y for _, _, y in marks] + [peak]
+    (left, right), (low, high) = ((math.floor(min(v)), math.ceil(max(v) + 0.1)) for v in (xs, ys))
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (math.log10(x) - low[0]) / (high[0] - low[0]) * (width - left - 40)
-        up = (math.log10(y) - low[1]) / (high[1] - low[1]) * (height - bottom - 20)
-        return left + across, height - bottom - up
+        """The place of a power of ten."""
+        across, up = (x - left) / (right - left), (y - low) / (high - low)
+        return 70 + across * (size[0] - 110), size[1] - 50 - up * (size[1] - 70)
 
-    for k in range(low[0], high[0] + 1):
-        draw.line([at(10**k, 10 ** low[1]), at(10**k, 10 ** high[1])], "#dddddd")
-        draw.text(at(10**k, 10 ** low[1]), f"{10.0**k:g}", "black")
-    for k in range(low[1], high[1] + 1):
-        draw.line([at(10 ** low[0], 10**k), at(10 ** high[0], 10**k)], "#dddddd")
-        draw.text((5, at(1, 10**k)[1] - 6), f"{10.0**k / 1e12:g}", "black")
-    draw.text((left, height - 20), "FLOP/byte", "black")
+    for k in range(left, right + 1):
+        draw.line([at(k, low), at(k, high)], "#dddddd")
+        draw.text(at(k, low), f"{10.0**k:g}", "black")
+    for k in range(low, high + 1):
+        draw.line([at(left, k), at(right, k)], "#dddddd")
+        draw.text((5, at(left, k)[1] - 6), f"{10.0 ** (k - 12):g}", "black")
+    draw.text((70, size[1] - 20), "FLOP/byte", "black")
     draw.text((5, 4), "TFLOP/s", "black")
-    start = max(10 ** low[0], 10 ** low[1] / bandwidth)
-    draw.line([at(start, start * bandwidth), at(ridge, flops), at(10 ** high[0], flops)], "black", 2)
-    kinds = sorted({label for label, _, _ in points})
+    start = max(left, low - slope)
+    draw.line([at(start, start + slope), at(peak - slope, peak), at(right, peak)], "black", 2)
+    kinds = sorted({label for label, *_ in marks})
     colours = {kind: f"hsl({round(360 * i / len(kinds))},80%,40%)" for i, kind in enumerate(kinds)}
     for i, kind in enumerate(kinds):
-        draw.text((left + 10, 30 + 14 * i), kind, colours[kind])
-    for label, x, y in points:
-        (px, py), colour = at(x, y), colours[label]
-        draw.ellipse([px - 4, py - 4, px + 4, py + 4], outline=colour, width=2)
+        draw.text((80, 30 + 14 * i), kind, colours[kind])
+    for label, x, y in marks:
+        px, py = at(x, y)
+        draw.ellipse([px - 4, py - 4, px + 4, py + 4], outline=colours[label], width=2)
     return image

@@ -14,7 +14,8 @@ import minisd.kernels.checks as checks
 import minisd.kernels.launch as L
 import minisd.kernels.timing as timing
 import torch
-from minisd.kernels.kernel import Kernel, as_tuple
+from minisd.kernels.checks import step
+from minisd.kernels.kernel import Kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,29 +108,6 @@ def inputs(call: Call, seed: int = 0) -> tuple[list, list[Tensor]]:
     return arguments, canaries
 
 
-def step(fn: Callable, arguments: list, dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
-    """Return a call of `fn` without arguments, in `dtype` or else in their own types. It returns the outputs
-    and the gradients that are required; the outputs' own are the same for every fn, but for rounding."""
-    given = [a.detach().to(dtype or a.dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-             for a in arguments]  # fmt: skip
-    wanted = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
-
-    def forward() -> list[Tensor]:
-        with torch.set_grad_enabled(bool(wanted)):
-            return [y for y in as_tuple(fn(*given)) if y.numel()]
-
-    if not wanted:
-        return forward
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    dys = [torch.randn(y.shape, device=DEVICE, generator=generator).to(y) for y in forward()]
-
-    def both() -> list[Tensor]:
-        ys = forward()
-        return [y.detach() for y in ys] + list(torch.autograd.grad(ys, wanted, dys))
-
-    return both
-
-
 # ------------------------------ The parts of a trial
 
 
@@ -146,14 +124,15 @@ def check(kernel: Kernel, call: Call) -> list[float]:
     writes where it should not."""
     arguments, canaries = inputs(call)
     before = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
-    precise = torch.float64 if arguments[0].dtype == torch.float32 else torch.float32
+    higher = torch.float64 if arguments[0].dtype == torch.float32 else torch.float32
+    precise = [a.detach().to(higher).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+               for a in arguments]  # fmt: skip
     matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # in TF32 it would be no reference
     try:
         with torch.autocast(DEVICE, enabled=False):
-            exact = step(kernel.reference, arguments, precise)()
-            torchs = step(kernel.reference, arguments)()
-            L.forget()  # so that these are a first call of the launchers, and its repetition
+            exact, torchs = (step(kernel.reference, given)() for given in (precise, arguments))
+            L._tapes.clear()  # so that these are a first call of the launchers, and its repetition
             with Filled() as mode:
                 ours, again = step(kernel, arguments)(), step(kernel, arguments)()
     finally:
@@ -164,13 +143,11 @@ def check(kernel: Kernel, call: Call) -> list[float]:
         raise Wrong("it changes its input")
     if not all(map(torch.equal, ours, again)):
         raise Wrong("two runs differ, or it computes NaN")
-    shares = []
-    for own, theirs, value in zip(ours, torchs, exact, strict=True):
-        error, allowed = (checks.relative(found, value.double()) for found in (own, theirs))
-        shares.append(error / (2 * allowed + checks.FLOOR))
-        if not shares[-1] <= 1:  # so written, it includes NaN
-            raise Wrong(f"an error of {error:.1e}, where torch's is {allowed:.1e}")
-    return shares
+    pairs = [[checks.relative(y, value.double()) for y in (own, theirs)]
+             for own, theirs, value in zip(ours, torchs, exact, strict=True)]  # fmt: skip
+    for i in checks.wrong(errors := dict(enumerate(pairs))):
+        raise Wrong("an error of {:.1e}, where torch's is {:.1e}".format(*errors[i]))
+    return [error / (2 * allowed + checks.FLOOR) for error, allowed in pairs]
 
 
 def time_ms(kernels: Sequence[Kernel], call: Call) -> dict[str, list[float]]:

@@ -79,24 +79,23 @@ class Verdicts:
         self.table, self.pinned, self.bench = table, pinned, bench
         self.share = share or (lambda key, decide: decide())
         self.choices: dict[tuple, str] = {}  # call -> name of a kernel or "", torch; what an op looks up
-        self.rows: dict[str, dict] = {}  # key -> verdict
+        self.rows: dict[str, str] = {}  # key -> choice
         self.seconds = 0.0
 
     def decide(self, call: tuple, why_not: str = "") -> str:
         """Decide a call, and return its choice; `why_not` is why kernels cannot compute it. ValueError if one
         of the run that goes on cannot."""
-        if why_not:
-            return self.leave(call, why_not, unable=True)
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return self.leave(call, "first met in the capture of a graph")
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass, where checkpointing computes again
-            return self.leave(call, "first met in a backward pass")
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        backward = torch._C._current_graph_task_id() != -1  # where checkpointing computes again
+        if why_not or capturing or backward:
+            return self.leave(call, why_not, unable=bool(why_not))
         call, start = Call(*call), time.monotonic()
         k = key(call)
         if k not in self.rows and k in self.pinned:
-            self.rows[k] = self._pinned_row(k, call)
+            self._check_pinned(k, call)
+            self.rows[k] = self.pinned[k]
         if k not in self.rows:
-            self.rows[k] = self.share(k, lambda: self._look_up(k, call))
+            self.rows[k] = self.share(k, lambda: self._look_up(k, call))["choice"]
             self.seconds += time.monotonic() - start
         return self._choose(call, k)
 
@@ -107,61 +106,59 @@ class Verdicts:
         pinned = self.pinned.get(k, TORCH)
         if unable and pinned != TORCH:
             raise ValueError(unable_to_go_on(k, pinned, reason))
-        self.rows.setdefault(k, dict(choice=pinned, reason=reason))
+        self.rows.setdefault(k, pinned)
         return self._choose(call, k)
 
     def record(self) -> dict[str, str]:
         """Return the choices of this run by key."""
-        return dict(sorted((self.pinned | {k: row["choice"] for k, row in self.rows.items()}).items()))
+        return dict(sorted((self.pinned | self.rows).items()))
 
     def summary(self) -> str:
         """Return how many keys of each op a kernel computes, and how long that took to find."""
         ops: dict[str, list[bool]] = {}
-        for k, row in sorted(self.rows.items()):
-            ops.setdefault(k.split()[0], []).append(row["choice"] != TORCH)
+        for k, choice in sorted(self.rows.items()):
+            ops.setdefault(k.split()[0], []).append(choice != TORCH)
         counts = ", ".join(f"{op} {sum(won)} of {len(won)}" for op, won in ops.items())
         return f"{counts} on {self.table.about['GPU']} (settled in {self.seconds:.1f} s)"
 
     def _choose(self, call: tuple, k: str) -> str:
-        choice = self.rows[k]["choice"]
-        self.choices[tuple(call)] = choice = "" if choice == TORCH else choice
+        self.choices[tuple(call)] = choice = self.rows[k] if self.rows[k] != TORCH else ""
         return choice
 
-    def _pinned_row(self, k: str, call: Call) -> dict:
-        name = self.pinned[k]
+    def _check_pinned(self, k: str, call: Call) -> None:
+        if self.pinned[k] == TORCH:
+            return
         try:
-            if name != TORCH:
-                kernel = {c.name: c for c in candidates(call)}[name]
-                self.bench.compile(kernel, call)
-                self.bench.check(kernel, call)
+            kernel = {c.name: c for c in candidates(call)}[self.pinned[k]]
+            self.bench.compile(kernel, call)
+            self.bench.check(kernel, call)
         except torch.OutOfMemoryError:
             pass  # it was right when the run began
         except Exception as error:
-            raise ValueError(unable_to_go_on(k, name, report.reason(error))) from error
-        return dict(choice=name, reason="as before in this run")
+            raise ValueError(unable_to_go_on(k, self.pinned[k], report.reason(error))) from error
 
     def _look_up(self, k: str, call: Call) -> dict:
-        row = self.table.read().get(k, {})
+        """Return the row of the table, after a trial if there is none, or one that is not kept."""
+        row, kept = self.table.read().get(k, {}), None
         if "choice" in row:
             return row
         if dead(row):
-            say(f"{k}: torch, a process ended or hung while it tried the kernel")
             row = dict(choice=TORCH, reason="a process ended or hung while it tried the kernel")
+            say(f"{k}: torch, {row['reason']}")
             return self.table.write({k: row})[k]
         if self.seconds > BUDGET:
-            return dict(choice=TORCH, reason=f"not tried, after {BUDGET:.0f} s of trials")
-        kept = None
+            return dict(choice=TORCH)  # the next process may try it
         self.table.write({k: dict(trying=[socket.gethostname(), os.getpid(), time.time()])})
         try:
-            row = kept = self._try(k, call)
+            kept = self._try(k, call)
         except torch.OutOfMemoryError:
-            row = dict(choice=TORCH, reason="no memory for a trial")
-        finally:  # an interruption is no verdict
+            pass
+        finally:  # an interruption is no verdict, and neither is too little memory
             rows = self.table.write({k: kept})
-        return rows.get(k, row)
+        return rows.get(k) or kept or dict(choice=TORCH)
 
     def _try(self, k: str, call: Call) -> dict:
-        errors, reasons = {}, {}
+        kernels, errors, reasons, times = candidates(call), {}, {}, {}
 
         @contextlib.contextmanager
         def trying(name: str) -> Iterator[None]:
@@ -173,13 +170,13 @@ class Verdicts:
                 reasons[name] = report.reason(error)
                 say(f"{k}: not {name}, {reasons[name]}")
 
-        for kernel in candidates(call):
+        for kernel in kernels:
             with trying(kernel.name):
                 self.bench.compile(kernel, call)
                 errors[kernel.name] = self.bench.check(kernel, call)
-        sound, times = [kernel for kernel in candidates(call) if kernel.name in errors], {}
-        with trying("timed"):
-            times = self.bench.time_ms(sound, call) if sound else {}
+        if errors:
+            with trying("timed"):
+                times = self.bench.time_ms([c for c in kernels if c.name in errors], call)
         ms = {name: statistics.median(t) for name, t in times.items()}
         choice = fastest(times) if times else TORCH
         return dict(choice=choice, ms=ms, errors=errors, reasons=reasons)

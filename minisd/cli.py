@@ -215,8 +215,9 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
         if path := values.get("csv"):
             rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
         for parser.where, row in rows.items():
-            for name in {"csv", "like", "output", "export"} & row.keys():
-                parser.error(f"--{name} is for all rows: give it on the command line")
+            for name in row:
+                if name.partition("=")[0] in ("csv", "like", "output", "export", "overwrite"):
+                    parser.error(f"--{name} is for all rows: give it on the command line")
             options = parser.build(Sample, values | parser.read(as_flags(row)), "sample")
             jobs.append(Job(options, row, parser.where))
     except ValueError as e:

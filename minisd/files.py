@@ -196,12 +196,12 @@ def write_json(path: Path | str, content: Any) -> None:
 
 def _temporary(path: Path) -> Path:
     """Return an unused name in the same folder, and so on the same disk."""
-    return path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
+    return path.parent / f".{path.name[:200]}.minisd-{secrets.token_hex(4)}.tmp"
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Return the temporary files and folders, at any depth, that killed processes left."""
-    return [p for p in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", p.name)]
+    return [p for p in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.minisd-[0-9a-f]{8}\.tmp", p.name)]
 
 
 @contextmanager

@@ -50,12 +50,12 @@ def in_fp32(t: trial.Trial) -> Path:
 
 def control_net(t: trial.Trial) -> Path:
     """A new ControlNet for the tiny model: the script can make none for a VAE that divides by 4."""
-    from minisd.adapters import controlnet
+    from minisd.formats import diffusers
     from minisd.models.controlnet import ControlNet
 
     sd = t.load()
     torch.manual_seed(0)
-    controlnet.save(t.folder / "new", ControlNet.from_unet(sd.unet, sd.vae.config.downscale))
+    diffusers.save_part(t.folder / "new", ControlNet.from_unet(sd.unet, sd.vae.config.downscale))
     return t.folder / "new"
 
 

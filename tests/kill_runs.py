@@ -23,17 +23,18 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from minisd import cli, registry
 from minisd.formats import config_json
-from minisd.training import loop
-from minisd.training.distributed import device
+from minisd.training import distributed, loop
 from minisd.training.run_folder import RunFolder
 
 STEPS, LIMIT = 5, 120  # updates of a run, and seconds within which it has to end
+JOIN = timedelta(seconds=30)  # a process waits so long for one that was killed before they met
 KINDS = [f"{name}-{world}" for name in registry.names("methods") for world in (1, 2)]
 CLASSES = ["--instance_prompt", "a sks cat", "--with_prior_preservation", "--class_data_dir", "class"]
 CLASSES += ["--class_prompt", "a cat", "--num_class_images", "5"]
@@ -85,7 +86,7 @@ def train(kind: str, source: Path) -> None:
     for word in OWN.get(name, ["--data", "cat"]):
         argv.append(str(source / word) if (source / word).exists() else word)
     name, options = cli.parse_train(["--method", name, *argv])
-    method = registry.load_class("methods", name)(options, device())
+    method = registry.load_class("methods", name)(options, distributed.device())
     loop.train(method, RunFolder(name, options))
 
 
@@ -159,6 +160,7 @@ def kill(kind: str, source: Path, folder: Path, rng: random.Random, seconds: flo
 
 def main(place: str, count: str, *kinds: str) -> None:
     torch.set_num_threads(1)
+    distributed.JOIN = JOIN
     folder, kinds = Path(place).resolve(), kinds or tuple(KINDS)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():

@@ -390,7 +390,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_second_run_in_a_folder_is_refused_until_the_first_one_is_gone(copied, other, flags, command):
     """In one line, with exit status 2, before anything is deleted; and a dead one's lock is taken over."""
-    (copied.output_dir / ".x.0123abcd.tmp").write_text("half-written by the other run")
+    (copied.output_dir / ".x.minisd-0123abcd.tmp").write_text("half-written by the other run")
     before = contents(copied.output_dir)
     flags = ["--method", METHOD, *flags, "--output_dir", copied.output_dir]
     for how in (["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"], []):

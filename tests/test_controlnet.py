@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minisd.adapters import controlnet as adapter
 from minisd.formats import config_json, hub, parts, single_file
+from minisd.formats.diffusers import save_part
 from minisd.models import controlnet, unet
 from minisd.sampling.generate import Control, Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
@@ -136,7 +137,7 @@ def assert_same(a, b):
 def test_folders_go_both_ways(network, tmp_path):
     from diffusers import ControlNetModel
 
-    adapter.save(tmp_path / "ours", network)
+    save_part(tmp_path / "ours", network)
     assert_same(adapter.load(tmp_path / "ours"), network)
     theirs = ControlNetModel.from_pretrained(tmp_path / "ours")
     x = inputs()
@@ -200,7 +201,7 @@ def test_diffusers_reads_the_single_file_alike(tmp_path):
 
 def test_one_is_not_attached(model, network, tmp_path):
     """Neither a folder nor a single file: it needs an image, and so a flag of its own."""
-    adapter.save(tmp_path / "folder", network)
+    save_part(tmp_path / "folder", network)
     save_single_file(tmp_path / "one.safetensors", network)
     sd = StableDiffusion.load(model)
     for path, file in (("folder", "diffusion_pytorch_model"), ("one.safetensors", "one")):
@@ -240,7 +241,7 @@ def test_other_files_are_refused(network, tmp_path, change, message):
     ],
 )
 def test_other_configs_are_refused(network, tmp_path, change, message):
-    adapter.save(tmp_path, network)
+    save_part(tmp_path, network)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
@@ -283,7 +284,7 @@ def test_the_loss_is_the_field_s(model, opts, tmp_path, kind):
 def test_it_goes_on_from_a_controlnet(opts, network, tmp_path):
     config = replace(network.config, cross_attention_dim=32, num_heads=(4, 4, 4), layers_per_block=1)
     before = controlnet.ControlNet(replace(config, hint_channels=(4, 8, 12)))
-    adapter.save(tmp_path / "before", before)
+    save_part(tmp_path / "before", before)
     m, trained, batch = built("controlnet", opts("--controlnet_model_name_or_path", tmp_path / "before"))
     assert_same(m.controlnet, before)
     m.loss(batch).backward()
@@ -312,7 +313,7 @@ def test_what_it_leaves_draws_the_same_in_diffusers(model, opts, tmp_path):
     ControlNetModel.from_pretrained(o.output_dir)
     network = adapter.load(o.output_dir)
     shake(network, 0.1)  # two updates are not enough to tell one picture from another
-    adapter.save(tmp_path / "shaken", network)
+    save_part(tmp_path / "shaken", network)
     theirs = StableDiffusionControlNetPipeline.from_pretrained(
         model, controlnet=ControlNetModel.from_pretrained(tmp_path / "shaken"), safety_checker=None
     )

@@ -149,7 +149,7 @@ def run_corner(monkeypatch, function, grid: tuple, args: tuple, constants: dict,
 @pytest.mark.parametrize("name, arguments", named(LARGE))
 def test_addresses(name, arguments, monkeypatch):
     """The first and the last program on each axis, in 32-bit arithmetic that wraps around as a GPU's does."""
-    for module in ("attention", "cross_attention", "layer_norm", "group_norm_kernels", "partial_sums"):
+    for module in ("attention", "cross_attention", "layer_norm", "group_norm", "launch"):
         monkeypatch.setattr(f"minisd.kernels.{module}.range", first_and_last, raising=False)
     for function, grid, args, constants in recorded(name, arguments):
         grid = (*grid, 1, 1)[:3]

@@ -110,3 +110,10 @@ def test_why_not():
     x, w = torch.randn(2, 9000), torch.ones(9000)
     assert "9000" in layer_norm.KERNEL.why_not(x, None, w, w, 1e-5)
     assert "differ" in layer_norm.KERNEL.why_not(x[:, :8], x[:1, :8], w[:8], w[:8], 1e-5)
+
+
+@interpreter
+@pytest.mark.parametrize("case", layer_norm.KERNEL.cases, ids=lambda c: c.name)
+def test_programs_of_layer_norm_s_backward_that_take_several_turns(case, monkeypatch):
+    monkeypatch.setattr(layer_norm, "PROGRAMS", 2)
+    assert checks.faults(layer_norm.KERNEL, case, torch.float32, "cpu") == []

@@ -56,7 +56,7 @@ def test_sampling_overwrites_if_asked(command, model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["learned_embeds.safetensors", "pytorch_lora_weights.bin", "model_index.json"]
+    "name", ["learned_embeds.safetensors", "pytorch_lora_weights.bin", "model_index.json", "result.png"]
 )
 def test_a_result_stays(name, short_run, cat):
     """Of whatever method or script, and with --resume_from_checkpoint latest where there is no checkpoint."""
@@ -64,9 +64,23 @@ def test_a_result_stays(name, short_run, cat):
         o = short_run("textual_inversion", *flags)
         o.output_dir.mkdir(exist_ok=True)
         (o.output_dir / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"has a result, {name}: --overwrite_output_dir replaces it"):
+        with pytest.raises(
+            ValueError, match=f"has {name} of an earlier run: --overwrite_output_dir replaces it"
+        ):
             train("textual_inversion", o)
         assert [p.name for p in o.output_dir.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["options.json", "log.jsonl"])
+def test_a_run_that_was_begun(name, short_run):
+    """Stays, unless the new one goes on from it: it may have been killed before its first checkpoint."""
+    o = short_run("textual_inversion", max_train_steps=1)
+    o.output_dir.mkdir()
+    (o.output_dir / name).write_text("{}\n")
+    with pytest.raises(ValueError, match=f"has {name} of an earlier run"):
+        train("textual_inversion", o)
+    o.resume_from_checkpoint = "latest"
+    assert train("textual_inversion", o) == 0
 
 
 def test_other_files_are_no_hindrance(short_run):

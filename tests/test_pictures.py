@@ -11,6 +11,7 @@ from minisd import cli, registry
 from minisd.adapters import controlnet, lora
 from minisd.data import images
 from minisd.data.canny import canny
+from minisd.formats.diffusers import save_part
 from minisd.models.controlnet import ControlNet
 from minisd.sampling.generate import Control, Settings, denoise, pictures
 from minisd.sampling.input_images import InputImages
@@ -68,7 +69,7 @@ def nets(model, tmp_path_factory):
         network = ControlNet.from_unet(StableDiffusion.load(model).unet, downscale=4)
         shake(network, size)
         found.append(tmp_path_factory.mktemp("control"))
-        controlnet.save(found[-1], network)
+        save_part(found[-1], network)
     return found
 
 
@@ -459,7 +460,7 @@ def test_mistakes_in_files(model, files, nets):
     refused("--control_start 0.505 to --control_end 0.515 has none of the 50 steps", *steered, picture,
             "--control_start", 0.505, "--control_end", 0.515)  # fmt: skip
     other = ControlNet(replace(controlnet.load(nets[0]).config, layers_per_block=2))
-    controlnet.save(files / "other", other)
+    save_part(files / "other", other)
     refused("other: a ControlNet with layers_per_block 2", "--controlnet", files / "other",
             "--control_image", picture)  # fmt: skip
 

@@ -186,12 +186,13 @@ def test_home_folders(tmp_path, monkeypatch):
 def test_a_controlnet_s_file_of_weights(tmp_path):
     """Taken with the config.json beside it, under any name."""
     from minisd.adapters import controlnet as adapter
+    from minisd.formats.diffusers import save_part
     from minisd.models import controlnet
     from tests.helpers import TINY_UNET
 
     torch.manual_seed(0)
     network = controlnet.ControlNet(controlnet.ControlNetConfig.of(TINY_UNET, (4, 8, 12, 16)))
-    adapter.save(tmp_path, network)
+    save_part(tmp_path, network)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     for name in (file.name, "canny.safetensors"):
         file = file.rename(tmp_path / name)

@@ -1,4 +1,4 @@
-"""ControlNets: read from a folder, a single file or the hub; written as a folder.
+"""ControlNets: read from a folder, a single file or the hub.
 
 A ControlNet needs a conditioning image, so it is not attached: sampling takes it together with that image.
 """
@@ -63,8 +63,3 @@ def check(network: ControlNet, unet: UNetConfig, path: str | Path) -> None:
             raise ValueError(f"{path}: a ControlNet with {name} {theirs}; the model has {ours}")
     if network.config.in_channels > unet.in_channels:
         raise ValueError(f"{path}: a ControlNet for a model with {network.config.in_channels} channels")
-
-
-def save(folder: Path, network: ControlNet) -> None:
-    """Write config.json and the weights. Other files of an existing folder stay there."""
-    diffusers.save_part(folder, network)

@@ -139,8 +139,10 @@ class Table:
 HARMLESS = {"upcast_attention", "force_upcast", "addition_embed_type_num_heads"}
 
 
-def _sizes(**defaults: int) -> tuple[Row, ...]:
-    return tuple(Row(key, SIZE, default) for key, default in defaults.items())
+def _rows(**defaults: int | float | list[int]) -> tuple[Row, ...]:
+    """Rows of sizes, numbers and lists of sizes, as their defaults are."""
+    spellings = {int: SIZE, float: NUMBER, list: SIZES}
+    return tuple(Row(key, spellings[type(default)], default) for key, default in defaults.items())
 
 
 def _labels(class_name: str) -> dict[str, str]:
@@ -154,14 +156,12 @@ def _attending(config: UNet2DConfig) -> list[tuple[int, int]]:
 
 
 ENCODER_ROWS = (
-    Row("block_out_channels", SIZES, [320, 640, 1280, 1280]),
+    *_rows(block_out_channels=[320, 640, 1280, 1280], norm_eps=1e-5, in_channels=4, norm_num_groups=32),
     Row("down_block_types", _attention("CrossAttn"),
         ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "attention"),
     Row("attention_head_dim", PER_LEVEL, 8, "num_heads"),  # a misnomer: it is the number of heads
     Row("layers_per_block", SAME, 2),
     Row("cross_attention_dim", SAME, 1280),
-    Row("norm_eps", NUMBER, 1e-5),
-    *_sizes(in_channels=4, norm_num_groups=32),
 )  # fmt: skip
 ENCODER_WRITTEN = {
     "act_fn": "silu", "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -177,7 +177,7 @@ ENCODER_FIXED = {
 TABLES = {
     "unet": Table(
         config=UNetConfig, labels=_labels("UNet2DConditionModel"),
-        rows=(*ENCODER_ROWS, Row("sample_size", SIDE, 64), *_sizes(out_channels=4)),
+        rows=(*ENCODER_ROWS, Row("sample_size", SIDE, 64), *_rows(out_channels=4)),
         written=ENCODER_WRITTEN | {"center_input_sample": False}, fixed=ENCODER_FIXED,
         derived=lambda c: {"up_block_types": _block_types("CrossAttn", "Up", reversed(c.attention))},
         heads=lambda c: zip(c.block_out_channels, c.num_heads, strict=True),
@@ -196,15 +196,15 @@ TABLES = {
     "unet2d": Table(
         config=UNet2DConfig, labels=_labels("UNet2DModel"),
         rows=(
-            Row("block_out_channels", SIZES, [224, 448, 672, 896]),
+            *_rows(block_out_channels=[224, 448, 672, 896], norm_eps=1e-5, layers_per_block=2),
+            *_rows(in_channels=3, out_channels=3, norm_num_groups=32),
             Row("down_block_types", _attention("Attn"),
                 ["DownBlock2D"] + ["AttnDownBlock2D"] * 3, "attention"),
             Row("attention_head_dim", HEAD_DIM, 8, "head_dim"),
-            Row("norm_eps", NUMBER, 1e-5), Row("sample_size", SIDE, 64),
+            Row("sample_size", SIDE, 64),
             Row("downsample_padding", _one_of({0: True, 1: False}), 1, "pad_end_only"),
             Row("freq_shift", _choice(0, 1), 0, "frequency_shift"),
             Row("flip_sin_to_cos", _one_of({True: False, False: True}), True, "sines_first"),
-            *_sizes(in_channels=3, out_channels=3, layers_per_block=2, norm_num_groups=32),
         ),
         written={
             "act_fn": "silu", "add_attention": True, "center_input_sample": False,
@@ -220,9 +220,8 @@ TABLES = {
     "vae": Table(
         config=VAEConfig, labels=_labels("AutoencoderKL"),
         rows=(
-            Row("block_out_channels", SIZES, [64]), Row("sample_size", SIDE, 32),
-            Row("scaling_factor", NUMBER, 0.18215),
-            *_sizes(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=32),
+            *_rows(block_out_channels=[64], scaling_factor=0.18215, latent_channels=4, layers_per_block=1),
+            *_rows(in_channels=3, out_channels=3, norm_num_groups=32), Row("sample_size", SIDE, 32),
         ),
         written={"act_fn": "silu"},
         fixed={"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True},
@@ -234,7 +233,7 @@ TABLES = {
     "text_encoder": Table(
         config=TextConfig,
         rows=(
-            *_sizes(vocab_size=49408, hidden_size=512, intermediate_size=2048),
+            *_rows(vocab_size=49408, hidden_size=512, intermediate_size=2048),
             Row("num_hidden_layers", SIZE, 12, "num_layers"),
             Row("num_attention_heads", SIZE, 8, "num_heads"),
             Row("max_position_embeddings", SIZE, 77, "max_positions"),

@@ -82,20 +82,21 @@ def needed(names: Collection[str], variant: str | None, model: str) -> list[str]
     by itself, such as a ControlNet: its config and one set of weights. Otherwise the only single file.
     """
     top = [name for name in names if "/" not in name]
-    if diffusers.INDEX in top and not any(name.startswith("text_encoder/") for name in names):  # of pixels
-        folder = "unet/" if f"unet/{CONFIG}" in names else ""
-        inside = [n.removeprefix(folder) for n in names if n.startswith(folder)]
-        weights = diffusers.choose({"unet2d": inside}, variant, model)["unet2d"]
-        scheduler = diffusers.SCHEDULER if folder else diffusers.SCHEDULER.rpartition("/")[2]
-        return [diffusers.INDEX, scheduler, *(folder + name for name in (CONFIG, *weights))]
-    if diffusers.INDEX in top:
-        inside = {part: [n[len(part) + 1 :] for n in names if n.startswith(f"{part}/")] for part in PARTS}
-        weights = diffusers.choose(inside, variant, model)
+    folders, fixed = {}, []  # part -> the beginning of its files' names
+    if diffusers.INDEX in top and any(name.startswith("text_encoder/") for name in names):
+        folders = {part: f"{part}/" for part in PARTS}
         tokenizer = (f"tokenizer/{name}" for name in diffusers.TOKENIZER_FILES)
-        fixed = [diffusers.INDEX, diffusers.SCHEDULER, *tokenizer, *(f"{part}/{CONFIG}" for part in PARTS)]
-        return fixed + [f"{part}/{file}" for part in PARTS for file in weights[part]]
-    if CONFIG in top and diffusers.variants(top, "controlnet"):
-        return [CONFIG, *diffusers.choose({"controlnet": top}, variant, model)["controlnet"]]
+        fixed = [diffusers.INDEX, diffusers.SCHEDULER, *tokenizer]
+    elif diffusers.INDEX in top:  # of pixels; those of 2022 have all files at the top
+        folders = {"unet2d": "unet/" if f"unet/{CONFIG}" in names else ""}
+        scheduler = diffusers.SCHEDULER if folders["unet2d"] else diffusers.SCHEDULER.rpartition("/")[2]
+        fixed = [diffusers.INDEX, scheduler]
+    elif CONFIG in top and diffusers.variants(top, "controlnet"):
+        folders = {"controlnet": ""}
+    if folders:
+        inside = {p: [n.removeprefix(f) for n in names if n.startswith(f)] for p, f in folders.items()}
+        weights = diffusers.choose(inside, variant, model)
+        return fixed + [folders[part] + file for part in folders for file in (CONFIG, *weights[part])]
     for suffixes in (files.SAFETENSORS, files.PICKLES):
         single = sorted(name for name in top if name.endswith(suffixes))
         if len(single) > 1:

@@ -69,7 +69,7 @@ def kohya_stem(name: str) -> str:
 def table(names: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
     """Return stem -> native name, for all stems that a file may have for the modules `names`; None for stems
     whose tensors never had an effect."""
-    modules = dict(single_file.unet_modules(unet))
+    modules = single_file.unet_modules(unet)
     table: dict[str, str | None] = {}
     for name in names:
         for stem in _stems(name, modules):

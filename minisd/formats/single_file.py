@@ -6,8 +6,7 @@ every name in the file must be in it.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,10 +120,7 @@ def load_controlnet(path: Path) -> controlnet.ControlNet:
         raise ValueError(f"{path} holds no ControlNet (zero_convs.*, input_hint_block.*)")
     config = controlnet.SD15
     if CONFIG in metadata:
-        with _reading_metadata(path):
-            config = config_json.from_json(
-                "controlnet", reading.parse_json(metadata[CONFIG], path), "controlnet"
-            )
+        config = _embedded(metadata, path, lambda c: config_json.from_json("controlnet", c, "controlnet"))
     elif (width := _text_width(tensors)) not in (0, 768):
         raise ValueError(f"{path}: text states of width {width}; minisd is for ControlNets of SD v1.x")
     network = parts.build("controlnet", config, path)
@@ -144,8 +140,8 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 def table(part: str, network: nn.Module) -> dict[str, str]:
     """Return native name -> file's name, for all tensors of a network, in its order."""
-    rows = {"unet": unet_modules, "vae": _vae, "text_encoder": lambda config: (), "controlnet": _controlnet}
-    modules = dict(rows[part](network.config))
+    tables = {"unet": unet_modules, "controlnet": _controlnet, "vae": _vae}
+    modules = tables[part](network.config) if part in tables else {}
     prefix = PREFIXES.get(part, "")
     return {name: prefix + rename(name, modules) for name in network.state_dict()}
 
@@ -159,74 +155,60 @@ def rename(name: str, modules: Mapping[str, str]) -> str:
     return name
 
 
-def _encoder(config: unet.EncoderConfig) -> Iterator[tuple[str, str]]:
-    """Yield native module, file's module. The file counts blocks through all levels; in a block, index 0 is
-    the ResnetBlock, 1 the transformer, and the last one the change of size."""
-    layers = config.layers_per_block
-    yield "conv_in", "input_blocks.0.0"
-    yield from ((f"time_embedding.linear_{i}", f"time_embed.{2 * i - 2}") for i in (1, 2))
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield from _resnet("mid_block.resnets.0", "middle_block.0")
-    yield from _resnet("mid_block.resnets.1", "middle_block.2")
-    for b in range(len(config.block_out_channels)):
-        first = 1 + b * (layers + 1)
-        for i in range(layers):
-            yield from _resnet(f"down_blocks.{b}.resnets.{i}", f"input_blocks.{first + i}.0")
-            yield f"down_blocks.{b}.attentions.{i}", f"input_blocks.{first + i}.1"
-        yield f"down_blocks.{b}.downsamplers.0.conv", f"input_blocks.{first + layers}.0.op"
-
-
-def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-    return ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in UNET_RESNET.items())
-
-
-def unet_modules(config: unet.UNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield native module, file's module without the prefix, for `rename`."""
+def unet_modules(config: unet.EncoderConfig) -> dict[str, str]:
+    """Return native module -> file's module without the prefix, for `rename`; some are in no network. The
+    file counts blocks through all levels; in a block, index 0 is the ResnetBlock, 1 the transformer, and the
+    last one the change of size."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
-    yield from _encoder(config)
-    yield from {"conv_norm_out": "out.0", "conv_out": "out.2"}.items()
+    modules = {
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "mid_block.attentions.0": "middle_block.1",
+    }  # fmt: skip
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     for b in range(levels):
         first = b * (layers + 1)
         for i in range(layers + 1):
-            yield from _resnet(f"up_blocks.{b}.resnets.{i}", f"output_blocks.{first + i}.0")
-            yield f"up_blocks.{b}.attentions.{i}", f"output_blocks.{first + i}.1"
+            down, up = f"input_blocks.{first + i + 1}", f"output_blocks.{first + i}"
+            for ours, theirs in ((f"down_blocks.{b}", down), (f"up_blocks.{b}", up)):
+                resnets[f"{ours}.resnets.{i}"] = f"{theirs}.0"
+                modules[f"{ours}.attentions.{i}"] = f"{theirs}.1"
         last = 2 if config.attention[levels - 1 - b] else 1
-        yield f"up_blocks.{b}.upsamplers.0.conv", f"output_blocks.{first + layers}.{last}.conv"
-
-
-def _controlnet(config: controlnet.ControlNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield native module, file's module. In the hint network, the file counts the SiLUs, too."""
-    yield from _encoder(config)
-    for i in range(len(config.block_out_channels) * (config.layers_per_block + 1)):
-        yield f"controlnet_down_blocks.{i}", f"zero_convs.{i}.0"
-    yield "controlnet_mid_block", "middle_block_out.0"
-    hint, blocks = "controlnet_cond_embedding", 2 * (len(config.hint_channels) - 1)
-    yield f"{hint}.conv_in", "input_hint_block.0"
-    for i in range(blocks):
-        yield f"{hint}.blocks.{i}", f"input_hint_block.{2 * i + 2}"
-    yield f"{hint}.conv_out", f"input_hint_block.{2 * blocks + 2}"
-
-
-def _vae(config: vae.VAEConfig) -> Iterator[tuple[str, str]]:
-    """Yield native module, file's module. The file counts the decoder's levels from the finest one."""
-    levels, layers = len(config.block_out_channels), config.layers_per_block
-    resnets = {}
-    for half in ("encoder", "decoder"):
-        yield f"{half}.conv_norm_out", f"{half}.norm_out"
-        for ours, theirs in VAE_ATTENTION.items():
-            yield f"{half}.mid_block.attentions.0.{ours}", f"{half}.mid.attn_1.{theirs}"
-        for i in range(2):
-            resnets[f"{half}.mid_block.resnets.{i}"] = f"{half}.mid.block_{i + 1}"
-    for b in range(levels):
-        yield f"encoder.down_blocks.{b}.downsamplers.0.conv", f"encoder.down.{b}.downsample.conv"
-        yield f"decoder.up_blocks.{b}.upsamplers.0.conv", f"decoder.up.{levels - 1 - b}.upsample.conv"
-        for i in range(layers):
-            resnets[f"encoder.down_blocks.{b}.resnets.{i}"] = f"encoder.down.{b}.block.{i}"
-        for i in range(layers + 1):
-            resnets[f"decoder.up_blocks.{b}.resnets.{i}"] = f"decoder.up.{levels - 1 - b}.block.{i}"
+        modules[f"down_blocks.{b}.downsamplers.0.conv"] = f"{down}.0.op"
+        modules[f"up_blocks.{b}.upsamplers.0.conv"] = f"{up}.{last}.conv"
     for ours, theirs in resnets.items():
-        yield ours, theirs
-        yield f"{ours}.conv_shortcut", f"{theirs}.nin_shortcut"
+        modules |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in UNET_RESNET.items()}
+    return modules
+
+
+def _controlnet(config: controlnet.ControlNetConfig) -> dict[str, str]:
+    """Return native module -> file's module. In the hint network, the file counts the SiLUs, too."""
+    modules = unet_modules(config) | {"controlnet_mid_block": "middle_block_out.0"}
+    for i in range(len(config.block_out_channels) * (config.layers_per_block + 1)):
+        modules[f"controlnet_down_blocks.{i}"] = f"zero_convs.{i}.0"
+    blocks = [f"blocks.{i}" for i in range(2 * (len(config.hint_channels) - 1))]
+    for i, name in enumerate(["conv_in", *blocks, "conv_out"]):
+        modules[f"controlnet_cond_embedding.{name}"] = f"input_hint_block.{2 * i}"
+    return modules
+
+
+def _vae(config: vae.VAEConfig) -> dict[str, str]:
+    """Return native module -> file's module. The file counts the decoder's levels from the finest one."""
+    modules, resnets = {}, {}
+    for half in ("encoder", "decoder"):
+        modules[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        for ours, theirs in VAE_ATTENTION.items():
+            modules[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{theirs}"
+        resnets |= {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in range(2)}
+    for b in range(len(config.block_out_channels)):
+        down, up = f"encoder.down.{b}", f"decoder.up.{len(config.block_out_channels) - 1 - b}"
+        for ours, theirs in ((f"encoder.down_blocks.{b}", down), (f"decoder.up_blocks.{b}", up)):
+            modules[f"{ours}.downsamplers.0.conv"] = f"{theirs}.downsample.conv"
+            modules[f"{ours}.upsamplers.0.conv"] = f"{theirs}.upsample.conv"
+            for i in range(config.layers_per_block + 1):
+                resnets[f"{ours}.resnets.{i}"] = f"{theirs}.block.{i}"
+    shortcuts = {f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut" for ours, theirs in resnets.items()}
+    return modules | resnets | shortcuts
 
 
 def _ema_name(file_name: str) -> str:
@@ -265,11 +247,11 @@ def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:
         require(not is_kind, f"{path}: this is {kind}, not a whole checkpoint of SD v1.x")
 
 
-@contextmanager
-def _reading_metadata(path: Path) -> Iterator[None]:
-    """Turn the errors of a damaged entry with the configs into ValueErrors that name file and entry."""
+def _embedded(metadata: Mapping[str, str], path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return what `read` makes of the metadata entry with the configs. ValueError, naming file and entry, if
+    that is damaged."""
     try:
-        yield
+        return read(reading.parse_json(metadata[CONFIG], path))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata {CONFIG} is damaged: {error}") from error
 
@@ -280,11 +262,10 @@ def _described(
     """Return configs by part, scheduler and pipeline class: those in minisd's metadata, or else SD v1.5's,
     changed as the file's tensors and metadata tell."""
     if CONFIG in metadata:
-        with _reading_metadata(path):
-            entry = reading.parse_json(metadata[CONFIG], path)
-            configs = {part: config_json.from_json(part, entry[part], part) for part in PARTS}
-            scheduler = config_json.read_scheduler(dict(entry["scheduler"]), "scheduler")
-            return configs, scheduler, str(entry["pipeline"])
+        return _embedded(metadata, path, lambda entry: (
+            {part: config_json.from_json(part, entry[part], part) for part in PARTS},
+            config_json.read_scheduler(dict(entry["scheduler"]), "scheduler"), str(entry["pipeline"]),
+        ))  # fmt: skip
     first = PREFIXES["unet"] + "input_blocks.0.0.weight"
     conv_in = tensors.get(first, tensors.get(_ema_name(first)))
     in_channels = conv_in.shape[1] if conv_in is not None and conv_in.ndim == 4 else 4

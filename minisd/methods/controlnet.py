@@ -67,9 +67,9 @@ class ControlNet(Method):
         return self.sd.unet(noisy, timesteps, context, **residuals)
 
     def save(self, folder: Path) -> None:
-        from minisd.adapters import controlnet
+        from minisd.formats import diffusers
 
-        controlnet.save(folder, self.controlnet)
+        diffusers.save_part(folder, self.controlnet)
 
     def read_validation_prompts(self) -> Prompts:
         from minisd.data import images

@@ -74,18 +74,6 @@ def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_fir
     return torch.cat([sin, cos] if sines_first else [cos, sin], dim=-1)  # (b, dim)
 
 
-class TimestepEmbedding(nn.Module):
-    """The two-layer MLP after the sinusoids: (b, dim) -> (b, temb_dim)."""
-
-    def __init__(self, dim: int, temb_dim: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, temb_dim)
-        self.linear_2 = nn.Linear(temb_dim, temb_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class ResnetBlock(nn.Module):
     """GN, SiLU, conv, + temb, GN, SiLU, conv, + shortcut: (b, c_in, h, w) -> (b, c_out, h, w). `temb`
     (b, temb_dim) has its SiLU already applied."""
@@ -166,12 +154,12 @@ Context = Tensor | CachedContext | None  # text states (b, s, d); None in a netw
 class Attention(nn.Module):
     """Multi-head attention of x (b, n, d) to itself or to context (b, s, context_dim). Returns (b, n, d)."""
 
-    def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None, bias: bool = False):
+    def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
@@ -195,18 +183,6 @@ class GEGLU(nn.Module):
         return ops.geglu(self.proj(x))  # (b, n, d_out)
 
 
-class FeedForward(nn.Module):
-    """GEGLU to four times the width, and a linear layer back: (b, n, d) -> (b, n, d)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        # Index 1 is dropout in the published layout; SD trains without it.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text and feed-forward, each after a LayerNorm and added to its
     input: (b, n, d) -> (b, n, d)."""
@@ -218,12 +194,14 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, num_heads, context_dim=context_dim)
         self.norm3 = LayerNorm(dim)
-        self.ff = FeedForward(dim)
+        # Named as published: index 1 is dropout there; SD trains without it.
+        feed_forward = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.ff = nn.ModuleDict({"net": feed_forward})
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         h, x = self.norm2.add(self.attn1(self.norm1(x)), x)
         h, x = self.norm3.add(self.attn2(h, context), x)
-        return x + self.ff(h)
+        return x + self.ff.net(h)
 
 
 class SpatialTransformer(nn.Module):

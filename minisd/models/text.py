@@ -43,32 +43,21 @@ class SelfAttention(nn.Module):
         return self.out_proj(multi_head(q, k, v, self.num_heads, causal=True))  # (b, s, d)
 
 
-class MLP(nn.Module):
-    """Two layers: (b, s, d) -> (b, s, d)."""
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class Layer(nn.Module):
     """Self-attention and MLP, each after a LayerNorm and added to its input: (b, s, d) -> (b, s, d)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.eps)
+        d, hidden = config.hidden_size, config.intermediate_size
+        self.activation = ACTIVATIONS[config.activation]
+        self.layer_norm1 = LayerNorm(d, eps=config.eps)
         self.self_attn = SelfAttention(config)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.eps)
-        self.mlp = MLP(config)
+        self.layer_norm2 = LayerNorm(d, eps=config.eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, hidden), "fc2": nn.Linear(hidden, d)})
 
     def forward(self, x: Tensor) -> Tensor:
         h, x = self.layer_norm2.add(self.self_attn(self.layer_norm1(x)), x)
-        return x + self.mlp(h)
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(h)))  # (b, s, d)
 
 
 class Embeddings(nn.Module):

@@ -7,13 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models.blocks import Block, DownBlock, LevelsConfig, MidBlock, UpBlock
-from minisd.models.layers import (
-    Context,
-    GroupNorm,
-    SpatialTransformer,
-    TimestepEmbedding,
-    timestep_embedding,
-)
+from minisd.models.layers import Context, GroupNorm, SpatialTransformer, timestep_embedding
 
 
 @dataclass(kw_only=True)
@@ -47,7 +41,8 @@ class UNetEncoder(nn.Module):
         self.config = config
         c = config.block_out_channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
-        self.time_embedding = TimestepEmbedding(c, config.temb_dim)
+        linear_1, linear_2 = nn.Linear(c, config.temb_dim), nn.Linear(config.temb_dim, config.temb_dim)
+        self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
         self.down_blocks = nn.ModuleList(
             DownBlock(config, level, self.attention if attends else None)
             for level, attends in enumerate(config.attention)
@@ -76,7 +71,8 @@ class UNetEncoder(nn.Module):
         (b, c0, h, w) is added to the output of conv_in."""
         # Time: sinusoids in fp32, then the MLP. The SiLU of all ResnetBlocks is applied to temb once.
         temb = self.sinusoids(timesteps).to(noisy_latents.dtype)  # (b, c0)
-        temb = F.silu(self.time_embedding(temb))  # (b, temb_dim)
+        temb = F.silu(self.time_embedding.linear_1(temb))  # (b, temb_dim)
+        temb = F.silu(self.time_embedding.linear_2(temb))  # (b, temb_dim)
 
         # Down
         x = self.conv_in(noisy_latents)  # (b, c0, h, w)

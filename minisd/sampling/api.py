@@ -24,6 +24,8 @@ from minisd.sampling.watch import watch
 class Generates:
     """Methods to generate images, the same for both kinds of models."""
 
+    draw, denoise, watch = generate.pictures, generate.denoise, watch
+
     def generate(
         self,
         prompt: str | list[str] | None = None,
@@ -38,17 +40,15 @@ class Generates:
         lora_dir, image, mask, controlnet, ...; input images may be paths or PIL images. `on_step(n)` is
         called after each step of n images, and `on_preview` with previews of them. `noise` (images, 4, h, w)
         replaces that of the seeds. ValueError, naming the flag, as in sample.py."""
-        given = self._arguments(prompt, flags) | ({} if noise is None else {"noise": noise})
-        return list(self.draw(**given, on_step=on_step, on_preview=on_preview))
-
-    watch = watch
+        given = self._arguments(prompt, flags)
+        return list(self.draw(**given, noise=noise, on_step=on_step, on_preview=on_preview))
 
     def steps(self, prompt: str | None = None, *, noise: Tensor | None = None, **flags) -> Iterator[Tensor]:
         """Yield the latents (1, 4, h, w), or the pixels, after each step of one image; `noise` and `flags`
         are as in `generate`."""
-        arguments = self._arguments(prompt, flags) | ({} if noise is None else {"noise": noise})
+        arguments = self._arguments(prompt, flags)
         del arguments["batch_size"]
-        yield from self.denoise(**arguments)
+        yield from self.denoise(**arguments, noise=noise)
 
     def pictures(self, latents: Tensor) -> list[Image.Image]:
         """Decode latents (b, 4, h, w), or pixels, to images."""
@@ -69,8 +69,7 @@ class Model(Generates, StableDiffusion):
     """The assembled model, with methods to generate images."""
 
     flags = None  # it takes them all
-    draw, denoise, predict = generate.pictures, generate.denoise, generate.predict
-    invert = invert
+    predict, invert = generate.predict, invert
 
 
 class PixelModel(Generates, PixelDiffusion):

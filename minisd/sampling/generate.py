@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, groupby
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,11 +26,11 @@ from minisd.options import require
 from minisd.sampling import prompt
 from minisd.sampling.options import Settings
 from minisd.sampling.prompt import Prompt
-from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.schedulers._problem import InitImage, Problem, read_settings
 
 if TYPE_CHECKING:
     from minisd.sampling.pixel_diffusion import PixelDiffusion
+    from minisd.sampling.stable_diffusion import StableDiffusion
 
     Model = StableDiffusion | PixelDiffusion
 
@@ -66,8 +65,8 @@ class Control:
 def text_branches(
     context: Tensor, negative: Tensor | None, guidance_scale: float, channels: Tensor | None = None
 ) -> list[Branch]:
-    """pred = negative + scale (text - negative), as weights; at a scale of 1 or less the text alone."""
-    if guidance_scale <= 1:
+    """pred = negative + scale (text - negative), as weights; without `negative` the text alone."""
+    if negative is None:
         return [Branch(1.0, context, channels)]
     return [Branch(1 - guidance_scale, negative, channels), Branch(guidance_scale, context, channels)]
 
@@ -91,7 +90,7 @@ def image_branches(
 
 
 def branches_of(
-    sd: StableDiffusion, prompts: Sequence[Prompt], settings: Settings, init_images: Images, masks: Images
+    sd: Model, prompts: Sequence[Prompt], settings: Settings, init_images: Images, masks: Images
 ) -> list[Branch]:
     """The branches for this model, with the image and the mask if its UNet has channels for them. ValueError,
     naming the flag, if those are missing."""
@@ -176,9 +175,7 @@ def predict(
     return Denoiser(sd.unet, text_branches(context, negative, guidance_scale))(latents, t)
 
 
-def init_image(
-    sd: StableDiffusion, settings: Settings, init_images: Images, masks: Images
-) -> InitImage | None:
+def init_image(sd: Model, settings: Settings, init_images: Images, masks: Images) -> InitImage | None:
     """The scheduler's initial image, with its mask; None if the UNet takes the image and all is redrawn."""
     if init_images is None:
         return None
@@ -190,9 +187,25 @@ def init_image(
     return InitImage(latents=latents, first_step=settings.first_step, mask=mask)
 
 
+def configured(sd: Model, settings: Settings) -> tuple[ModuleType, dict[str, object]]:
+    """The settings' scheduler, and its own settings: the model's, changed by the flags. ValueError, naming
+    the flag, if it has no such setting, or if the size does not suit the model."""
+    for side in ("width", "height"):
+        if getattr(settings, side) % sd.downscale:
+            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {sd.downscale}")
+    scheduler = registry.load("schedulers", settings.scheduler)
+    flags = {"eta": settings.eta, "use_karras_sigmas": settings.use_karras_sigmas}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    for name in flags.keys() - scheduler.SETTINGS.keys():
+        raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
+    # Latents have no fixed range to be clipped to, even if the model's file says so.
+    clipping = {} if sd.is_pixels else {"clip_sample": False}
+    return scheduler, read_settings(scheduler, sd.scheduler | clipping | flags)
+
+
 @torch.no_grad()
 def denoise(
-    sd: StableDiffusion,
+    sd: Model,
     prompts: Sequence[str | Prompt],
     seeds: Sequence[int],
     settings: Settings,
@@ -203,73 +216,42 @@ def denoise(
     controls: Sequence[Control] = (),
     watch: Watch | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the latents (b, 4, h, w) after each step. Image i depends on prompts[i] and seeds[i] alone: its
-    noise comes from a CPU generator of its own, so that neither the device nor the batch changes it.
+    """Yield the latents (b, 4, h, w), or a model's pixels, after each step. Image i depends on prompts[i] and
+    seeds[i] alone: its noise comes from a CPU generator of its own, so that neither the device nor the batch
+    changes it.
 
     `init_images` (b, 3, height, width) in [-1, 1] are the images to start from, or for instruct-pix2pix to
     edit; they are redrawn where `masks` (b, 1, height, width) are 1, and kept where they are 0. Each control
     has a hint for each image. `noise` (b, 4, h, w) replaces that of the seeds. `watch` is called with the
     predicted x_0 in each step. All prompts must name the same LoRAs.
     """
-    # Latents have no fixed range to be clipped to, even if the model's file says so.
-    scheduler = configured(sd, settings, clip_sample=False)
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        pred = denoiser(x, t)
+        if watch:
+            alpha_cumprod = sd.schedule.alphas_cumprod[round(t)].to(x.device)
+            watch(sd.schedule.split(pred, x, alpha_cumprod)[0])
+        return pred
+
+    scheduler, own = configured(sd, settings)
     prompts = prompt.prepare(sd, prompts, settings)
     with prompt.loras_on(sd, prompts[0].loras, settings.lora_dir):
         branches = branches_of(sd, prompts, settings, init_images, masks)
         start = init_image(sd, settings, init_images, masks)
         denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (start.first_step if start else 0))
-
-        yield from solve(sd, denoiser, scheduler, seeds, settings, start, noise, watch)
-
-
-def configured(model: Model, settings: Settings, **changes) -> tuple[ModuleType, dict[str, object]]:
-    """The settings' scheduler, and its own settings: the model's, with `changes` and the flags. ValueError,
-    naming the flag, if it has no such setting, or if the size does not suit the model."""
-    for side in ("width", "height"):
-        if getattr(settings, side) % model.downscale:
-            raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {model.downscale}")
-    scheduler = registry.load("schedulers", settings.scheduler)
-    flags = {"eta": settings.eta, "use_karras_sigmas": settings.use_karras_sigmas}
-    flags = {name: value for name, value in flags.items() if value is not None}
-    for name in flags.keys() - scheduler.SETTINGS.keys():
-        raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
-    return scheduler, read_settings(scheduler, model.scheduler | changes | flags)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        height, width = settings.height // sd.downscale, settings.width // sd.downscale
+        noise = randn((sd.channels, height, width), generators) if noise is None else noise
+        given = {"schedule": sd.schedule, "steps": settings.steps, "generators": generators}
+        problem = Problem(denoise=predict, noise=noise.to(sd.device), settings=own, init_image=start, **given)
+        for x in scheduler.sample(problem):
+            denoiser.step += 1
+            yield x
 
 
 @torch.no_grad()
-def solve(
-    model: Model,
-    denoiser: Denoiser,
-    scheduler: tuple[ModuleType, dict[str, object]],
-    seeds: Sequence[int],
-    settings: Settings,
-    start: InitImage | None = None,
-    noise: Tensor | None = None,
-    watch: Watch | None = None,
-) -> Iterator[Tensor]:
-    """Yield x (b, c, h, w) after each step of a `configured` scheduler."""
-
-    def predict(x: Tensor, t: float) -> Tensor:
-        pred = denoiser(x, t)
-        if watch:
-            alpha_cumprod = model.schedule.alphas_cumprod[round(t)].to(x.device)
-            watch(model.schedule.split(pred, x, alpha_cumprod)[0])
-        return pred
-
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    height, width = settings.height // model.downscale, settings.width // model.downscale
-    noise = randn((model.channels, height, width), generators) if noise is None else noise
-    given = {"schedule": model.schedule, "steps": settings.steps, "generators": generators}
-    problem = Problem(
-        denoise=predict, noise=noise.to(model.device), settings=scheduler[1], init_image=start, **given
-    )
-    for x in scheduler[0].sample(problem):
-        denoiser.step += 1
-        yield x
-
-
 def pictures(
-    sd: StableDiffusion,
+    sd: Model,
     prompts: Sequence[str | Prompt],
     seeds: Sequence[int],
     settings: Settings,
@@ -279,41 +261,30 @@ def pictures(
     masks: Tensor | None = None,
     noise: Tensor | None = None,
     controls: Sequence[Control] = (),
-    **watching,
-) -> Iterator[Image.Image]:
-    """Yield one image for each pair of prompt and seed. `watching` are the callbacks of `finished`.
-    `init_images`, `masks`, `noise` and `controls` are as in `denoise`, with one for each image."""
-    prompts = prompt.prepare(sd, prompts, settings)
-    inputs = {"init_images": init_images, "masks": masks, "noise": noise}
-    inputs = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-    for part in batches(prompts, batch_size):
-        of_part = {name: tensor[part] for name, tensor in inputs.items()}
-        of_part["controls"] = [replace(control, hint=control.hint[part]) for control in controls]
-        steps = partial(denoise, sd, prompts[part], seeds[part], settings, **of_part)
-        yield from finished(sd, steps, **watching)
-
-
-@torch.no_grad()
-def finished(
-    model: Model,
-    steps: Callable[..., Iterator[Tensor]],
-    *,
     on_step: Callable[[int], None] = lambda n: None,
     on_preview: Callable[[list[Image.Image]], None] | None = None,
     preview: int = 1,
 ) -> Iterator[Image.Image]:
-    """Take all `steps(watch=...)` of a batch, and yield its images. `on_step(n)` is called after each step of
-    n images, and `on_preview` with previews of them at every `preview`-th run of the network."""
-    runs = count(1)
+    """Yield one image for each pair of prompt and seed. `init_images`, `masks`, `noise` and `controls`
+    are as in `denoise`, with one for each image. `on_step(n)` is called after each step of a batch of n
+    images, and `on_preview` with previews of them at every `preview`-th run of the network."""
 
     def show(predicted: Tensor) -> None:
         if next(runs) % preview == 0:
-            on_preview([images.to_pil(p) for p in model.decode(predicted)])
+            on_preview([images.to_pil(p) for p in sd.decode(predicted)])
 
-    for x in steps(watch=show if on_preview else None):
-        on_step(len(x))
-    for one in x:
-        yield images.to_pil(model.decode(one[None])[0])
+    prompts = prompt.prepare(sd, prompts, settings)
+    inputs = {"init_images": init_images, "masks": masks, "noise": noise}
+    inputs = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    for part in batches(prompts, batch_size):
+        runs = count(1)
+        of_part = {name: tensor[part] for name, tensor in inputs.items()}
+        of_part["controls"] = [replace(control, hint=control.hint[part]) for control in controls]
+        of_part["watch"] = show if on_preview else None
+        for x in denoise(sd, prompts[part], seeds[part], settings, **of_part):
+            on_step(len(x))
+        for one in x:
+            yield images.to_pil(sd.decode(one[None])[0])
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[slice]:

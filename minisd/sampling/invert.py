@@ -33,7 +33,7 @@ def invert(
         latents = sd.encode_images(images.to_tensor(image.convert("RGB"))[None])[0]  # (1, 4, h, w)
     height, width = (side * sd.downscale for side in latents.shape[-2:])
     options = Settings(**{"guidance_scale": 1.0} | settings, height=height, width=width)
-    _, known = generate.configured(sd, options, clip_sample=False)
+    _, known = generate.configured(sd, options)
     prompts = prompt.prepare(sd, [text], options)
     with prompt.loras_on(sd, prompts[0].loras, options.lora_dir):
         denoiser = generate.Denoiser(sd.unet, generate.branches_of(sd, prompts, options, None, None))

@@ -1,12 +1,10 @@
 """The pixel-space model: a UNet without text encoder and VAE, and its noise schedule (arXiv 2006.11239)."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from minisd.formats import config_json, diffusers, hub
@@ -14,13 +12,14 @@ from minisd.models.layers import move
 from minisd.models.unet2d import DDPM, UNet2D
 from minisd.noise import NoiseSchedule
 from minisd.options import require
-from minisd.sampling.generate import Branch, Denoiser, Watch, batches, configured, finished, solve
+from minisd.sampling import generate
 from minisd.sampling.options import Settings
-from minisd.sampling.prompt import Prompt
 
 
 class PixelDiffusion:
     """unet and schedule; its latents are the pixels (b, 3, h, w) in [-1, 1]."""
+
+    is_pixels, is_pix2pix, is_inpainting = True, False, False
 
     def __init__(self, unet: UNet2D, scheduler: dict, name: str = ""):
         self.unet = unet
@@ -79,29 +78,6 @@ class PixelDiffusion:
         """The pixels (b, c, h, w): there is nothing to decode."""
         return pixels
 
-    def denoise(
-        self, prompts: list[Prompt], seeds: Sequence[int], settings: Settings, *, watch: Watch | None = None
-    ) -> Iterator[Tensor]:
-        """As `generate.denoise`, with empty prompts: yield the pixels (b, c, h, w), about [-1, 1]."""
-        scheduler = configured(self, settings)
-        no_text = self.unet.conv_in.weight.new_empty(len(seeds), 0, 0)
-        denoiser = Denoiser(self.unet, [Branch(1.0, no_text)])
-        yield from solve(self, denoiser, scheduler, seeds, settings, watch=watch)
-
-    def draw(
-        self,
-        prompts: list[Prompt],
-        seeds: Sequence[int],
-        settings: Settings,
-        *,
-        batch_size: int = 4,
-        **watching,
-    ) -> Iterator[Image.Image]:
-        """As `generate.pictures`: yield one image for each seed."""
-        for part in batches(prompts, batch_size):
-            steps = partial(self.denoise, prompts[part], seeds[part], settings)
-            yield from finished(self, steps, **watching)
-
     def sample(
         self, generators: list[torch.Generator], steps: int, on_step: Callable[[int], None] = lambda n: None
     ) -> Tensor:
@@ -109,7 +85,8 @@ class PixelDiffusion:
         after each step."""
         settings = Settings(steps=steps, scheduler="ddpm")
         settings.width = settings.height = self.default_size
-        for x in self.denoise((), [g.initial_seed() for g in generators], settings):
+        seeds = [generator.initial_seed() for generator in generators]
+        for x in generate.denoise(self, [""] * len(seeds), seeds, settings):
             on_step(len(x))
         return x
 

@@ -26,7 +26,7 @@ from minisd.options import require
 from minisd.sampling.options import Settings
 
 if TYPE_CHECKING:
-    from minisd.sampling.stable_diffusion import StableDiffusion
+    from minisd.sampling.generate import Model
 
 Section = list[tuple[str, float]]  # the text between two BREAKs: spans and their weights
 Chunk = list[tuple[int, float]]  # token ids and weights, one for each position of the text encoder
@@ -143,12 +143,12 @@ def _loras(text: str) -> dict[str, tuple[float, float]]:
 # Tokens and contexts
 
 
-def prepare(sd: StableDiffusion, prompts: Sequence[str | Prompt], settings: Settings) -> list[Prompt]:
+def prepare(sd: Model, prompts: Sequence[str | Prompt], settings: Settings) -> list[Prompt]:
     """Parse and tokenize the prompts, and attach their LoRAs to the model; none of this happens twice."""
     if not all(isinstance(prompt, Prompt) for prompt in prompts):
         prompts = parse_all(prompts, settings)
     attach_loras(sd, prompts, settings.lora_dir)
-    for prompt in prompts:
+    for prompt in () if sd.is_pixels else prompts:
         for one in (prompt, prompt.negative):
             one.chunks = one.chunks or tokenize(sd.tokenizer, one)
     return prompts
@@ -182,11 +182,11 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[Chunk]:
     return [[start, *chunk, *[end] * (room - len(chunk)), end] for chunk in done]
 
 
-def contexts(
-    sd: StableDiffusion, prompts: Sequence[Prompt], settings: Settings
-) -> tuple[Tensor, Tensor | None]:
+def contexts(sd: Model, prompts: Sequence[Prompt], settings: Settings) -> tuple[Tensor, Tensor | None]:
     """Context (b, k * s, d) of the prompts and, with guidance, of their negative prompts; each is padded with
-    empty chunks to the k chunks of the longest."""
+    empty chunks to the k chunks of the longest. A model of pixels takes an empty context."""
+    if sd.is_pixels:
+        return sd.unet.conv_in.weight.new_empty(len(prompts), 0, 0), None
     positive = [prompt.chunks for prompt in prompts]
     negative = [prompt.negative.chunks for prompt in prompts] if settings.guidance_scale > 1 else []
     count = max(map(len, positive + negative))
@@ -195,9 +195,7 @@ def contexts(
     return context, _encode(sd, negative, count, name, getattr(settings, name)) if negative else None
 
 
-def _encode(
-    sd: StableDiffusion, texts: Sequence[list[Chunk]], count: int, flag: str, clip_skip: int
-) -> Tensor:
+def _encode(sd: Model, texts: Sequence[list[Chunk]], count: int, flag: str, clip_skip: int) -> Tensor:
     empty = tokenize(sd.tokenizer, Prompt(text=""))
     rows = [chunk for chunks in texts for chunk in chunks + empty * (count - len(chunks))]
     ids = torch.tensor([[i for i, _ in row] for row in rows])  # (b * count, s)
@@ -238,7 +236,7 @@ def lora_names(prompts: Iterable[Prompt]) -> list[str]:
     return sorted({name for prompt in prompts for name in prompt.loras})
 
 
-def attach_loras(sd: StableDiffusion, prompts: Iterable[Prompt], folder: Path | None) -> None:
+def attach_loras(sd: Model, prompts: Iterable[Prompt], folder: Path | None) -> None:
     """Attach the LoRAs that prompts name, each once, at scale 0, and print their descriptions. ValueError,
     naming the LoRA, if there is no such file or it is not a LoRA."""
     for name in lora_names(prompts):
@@ -251,9 +249,7 @@ def attach_loras(sd: StableDiffusion, prompts: Iterable[Prompt], folder: Path | 
 
 
 @contextmanager
-def loras_on(
-    sd: StableDiffusion, loras: Mapping[str, tuple[float, float]], folder: Path | None
-) -> Iterator[None]:
+def loras_on(sd: Model, loras: Mapping[str, tuple[float, float]], folder: Path | None) -> Iterator[None]:
     """Add these scales of the text encoder and the UNet to those of attached LoRAs, inside a `with`."""
     before = []
     for name, (text, unet) in loras.items():

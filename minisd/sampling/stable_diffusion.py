@@ -27,6 +27,8 @@ from minisd.options import require
 class StableDiffusion:
     """unet, vae and text_encoder on one device, with tokenizer and noise schedule."""
 
+    is_pixels = False
+
     def __init__(
         self,
         unet: UNet,

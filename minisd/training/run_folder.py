@@ -79,13 +79,12 @@ class RunFolder(AbstractContextManager):
         return sorted(numbered, key=number)
 
     def results(self) -> list[str]:
-        """The files in the folder that a finished run leaves, of any method and of diffusers' scripts too."""
-        found = [
-            *self.path.glob("*.safetensors"),
-            *self.path.glob("*.bin"),
-            *self.path.glob("model_index.json"),
-        ]
-        return sorted(p.name for p in found if "-steps-" not in p.name)
+        """The files in the folder that a finished run leaves, of any method and of diffusers' scripts too; if
+        nothing is to be resumed, those that a run begins with as well."""
+        names = ["*.safetensors", "*.bin", "model_index.json", "result.png"]
+        names += [] if self.options.resume_from_checkpoint else ["options.json", "log.jsonl"]
+        found = [path.name for name in names for path in sorted(self.path.glob(name))]
+        return [name for name in found if "-steps-" not in name]
 
     def resume(self) -> Path | None:
         """The checkpoint to continue from, or None to start at 0. ValueError if another run is using the
@@ -100,8 +99,8 @@ class RunFolder(AbstractContextManager):
         source, existing = self.options.resume_from_checkpoint, self.checkpoints()
         if not existing and not self.options.overwrite_output_dir and (names := self.results()):
             raise ValueError(
-                f"--output_dir {self.path} has a result, {names[0]}: --overwrite_output_dir replaces it, "
-                "another --output_dir keeps it"
+                f"--output_dir {self.path} has {names[0]} of an earlier run: --overwrite_output_dir "
+                "replaces it, another --output_dir keeps it"
             )
         if source is None:
             if existing and not self.options.overwrite_output_dir:
