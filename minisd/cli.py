@@ -68,7 +68,7 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
         if not default:
             kwargs["action"] = "extend"  # a flag that is given twice adds up
     else:
-        kwargs |= {"type": {float: finite}.get(hint, hint), "metavar": hint.__name__.upper()}
+        kwargs |= {"type": {float: finite, int: bounded}.get(hint, hint), "metavar": hint.__name__.upper()}
     if kwargs.get("type") in (str, Path):
         kwargs["type"] = functools.partial(_expand, kwargs["type"])
     names = (f.name, *_metadata(cls, f.name).get("also", ()))
@@ -89,7 +89,15 @@ def finite(text: str) -> float:
     return value
 
 
-finite.__name__ = "float"  # for argparse's messages
+def bounded(text: str) -> int:
+    """The integer in a text; ValueError if it takes more than 64 bits, or is none."""
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError
+    return value
+
+
+finite.__name__, bounded.__name__ = "float", "int"  # for argparse's messages
 
 
 class Parser(argparse.ArgumentParser):

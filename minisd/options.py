@@ -15,6 +15,7 @@ from typing import Any, Literal, dataclass_transform
 from minisd import registry
 
 TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
+MAX_PIXELS = 89_478_485  # of an image that is read: Pillow's own limit
 
 
 def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] = (), **metadata: Any) -> Any:
@@ -208,6 +209,7 @@ class Precision(Group):
 
     def check(self):
         self.not_negative("dataloader_num_workers")
+        require(self.dataloader_num_workers <= 1024, "--dataloader_num_workers must be at most 1024")
         self.mixed_precision = self.mixed_precision or "no"
 
 
@@ -220,9 +222,12 @@ class Data(Group):
     resolution: int = flag(512, "side of the training images in pixels, a multiple of 8")
     center_crop: bool = flag(False, "crop images to the central square first")
     skip_bad_images: bool = flag(False, "skip images that cannot be decoded")
+    allow_outside: bool = flag(False, "read images that metadata names outside its folder", free=True)
+    max_pixels: int = flag(MAX_PIXELS, "refuse images with more pixels than this", free=True)
 
     def check(self):
         require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
+        self.positive("max_pixels")
 
 
 class Dataset(Data):

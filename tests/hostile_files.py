@@ -52,6 +52,8 @@ class Case:
     program: str = "sample.py"
     refuse: bool = False  # accepting it would be a failure
     leaves: bool = False  # whether it may leave files though it is refused
+    replaces: tuple[Path, ...] = ()  # files of its own that it may change
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -484,6 +486,7 @@ def checkpoint(rng: random.Random, assets: Assets, folder: Path) -> Case:
     return Case(
         f"{path.name}: {kind}, {which}", ["--method", *map(str, flags)], "train.py",
         refuse=which != "latest", leaves=which == "latest",
+        replaces=tuple(path for path in (*run.iterdir(), *newest.iterdir()) if path.is_file()),
     )  # fmt: skip
 
 

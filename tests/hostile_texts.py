@@ -64,7 +64,7 @@ def prompt_file(rng: random.Random, assets: Assets, folder: Path) -> Case:
     path = folder / "prompts.txt"
     kind = rng.choice(["text", "long", "bytes", "lines", "fifo", "folder", "loop", "device", "empty"])
     content = {
-        "text": text(rng).encode()[:2000],
+        "text": b"\n".join(text(rng).encode()[:2000].split(b"\n")[:5]),  # a line is an image
         "long": rng.choice(["a", "(", " ", "a b ", "é"]).encode() * 10**6,
     }
     content |= {"bytes": rng.randbytes(500), "lines": b"\n" * 10**6, "empty": b""}

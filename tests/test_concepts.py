@@ -138,6 +138,10 @@ def test_concepts_and_their_classes(tmp_path):
     (dirs["dogs"] / "images" / "1.png").unlink()
     with pytest.raises(ValueError, match="images.txt, line 2: there is no"):
         read_classes(concepts, flag="--concepts_list")
+    (dirs["dogs"] / "images.txt").write_text(f"./dogs/images/0.png\n{dirs['cat'] / '1.png'}\n")
+    with pytest.raises(ValueError, match="images.txt, line 2: .*1.png is outside .*--allow_outside"):
+        read_classes(concepts, flag="--concepts_list")
+    assert len(read_classes(concepts, flag="--concepts_list", allow_outside=True)) == 4
 
 
 @pytest.mark.parametrize(

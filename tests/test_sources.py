@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from minisd.data import source
 from minisd.data.datasets import Captioned
@@ -221,6 +222,34 @@ def test_bad_pictures(two, content):
     assert [r.name for r in data.records] == ["a.png"] and "b.png" in data.skipped[0]
     (two / "a.png").write_bytes(b"")
     fails(two, "none of the 2", skip_bad_images=True)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_names_that_lead_out_of_the_folder(two, form):
+    secret, inside = two.parent / "secret.png", two / "sub"
+    (two / "a.png").rename(secret)
+    inside.mkdir()
+    (two / "b.png").rename(inside / "b.png")
+    for name in ("../../secret.png", str(secret), "../sub/../../secret.png"):
+        rows = [{"file_name": name, "text": "A"}, {"file_name": "../sub/b.png", "text": "B"}]
+        lines = [f"{row['file_name']},{row['text']}" for row in rows]
+        text = {"csv": "\n".join(["file_name,text", *lines]), "jsonl": "\n".join(map(json.dumps, rows))}
+        (inside / f"metadata.{form}").write_text(text[form])
+        fails(two, f"metadata.{form}, line {2 if form == 'csv' else 1}", "outside", "--allow_outside")
+        assert [r.texts["text"] for r in read(two, allow_outside=True).records] == ["A", "B"]
+    (two / "link.png").symlink_to(secret)  # as in a folder of the hub's cache
+    (inside / f"metadata.{form}").write_text(text[form].replace(name, "../link.png"))
+    assert len(read(two).records) == 2
+
+
+def test_more_pixels_than_allowed(two):
+    width, height = Image.open(two / "a.png").size
+    fails(two, "a.png has more than 10 pixels", "--max_pixels", "--skip_bad_images", max_pixels=10)
+    data = read(two, max_pixels=width * height)
+    assert data.open(0, "image").size == (width, height)
+    Image.new("1", (9500, 9500)).save(two / "b.png")
+    fails(two, "b.png has more than 89,478,485 pixels", "--max_pixels")
+    assert read(two, max_pixels=10**8).open(1, "image").size == (9500, 9500)
 
 
 def test_unknown_columns_are_listed(two):

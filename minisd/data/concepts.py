@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minisd import noise, reading
-from minisd.data import images, source
+from minisd.data import images, source, tables
 from minisd.data.crop import View
 from minisd.data.datasets import Captioned, Example
 from minisd.data.source import Record, Source
@@ -57,31 +57,30 @@ def read_concepts(path: Path, with_classes: bool = False) -> list[Concept]:
     return concepts
 
 
-def read_instances(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
-    """The images of all concepts, each with its caption or its concept's prompt."""
-    return source.join(
-        [_read(c.instance_data_dir, c.instance_prompt, flag, skip_bad_images) for c in concepts]
-    )
+def read_instances(concepts: list[Concept], **flags: Any) -> Source:
+    """The images of all concepts, each with its caption or its concept's prompt. `flags` are keywords of
+    `source.read`."""
+    return source.join([_read(c.instance_data_dir, c.instance_prompt, **flags) for c in concepts])
 
 
-def read_classes(concepts: list[Concept], *, flag: str, skip_bad_images: bool = False) -> Source:
+def read_classes(concepts: list[Concept], **flags: Any) -> Source:
     """The images of the classes of all concepts: a retrieved set (--real_prior) with its captions where a
-    folder has an images.txt, else the images in the folder with the class's prompt."""
+    folder has an images.txt, else the images in the folder with the class's prompt. `flags` are keywords
+    of `source.read`."""
 
     def read(c: Concept) -> Source:
         if (c.class_data_dir / "images.txt").is_file():
-            return _read_retrieved(c.class_data_dir, flag, skip_bad_images)
-        return _read(c.class_data_dir, c.class_prompt, flag, skip_bad_images)
+            return _read_retrieved(c.class_data_dir, **flags)
+        return _read(c.class_data_dir, c.class_prompt, **flags)
 
     return source.join([read(c) for c in concepts])
 
 
-def _read(folder: Path, prompt: str, flag: str, skip_bad_images: bool) -> Source:
-    pictures = source.read(folder, flag=flag, subfolders="repeated", skip_bad_images=skip_bad_images)
-    return pictures.with_prompt(prompt)
+def _read(folder: Path, prompt: str, **flags: Any) -> Source:
+    return source.read(folder, subfolders="repeated", **flags).with_prompt(prompt)
 
 
-def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
+def _read_retrieved(folder: Path, *, flag: str, allow_outside: bool = False, **decoding: Any) -> Source:
     """The images of a retrieved set: images.txt has their paths, caption.txt their captions, line by line."""
     lists = folder / "images.txt", folder / "caption.txt"
     for path in lists:
@@ -94,9 +93,11 @@ def _read_retrieved(folder: Path, flag: str, skip_bad_images: bool) -> Source:
         # The paths are usually relative to where the retrieval ran; the files are in the folder.
         candidates = Path(name), folder / name, folder / "images" / Path(name).name
         path = next((p for p in candidates if p.is_file()), None)
-        require(path is not None, f"{flag}: {lists[0]}, line {number}: there is no {name}")
+        where = f"{flag}: {lists[0]}, line {number}"
+        require(path is not None, f"{where}: there is no {name}")
+        tables.check_inside(path, None if allow_outside else folder, where)
         records.append(Record(path.name, {"image": path}, {"text": caption.strip()}))
-    return source.verified(str(folder), records, flag=flag, skip_bad_images=skip_bad_images)
+    return source.verified(str(folder), records, flag=flag, **decoding)
 
 
 class CustomConcepts(Captioned):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, Unidentif
 from torch import Tensor
 
 from minisd import files, reading
-from minisd.options import require
+from minisd.options import MAX_PIXELS, require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MOST = 1 << 30  # bytes of an encoded image
@@ -50,16 +50,22 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
 
 
-def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "white") -> Image.Image:
+def open_image(
+    path: Path | Cell,
+    content: bytes | None = None,
+    behind: str = "white",
+    max_pixels: int | None = MAX_PIXELS,
+) -> Image.Image:
     """Read an RGB image from a file, or from `content`; EXIF rotation is applied, and `behind` is the
-    background of transparent pixels. ValueError, naming `path`, if it cannot be decoded."""
+    background of transparent pixels. ValueError, naming `path`, if it cannot be decoded, or has more than
+    `max_pixels`."""
     if content is None and isinstance(path, Path):
         reading.check_regular(path, MOST)
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
     try:
         file = io.BytesIO(path.read_bytes() if content is None else content)
         require(file.getbuffer(), "it is empty")
-        with warnings.catch_warnings(), Image.open(file) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(action="error", category=BOMBS[0]), Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -67,19 +73,24 @@ def open_image(path: Path | Cell, content: bytes | None = None, behind: str = "w
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture") from None
-    except (OSError, SyntaxError, ValueError, *BOMBS) as e:
+    except BOMBS:
+        problem = f"{path} has more than {max_pixels:,} pixels; --max_pixels raises the limit"
+        raise ValueError(problem) from None
+    except (OSError, SyntaxError, ValueError) as e:
         raise ValueError(f"{path} cannot be decoded: {e}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
-def read_square(name: str, side: int, *, flag: str) -> Tensor:
+def read_square(name: str, side: int, *, flag: str, max_pixels: int) -> Tensor:
     """The largest centred square of the image at a path or a URL, (3, side, side) in [-1, 1]. ValueError,
-    naming `flag`, if it cannot be read."""
+    naming `flag`, if it cannot be read, or has more than `max_pixels`."""
     content = None
     try:
         if name.startswith(("http://", "https://")):
             with urlopen(name, timeout=20) as answer:
                 content = answer.read()
-        image = center_square(open_image(Path(name), content))
+        image = center_square(open_image(Path(name), content, max_pixels=max_pixels))
     except (OSError, ValueError) as e:
         raise ValueError(f"{flag} {name}: {e}") from None
     return to_tensor(image.resize((side, side)))

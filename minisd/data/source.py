@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minisd import noise, reading
 from minisd.data import images, tables
-from minisd.options import Data, Dataset, require
+from minisd.options import MAX_PIXELS, Data, Dataset, require
 
 Subfolders = Literal["all", "repeated", "none"]
 
@@ -93,6 +93,8 @@ class Source:
             texts = value if isinstance(value, list | tuple) else [value]
             if of == "texts" and not (texts and all(isinstance(t, str) for t in texts)):
                 raise ValueError(f"{flag} {column}: that of {record.name} is not text or texts: {value!r}")
+            for text in texts if of == "texts" else ():
+                reading.check_length(text, f"{flag} {column}: {record.name} has one")
         return column
 
     def pair_column(self, name: str, other: str, *, flag: str) -> str:
@@ -110,7 +112,7 @@ class Source:
 
     def open(self, number: int, column: str) -> Image.Image:
         """The RGB image of record `number` in `column`."""
-        return images.open_image(self.records[number].pictures[column])
+        return images.open_image(self.records[number].pictures[column], max_pixels=None)  # as verified
 
     def caption(self, number: int, column: str, generator: torch.Generator) -> str:
         """The text of record `number`, drawn if it has several."""
@@ -158,11 +160,16 @@ def _first_four(words: Sequence[str]) -> str:
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
+def keywords(options: Data) -> dict[str, Any]:
+    """The flags about what may be read, as keywords of `read`."""
+    return {name: getattr(options, name) for name in ("skip_bad_images", "allow_outside", "max_pixels")}
+
+
 def from_options(options: Data, cache_dir: str | None) -> Source:
     """Read the location that --dataset_name or --data names. If both are given, --data is a folder in the
     dataset."""
     location, flag = options.data, "--data"
-    further = {"subfolders": options.SUBFOLDERS, "skip_bad_images": options.skip_bad_images}
+    further = {"subfolders": options.SUBFOLDERS, **keywords(options)}
     if isinstance(options, Dataset):
         further |= {"by_split": options.DATA_HAS_SPLITS, "config": options.dataset_config_name}
         further |= {"max_samples": options.max_train_samples, "seed": options.seed}
@@ -182,6 +189,8 @@ def read(
     config: str | None = None,
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
+    allow_outside: bool = False,
+    max_pixels: int = MAX_PIXELS,
     max_samples: int | None = None,
     seed: int = 0,
 ) -> Source:
@@ -196,7 +205,8 @@ def read(
     split train by its name is read: see `tables.splits`.
 
     From more than `max_samples` records, that number is drawn by the seed. ValueError if the data is
-    inconsistent, or, unless `skip_bad_images`, if an image cannot be decoded.
+    inconsistent, if metadata names an image outside the location, unless `allow_outside`, or, unless
+    `skip_bad_images`, if an image cannot be decoded or has more than `max_pixels`.
     """
     path, skipped, hidden, left_out = Path(location), [], [], []
     samples = noise.generator(seed, "samples")
@@ -208,7 +218,7 @@ def read(
     local = path.is_dir() or (isinstance(location, Path) and path.suffix != ".parquet")
     if local and not tables.needs_datasets(path):
         try:
-            root = _Folder(path, subfolders, by_split)
+            root = _Folder(path, subfolders, by_split, allow_outside)
             records, skipped, hidden, left_out = root.records(), root.skipped, root.hidden, root.left_out
         except ValueError as e:
             raise ValueError(f"{flag}: {e}") from None
@@ -220,16 +230,25 @@ def read(
         for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples):
             cells = {column: images.Cell(table, i, column) for column, table in pictures.items()}
             records.append(Record(f"row {i}", cells, {column: values[i] for column, values in texts.items()}))
-    source = verified(str(location), records, flag=flag, skip_bad_images=skip_bad_images)
+    decoding = {"flag": flag, "skip_bad_images": skip_bad_images, "max_pixels": max_pixels}
+    source = verified(str(location), records, **decoding)
     skipped = (*skipped, *source.skipped)
     return replace(source, skipped=skipped, hidden=tuple(hidden), left_out=tuple(left_out))
 
 
-def verified(name: str, records: list[Record], *, flag: str, skip_bad_images: bool) -> Source:
+def verified(
+    name: str,
+    records: list[Record],
+    *,
+    flag: str,
+    skip_bad_images: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Source:
     """A source of the records, with their sizes; each image is decoded once. ValueError if one cannot be
-    decoded, or with `skip_bad_images` if none can."""
+    decoded or has more than `max_pixels`, or with `skip_bad_images` if all are so."""
     good, bad = [], []
-    size = functools.cache(lambda picture: images.open_image(picture).size)  # several records may share one
+    # Several records may share an image.
+    size = functools.cache(lambda picture: images.open_image(picture, max_pixels=max_pixels).size)
     for record in tqdm(records, desc="checking", leave=False, disable=len(records) < PROGRESS_BAR_FROM):
         try:
             good.append(replace(record, sizes={c: size(picture) for c, picture in record.pictures.items()}))
@@ -252,9 +271,10 @@ def join(sources: Sequence[Source]) -> Source:
 class _Folder:
     """Reads the records of a folder and its subfolders, and notes the skipped and hidden files."""
 
-    def __init__(self, root: Path, subfolders: Subfolders, by_split: bool):
+    def __init__(self, root: Path, subfolders: Subfolders, by_split: bool, allow_outside: bool):
         require(root.is_dir(), f"{root} is not a folder" if root.exists() else f"there is no {root}")
         self.root, self.subfolders, self.by_split = root, subfolders, by_split
+        self.limits = None if allow_outside else root
         self.skipped: list[str] = []
         self.hidden: list[str] = []
         self.left_out: list[str] = []
@@ -268,7 +288,9 @@ class _Folder:
         folders = sorted({self.root, *(path.parent for path in files)})
         metadata = {folder: path for folder in folders if (path := tables.find(folder))}
         rows = [(folder, *row) for folder, path in metadata.items() for row in tables.read(path)]
-        records = [self._record(*tables.split(row, folder, where)) for folder, where, row in rows]
+        records = [
+            self._record(*tables.split(row, folder, self.limits, where)) for folder, where, row in rows
+        ]
         records = [r for r in records if not others.issuperset(r.pictures.values())]
         described = {os.path.normpath(p) for record in records for p in record.pictures.values()}
         stems = {p.with_suffix("") for p in files if p.suffix.lower() in images.SUFFIXES}

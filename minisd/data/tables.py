@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -89,10 +90,19 @@ def _parquet(path: Path) -> Iterator[Row]:
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
 
 
-def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path], dict[str, Any]]:
+def check_inside(path: Path, root: Path | None, where: str) -> None:
+    """ValueError, naming the row's location `where`, if a path leads out of the root, unless that is None.
+    Links are not followed: all those in a folder of the hub's cache lead out of it."""
+    inside = root is None or Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
+    require(inside, f"{where}: {path} is outside {root}; --allow_outside reads it")
+
+
+def split(
+    row: dict[str, Any], folder: Path, root: Path | None, where: str
+) -> tuple[dict[str, Path], dict[str, Any]]:
     """Split a row into image files and texts, both by column. The key "file_name" is the column "image",
     "x_file_name" the column "x", and ControlNet's "source" and "target" are files if the row has both.
-    ValueError, naming the row's location `where`, if it has no file or one is missing."""
+    ValueError, naming the row's location `where`, if it has no file, or one is missing or outside `root`."""
     pictures, texts = {}, {}
     for key, value in row.items():
         if key in ("source", "target") and {"source", "target"} <= row.keys():
@@ -105,6 +115,7 @@ def split(row: dict[str, Any], folder: Path, where: str) -> tuple[dict[str, Path
         if not isinstance(value, str) or not value:
             raise ValueError(f"{where}: no file is named for the column {column}")
         pictures[column] = folder / value
+        check_inside(pictures[column], root, where)
         require(pictures[column].is_file(), f"{where}: there is no {pictures[column]}")
     require(pictures, f"{where}: no column file_name, but {', '.join(row)}")
     return pictures, texts

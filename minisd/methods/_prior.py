@@ -30,7 +30,7 @@ class PriorPreservation(Method):
         o, (instances, held_out) = self.options, super().datasets()
         if o.with_prior_preservation:
             views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
-            classes = source.read(o.class_data_dir, flag="--class_data_dir")
+            classes = source.read(o.class_data_dir, flag="--class_data_dir", **source.keywords(o))
             about = {"prompt": o.class_prompt, "interpolation": o.image_interpolation_mode}
             classes = datasets.Captioned(classes, **about, **views)
             self.data = datasets.Prior(instances, classes, o.prior_loss_weight)

@@ -1,5 +1,6 @@
 """Train a ControlNet, which conditions a frozen model on images such as edges or poses (arXiv 2302.05543)."""
 
+import functools
 from pathlib import Path
 
 from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
@@ -76,7 +77,8 @@ class ControlNet(Method):
         o, flag = self.options, "--validation_image"
         count = max(len(o.validation_image), len(o.validation_prompt))
         paths, prompts = (v * count if len(v) == 1 else v for v in (o.validation_image, o.validation_prompt))
-        hints = [images.read_square(path, o.resolution, flag=flag) for path in paths]
+        read = functools.partial(images.read_square, flag=flag, max_pixels=o.max_pixels)
+        hints = [read(path, o.resolution) for path in paths]
         return list(zip(prompts, hints, strict=True))
 
     def conditioning_image(self, view) -> Tensor:

@@ -88,22 +88,21 @@ class CustomDiffusion(PriorPreservation):
         return trained
 
     def read(self) -> Source:
-        from minisd.data import concepts
+        from minisd.data import concepts, source
 
         o = self.options
         flag = "--concepts_list" if o.concepts_list else "--data"
-        return concepts.read_instances(self.concepts, flag=flag, skip_bad_images=o.skip_bad_images)
+        return concepts.read_instances(self.concepts, flag=flag, **source.keywords(o))
 
     def datasets(self) -> tuple:
-        from minisd.data import concepts, datasets
+        from minisd.data import concepts, datasets, source
 
         o = self.options
         size = {"resolution": o.resolution, "factor": self.sd.vae.config.downscale}
         self.data = concepts.CustomConcepts(self.read(), augment=not o.noaug, hflip=o.hflip, **size)
         if o.with_prior_preservation:
-            skip = {"flag": "--class_data_dir", "skip_bad_images": o.skip_bad_images}
-            source = concepts.read_classes(self.concepts, **skip)
-            classes = concepts.ClassPictures(source, random_flip=o.hflip, center_crop=o.center_crop, **size)
+            classes = concepts.read_classes(self.concepts, flag="--class_data_dir", **source.keywords(o))
+            classes = concepts.ClassPictures(classes, random_flip=o.hflip, center_crop=o.center_crop, **size)
             share = 1 / CHANNELS if o.cd_loss == "reference" else 1.0
             self.data = datasets.Prior(self.data, classes, o.prior_loss_weight * share)
         return self.data, None

@@ -78,7 +78,8 @@ class InstructPix2Pix(Method):
         o, flag = self.options, "--val_image_url"
         if not o.val_image_url:
             return []
-        return [(o.validation_prompt, images.read_square(o.val_image_url, o.resolution, flag=flag))]
+        image = images.read_square(o.val_image_url, o.resolution, flag=flag, max_pixels=o.max_pixels)
+        return [(o.validation_prompt, image)]
 
     def conditioning_image(self, view) -> Tensor:
         return self.data.extras(view)["original"]

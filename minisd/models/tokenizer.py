@@ -8,6 +8,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from minisd import reading
 from minisd.options import require
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -24,6 +25,8 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
     folder with a changed tokenizer is read by transformers.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    for name in names & {"vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json"}:
+        reading.check_regular(folder / name)
     if {"tokenizer.json", "added_tokens.json"} & names:
         return _transformers_tokenizer(folder).backend_tokenizer
     require({"vocab.json", "merges.txt"} <= names, f"{folder} has no tokenizer: no vocab.json and merges.txt")
@@ -46,7 +49,10 @@ def _transformers_tokenizer(folder: Path):
     """The tokenizer in a folder, as transformers reads it; this one can also be saved."""
     from transformers import CLIPTokenizer  # the only use of transformers; takes a second to import
 
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as e:  # of whatever class
+        raise ValueError(f"{folder} has no readable tokenizer: {type(e).__name__}: {e}") from None
 
 
 def beginning(text: str, tokens: int) -> str:
@@ -70,7 +76,13 @@ class Tokenizer:
         self.bpe = byte_pairs(folder)
         self.vocab_size: int = self.bpe.get_vocab_size()
         self.start, self.end = self.bpe.token_to_id(START), self.bpe.token_to_id(END)
+        self.check_ids(self.start, self.end)
         self.placeholders: dict[str, list[int]] = {}
+
+    def check_ids(self, *ids: int | None) -> None:
+        """ValueError if an id is none of a vocabulary that is numbered from 0."""
+        known = all(i is not None and i < self.vocab_size for i in ids)
+        require(known, f"{self.folder}: the ids of its {self.vocab_size} tokens are not 0, 1, 2, ...")
 
     def add_placeholder(self, token: str, num_vectors: int = 1) -> list[int]:
         """Give `token` the next `num_vectors` ids, and return them. ValueError if it is a token already."""
@@ -112,7 +124,9 @@ class Tokenizer:
         units = []
         for piece in pieces:
             known = self.placeholders.get(piece.lower())
-            units += [known] if known else [[i] for i in self.bpe.encode(piece, add_special_tokens=False).ids]
+            ids = [] if known else self.bpe.encode(piece, add_special_tokens=False).ids
+            self.check_ids(*ids)
+            units += [known] if known else [[i] for i in ids]
         return units
 
     def one(self, word: str) -> int | None:

@@ -10,12 +10,13 @@ from dataclasses import Field, fields
 from pathlib import Path
 
 from minisd import reading, registry
-from minisd.options import TINY, default_of
+from minisd.options import TINY, default_of, require
 from minisd.sampling.options import Sample, Settings
 
 FIRST = "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model"  # in this order
 ALWAYS = "Steps", "Sampler", "CFG scale"  # others only where they are not the default
 NEGATIVE = "Negative prompt: "
+MOST = 1000  # parameters
 # A key's length is bounded: a search for its colon to the end of the line from every letter takes too long.
 PAIR = re.compile(r'(\w[\w \-/]{1,80}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
@@ -89,7 +90,7 @@ def read(path: Path) -> str:
         with Image.open(path) as image:
             image.load()  # the text may come after the pixels
             text = image.info.get("parameters")
-    except (OSError, SyntaxError, ValueError) as e:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"cannot be read: {e}") from None
     if not isinstance(text, str):
         raise ValueError("does not say how it was made: it has no `parameters`")
@@ -97,8 +98,10 @@ def read(path: Path) -> str:
 
 
 def flags(text: str) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
-    """The parameters as values of our flags, all keys with their last values, and the unsupported keys."""
+    """The parameters as values of our flags, all keys with their last values, and the unsupported keys.
+    ValueError if there are too many."""
     prompt, negative, pairs = parse(text)
+    require(len(pairs) <= MOST, f"{len(pairs):,} parameters; at most {MOST:,} are read")
     values, ignored = {"prompt": [prompt], "negative_prompt": [negative]}, []
     options = {key_of(f): f for f in fields(Sample)}
     for key, value in pairs:

@@ -1,5 +1,6 @@
 """Input images: opened, resized, and assigned to the images to generate."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ class InputImages:
     any of the methods names the flag or the file."""
 
     def __init__(self, options: Drawing):
-        self.images = [(path, opened(path)) for path in listed(options.image)]
-        self.masks = [(path, opened(path, behind="black")) for path in listed(options.mask)]
-        self.hints = [(path, opened(path)) for path in options.control_image]
+        read = functools.partial(opened, max_pixels=options.max_pixels)
+        self.images = [(path, read(path)) for path in listed(options.image)]
+        self.masks = [(path, read(path, behind="black")) for path in listed(options.mask)]
+        self.hints = [(path, read(path)) for path in options.control_image]
 
     def prompts(self, prompts: list[str]) -> list[str]:
         """The prompts, one for each image: a single prompt is repeated for all of --image."""

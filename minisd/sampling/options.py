@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisd import reading, registry
-from minisd.options import GRAPH, KERNELS, Group, Model, default_of, flag, require
+from minisd.options import GRAPH, KERNELS, MAX_PIXELS, Group, Model, default_of, flag, require
 
 NO_PROMPT = "give --prompt or --prompt_file"
 unwritten = partial(flag, infotext=None)
@@ -99,6 +99,7 @@ class Drawing(Settings):
         [], "initial images (img2img), or images to edit: one for all, one for each, or a folder"
     )
     mask: list[Path] = flag([], "redraw only where this is white (inpainting): one for all, or one for each")
+    max_pixels: int = unwritten(MAX_PIXELS, "refuse input images with more pixels than this")
     controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
     control_image: list[Path] = flag([], "conditioning images, one for each --controlnet")
     control_preprocess: list[Literal["canny", "none"]] = flag(
@@ -113,7 +114,7 @@ class Drawing(Settings):
     guess_mode: bool = flag(False, "apply ControlNets to the conditional branch only, and less to details")
 
     def check(self):
-        self.positive("num_images", "batch_size")
+        self.positive("num_images", "batch_size", "max_pixels")
         self.seed = random.randrange(2**32) if self.seed == -1 else self.seed
         for name in ("strength", "mask", "image_guidance_scale"):
             require(getattr(self, name) in (None, []) or self.image, f"--{name} needs --image")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 from minisd.models.tokenizer import Tokenizer
 from minisd.options import require
 from minisd.sampling.options import Settings
@@ -43,7 +43,6 @@ UNSUPPORTED = (
     (re.compile(r"<hypernet:[^<>]*>"), "<hypernet:...>"),
 )
 LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>")
-MAX_LENGTH = 50_000  # characters of a prompt
 MAX_DEPTH = 50  # of nested brackets; each multiplies the weights of all that it encloses
 BACKTRACK = 20  # most tokens that move to the next chunk so that it begins after a comma
 
@@ -66,8 +65,7 @@ class Prompt:
 def parse(text: str, plain: bool = False) -> Prompt:
     """Parse a text, unless it is `plain`. ValueError for A1111's syntax that is not supported, or if the text
     would take minutes to encode."""
-    if len(text) > MAX_LENGTH:
-        raise ValueError(f"a prompt of {len(text):,} characters; at most {MAX_LENGTH:,} are read")
+    reading.check_length(text, "a prompt")
     if plain:
         return Prompt(text=text, plain=True)
     return Prompt(text=text, sections=_sections(LORA.sub("", text)), loras=_loras(text))
