@@ -204,6 +204,16 @@ def leftovers(folder: Path) -> list[Path]:
     return [p for p in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.minisd-[0-9a-f]{8}\.tmp", p.name)]
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder. A folder goes whole, even if the process is killed: first it gets a
+    name that `leftovers` finds."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path.rename(_temporary(path))
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _replacing(path: Path | str) -> Iterator[BinaryIO]:
     """Open a file that is renamed to `path` when the block ends, and deleted if the block fails."""

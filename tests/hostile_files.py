@@ -361,7 +361,7 @@ def image_file(rng: random.Random, target: Path) -> bool:
             rng.choice(["1", "L", "P", "RGBA", "LA", "I;16", "I", "F", "CMYK"]),
             rng.choice([(1, 1), (3, 90)]),
         )
-        fits = "TIFF" if mode in ("F", "CMYK") else "PNG"
+        fits = "TIFF" if mode in ("I", "F", "CMYK") else "PNG"
         Image.new(mode, size).save(buffer, format=fits)
         content = buffer.getvalue()
     elif kind in ("text", "empty"):

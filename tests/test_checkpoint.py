@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from minisd import files
 from minisd.data.datasets import Captioned
 from minisd.data.source import from_options
 from minisd.formats import config_json
@@ -404,6 +405,22 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_one_is_gone(copie
     assert status == 0, err
     assert f"taking over {copied.output_dir} from process {other} on " in out
     assert not (copied.output_dir / ".lock").exists()
+
+
+def test_a_removed_checkpoint_is_gone_at_once(copied, monkeypatch):
+    """Also if the process is killed while it deletes: nothing half of it stays, and the next run tidies up."""
+    path = copied.output_dir / "checkpoint-4"
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda path: (path / "state.json").unlink() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            files.remove(path)
+    assert not path.exists()
+    (left,) = files.leftovers(copied.output_dir)
+    assert left.is_dir()
+    with folder_of(copied) as folder:
+        folder.resume()
+        folder.start(2)
+    assert not files.leftovers(copied.output_dir)
 
 
 def test_two_runs_of_one_process_and_a_run_after_a_failed_one(copied):

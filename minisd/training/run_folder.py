@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import shutil
 import sys
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
@@ -52,7 +51,7 @@ class RunFolder(AbstractContextManager):
         and start the trackers."""
         self.lock = self.lock or Lock(self.path)
         for path in [*files.leftovers(self.path), *(self.checkpoints() if step == 0 else [])]:
-            remove(path)
+            files.remove(path)
         log = self.path / "log.jsonl"
         if log.is_file():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -176,7 +175,7 @@ class RunFolder(AbstractContextManager):
         ours = [p for p in self.checkpoints() if number(p) <= trainer.step]
         for path in ours[: -limit if limit else 0]:
             if path.resolve() != self.asked:
-                remove(path)
+                files.remove(path)
 
     def require_finite(self, trainer: Trainer) -> None:
         """ValueError, naming the last good checkpoint, unless all that has been trained is finite."""
@@ -231,14 +230,6 @@ def step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return -1
-
-
-def remove(path: Path) -> None:
-    """Delete a folder, or a file or link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class Log:
