@@ -408,7 +408,7 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_one_is_gone(copie
 
 
 def test_a_removed_checkpoint_is_gone_at_once(copied, monkeypatch):
-    """Also if the process is killed while it deletes: nothing half of it stays, and the next run tidies up."""
+    """Also if the process is killed while it deletes: no half of it stays, and the next run tidies up."""
     path = copied.output_dir / "checkpoint-4"
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda path: (path / "state.json").unlink() or 1 / 0)
