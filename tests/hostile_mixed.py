@@ -79,7 +79,9 @@ def lora_name(rng: random.Random, assets: Assets, folder: Path) -> Case:
     ])  # fmt: skip
     count = rng.choice([1, 1, 3, 500])
     flags = ["--model", str(assets.model), "--prompt", f"a <lora:{name}:1>" * count, "--lora_dir", str(shelf)]
-    return Case(f"<lora:{name[:30]}> x {count}", [*flags, *DRAW], refuse=name.split(":")[0] != "good")
+    return Case(
+        f"<lora:{name[:30]}> x {count}", [*flags, *DRAW], refuse=name.split(":")[0] not in ("good", "sub")
+    )
 
 
 def environment(rng: random.Random, assets: Assets, folder: Path) -> Case:

@@ -211,7 +211,7 @@ def edits(folder, tmp_path_factory):
     for i in range(len(SIZES)):
         lines.append(f"{folder}/c{i}.png,{folder}/{i}.png,edit {i}")
     (path / "metadata.csv").write_text("\n".join(lines))
-    return read(path, flag="--data")
+    return read(path, flag="--data", allow_outside=True)
 
 
 @pytest.mark.parametrize("center_crop", [False, True])

@@ -65,7 +65,8 @@ class Prompt:
 def parse(text: str, plain: bool = False) -> Prompt:
     """Parse a text, unless it is `plain`. ValueError for A1111's syntax that is not supported, or if the text
     would take minutes to encode."""
-    reading.check_length(text, "a prompt")
+    most = reading.MOST_LETTERS
+    require(len(text) <= most, f"a prompt of {len(text):,} characters; at most {most:,} are read")
     if plain:
         return Prompt(text=text, plain=True)
     return Prompt(text=text, sections=_sections(LORA.sub("", text)), loras=_loras(text))
