@@ -107,6 +107,13 @@ def test_adapter_scale(text, path, scale):
     assert tuple(map(str, split_scale(text))) == (path, str(float(scale)))
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-1e39", "1e400"])
+def test_numbers_are_those_of_fp32(text):
+    with pytest.raises(ValueError):
+        cli.finite(text)
+    assert cli.finite("1e-50") == 1e-50
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_memory_is_kept():
     """A large block that was freed is handed out again with its pages; a thread gets one too."""
