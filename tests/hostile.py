@@ -96,13 +96,17 @@ def in_child(case: Case, folder: Path) -> tuple[int, str]:
     log = folder.parent / f"{folder.name}.log"
     child = os.fork()
     if not child:
-        os.setsid()  # so that its own children end with it
-        limit(MEMORY)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        os._exit(execute(case, folder))
+        try:
+            os.setsid()  # so that its own children end with it
+            limit(MEMORY)
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")  # as Python's own
+            os._exit(execute(case, folder))
+        finally:  # a child never goes on as its parent
+            os._exit(1)
     deadline = time.monotonic() + SECONDS
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
