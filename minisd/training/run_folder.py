@@ -127,7 +127,8 @@ class RunFolder(AbstractContextManager):
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
         if changed:
-            raise ValueError(f"{path} has other flags ({', '.join(changed)}): give the same, or start over")
+            flags = ", ".join(changed)
+            raise ValueError(f"{path} is of a run with other flags ({flags}): give the same, or start over")
         print(f"continuing from {path}")
         return path
 
@@ -249,14 +250,17 @@ class Log:
 
     def flush(self) -> None:
         """Write what was added since the last call. ValueError if a loss is not a number."""
-        for step, loss, norm, lr in self.pending:
-            loss = loss.item()
+        if not self.pending:
+            return
+        steps, losses, norms, rates = zip(*self.pending, strict=True)
+        self.pending.clear()
+        values = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), rates, strict=True)
+        for step, loss, norm, lr in values:
             if not math.isfinite(loss):
                 advice = self.folder.advice(step)
                 raise ValueError(f"the loss of update {step} is {loss}, which was not saved. {advice}")
-            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm.item())
-            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
-        self.pending.clear()
+            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
 
 
 def peak_memory() -> str:
