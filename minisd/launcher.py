@@ -51,7 +51,9 @@ def flags(given: Mapping[str, object], own_precision: str | None) -> dict[str, o
     if "mixed_precision" in given or precision == own_precision:
         return values
     if own_precision is not None:
-        _say(f"accelerate launch --mixed_precision {precision}: not used; this method heeds its own alone")
+        _say(
+            f"accelerate launch --mixed_precision {precision}: not used; this method heeds its own flag alone"
+        )
         return values
     if precision not in get_args(PRECISIONS):
         raise ValueError(f"accelerate launch --mixed_precision {precision}: minisd has no, fp16 or bf16")

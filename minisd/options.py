@@ -16,6 +16,7 @@ from minisd import registry
 
 TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
 MAX_PIXELS = 89_478_485  # of an image that is read: Pillow's own limit
+MAX_LENGTH = 50_000  # characters of a prompt or a caption
 
 
 def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] = (), **metadata: Any) -> Any:
@@ -44,6 +45,12 @@ def require(condition: bool, message: str) -> None:
     """ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_length(text: str, what: str) -> None:
+    """ValueError if a prompt or a caption, which `what` names, is so long that it takes minutes to encode."""
+    problem = f"{what} of {len(text):,} characters; at most {MAX_LENGTH:,} are read"
+    require(len(text) <= MAX_LENGTH, problem)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(flag,))
@@ -116,12 +123,17 @@ class Run(Group):
     )
     seed: int = flag(0, "seed of everything random")
     max_train_steps: int | None = flag(None, "optimizer updates, instead of epochs", free=True)
-    num_train_epochs: int = flag(100, "passes over the data", also=("num_epochs",), free=True)
+    num_train_epochs: int = flag(
+        100, "passes over the data, unless --max_train_steps is given", also=("num_epochs",), free=True
+    )
     checkpointing_steps: int = flag(500, "updates between checkpoints; 0 saves none", free=True)
     checkpoints_total_limit: int | None = flag(None, "number of checkpoints to keep", free=True)
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or 'latest'", free=True)
     report_to: Literal["none", "tensorboard", "wandb", "comet_ml", "all"] = flag(
-        "tensorboard", "tracker besides log.jsonl, if installed; not comet_ml", also=("logger",), free=True
+        "tensorboard",
+        "tracker to log to besides log.jsonl, if installed; comet_ml is not supported",
+        also=("logger",),
+        free=True,
     )
     logging_dir: str = flag("logs", "tensorboard's folder within --output_dir", free=True)
     push_to_hub: bool = flag(False, "upload the result to the hub", free=True)
@@ -197,13 +209,19 @@ class Precision(Group):
     kernels: KERNELS = flag("auto", "what computes attention and norms; auto: what is fastest", free=True)
     graph: GRAPH = flag("auto", "run updates as CUDA graphs; auto: where that gives the same bits", free=True)
     compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")
-    deterministic: bool = flag(False, "the same command gives the same bytes on the same GPU; slower")
+    deterministic: bool = flag(
+        False,
+        "the same command gives the same bytes on the same GPU, if somewhat later; --kernels auto is then "
+        "torch; not promised for the sums over several GPUs, nor with --use_8bit_adam",
+    )
     mixed_precision: PRECISIONS | None = flag(
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
     )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "accepted: it saves memory anyway")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "accepted: attention never stores the whole score matrix"
+    )
     set_grads_to_none: bool = flag(False, "accepted: gradients are always set to None")
     dataloader_num_workers: int = flag(0, "processes that load images; 0 is the main process", free=True)
 
@@ -236,10 +254,16 @@ class Dataset(Data):
     DATA_HAS_SPLITS = False  # whether names in --data tell splits apart, as always in --dataset_name
 
     data: Path | None = flag(None)
-    dataset_name: str | None = flag(None, "hub dataset, folder or parquet file; --data is a folder in it")
+    dataset_name: str | None = flag(
+        None, "dataset on the hub, a folder or a parquet file; --data is then a folder in it"
+    )
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
     max_train_samples: int | None = flag(None, "use only this many examples, drawn by --seed")
-    validation_split: float = flag(0.0, "fraction or number of examples to hold out, whose loss is logged")
+    validation_split: float = flag(
+        0.0,
+        "fraction (below 1) or number (from 1) of examples to hold out; their loss is logged at every "
+        "validation, each with a fixed noise and timestep",
+    )
 
     def check(self):
         split = self.validation_split
@@ -345,7 +369,9 @@ class ValidationImages(Group):
 class Validation(ValidationImages):
     """Validation images"""
 
-    validation_prompt: str | None = flag(None, "their prompt; {} in it stands for the concept", free=True)
+    validation_prompt: str | None = flag(
+        None, "prompt of the validation images; {} in it stands for the trained concept", free=True
+    )
     validation_guidance_scale: float = flag(7.5, "guidance scale of validation images")
     validation_scheduler: str = flag("ddim", "scheduler of validation images, as --scheduler of sample.py")
 

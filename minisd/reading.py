@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 MOST = 1 << 26  # bytes
-MOST_LETTERS = 50_000  # of a prompt or a caption
 
 
 def check_regular(path: Path, most: float = MOST) -> None:
@@ -33,12 +32,6 @@ def text(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def check_length(text: str, what: str) -> None:
-    """Raise a ValueError if a prompt or a caption, which `what` names, is too long."""
-    if len(text) > MOST_LETTERS:
-        raise ValueError(f"{what} of {len(text):,} characters; at most {MOST_LETTERS:,} are read")
 
 
 def parse_json(text: str, source: Path | str) -> Any:

@@ -188,8 +188,10 @@ def test_pipelines_that_open_in_diffusers(options, method, flags):
 
 @pytest.mark.parametrize("extension", [".safetensors", ".bin"])
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, extension, tmp_path, monkeypatch):
-    """By the calls in the model card."""
+def test_custom_diffusion_opens_in_diffusers(
+    model, options, freeze_model, extension, tmp_path, monkeypatch, capsys
+):
+    """By the calls that the run prints, and by those in the model card."""
     flags = ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>", "--initializer_token", "dog"]
     flags += ["--no_safe_serialization"] if extension == ".bin" else []
     o = options("custom_diffusion", *flags, "--freeze_model", freeze_model)
@@ -204,12 +206,19 @@ def test_custom_diffusion_opens_in_diffusers(model, options, freeze_model, exten
     assert {n.partition(".processor.")[2] for n in names} == expected
     prompt, size = "a <new1> cat", Settings(width=32, height=32, steps=8)
     pipe = pipeline(model)
+    line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("in diffusers: "))
+    printed = pipeline(model)
+    for call in line.removeprefix("in diffusers: ").split("; "):
+        eval(call, {"pipe": printed})
     monkeypatch.chdir(o.output_dir.parent)
     calls = re.findall(r"^pipe\..*", (o.output_dir / "README.md").read_text(), re.MULTILINE)
     assert len(calls) == 2
     for call in calls:
         eval(call, {"pipe": pipe})
-    expected = draw_theirs(pipe, [prompt], [1], 32, 32, num_inference_steps=8)[0]
+    expected, alike = (
+        draw_theirs(p, [prompt], [1], 32, 32, num_inference_steps=8)[0] for p in (pipe, printed)
+    )
+    assert psnr(alike, expected) >= 50
     sd = StableDiffusion.load(model)
     assert any("Custom Diffusion of" in line for line in sd.attach(o.output_dir))
     assert psnr(next(pictures(sd, [prompt], [1], size)), expected) >= 50

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minisd import noise, reading
 from minisd.data import images, tables
-from minisd.options import MAX_PIXELS, Data, Dataset, require
+from minisd.options import MAX_PIXELS, Data, Dataset, check_length, require
 
 Subfolders = Literal["all", "repeated", "none"]
 
@@ -94,7 +94,7 @@ class Source:
             if of == "texts" and not (texts and all(isinstance(t, str) for t in texts)):
                 raise ValueError(f"{flag} {column}: that of {record.name} is not text or texts: {value!r}")
             for text in texts if of == "texts" else ():
-                reading.check_length(text, f"{flag} {column}: {record.name} has one")
+                check_length(text, f"{flag} {column}: {record.name} has one")
         return column
 
     def pair_column(self, name: str, other: str, *, flag: str) -> str:

@@ -15,7 +15,9 @@ class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, R
     kl_weight: float = flag(2e-5, "weight of the mean KL divergence; 1e-3 kills channels of a small model")
     gradient_weight: float = flag(0.5, "weight of the absolute error of differences between adjacent pixels")
     l2_weight: float = flag(0.5, "weight of the squared error; that of the absolute error is 1")
-    rescale_latents: bool = flag(False, "scale latents to a mean square of 1; then train a UNet anew")
+    rescale_latents: bool = flag(
+        False, "finally scale latents to a mean square of 1, after which a UNet has to be trained anew"
+    )
     image_column: str = flag("image", "column of the images")
     random_flip: bool = flag(False, "flip images with probability 1/2")
     num_validation_images: int = flag(8, "number of images shown beside their reconstructions")

@@ -123,6 +123,11 @@ class CustomDiffusion(PriorPreservation):
         extension = ".bin" if self.options.no_safe_serialization else ".safetensors"
         path = folder / f"pytorch_custom_diffusion_weights{extension}"
         custom_diffusion.save(path, self.sd.unet, self.projections, {"format": "pt", "model": self.sd.name})
+        # The folder in which it will be: `folder` may be a temporary one.
+        out, weights = self.options.output_dir, path.name
+        calls = [f'unet.load_attn_procs("{out}", weight_name="{weights}", _pipeline=pipe)']
         for i, word in enumerate(self.words):
             row = self.rows[i : i + 1]
             token_embedding.save(folder / f"{word}{extension}", word, row, {"format": "pt"})
+            calls.append(f'load_textual_inversion("{out}", weight_name="{word}{extension}")')
+        print("in diffusers:", "; ".join(f"pipe.{call}" for call in calls))

@@ -23,7 +23,9 @@ class Options(Subject, Training):
     rank: int | None = flag(None, "rank of the updates; 4 by default, or that of --init_lora")
     alpha: float | None = flag(None, "an update is scaled by alpha / rank; by default the rank")
     target_modules: list[str] = flag(
-        [], "attention (default), feed_forward, projections, resnet, or ends of names", also=("target",)
+        [],
+        "attention (default), feed_forward, projections, resnet, or ends of names such as attn2.to_k",
+        also=("target",),
     )
     lora_dropout: float = flag(0.0, "dropout probability of the updates' inputs")
     init_lora: Path | None = flag(None, "initial LoRA file, which sets layers, ranks and alphas")

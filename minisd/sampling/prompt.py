@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minisd import files, reading
+from minisd import files
 from minisd.models.tokenizer import Tokenizer
-from minisd.options import require
+from minisd.options import check_length, require
 from minisd.sampling.options import Settings
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class Prompt:
 def parse(text: str, plain: bool = False) -> Prompt:
     """Parse a text, unless it is `plain`. ValueError for A1111's syntax that is not supported, or if the text
     would take minutes to encode."""
-    most = reading.MOST_LETTERS
-    require(len(text) <= most, f"a prompt of {len(text):,} characters; at most {most:,} are read")
+    check_length(text, "a prompt")
     if plain:
         return Prompt(text=text, plain=True)
     return Prompt(text=text, sections=_sections(LORA.sub("", text)), loras=_loras(text))
