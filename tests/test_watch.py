@@ -118,10 +118,26 @@ def test_graphs_are_off_inside(sd, monkeypatch, capsys):
 def test_mistakes(sd):
     with pytest.raises(ValueError, match="no layer of the UNet has a name that ends in 'attn3'"):
         sd.watch("attn3").__enter__()
+    for lists in ("attn3", "down_blocks", "ff"):
+        with pytest.raises(ValueError, match="no layer of the UNet"):
+            sd.watch(lists).__enter__()
     with sd.watch(), pytest.raises(ValueError, match="one at a time"):
         sd.watch().__enter__()
     with pytest.raises(ValueError, match="negative"):
         sd.predict(torch.zeros(1, 4, 8, 8), 1, sd.encode_text([""]), guidance_scale=2.0)
+
+
+def test_layers_that_are_never_called_are_named(sd, capsys):
+    """Keys of the text are computed before the first step, and norms in one operation with a sum."""
+    name = "mid_block.attentions.0.transformer_blocks.0"
+    expected = draw(sd)
+    with sd.watch(rf"{name}\.attn2\.to_k|{name}\.norm3|{name}\.ff\.net") as seen:
+        assert draw(sd) == expected
+    assert {s.layer for s in seen} == {f"{name}.ff.net"} and len(seen) == FLAGS["steps"]
+    assert f"watch: never called: {name}.attn2.to_k, {name}.norm3\n" in capsys.readouterr().err
+    with sd.watch(steps=[]):
+        draw(sd)
+    assert "never called" not in capsys.readouterr().err
 
 
 # ------------------------------ Inversion

@@ -8,15 +8,12 @@ down the gradient of 1 - its largest attention (equations 1 and 2). Writes atten
 without it and with it, and prints the least word's largest attention in both.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
-from heat_maps import places
-from PIL import Image
+from heat_maps import parser_of, places
 
 import minisd
-from minisd.options import TINY
+from minisd.data.images import grid
 
 
 def attention(sd, latents: torch.Tensor, t: float, context: torch.Tensor, rows: list[list[int]], side: int):
@@ -49,11 +46,7 @@ def draw(sd, prompt: str, words: list[str], *, strength: float, steps: int, seed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("prompt")
-    parser.add_argument("words", nargs="+")
-    parser.add_argument("--model", default=TINY)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of(__doc__)
     parser.add_argument("--strength", type=float, default=20.0)
     o = parser.parse_args()
     sd, drawn = minisd.load(o.model, dtype=torch.float32), []
@@ -61,10 +54,7 @@ def main() -> None:
         image, reached = draw(sd, o.prompt, o.words, strength=strength, steps=50, seed=o.seed)
         print(f"{name}: the least of {', '.join(o.words)} is attended to by {reached:.3f}")
         drawn.append(image)
-    sheet = Image.new("RGB", (2 * drawn[0].width, drawn[0].height))
-    for i, image in enumerate(drawn):
-        sheet.paste(image, (i * image.width, 0))
-    sheet.save("attend_and_excite.png")
+    grid(drawn, columns=2).save("attend_and_excite.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import minisd
+from minisd.data.images import grid
 from minisd.options import TINY
 
 SIDE = 32  # of the maps
@@ -44,18 +45,21 @@ def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
     return Image.composite(image, image.point(lambda value: value // 5), mask)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The command line of a file that draws one prompt and looks at words of it."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("prompt")
     parser.add_argument("words", nargs="+")
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--seed", type=int, default=0)
-    o = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    o = parser_of(__doc__).parse_args()
     image, maps = heat_maps(minisd.load(o.model), o.prompt, o.words, seed=o.seed, steps=30)
-    sheet = Image.new("RGB", (image.width * (1 + len(maps)), image.height))
-    for i, shown in enumerate([image, *(overlay(image, heat) for heat in maps)]):
-        sheet.paste(shown, (i * image.width, 0))
-    sheet.save("heat_maps.png")
+    shown = [image, *(overlay(image, heat) for heat in maps)]
+    grid(shown, columns=len(shown)).save("heat_maps.png")
     print("heat_maps.png:", "the image,", ", ".join(o.words))
 
 

@@ -11,9 +11,9 @@ share stays where it is. Writes prompt_to_prompt.png: the source, the edit, and 
 import argparse
 
 import torch
-from PIL import Image
 
 import minisd
+from minisd.data.images import grid
 from minisd.options import TINY
 
 
@@ -52,10 +52,7 @@ def main() -> None:
     sd, common = minisd.load(o.model), {"steps": o.steps, "seed": o.seed}
     source, edited = edit(sd, o.source, o.target, cross=o.cross, own=o.own, **common)
     _, alone = edit(sd, o.source, o.target, cross=0, own=0, **common)
-    sheet = Image.new("RGB", (3 * source.width, source.height))
-    for i, image in enumerate([source, edited, alone]):
-        sheet.paste(image, (i * source.width, 0))
-    sheet.save("prompt_to_prompt.png")
+    grid([source, edited, alone], columns=3).save("prompt_to_prompt.png")
     print("prompt_to_prompt.png: the source, the edit, the second prompt by itself")
 
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from minisd import ops
 from minisd.models.layers import Attention, SelfAttention2d
 from minisd.options import require
+from minisd.sampling.pixel_diffusion import PixelDiffusion
+from minisd.sampling.stable_diffusion import StableDiffusion
 
 
 @dataclass(eq=False)
@@ -64,7 +67,7 @@ def kept(seen: Seen) -> Tensor:
 
 @contextmanager
 def watch(
-    model,
+    model: StableDiffusion | PixelDiffusion,
     layers: str = "attn2",
     *,
     steps: Container[int] | None = None,
@@ -79,10 +82,13 @@ def watch(
     let go. `replace(seen)` may return another output, and None leaves it. If nothing is replaced, nothing
     changes, to the bit. With gradient checkpointing a layer is seen again in the backward.
 
-    CUDA graphs and --compile are off inside, and it says so. ValueError if there is no such layer.
+    CUDA graphs and --compile are off inside, and it says so. Layers that were never called, such as the norm
+    of a fused sum, are named at the end. ValueError if there is no such layer.
     """
     watcher = _Watcher(steps, keep, replace)
-    modules = {n: m for n, m in model.unet.named_modules() if n and re.fullmatch(rf"(.*\.)?({layers})", n)}
+    named = ((n, m) for n, m in model.unet.named_modules() if n and re.fullmatch(rf"(.*\.)?({layers})", n))
+    # Lists of layers have no forward
+    modules = {name: module for name, module in named if type(module).forward is not nn.Module.forward}
     require(modules, f"no layer of the UNet has a name that ends in {layers!r}")
     require(ops.watcher is None, "watch: one at a time; a regular expression such as attn1|attn2 takes both")
     compiled = model.unet._compiled_call_impl
@@ -91,13 +97,14 @@ def watch(
     with ExitStack() as hooks:
         hooks.enter_context(model.unet.register_forward_pre_hook(watcher.begin))
         for name, module in modules.items():
-            for hook in watcher.hooks(name, module):
-                hooks.enter_context(hook)
+            hooks.enter_context(watcher.hook(name, module))
         ops.watcher, model.unet._compiled_call_impl = watcher, None
         try:
             yield watcher.seen
         finally:
             ops.watcher, model.unet._compiled_call_impl = None, compiled
+    if watcher.calls and (missed := [name for name in modules if name not in watcher.called]):
+        print(f"watch: never called: {', '.join(missed)}", file=sys.stderr)
 
 
 class _Watcher:
@@ -106,30 +113,25 @@ class _Watcher:
     def __init__(self, steps, keep, replace):
         self.steps, self.keep, self.replace = steps, keep, replace
         self.seen: list[Seen] = []
-        self.calls = -1
+        self.calls, self.called = 0, set()  # of the network, and of which layers
         self.run: tuple[int, int] | None = None  # step and branches of guidance, from who samples
-        self.inside = None  # (layer, kind) of the attention that is at work
+        self.inside: tuple[str, str] | None = None  # (layer, kind) of the attention that is at work
         self.place: dict[str, object] = {}
 
-    def hooks(self, name: str, module: nn.Module) -> Iterator:
+    def hook(self, name: str, module: nn.Module) -> RemovableHandle:
         if isinstance(module, Attention | SelfAttention2d):
-            yield module.register_forward_pre_hook(lambda module, args: self.enter(name, args))
-            yield module.register_forward_hook(lambda *_: self.enter(None, ()))
-        else:
-            yield module.register_forward_hook(
-                lambda module, args, output: self.look(name, "features", output)
-            )
+            return module.register_forward_pre_hook(lambda module, args: self.enter(name, args))
+        return module.register_forward_hook(lambda module, args, output: self.look(name, "features", output))
 
     def begin(self, unet: nn.Module, args: tuple) -> None:
         x, timesteps = args[:2]
-        self.calls += 1
         (step, branches), self.run = self.run or (self.calls, 1), None
+        self.calls += 1
         size = tuple(x.shape[-2:])
         self.place = {"step": step, "timestep": float(timesteps[0]), "branches": branches, "size": size}
 
-    def enter(self, name: str | None, args: tuple) -> None:
-        kind = "cross" if len(args) > 1 and args[1] is not None else "self"
-        self.inside = name and (name, kind)
+    def enter(self, name: str, args: tuple) -> None:
+        self.inside = name, "cross" if len(args) > 1 and args[1] is not None else "self"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         if self.inside is None:
@@ -140,6 +142,9 @@ class _Watcher:
         return output if new is None else new
 
     def look(self, layer: str, kind: str, output: Tensor, **inputs: Tensor) -> Tensor | None:
+        if not self.calls:  # keys and values of the text are computed before, and once
+            return None
+        self.called.add(layer)
         if self.steps is not None and self.place["step"] not in self.steps:
             return None
         seen = Seen(layer=layer, kind=kind, output=output, **self.place, **inputs)
