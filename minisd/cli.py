@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import types
@@ -17,7 +18,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import NoReturn
 
-from minisd import launcher, registry
+from minisd import launcher, registry, terminal
 from minisd.options import TINY, default_of
 from minisd.sampling import infotext, sweep
 from minisd.sampling.options import Job, Sample
@@ -134,7 +135,8 @@ class Parser(argparse.ArgumentParser):
         if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
             defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
             values = {"model": str(TINY), **defaults, **values}
-            say("no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id")
+            line = "no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id"
+            say(line, "stderr" if cls is Sample else "stdout")  # sample.py's stdout has paths alone
         try:
             return cls(**values)
         except ValueError as e:
@@ -142,12 +144,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(cls: type, prog: str, description: str) -> Parser:
+    width = min(shutil.get_terminal_size((110, 24)).columns, 110)
     parser = Parser(
         prog=prog,
         usage="%(prog)s [flags]",
         description=description,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=110),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=width),
     )
     hints = typing.get_type_hints(cls)
     # A flag belongs to the base-most class that declares it.
@@ -161,9 +164,9 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
 
 
 @functools.cache
-def say(line: str) -> None:
+def say(line: str, stream: str = "stderr") -> None:
     """Print a line, but only once."""
-    print(line)
+    print(line, file=getattr(sys, stream))
 
 
 def options_of(method: str) -> type:
@@ -205,11 +208,12 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     these over the settings in the image of --like."""
     SPELLED.clear()
     parser = parser_of(Sample, prog, "Generate images with a Stable Diffusion v1.x model.")
-    values, rows, jobs = parser.read(argv), {"": {}}, []
+    values, rows, jobs, notices = parser.read(argv), {"": {}}, [], []
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
-            values = parser.read(as_flags(like(path, values.keys()))) | values
+            flags, notices = like(path, values.keys())
+            values = parser.read(as_flags(flags)) | values
             parser.where = ""
         if path := values.get("csv"):
             rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
@@ -221,6 +225,8 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
             jobs.append(Job(options, row, parser.where))
     except ValueError as e:
         parser.error(str(e))
+    for notice in notices:
+        say(notice)
     return jobs
 
 
@@ -240,10 +246,11 @@ def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     return argv
 
 
-def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
-    """The flags that an image was generated with, and their values, where the `given` flags leave them open.
-    Prints which keys are ignored. ValueError if the image has no parameters, or not the model's path."""
-    flags, about, ignored = infotext.flags(infotext.read(path))
+def like(path: Path, given: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The flags that an image was generated with, and their values, where the `given` flags leave them open;
+    and what to say of keys that are ignored. ValueError if the image has no parameters, or not the model's
+    path."""
+    (flags, about, ignored), notices = infotext.flags(infotext.read(path)), []
     if "strength" in flags and "image" not in {*given, *flags}:  # A1111 does not record the initial image
         del flags["strength"]
         ignored.append("Denoising strength")
@@ -255,12 +262,12 @@ def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
         except ValueError as e:
             raise ValueError(f"{e}; or choose one by --scheduler") from None
     if ignored:
-        print(f"--like {path}: ignored (unsupported): {', '.join(ignored)}")
+        notices.append(f"--like {path}: ignored (unsupported): {', '.join(ignored)}")
     if about.get("RNG") != "CPU":
-        print(f"--like {path}: the image will differ, as its noise was not drawn on a CPU like ours")
+        notices.append(f"--like {path}: the image will differ, as its noise was not drawn on a CPU like ours")
     if "prompt_file" in given:
         del flags["prompt"]
-    return flags
+    return flags, notices
 
 
 def complain(prog: str, message: str) -> int:
@@ -289,7 +296,9 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may be no valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        with terminal.shared():
+            status = main()
+        sys.exit(status)
     except (ValueError, OSError, OverflowError) as e:
         if os.environ.get("MINISD_DEBUG"):
             raise

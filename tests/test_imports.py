@@ -22,6 +22,7 @@ LAYERS = [
         "minisd.options",
         "minisd.noise",
         "minisd.files",
+        "minisd.terminal",
         "minisd.graph",
     ],
     ["minisd.ops"],

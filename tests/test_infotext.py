@@ -127,7 +127,7 @@ def test_like_takes_what_the_command_line_leaves_open(tmp_path, capsys):
     assert (o.steps, o.seed, o.guidance_scale, o.clip_skip) == (5, 3517023455, 6.5, 2)
     assert (o.width, o.height, o.model, o.scheduler.lower()) == (512, 768, "m", "ddim")
     assert o.prompt == ["masterpiece, (a cat:1.2), <lora:toy:0.8>,\nsitting"]
-    out = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().err.splitlines()
     assert [line for line in out if "Hires upscale, Lora hashes" in line and str(file) in line]
     assert [line for line in out if "Lora hashes, Denoising strength" in line]  # no picture to begin with
     assert [line for line in out if "CPU" in line]

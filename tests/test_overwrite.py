@@ -35,7 +35,7 @@ def test_sampling(there, flags, command, model, tmp_path, monkeypatch):
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
     if "--like" in flags:
-        monkeypatch.setattr("minisd.cli.like", lambda path, given: {"prompt": ["a"]})
+        monkeypatch.setattr("minisd.cli.like", lambda path, given: ({"prompt": ["a"]}, []))
     status, out, err = command("sample.py", "--model", model, *flags)
     assert status == 2 and err.count("\n") == 1 and "exists: --overwrite replaces it" in err
     assert flags[0] in err and path.read_text() == "mine" and len(list(tmp_path.rglob("*.*"))) == 1

@@ -347,7 +347,7 @@ def test_the_command(folders, files, nets, theirs, command):
     assert status == 0, stderr
     assert "14/14" in stderr  # 2 pictures of 7 steps
     for name, size in (("photo0", "45x37"), ("photo1", "45x37"), ("mask", "80x64"), ("hint1", "64x48")):
-        assert f"{name}.png: {size}, resized to 40x32" in stdout
+        assert f"{name}.png: {size}, resized to 40x32" in stderr
     drawn = [Image.open(path) for path in sorted(out.glob("*seed*"))]
     shown = [Image.open(files / f"hint{i}.png").resize((40, 32), Image.Resampling.LANCZOS) for i in (0, 1)]
     pipe = theirs("StableDiffusionControlNetInpaintPipeline", loras=loras, controlnet=diffusers_nets(nets))

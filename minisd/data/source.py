@@ -25,6 +25,7 @@ from tqdm import tqdm
 from minisd import noise, reading
 from minisd.data import images, tables
 from minisd.options import MAX_PIXELS, Data, Dataset, check_length, require
+from minisd.terminal import BRIEF
 
 Subfolders = Literal["all", "repeated", "none"]
 
@@ -249,7 +250,7 @@ def verified(
     good, bad = [], []
     # Several records may share an image.
     size = functools.cache(lambda picture: images.open_image(picture, max_pixels=max_pixels).size)
-    for record in tqdm(records, desc="checking", leave=False, disable=len(records) < PROGRESS_BAR_FROM):
+    for record in tqdm(records, desc="checking", disable=len(records) < PROGRESS_BAR_FROM, **BRIEF):
         try:
             good.append(replace(record, sizes={c: size(picture) for c, picture in record.pictures.items()}))
         except ValueError as e:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisd.options import Captions, Diffusion, Training, Validation
+from minisd.terminal import BRIEF
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -350,5 +351,5 @@ class Method:
         settings = Settings(width=o.resolution, height=o.resolution, steps=25, plain_prompt=True, **chosen)
         kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
         seeds = [o.seed + i for i in range(count)]
-        with tqdm(total=count * settings.steps, desc="drawing", leave=False) as bar, self.autocast():
+        with tqdm(total=count * settings.steps, desc="drawing", **BRIEF) as bar, self.autocast():
             return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update, **kwargs))

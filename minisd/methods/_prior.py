@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from minisd.methods._base import Captioned, Method, Source
+from minisd.terminal import BRIEF
 
 
 class PriorPreservation(Method):
@@ -52,6 +53,6 @@ class PriorPreservation(Method):
         paths = {o.seed + i: folder / f"{i:05}-seed-{o.seed + i}.png" for i in range(o.num_class_images)}
         seeds = [seed for seed, path in paths.items() if not path.exists()][:missing]
         made = pictures(sd, [prompt] * missing, seeds, settings, batch_size=o.sample_batch_size)
-        made = tqdm(made, desc=f"drawing {prompt!r}", total=missing, leave=False)
+        made = tqdm(made, desc=f"drawing {prompt!r}", total=missing, **BRIEF)
         for seed, image in zip(seeds, made, strict=True):
             images.save_png(image, paths[seed], infotext.write(prompt, seed, sd.name, settings))

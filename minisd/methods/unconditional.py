@@ -5,6 +5,7 @@ from typing import Literal
 
 from minisd.methods._base import Image, Method, Parameters, PixelDiffusion, Tensor
 from minisd.options import LR_SCHEDULERS, Average, Dataset, Diffusion, Optimizer, Precision, Run, flag
+from minisd.terminal import BRIEF
 
 
 class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
@@ -91,5 +92,5 @@ class Unconditional(Method):
 
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
-        with tqdm(total=count * steps, desc="drawing", leave=False) as bar, self.autocast():
+        with tqdm(total=count * steps, desc="drawing", **BRIEF) as bar, self.autocast():
             return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, bar.update)])

@@ -1,6 +1,7 @@
 """Input images: opened, resized, and assigned to the images to generate."""
 
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def fit(path: Path, image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image in the size (width, height); prints both sizes if it is resized."""
     if image.size == size:
         return image
-    print(f"{path}: {image.width}x{image.height}, resized to {size[0]}x{size[1]}")
+    print(f"{path}: {image.width}x{image.height}, resized to {size[0]}x{size[1]}", file=sys.stderr)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 

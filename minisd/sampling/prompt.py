@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -243,7 +244,7 @@ def attach_loras(sd: Model, prompts: Iterable[Prompt], folder: Path | None) -> N
         path = find_lora(folder, name)
         if path.resolve() not in sd.attached:
             for line in sd.attach(path, 0.0):
-                print(f"<lora:{name}>: {line}")
+                print(f"<lora:{name}>: {line}", file=sys.stderr)
         if not sd.attached[path.resolve()].parts:
             raise ValueError(f"prompt: <lora:{name}>: {path} is no LoRA, and has no scale")
 

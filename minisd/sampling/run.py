@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import fields, replace
@@ -70,7 +71,7 @@ def load(options: Loading) -> Model | PixelModel:
         model.unet.compile(dynamic=False)
     for adapter in options.adapter:
         for line in model.attach(*split_scale(adapter)):
-            print(f"{adapter}: {line}")
+            print(f"{adapter}: {line}", file=sys.stderr)
     return model
 
 
@@ -136,7 +137,7 @@ def run(jobs: list[Job]) -> list[Path]:
         cells.append([image for _, image in drawn])
         ops.say_verdicts()
     if like and recorded != ops.digest():
-        print(f"--like {like}: other kernels computed it, so the last digits differ")
+        print(f"--like {like}: other kernels computed it, so the last digits differ", file=sys.stderr)
     if len(paths) > 1:
         sheet = images.grid(cells[0])
         if len(jobs) > 1:

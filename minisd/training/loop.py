@@ -12,6 +12,7 @@ from minisd import files, ops
 from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
 from minisd.options import Training, free_flags
+from minisd.terminal import BRIEF
 from minisd.training import checkpoint, model_card, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
@@ -169,7 +170,7 @@ def cache_latents(stream: Stream, encode: Callable, batch_size: int, processes: 
     the posterior is sampled anew at each use."""
     moments = {}
     parts = stream.views(batch_size)[processes.rank :: processes.world]
-    for part in tqdm(parts, desc="encoding images", leave=False, disable=not processes.first):
+    for part in tqdm(parts, desc="encoding images", disable=not processes.first, **BRIEF):
         mean, std = encode(torch.stack([stream.dataset.pixels(view) for view in part]))
         for view, *found in zip(part, mean.cpu(), std.cpu(), strict=True):
             moments[view] = tuple(t.clone() for t in found)  # pickled as a part, it would bring the whole
@@ -186,7 +187,7 @@ def stop_signals() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("\nstopping after this update; a second signal stops at once", file=sys.stderr)
+        print("stopping after this update; a second signal stops at once", file=sys.stderr)
 
     before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -204,6 +204,8 @@ class RunFolder(AbstractContextManager):
         return [*names, "result.png"]
 
 
+# Within 80 columns for every method; the bar gets what is left of them.
+BAR = "{desc} {n_fmt}/{total_fmt} {rate_noinv_fmt} {remaining} left{postfix} {bar}"
 VERSIONS = "minisd", "torch", "device"
 
 
@@ -240,7 +242,8 @@ class Log:
     def __init__(self, folder: RunFolder, step: int, total: int, *, show: bool):
         name = folder.recorded["method"]
         self.folder = folder
-        self.bar = tqdm(total=total, initial=step, desc=name, dynamic_ncols=True, disable=not show)
+        shown = {"desc": name, "bar_format": BAR, "dynamic_ncols": True, "disable": not show}
+        self.bar = tqdm(total=total, initial=step, **shown)
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
@@ -260,7 +263,7 @@ class Log:
                 advice = self.folder.advice(step)
                 raise ValueError(f"the loss of update {step} is {loss}, which was not saved. {advice}")
             self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}", mem=peak_memory(), refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.3g} lr {lr:.2g} {peak_memory()}", refresh=False)
 
 
 def peak_memory() -> str:

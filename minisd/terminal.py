@@ -1,0 +1,71 @@
+"""What a command writes to the terminal: lines go above a progress bar, never into it. Standard library only.
+
+A bar is what tqdm writes after a carriage return. Where stderr is no terminal but a file, a bar is a line
+every few seconds and one at its end.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+SECONDS = 10.0  # between two lines of a bar in a file
+BRIEF = {"leave": False, "position": 0, "dynamic_ncols": True}  # for tqdm: a bar that may cover a longer one
+
+
+class Terminal:
+    """The bar that stands in the last line of the terminal, if any."""
+
+    def __init__(self):
+        self.bar, self.said, self.open = "", 0.0, False  # `open`: a line above the bar has not ended yet
+
+    def wrap(self, stream: TextIO) -> "Stream":
+        return Stream(self, stream)
+
+
+class Stream:
+    """A text stream that shares the last line with a bar."""
+
+    def __init__(self, terminal: Terminal, stream: TextIO):
+        self.terminal, self.stream, self.live = terminal, stream, stream.isatty()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        t = self.terminal
+        if text.startswith("\r"):
+            self._show(text)
+        elif text == "\n" and t.bar and not t.open:  # the bar has come to its end, and stays
+            self.stream.write("\n" if self.live else f"{t.bar}\n")
+            t.bar = ""
+        elif text:
+            bar = t.bar if self.live else ""
+            erased = "\r" + " " * len(bar) + "\r" if bar and not t.open else ""
+            t.open = not text.endswith("\n")
+            self.stream.write(f"{erased}{text}" + (f"\r{bar}" if bar and not t.open else ""))
+        return len(text)
+
+    def _show(self, text: str) -> None:
+        """Draw a bar over the one before, or note it for a line that is due later."""
+        t = self.terminal
+        if not t.bar:
+            t.said = time.monotonic()
+        before, t.bar = t.bar, text.strip("\r ")
+        if self.live:
+            self.stream.write(f"\r{t.bar.ljust(len(before))}" + ("" if t.bar else "\r"))
+        elif t.bar and time.monotonic() - t.said >= SECONDS:
+            t.said = time.monotonic()
+            self.stream.write(f"{t.bar}\n")
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Inside the `with`, stdout and stderr leave the bars whole."""
+    terminal, before = Terminal(), (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = map(terminal.wrap, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
