@@ -26,7 +26,7 @@ def train(prog: str = "train.py") -> int:
     from minisd.training.run_folder import RunFolder
 
     device.configure(options)  # before CUDA starts
-    method = registry.load_class("methods", name)(options, distributed.device())
+    method = registry.load_class("methods", name)(options, distributed.device(options.device))
     return loop.train(method, RunFolder(name, options))
 
 

@@ -24,6 +24,7 @@ from minisd.sampling import infotext, sweep
 from minisd.sampling.options import Job, Sample
 from minisd.spelling import ELSEWHERE, SPELLED, as_written
 
+LINKS = {*"a an the of in on at with and by for from to".split()}  # words that join others to one prompt
 WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaults are shown in the help
 
 
@@ -133,8 +134,9 @@ class Parser(argparse.ArgumentParser):
     def build(self, cls: type, values: dict[str, object], command: str):
         """The options with these values; without --model, those of the tiny model for `command`."""
         if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
-            defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
-            values = {"model": str(TINY), **defaults, **values}
+            known = json.loads((TINY / "defaults.json").read_text())
+            plain = {n: v for n, v in known["text_to_image"].items() if n in names_of(cls)}
+            values = {"model": str(TINY), **known.get(command, plain), **values}
             line = "no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id"
             say(line, "stderr" if cls is Sample else "stdout")  # sample.py's stdout has paths alone
         try:
@@ -209,10 +211,18 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     SPELLED.clear()
     parser = parser_of(Sample, prog, "Generate images with a Stable Diffusion v1.x model.")
     values, rows, jobs, notices = parser.read(argv), {"": {}}, [], []
+    words = values.get("prompt", [])
+    if len(words) > 1 and not any(" " in word for word in words):
+        if LINKS & {*map(str.lower, words)} and max(map(len, words)) > 2:
+            values["prompt"] = [" ".join(words)]
+            notices.append(f"--prompt: read as {values['prompt'][0]!r}; quotes make several words one prompt")
+        else:
+            notices.append(f"--prompt: {len(words)} prompts of a word each; quotes would make one of them")
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
-            flags, notices = like(path, values.keys())
+            flags, said = like(path, values.keys())
+            notices += said
             values = parser.read(as_flags(flags)) | values
             parser.where = ""
         if path := values.get("csv"):

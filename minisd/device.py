@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minisd import graph, ops
+from minisd import files, graph, ops
 
 if TYPE_CHECKING:
     from minisd.options import Precision
@@ -32,7 +32,17 @@ def configure(options: "Precision | Loading", *, search: bool = False) -> None:
     graph.choose(options.graph)
 
 
+def usable(name: str) -> torch.device:
+    """The device of that name. ValueError, naming the flag, if this machine or this torch has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
+        raise ValueError(f"--device {name}: {files.first_line(error)}") from error
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device. To a GPU it is copied from pinned memory, so that the program does not
     wait for the work that the GPU has to do first."""
-    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda" or tensor.device.type == device.type:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -117,6 +117,10 @@ class Model(Group):
 class Run(Group):
     """Run"""
 
+    FEWEST = (
+        1000  # updates; a shorter run has hardly learned anything (docs/recipes.md), but on the tiny model
+    )
+
     output_dir: Path = flag(Path("out"), "folder for log, checkpoints and result", free=True)
     overwrite_output_dir: bool = flag(
         False, "discard an earlier run and its result, and start over", also=("overwrite",), free=True
@@ -206,6 +210,7 @@ GRAPH = Literal["auto", "on", "off"]
 class Precision(Group):
     """Speed and memory"""
 
+    device: str | None = flag(None, "cuda, cpu, mps, ...; by default cuda if there is a GPU", free=True)
     kernels: KERNELS = flag("auto", "what computes attention and norms; auto: what is fastest", free=True)
     graph: GRAPH = flag("auto", "run updates as CUDA graphs; auto: where that gives the same bits", free=True)
     compile: bool = flag(False, "compile the UNet with torch.compile, which takes a minute")

@@ -1,8 +1,14 @@
 """Images in and out: files, PIL images, and tensors (3, h, w) in [-1, 1]."""
 
+import contextlib
+import functools
+import importlib.util
 import io
 import itertools
+import os
 import re
+import string
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +25,14 @@ from minisd import files, reading
 from minisd.options import MAX_PIXELS, require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+HEIC = (".heic", ".heif")  # of phones
+HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftypmif1")  # with which such a file begins, after its first size
+NO_HEIC = "HEIC needs pip install 'minisd[heic]'"
+SUFFIXES += HEIC if importlib.util.find_spec("pillow_heif") else ()
+FONTS = (
+    "~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "$WINDIR/Fonts",
+)  # fmt: skip
 MOST = 1 << 30  # bytes of an encoded image
 GAP = 4  # pixels between the images of a grid
 BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # images that would exhaust the memory
@@ -65,6 +79,8 @@ def open_image(
     try:
         file = io.BytesIO(path.read_bytes() if content is None else content)
         require(file.getbuffer(), "it is empty")
+        if file.getvalue()[4:12] in HEIC_BRANDS:
+            read_heic()
         with warnings.catch_warnings(action="error", category=BOMBS[0]), Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
@@ -80,6 +96,16 @@ def open_image(
         raise ValueError(f"{path} cannot be decoded: {e}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@functools.cache
+def read_heic() -> None:
+    """Teach Pillow to read HEIC. ValueError if the package for it is missing."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError(NO_HEIC) from None
+    pillow_heif.register_heif_opener()
 
 
 def read_square(name: str, side: int, *, flag: str, max_pixels: int) -> Tensor:
@@ -130,9 +156,36 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     return stack(rows, gap=GAP)
 
 
+@functools.cache
+def font_for(characters: str) -> ImageFont.FreeTypeFont:
+    """A font for labels that has these characters: Pillow's own, or one of the system's. Prints a line if
+    there is none."""
+
+    def missing(font: ImageFont.FreeTypeFont) -> list[str]:
+        box = bytes(font.getmask("\U0010ffff"))  # what is drawn instead of a character that a font lacks
+        return [c for c in characters if not c.isspace() and bytes(font.getmask(c)) in (b"", box)]
+
+    best = ImageFont.load_default(12)
+    if not (lacking := missing(best)):
+        return best
+    folders = (Path(os.path.expandvars(os.path.expanduser(folder))) for folder in FONTS)
+    paths = [
+        p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".ttf", ".ttc", ".otf")
+    ]
+    for path in sorted(paths, key=lambda path: ("Sans" not in path.name, len(path.name), path)):
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(path, 12)
+            if len(left := missing(font)) < len(lacking):
+                best, lacking = font, left
+        if not lacking:
+            return best
+    print(f"labels show boxes for {' '.join(lacking)}: no font of this system has them", file=sys.stderr)
+    return best
+
+
 def label(text: str, width: int, height: int = 0) -> Image.Image:
     """Text on white, in lines that fit into `width`; at least `height` high."""
-    font = ImageFont.load_default(12)
+    font = font_for("".join(sorted({*text} - {*string.printable})))
     lines = [""]
     for part in re.split(r"(?<=[ _/,.:-])", " ".join(text.split())):  # where a line may end
         longer = lines[-1] + part
@@ -173,9 +226,10 @@ def table(cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: 
     return stack([above, stack([left, grid(flat, len(columns))], across=True)])
 
 
-def labelled_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 256) -> Image.Image:
-    """A row of images under each label, for example results and what they should look like."""
-    strips = [(text, [i.resize((size, size)) for i in row]) for text, row in rows if row]
+def labelled_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int | None = 256) -> Image.Image:
+    """A row of images under each label, for example results and what they should look like; as squares of
+    `size`, unless that is None."""
+    strips = [(text, [i.resize((size, size)) if size else i for i in row]) for text, row in rows if row]
     return stack([labelled(grid(row, columns=len(row)), text) for text, row in strips])
 
 

@@ -307,10 +307,13 @@ class _Folder:
                     self._skip(path, "no picture of that name")
             elif (used := metadata.get(path.parent)) != path:
                 unused = used and path.name in tables.METADATA
-                self._skip(path, f"{used.name} is used instead" if unused else "not a picture")
+                other = images.NO_HEIC if path.suffix.lower() in images.HEIC else "not a picture"
+                self._skip(path, f"{used.name} is used instead" if unused else other)
         if not records:
             others = len(self.skipped) + len(self.hidden)
             contents = f"{others} other entries" if others else "empty"
+            heic = sum(reason.endswith(images.NO_HEIC) for reason in self.skipped)
+            contents = f"{heic} of {contents} are photos: {images.NO_HEIC}" if heic else contents
             raise ValueError(f"no picture in {self.root} ({contents})")
         return records
 

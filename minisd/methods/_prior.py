@@ -23,7 +23,14 @@ class PriorPreservation(Method):
                 self.complete_class(folder, prompt, o.num_class_images - there)
 
     def dataset(self, source: Source) -> Captioned:
-        return super().dataset(source, self.options.instance_prompt)
+        prompt = self.options.instance_prompt
+        try:
+            return super().dataset(source, prompt)
+        except ValueError as e:
+            hint = "; or give all of them one by --instance_prompt"
+            raise ValueError(
+                f"{e}{hint}" if prompt is None and "text" not in source.columns else str(e)
+            ) from None
 
     def datasets(self) -> tuple[Captioned, Captioned | None]:
         from minisd.data import datasets, source

@@ -10,6 +10,7 @@ from minisd.options import Dataset, Training, flag, require
 class Options(Dataset, Training):
     """ControlNet"""
 
+    FEWEST = 3000
     DATA_HAS_SPLITS = True
     controlnet_model_name_or_path: str | None = flag(
         None, "initial ControlNet: a folder, a file or a hub id; by default a copy of the model's UNet"

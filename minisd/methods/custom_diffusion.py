@@ -13,6 +13,7 @@ CHANNELS = 4  # of the latents
 class Options(Prior, Training):
     """Custom Diffusion"""
 
+    FEWEST = 100
     data: Path | None = flag(None)
     instance_prompt: str | None = flag(None, "prompt of the images, with the new word in it")
     concepts_list: Path | None = flag(None, "a JSON list of concepts, instead of one concept by flags")

@@ -9,6 +9,7 @@ from minisd.options import Average, Subject, Training, flag
 class Options(Subject, Average, Training):
     """DreamBooth"""
 
+    FEWEST = 200
     instance_prompt: str = flag()
     skip_save_text_encoder: bool = flag(False, "accepted: an untrained text encoder is saved as it was read")
     offset_noise: bool = flag(False, "the same as --noise_offset 0.1")

@@ -18,6 +18,7 @@ def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
 class Options(Subject, Training):
     """LoRA"""
 
+    FEWEST = 200
     instance_prompt: str | None = flag(None, "prompt of images without a caption; trains as DreamBooth")
     train_text_encoder: bool = flag(False, "train updates of the text encoder as well")
     rank: int | None = flag(None, "rank of the updates; 4 by default, or that of --init_lora")

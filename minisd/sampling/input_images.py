@@ -18,6 +18,7 @@ from minisd.sampling.options import Drawing, split_scale
 from minisd.sampling.stable_diffusion import StableDiffusion
 
 PREPROCESS = {"canny": canny, "none": lambda image: image}
+LARGE = 4  # times the area of a training image; what is larger is not drawn at its own size unasked
 MULTIPLE = 8  # the sides of a generated image are multiples of it, in pixels
 
 
@@ -41,9 +42,13 @@ class InputImages:
         return prompts
 
     def complete(self, settings: Drawing, sd: StableDiffusion) -> None:
-        """Set the size and the strength, unless given, from the images and the model."""
+        """Set the size and the strength, unless given, from the images and the model: the size of the first
+        image, or if that is much larger than the model's, the model's area in the image's shape."""
         path, image = (self.images + self.hints)[0]
-        width, height = (side // MULTIPLE * MULTIPLE for side in image.size)
+        area, own = image.width * image.height, sd.default_size**2
+        large = area > LARGE * own and not (settings.width or settings.height)
+        scale = (own / area) ** 0.5 if large else 1.0
+        width, height = (int(side * scale) // MULTIPLE * MULTIPLE for side in image.size)
         require(width and height, f"{path} has a side of less than {MULTIPLE} pixels")
         problem = f"--image_guidance_scale has no effect: {sd.name} is no instruct-pix2pix model"
         require(settings.image_guidance_scale is None or sd.is_pix2pix, problem)
@@ -105,7 +110,8 @@ def fit(path: Path, image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image in the size (width, height); prints both sizes if it is resized."""
     if image.size == size:
         return image
-    print(f"{path}: {image.width}x{image.height}, resized to {size[0]}x{size[1]}", file=sys.stderr)
+    resized = f"resized to {size[0]}x{size[1]} (--width and --height choose)"
+    print(f"{path}: {image.width}x{image.height}, {resized}", file=sys.stderr)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 

@@ -16,15 +16,16 @@ from tqdm import tqdm
 
 from minisd import files, ops
 from minisd.data import images
-from minisd.device import DTYPES, configure
+from minisd.device import DTYPES, configure, usable
 from minisd.sampling import infotext, sweep
 from minisd.sampling.input_images import InputImages
 from minisd.sampling.options import Drawing, Job, Loading, is_png, refuse_unused, split_scale
-from minisd.sampling.prompt import lora_names, parse_all
+from minisd.sampling.prompt import Prompt, lora_names, parse_all
 
 if TYPE_CHECKING:
     from minisd.sampling.api import Model, PixelModel
 
+TOKEN = re.compile(r"<[^<>\s:]+>")  # of an adapter, as its makers mostly write it
 NUMBERED = re.compile(r"(\d{5,})-")  # names of images in a folder
 
 
@@ -59,12 +60,8 @@ def load(options: Loading) -> Model | PixelModel:
     from minisd.sampling import api  # which takes Request from here
 
     configure(options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
-        raise ValueError(f"--device {device}: {files.first_line(error)}") from error
-    dtype = DTYPES.get(options.dtype, torch.float16 if device.startswith("cuda") else torch.float32)
+    device = usable(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES.get(options.dtype, torch.float16 if device.type == "cuda" else torch.float32)
     model = api.load(options.model, device=device, dtype=dtype, **options.loading())
     refuse_unused(options, model)
     if options.compile:
@@ -73,6 +70,25 @@ def load(options: Loading) -> Model | PixelModel:
         for line in model.attach(*split_scale(adapter)):
             print(f"{adapter}: {line}", file=sys.stderr)
     return model
+
+
+def say_tokens(model: Model | PixelModel, texts: list[str], prompts: list[Prompt]) -> None:
+    """Say which <tokens> of the prompts are none of the model, and which tokens of adapters are in no prompt
+    of this run: in `texts`, or the `prompts` of a file."""
+    if model.is_pixels or not prompts:
+        return
+    texts = [*texts, *(text for prompt in prompts for text in (prompt.text, prompt.negative.text))]
+    words = dict.fromkeys(word for text in texts for word in TOKEN.findall(text.lower()))
+    known = model.tokenizer.placeholders
+    for word in words:
+        if word not in known and model.tokenizer.one(word) is None:
+            print(
+                f"prompt: {word} is no token of the model or of an --adapter; as text: {texts[0]!r}",
+                file=sys.stderr,
+            )
+    for token in known:
+        if not any(token in text.lower() for text in texts):
+            print(f"--adapter: its token {token} is in no prompt", file=sys.stderr)
 
 
 def draw(
@@ -127,6 +143,7 @@ def run(jobs: list[Job]) -> list[Path]:
             if needed != loaded:
                 model = None  # frees it before the next one is loaded
                 model, loaded = load(options), needed
+                say_tokens(model, [text for job in jobs for text in job.options.prompt], request.prompts)
             if options.export:
                 model.export(options.export, DTYPES.get(options.dtype))
                 exported = [options.export]
@@ -139,7 +156,7 @@ def run(jobs: list[Job]) -> list[Path]:
     if like and recorded != ops.digest():
         print(f"--like {like}: other kernels computed it, so the last digits differ", file=sys.stderr)
     if len(paths) > 1:
-        sheet = images.grid(cells[0])
+        sheet = sweep.by_prompt([prompt.text for prompt in request.prompts], cells[0])
         if len(jobs) > 1:
             sheet = sweep.sheet([job.row for job in jobs], [images.grid(cell) for cell in cells])
         output = jobs[0].options.output

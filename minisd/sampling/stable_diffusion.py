@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -68,7 +68,11 @@ class StableDiffusion:
         """Load a folder in the diffusers layout, a single file with CompVis names, or a hub id, frozen.
         ValueError, naming the file, if it is none of these or not a Stable Diffusion v1.x."""
         path = hub.resolve(str(model), revision=revision, variant=variant, cache_dir=cache_dir)
-        pipeline: PipelineParts = registry.match("formats", path).load(path, variant=variant, ema=ema)
+        try:
+            pipeline: PipelineParts = registry.match("formats", path).load(path, variant=variant, ema=ema)
+        except ValueError:
+            refuse_adapter(path)
+            raise
         original = {part: network.state_dict() for part, network in pipeline.networks.items()}
         networks = {
             part: move(network, device, dtype).eval().requires_grad_(False)
@@ -242,6 +246,18 @@ class StableDiffusion:
         with tempfile.TemporaryDirectory() as tokenizer:
             folder, kind = self.tokenizer.save(Path(tokenizer)), PIPELINES[self.unet.config.in_channels]
             yield PipelineParts(**networks, scheduler=self.scheduler, tokenizer=folder, pipeline_class=kind)
+
+
+def refuse_adapter(path: Path) -> None:
+    """ValueError if a file, or one in a folder, is an adapter or a ControlNet, and no model."""
+    for file in [path] if path.is_file() else [*path.glob(f"*{files.SAFETENSORS}"), *path.glob("*.bin")]:
+        with suppress(ValueError):
+            kind = registry.match("adapters", files.read(file))
+            break
+    else:
+        return
+    flag = "--controlnet" if kind is controlnet else "--adapter"
+    raise ValueError(f"{path} is no model: sample.py takes it by {flag}, beside the --model")
 
 
 def adapter_files(path: Path) -> list[Path]:

@@ -42,6 +42,21 @@ def _value(row: Row, name: str) -> str:
     return " ".join(row[name]) or "-"
 
 
+def by_prompt(prompts: Sequence[str], drawn: Sequence[Image.Image]) -> Image.Image:
+    """All images of one run: those of several prompts in a labelled row for each, or, if there is one for
+    each prompt, as labelled cells."""
+    from minisd.data import images
+
+    rows: dict[str, list[Image.Image]] = {}
+    for prompt, image in zip(prompts, drawn, strict=True):
+        rows.setdefault(prompt, []).append(image)
+    if len(rows) == 1:
+        return images.grid(drawn)
+    if len(rows) == len(drawn):
+        return images.grid([images.labelled(image, prompt) for prompt, (image,) in rows.items()])
+    return images.labelled_rows(list(rows.items()), size=None)
+
+
 def sheet(rows: Sequence[Row], cells: Sequence[Image.Image]) -> Image.Image:
     """An image of all cells, one for each row: a table if two flags differ and every pair of their values
     occurs once, with the first flag's values from top to bottom; else a list in which each cell is labelled

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minisd import launcher
+from minisd.device import usable
 from minisd.files import first_line
 
 JOIN = timedelta(minutes=5)  # until all processes have started
@@ -31,19 +32,23 @@ def number(variable: str, default: int) -> int:
     return int(text)
 
 
-def device() -> torch.device:
-    """This process's own GPU, or the CPU: without a GPU, or by `accelerate launch --cpu`."""
-    if launcher.is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+def device(name: str | None = None) -> torch.device:
+    """The device called `name`; by default this process's own GPU, or the CPU: without a GPU, or by
+    `accelerate launch --cpu`. ValueError, naming the flag, if there is no such device."""
+    if name is None and (launcher.is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()):
         return torch.device("cpu")
-    gpu = torch.device("cuda", number("LOCAL_RANK", 0))
-    torch.cuda.set_device(gpu)
-    return gpu
+    chosen = usable(name) if name else torch.device("cuda")
+    if chosen.type == "cuda":
+        chosen = torch.device(name if name and ":" in name else f"cuda:{number('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 class Processes:
     """This process's place among those that train together. With one process, no method does anything."""
 
-    def __init__(self):
+    def __init__(self, kind: str = "cpu"):
+        self.kind = kind  # of the device
         self.rank, self.world = number("RANK", 0), number("WORLD_SIZE", 1)
         if self.rank >= self.world:
             raise ValueError(f"the launcher's RANK {self.rank} is not below its WORLD_SIZE {self.world}")
@@ -62,7 +67,7 @@ class Processes:
         connections = [next(dist.rendezvous("env://", timeout=JOIN))[0] for _ in range(2)]
         attempt = self._attempt(connections[0])
         store, beats = (dist.PrefixStore(attempt, connection) for connection in connections)
-        backend = "nccl" if device().type == "cuda" else "gloo"
+        backend = "nccl" if self.kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=STEP)
         self.control = dist.new_group(backend="gloo", timeout=WORK)
         self.answers = dist.PrefixStore("answers", store)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from minisd import files, ops
 from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
-from minisd.options import Training, free_flags
+from minisd.options import TINY, Training, free_flags
 from minisd.terminal import BRIEF
 from minisd.training import checkpoint, model_card, trackers
 from minisd.training.distributed import Processes
@@ -30,7 +30,7 @@ def train(method: Method, folder: RunFolder) -> int:
 
 def run(method: Method, folder: RunFolder) -> int:
     """As `train`, within the folder's lock."""
-    options, processes = method.options, Processes()
+    options, processes = method.options, Processes(method.device.type)
 
     # Start
     # Wrong flags and data are reported before a model is loaded. All do as the first process does.
@@ -95,8 +95,12 @@ def describe(trainer: Trainer, held_out) -> str:
     held = f"\n  held out: {len(held_out)}" if held_out else ""
     count = sum(p.numel() for p in trainer.parameters)
     length = f"{trainer.total} updates of {trainer.images_per_update} images"
-    device = trainer.method.device
-    return f"{trainer.method.describe()}{held}\n{count:,} parameters train, {length}, {device}"
+    device, options = trainer.method.device, trainer.options
+    few = trainer.total < options.FEWEST and getattr(options, "model", None) != str(TINY)
+    more = (
+        f"\nso few updates teach hardly anything: --max_train_steps {options.FEWEST}, or more" if few else ""
+    )
+    return f"{trainer.method.describe()}{held}\n{count:,} parameters train, {length}, {device}{more}"
 
 
 def micro_batches(trainer: Trainer, dataset) -> Iterator[dict]:
