@@ -2,8 +2,10 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 from minisd import __version__, cli
+from minisd.options import require
 
 MODULES = {"bench": "minisd.kernels.bench", "judge": "minisd.tiny.judge"}
 USAGE = """usage: minisd COMMAND [flags]
@@ -13,6 +15,7 @@ commands:
   sample   generate images
   bench    measure the kernels beside PyTorch's
   judge    train the small model by every method, and measure what it learned
+  compare  write a page that shows runs side by side
 
 minisd COMMAND --help lists the flags of a command, and minisd --version prints the version."""
 
@@ -40,18 +43,42 @@ def sample(prog: str = "sample.py") -> int:
     return 0
 
 
+def compare(prog: str = "minisd compare") -> int:
+    """Write the page of several runs, print its path, and return the exit status."""
+    parser = cli.Parser(prog, description="Write a page that shows runs side by side.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output_dir of a run")
+    parser.add_argument("--output", type=Path, default="compare.html", help="(default: compare.html)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace --output if it is there (default: no)"
+    )
+    o = parser.parse_args()
+    require(o.overwrite or not o.output.exists(), f"--output {o.output} exists: --overwrite replaces it")
+
+    from minisd import files
+    from minisd.training import report
+
+    runs = [report.RunData.read(path.expanduser()) for path in o.runs]
+    files.write_text(o.output, report.page(runs, o.output.parent))
+    print(o.output)
+    return 0
+
+
 def main() -> None:
     """Run the command that the first argument names."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
     if name in MODULES:
         runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
-    elif name in ("train", "sample"):
-        prog, command = f"minisd {name}", {"train": train, "sample": sample}[name]
+    elif command := {"train": train, "sample": sample, "compare": compare}.get(name):
+        prog = f"minisd {name}"
         cli.run(prog, lambda: command(prog))
     elif name in ("-h", "--help", "--version"):
         print(f"minisd {__version__}" if name == "--version" else USAGE)
     else:
-        sys.exit(cli.complain("minisd", f"no command {name}; there are train, sample, {', '.join(MODULES)}"))
+        sys.exit(
+            cli.complain(
+                "minisd", f"no command {name}; there are train, sample, {', '.join(MODULES)}, compare"
+            )
+        )
 
 
 if __name__ == "__main__":

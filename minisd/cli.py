@@ -18,7 +18,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import NoReturn
 
-from minisd import launcher, registry, terminal
+from minisd import launcher, reading, registry, terminal
 from minisd.options import TINY, default_of
 from minisd.sampling import infotext, sweep
 from minisd.sampling.options import Job, Sample
@@ -120,6 +120,29 @@ class Parser(argparse.ArgumentParser):
                 self.unknown(name)
         return vars(self.parse_args(argv))
 
+    def read_file(self, flag: str, path: Path, cls: type, flags: Mapping[str, object]) -> dict[str, object]:
+        """The values of flags that a file has, which are then no longer required. Exits with one line, naming
+        the file, if they are wrong."""
+        self.where, required = f"{flag} {path}: ", [a for a in self._actions if a.required]
+        for action in required:
+            action.required = False
+        texts = {}
+        for name, value in flags.items():
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if any(isinstance(v, dict | list) for v in values):
+                self.error(f"{name} is no value of a flag")
+            texts[name] = [str(v) for v in values]
+            if not texts[name] and f"--{name}" not in self._option_string_actions:
+                self.unknown(f"--{name}")
+        try:
+            found = self.read(as_flags(texts, cls))
+        except ValueError as e:
+            self.error(str(e))
+        for action in required:
+            action.required = action.dest not in found
+        self.where = ""
+        return found
+
     def unknown(self, name: str) -> NoReturn:
         """Exit with a line about an unknown flag: the methods that have it, or the nearest flag."""
         ours = ELSEWHERE.get(name[2:], name[2:])
@@ -154,6 +177,11 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=width),
     )
+    if cls is not Sample:  # read before all others
+        about = (
+            "flags from a TOML file, or a run's options.json; those given here have priority (default: none)"
+        )
+        parser.add_argument("--config", type=Path, metavar="PATH", default=argparse.SUPPRESS, help=about)
     hints = typing.get_type_hints(cls)
     # A flag belongs to the base-most class that declares it.
     owners = {name: c for c in cls.__mro__ for name in c.__dict__.get("__annotations__", {})}
@@ -180,7 +208,16 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
     SPELLED.clear()
     early = Parser(prog=prog, add_help=False, allow_abbrev=False)
     early.add_argument("--method")
+    early.add_argument("--config", type=Path)
     known, rest = early.parse_known_args(argv)
+    written = {}
+    if known.config:
+        try:
+            written = config(known.config)
+        except ValueError as e:
+            early.error(f"--config {e}")
+        known.method = known.method or written.get("method")
+        written.pop("method", None)
     names = registry.names("methods")
     if known.method is None:
         if "-h" in rest or "--help" in rest:
@@ -190,14 +227,14 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
             sys.exit(0)
         early.error(f"--method is required, one of: {', '.join(names)}")
     try:
-        method = registry.find("methods", known.method)
+        method = registry.find("methods", str(known.method))
     except ValueError as e:
         early.error(str(e))
 
     cls = options_of(method)
     parser = parser_of(cls, f"{prog} --method {method}", registry.summary("methods", method))
     parser.methods = names
-    values = parser.read(rest)
+    values = parser.read_file("--config", known.config, cls, written) | parser.read(rest)
     try:
         values |= launcher.flags(values, default_of(cls.__dataclass_fields__["mixed_precision"]))
     except ValueError as e:
@@ -240,10 +277,20 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     return jobs
 
 
-def as_flags(values: Mapping[str, list[str]]) -> list[str]:
+def config(path: Path) -> dict[str, object]:
+    """The flags in a TOML file, or in the options.json of a run, which then begins anew. ValueError, naming
+    the file, if it is neither."""
+    path = path.expanduser()
+    if path.suffix == ".toml":
+        return reading.read_toml(path)
+    once = "resume_from_checkpoint", "overwrite_output_dir"  # flags of that run alone
+    return {name: value for name, value in reading.read_json(path).items() if name not in once}
+
+
+def as_flags(values: Mapping[str, list[str]], cls: type = Sample) -> list[str]:
     """Flags and values that were read from a file, as command-line arguments."""
     argv = []
-    kinds = {name: f.type for name, f in names_of(Sample).items()}
+    kinds = {name: f.type for name, f in names_of(cls).items()}
     prefixes = {"true": "", "yes": "", "1": "", "false": "no-", "no": "no-", "0": "no-"}
     for name, texts in values.items():
         for text in texts:

@@ -50,6 +50,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return an_object(parse_json(text(path), path), path)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. ValueError, naming the file, if there is none."""
+    import tomllib  # for few commands
+
+    try:
+        return tomllib.loads(text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: bad TOML: {error}") from None
+
+
 def an_object(value: Any, source: Path | str) -> dict[str, Any]:
     """`value`, if it is a JSON object. ValueError, naming `source`, if it is something else."""
     if not isinstance(value, dict):

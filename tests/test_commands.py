@@ -27,6 +27,8 @@ def run(*words, cwd, path=ROOT) -> subprocess.CompletedProcess:
         (["train", "--help"], 0, "usage: minisd train --method METHOD"),
         (["sample", "--promt", "x"], 2, "minisd sample: error: unknown flag --promt; did you mean --prompt?"),
         (["paint"], 2, "minisd: error: no command paint; there are train, sample, bench, judge"),
+        (["compare"], 2, "minisd compare: error: the following arguments are required: RUN"),
+        (["compare", "nowhere"], 2, "minisd compare: error: nowhere/options.json does not exist"),
     ],
     ids=str,
 )

@@ -193,7 +193,7 @@ def test_the_guide_s_command(name, place, monkeypatch, capsys, tmp_path):
     recorded = json.loads((out / "options.json").read_text())["mixed_precision"]
     assert recorded == ("fp16" if "fp16" in command else "no")
     found = {p.name for p in out.iterdir()} - {"log.jsonl", "options.json", "result.png", "validation"}
-    assert found == {"README.md"} | left
+    assert found == {"README.md", "report.html", "run.json"} | left
     for path in out.rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(path).values())
     assert len((out / "log.jsonl").read_text().splitlines()) == 2

@@ -13,7 +13,7 @@ from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
 from minisd.options import TINY, Training, free_flags
 from minisd.terminal import BRIEF
-from minisd.training import checkpoint, model_card, trackers
+from minisd.training import checkpoint, model_card, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
 from minisd.training.step import Trainer
@@ -75,6 +75,7 @@ def run(method: Method, folder: RunFolder) -> int:
                 kernels = {k: v for found in processes.gather(ops.verdicts()) for k, v in found.items()}
                 if processes.first:
                     folder.save_checkpoint(trainer, kernels)
+                    report.write(folder.path)
                 processes.wait()
 
     # End
@@ -139,6 +140,7 @@ def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> Non
             image = None if last else method.preview(final=False)
             if image is not None:
                 folder.save_image(step, "validation", image, f"validation/step-{step:06}.png")
+        report.write(folder.path)
 
 
 @torch.no_grad()
@@ -164,7 +166,8 @@ def end(trainer: Trainer, folder: RunFolder, stopped: bool, repository: str | No
         files.write_json(folder.path / "kernels.json", ops.verdicts())
     names = folder.save_result(trainer)
     names += model_card.write(trainer, folder, names, repository)
-    print(f"saved to {folder.path}; {folder.path / 'result.png'} shows what it learned")
+    report.write(folder.path)
+    print(f"saved to {folder.path}; {folder.path / 'result.png'} and report.html show what it learned")
     if repository:
         trackers.upload(trainer.options, repository, names)
 

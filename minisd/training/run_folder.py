@@ -1,10 +1,13 @@
-"""The folder of a run: options.json, log.jsonl, images and the checkpoints checkpoint-STEP."""
+"""The folder of a run: options.json, run.json, log.jsonl, report.html, images and checkpoint-STEP."""
 
 import hashlib
 import importlib.metadata
 import json
 import math
+import platform
+import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import files, reading
+from minisd import files, reading, registry
 from minisd.data import images
 from minisd.data.datasets import Captioned, Prior
 from minisd.options import Run, free_flags, require
-from minisd.training import checkpoint, trackers
+from minisd.training import checkpoint, report, trackers
 from minisd.training.lock import Lock
 from minisd.training.step import Trainer
 
@@ -57,6 +60,7 @@ class RunFolder(AbstractContextManager):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             files.write_text(log, "".join(line + "\n" for line in lines if 0 < step_of(line) <= step))
         files.write_text(self.path / "options.json", json.dumps(self.recorded, indent=2) + "\n")
+        files.write_json(self.path / "run.json", self.conditions | machine(self.conditions.get("device", "")))
         self.trackers = trackers.start(self.options, self.recorded)
 
     def log(self, step: int, **values: float) -> None:
@@ -205,8 +209,21 @@ class RunFolder(AbstractContextManager):
 
 
 # Within 80 columns for every method; the bar gets what is left of them.
+REPORT_EVERY = 60.0  # seconds, and at each validation and checkpoint
 BAR = "{desc} {n_fmt}/{total_fmt} {rate_noinv_fmt} {remaining} left{postfix} {bar}"
 VERSIONS = "minisd", "torch", "device"
+
+
+def machine(device: str) -> dict[str, str]:
+    """Where a run is computed, and by which commit, if minisd is a clone and not installed."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    facts = {"machine": f"{platform.system()}, {name}", "python": platform.python_version()}
+    if (registry.HERE.parent / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            ask = ["git", "-C", str(registry.HERE.parent), "describe", "--always", "--dirty", "--abbrev=40"]
+            answer = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True)
+            facts["commit"] = answer.stdout.strip()
+    return facts
 
 
 def conditions(dataset: Captioned | Prior, processes: int, device: torch.device) -> dict:
@@ -245,6 +262,7 @@ class Log:
         shown = {"desc": name, "bar_format": BAR, "dynamic_ncols": True, "disable": not show}
         self.bar = tqdm(total=total, initial=step, **shown)
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.reported = time.monotonic()
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Remember the values of an update, and advance the bar."""
@@ -263,6 +281,9 @@ class Log:
                 advice = self.folder.advice(step)
                 raise ValueError(f"the loss of update {step} is {loss}, which was not saved. {advice}")
             self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
+        if time.monotonic() - self.reported > REPORT_EVERY:
+            report.write(self.folder.path)
+            self.reported = time.monotonic()
         self.bar.set_postfix_str(f"loss {loss:.3g} lr {lr:.2g} {peak_memory()}", refresh=False)
 
 

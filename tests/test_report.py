@@ -1,0 +1,184 @@
+"""The pages of runs: whole, without network, and the same bytes whether a run was stopped or not."""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from minisd import __main__ as commands
+from minisd.training import report
+from tests import method_helpers
+from tests.test_commands import run as minisd
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+VOID = {"meta", "link", "img"}
+
+
+class Page(HTMLParser):
+    """A page's pictures, curves and texts; AssertionError if its elements are not nested."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open, self.pictures, self.curves, self.texts, self.links = [], [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+        for source in self.pictures:
+            assert "://" not in source
+            with Image.open(path.parent / unquote(source)) as image:
+                image.load()
+        assert all(link.startswith("data:") for link in self.links)  # nothing is fetched
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.open += [] if tag in VOID else [tag]
+        self.pictures += [attrs["src"]] if tag == "img" else []
+        self.links += [attrs["href"]] if "href" in attrs else []
+        self.curves += [attrs["points"].split()] if tag == "polyline" else []
+        assert tag != "script"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture
+def finished(short_run, tmp_path):
+    """finished("name", lr): the folder of a finished run with validation and held-out loss."""
+
+    def make(name: str, lr: float = 1e-3, **changes) -> Path:
+        flags = ["--validation_prompt", "a cat", "--validation_steps", 2, "--learning_rate", lr]
+        flags += ["--validation_split", 2, "--output_dir", tmp_path / name]
+        o = short_run("text_to_image", *flags, max_train_steps=5, **changes)
+        method_helpers.train("text_to_image", o)
+        return o.output_dir
+
+    return make
+
+
+def test_a_report_shows_the_run(finished):
+    folder = finished("run with a <name>")
+    page = Page(folder / report.NAME)
+    assert [unquote(p) for p in page.pictures] == [
+        "result.png", "validation/step-000004.png", "validation/step-000002.png",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    counts = {n: sum(n in line for line in lines) for n in report.CURVES}
+    assert [len(c) for c in page.curves] == [counts["loss"], *counts.values()] and counts["loss"] == 5
+    assert {*report.CURVES.values(), "learning_rate", "0.001"} <= {*page.texts}
+    assert "run with a <name>" in page.texts and "adam_beta1" not in page.texts  # a default
+    assert json.loads((folder / "run.json").read_text())["data"] in page.texts
+    heights = [float(p.partition(",")[2]) for p in page.curves[0]]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    order = sorted(range(5), key=losses.__getitem__)
+    assert sorted(range(5), key=heights.__getitem__, reverse=True) == order  # y grows downwards
+
+
+def test_pages_of_any_moment(tmp_path):
+    """Of a run that has just begun, or was killed while it wrote a line, or left later pictures."""
+    (tmp_path / "options.json").write_text('{"method": "lora", "rank": 4}')
+    report.write(tmp_path)
+    assert not Page(tmp_path / report.NAME).curves
+    log = [json.dumps({"step": i, "loss": 1 / i, "lr": 1e-4, "grad_norm": 1.0}) for i in range(1, 2001)]
+    (tmp_path / "log.jsonl").write_text("\n".join(log) + '\n{"step": 2001, "lo')
+    for step in (2000, 2001):
+        (tmp_path / "validation").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "validation" / f"step-{step:06}.png")
+    (tmp_path / "validation" / "step-mine.png").write_text("no picture")
+    report.write(tmp_path)
+    page = Page(tmp_path / report.NAME)
+    assert page.pictures == ["validation/step-002000.png"]
+    assert max(map(len, page.curves)) <= report.MOST
+    assert (tmp_path / report.NAME).stat().st_size < 200_000
+
+
+def test_smoothing_and_thinning_keep_the_mean():
+    points = [(float(i), float(i % 7)) for i in range(1400)]
+    mean = sum(y for _, y in points) / len(points)
+    for few in (report.thinned(points), report.smoothed(points)):
+        assert abs(sum(y for _, y in few) / len(few) - mean) < 0.05 and few[-1][0] == 1399
+    assert len(report.smoothed(points)) == 1400 and len(report.thinned(points)) == 467
+    assert report.smoothed([(1, 2.0), (2, 4.0)]) == [(1, 2.0), (2, 4.0)]
+
+
+def test_a_stopped_run_ends_with_the_same_page(short_run, tmp_path):
+    pages = []
+    for name, stops in (("whole", [4]), ("stopped", [2, 4])):
+        for steps in stops:
+            flags = ["--validation_prompt", "a cat", "--validation_steps", 2, "--checkpointing_steps", 1]
+            o = short_run("lora", "--instance_prompt", "x", *flags, output_dir=tmp_path / name / "run")
+            o.max_train_steps = 4
+            o.resume_from_checkpoint = "latest"
+            shutil.copytree(o.output_dir, tmp_path / f"copy {name}") if steps == 4 < len(stops) else None
+            method_helpers.train("lora", o) if steps == 4 else stop_after(steps, o)
+        pages.append((o.output_dir / report.NAME).read_bytes())
+    assert pages[0] == pages[1]
+
+
+def stop_after(steps: int, o) -> None:
+    """A run that is stopped by a signal after so many updates."""
+    import os
+    import signal
+
+    from minisd.training import loop
+
+    after = loop.after_update
+
+    def stopping(trainer, *rest):
+        after(trainer, *rest)
+        if trainer.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "after_update", stopping)
+        assert method_helpers.train("lora", o) == 128 + signal.SIGTERM
+    assert Page(o.output_dir / report.NAME).pictures == ["validation/step-000002.png"]
+
+
+def test_compare(finished, tmp_path, monkeypatch):
+    runs = [finished("slow", 1e-4), finished("fast", 1e-2)]
+    elsewhere = tmp_path / "pages"
+    elsewhere.mkdir()
+    done = minisd("compare", *runs, cwd=elsewhere)
+    assert done.returncode == 0 and done.stdout == "compare.html\n", done.stderr
+    page = Page(elsewhere / "compare.html")
+    assert len(page.pictures) == 6 and unquote(page.pictures[0]) == "../slow/result.png"
+    assert {"slow", "fast", "learning_rate", "0.0001", "0.01"} <= {*page.texts}
+    assert not {"validation_prompt", "data"} & {*page.texts}  # both have the same
+    assert len(page.curves) == 2 * len(report.CURVES)
+    again = minisd("compare", *runs, cwd=elsewhere)
+    assert again.returncode == 2 and "--overwrite replaces it" in again.stderr
+    assert minisd("compare", *runs, "--overwrite", cwd=elsewhere).returncode == 0
+    assert commands.compare.__doc__
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"no browser: {', '.join(BROWSERS)}")
+@pytest.mark.parametrize("width", [400, 1400])
+def test_in_a_browser(finished, tmp_path, width):
+    """It draws the page without complaint, with all pictures, and nothing is wider than the window."""
+    folder = finished("run")
+    probe = (
+        "<script>onload = () => document.title = JSON.stringify([document.documentElement.scrollWidth <= "
+        "innerWidth, [...document.images].every(i => i.naturalWidth > 0), document.images.length])</script>"
+    )
+    page = folder / "probed.html"
+    page.write_text((folder / report.NAME).read_text().replace("</body>", f"{probe}</body>"))
+    browser = next(filter(None, map(shutil.which, BROWSERS)))
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        "--enable-logging=stderr",
+    ]
+    command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "<title>[true,true,3]</title>" in done.stdout, done.stdout[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr
