@@ -177,11 +177,10 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=width),
     )
-    if cls is not Sample:  # read before all others
-        about = (
-            "flags from a TOML file, or a run's options.json; those given here have priority (default: none)"
-        )
-        parser.add_argument("--config", type=Path, metavar="PATH", default=argparse.SUPPRESS, help=about)
+    about = (
+        "flags from a TOML or JSON file, such as a run's options.json; others have priority (default: none)"
+    )
+    parser.add_argument("--config", metavar="PATH", default=argparse.SUPPRESS, help=about)  # see `config`
     hints = typing.get_type_hints(cls)
     # A flag belongs to the base-most class that declares it.
     owners = {name: c for c in cls.__mro__ for name in c.__dict__.get("__annotations__", {})}
@@ -208,18 +207,10 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
     SPELLED.clear()
     early = Parser(prog=prog, add_help=False, allow_abbrev=False)
     early.add_argument("--method")
-    early.add_argument("--config", type=Path)
-    known, rest = early.parse_known_args(argv)
-    written = {}
-    if known.config:
-        try:
-            written = config(known.config)
-        except ValueError as e:
-            early.error(f"--config {e}")
-        known.method = known.method or written.get("method")
-        written.pop("method", None)
-    names = registry.names("methods")
-    if known.method is None:
+    known, rest, written = config(early, argv)
+    names, name = registry.names("methods"), known.method or written.get("method")
+    written.pop("method", None)
+    if name is None:
         if "-h" in rest or "--help" in rest:
             methods = "".join(f"  {name:20} {registry.summary('methods', name)}\n" for name in names)
             print(f"usage: {prog} --method METHOD [flags]\n\nmethods:\n{methods}")
@@ -227,7 +218,7 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
             sys.exit(0)
         early.error(f"--method is required, one of: {', '.join(names)}")
     try:
-        method = registry.find("methods", str(known.method))
+        method = registry.find("methods", str(name))
     except ValueError as e:
         early.error(str(e))
 
@@ -243,11 +234,13 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
 
 
 def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
-    """The jobs of a command line: one, or one for each row of --csv. A row has priority over the flags, and
-    these over the settings in the image of --like."""
+    """The jobs of a command line: one, or one for each row of --csv. A row has priority over the flags, these
+    over those of --config, and these over the settings in the image of --like."""
     SPELLED.clear()
+    known, rest, written = config(Parser(prog=prog, add_help=False, allow_abbrev=False), argv)
     parser = parser_of(Sample, prog, "Generate images with a Stable Diffusion v1.x model.")
-    values, rows, jobs, notices = parser.read(argv), {"": {}}, [], []
+    written = parser.read_file("--config", known.config, Sample, written)
+    values, rows, jobs, notices = parser.read(rest), {"": {}}, [], []
     words = values.get("prompt", [])
     if len(words) > 1 and not any(" " in word for word in words):
         if LINKS & {*map(str.lower, words)} and max(map(len, words)) > 2:
@@ -255,6 +248,7 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
             notices.append(f"--prompt: read as {values['prompt'][0]!r}; quotes make several words one prompt")
         else:
             notices.append(f"--prompt: {len(words)} prompts of a word each; quotes would make one of them")
+    values = written | values
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
@@ -277,14 +271,21 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     return jobs
 
 
-def config(path: Path) -> dict[str, object]:
-    """The flags in a TOML file, or in the options.json of a run, which then begins anew. ValueError, naming
-    the file, if it is neither."""
-    path = path.expanduser()
-    if path.suffix == ".toml":
-        return reading.read_toml(path)
-    once = "resume_from_checkpoint", "overwrite_output_dir"  # flags of that run alone
-    return {name: value for name, value in reading.read_json(path).items() if name not in once}
+def config(early: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str], dict[str, object]]:
+    """The flags of `early` and --config; the other arguments; and the flags in that file: TOML, or options.json
+    of a run, which then begins anew. Exits with a line if it is neither."""
+    early.add_argument("--config", type=functools.partial(_expand, Path))
+    known, rest = early.parse_known_args(argv)
+    if known.config is None:
+        return known, rest, {}
+    try:
+        if known.config.suffix == ".toml":
+            return known, rest, reading.read_toml(known.config)
+        once = "resume_from_checkpoint", "overwrite_output_dir"  # flags of that run alone
+        flags = reading.read_json(known.config)
+        return known, rest, {name: value for name, value in flags.items() if name not in once}
+    except ValueError as e:
+        early.error(f"--config {e}")
 
 
 def as_flags(values: Mapping[str, list[str]], cls: type = Sample) -> list[str]:

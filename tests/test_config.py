@@ -107,3 +107,23 @@ def test_the_page_says_which_flags_were_given(short_run):
     method_helpers.train("lora", o)
     text = (o.output_dir / report.NAME).read_text()
     assert "<th>rank</th><td>3</td>" in text and "a &lt;b&gt; &amp; c" in text and "adam_beta1" not in text
+
+
+def test_drawing_from_a_file(tmp_path, capsys):
+    """Under the command line, over --like, and with its prompts as they are written."""
+    file = tmp_path / "drawing.toml"
+    file.write_text(
+        'model = "m"\nprompt = ["a", "red", "apple"]\nsteps = 7\nadapter = ["~/x:0.5"]\nkarras = false\n'
+    )
+    (job,) = cli.parse_sample(["--config", str(file)])
+    o = job.options
+    assert (o.model, o.prompt, o.steps, o.use_karras_sigmas) == ("m", ["a", "red", "apple"], 7, False)
+    (job,) = cli.parse_sample(["--config", str(file), "--steps", "8", "--prompt", "a dog"])
+    assert job.options.steps == 8 and job.options.prompt == ["a dog"]
+    with pytest.raises(SystemExit):
+        cli.parse_sample(["--config", str(file), "--stepz", "8"])
+    assert "unknown flag --stepz" in capsys.readouterr().err
+    file.write_text("model = 'm'\nstepz = 1")
+    with pytest.raises(SystemExit):
+        cli.parse_sample(["--config", str(file), "--prompt", "x"])
+    assert f"--config {file}: unknown flag --stepz; did you mean --steps?" in capsys.readouterr().err
