@@ -272,8 +272,8 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
 
 
 def config(early: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str], dict[str, object]]:
-    """The flags of `early` and --config; the other arguments; and the flags in that file: TOML, or options.json
-    of a run, which then begins anew. Exits with a line if it is neither."""
+    """The flags of `early` and --config; the other arguments; and the flags in that file: TOML, or a run's
+    options.json, which then begins anew. Exits with a line if it is neither."""
     early.add_argument("--config", type=functools.partial(_expand, Path))
     known, rest = early.parse_known_args(argv)
     if known.config is None:

@@ -6,7 +6,6 @@ alone, so that a run which was stopped and went on ends with the bytes of one th
 
 import html
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -51,26 +50,22 @@ class RunData:
             texts = log.read_text(encoding="utf-8", errors="replace").splitlines()
             lines = [reading.parse_json(text, log) for text in texts if text.endswith("}")]
         last = max((line["step"] for line in lines), default=0)
-        drawn = sorted(p for p in (path / "validation").glob("step-*.png") if step_of(p.name) <= last)
-        names = [f"validation/{p.name}" for p in drawn] + ["result.png"] * (path / "result.png").is_file()
+        drawn = [p.name for p in path.glob("validation/step-*.png") if p.stem[5:].isdecimal()]
+        names = [f"validation/{name}" for name in sorted(drawn) if int(name[5:-4]) <= last]
+        names += ["result.png"] * (path / "result.png").is_file()
         return cls(path, options, facts, lines, names)
 
     def points(self, name: str) -> Points:
         return [(line["step"], line[name]) for line in self.log if name in line]
 
-    def changed(self) -> dict[str, str]:
-        """The flags that differ from their method's defaults; all, if there is no such method any more."""
-        method, flags = self.options.get("method", ""), dict(self.options)
-        if method in registry.names("methods"):
-            known = {f.name: default_of(f) for f in fields(registry.load("methods", method).Options)}
-            flags = {k: v for k, v in flags.items() if k not in known or shown(v) != shown(known[k])}
-        return {name: shown(value) for name, value in flags.items()}
-
-
-def step_of(name: str) -> int:
-    """N of step-N.png; larger than any step if there is none."""
-    number = name.removeprefix("step-").removesuffix(".png")
-    return int(number) if number.isdecimal() else sys.maxsize
+    def changed(self) -> set[str]:
+        """The names of the flags that are not their method's defaults; of all, if the method is gone."""
+        method = self.options.get("method")
+        declared = (
+            fields(registry.load("methods", method).Options) if method in registry.names("methods") else ()
+        )
+        known = {f.name: shown(default_of(f)) for f in declared}
+        return {name for name, value in self.options.items() if shown(value) != known.get(name)}
 
 
 def shown(value: object) -> str:
@@ -161,7 +156,7 @@ def page(runs: list[RunData], place: Path) -> str:
         last = {t: f"{smoothed(p)[-1][1]:.4g}" for n, t in CURVES.items() if (p := run.points(n))}
         done = {"Method": run.options.get("method", ""), "Updates": run.log[-1]["step"] if run.log else 0}
         ends.append(done | last)
-    changed = {name for run in runs for name in run.changed()}
+    changed = set().union(*(run.changed() for run in runs))
     flags = [{name: shown(v) for name, v in run.options.items() if name in changed} for run in runs]
     title = html.escape(", ".join(heads))
     parts = {
