@@ -1,7 +1,9 @@
 """The pages of runs: whole, without network, and the same bytes whether a run was stopped or not."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from minisd import __main__ as commands
-from minisd.training import report
+from minisd.training import loop, report
 from tests import method_helpers
 from tests.test_commands import run as minisd
 
@@ -107,27 +109,23 @@ def test_smoothing_and_thinning_keep_the_mean():
     assert report.smoothed([(1, 2.0), (2, 4.0)]) == [(1, 2.0), (2, 4.0)]
 
 
-def test_a_stopped_run_ends_with_the_same_page(short_run, tmp_path):
+def test_a_stopped_run_ends_with_the_same_page(short_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     pages = []
-    for name, stops in (("whole", [4]), ("stopped", [2, 4])):
-        for steps in stops:
+    for name, ends in (("whole", [4]), ("stopped", [2, 4])):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for end in ends:
             flags = ["--validation_prompt", "a cat", "--validation_steps", 2, "--checkpointing_steps", 1]
-            o = short_run("lora", "--instance_prompt", "x", *flags, output_dir=tmp_path / name / "run")
-            o.max_train_steps = 4
-            o.resume_from_checkpoint = "latest"
-            shutil.copytree(o.output_dir, tmp_path / f"copy {name}") if steps == 4 < len(stops) else None
-            method_helpers.train("lora", o) if steps == 4 else stop_after(steps, o)
-        pages.append((o.output_dir / report.NAME).read_bytes())
+            o = short_run("lora", "--instance_prompt", "x", *flags, "--resume_from_checkpoint", "latest")
+            o.output_dir, o.max_train_steps = Path("run"), 4
+            method_helpers.train("lora", o) if end == 4 else stop_after(end, o)
+        pages.append(Path("run", report.NAME).read_bytes())
     assert pages[0] == pages[1]
 
 
 def stop_after(steps: int, o) -> None:
     """A run that is stopped by a signal after so many updates."""
-    import os
-    import signal
-
-    from minisd.training import loop
-
     after = loop.after_update
 
     def stopping(trainer, *rest):
