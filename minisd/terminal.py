@@ -64,7 +64,7 @@ class Stream:
 def shared() -> Iterator[None]:
     """Inside the `with`, stdout and stderr leave the bars whole."""
     terminal, before = Terminal(), (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = map(terminal.wrap, before)
+    sys.stdout, sys.stderr = (stream and terminal.wrap(stream) for stream in before)  # None if closed
     try:
         yield
     finally:

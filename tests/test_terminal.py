@@ -114,6 +114,15 @@ def test_a_run_in_a_terminal(tmp_path):
     assert [line for line in lines if "drawing" in line or "encoding" in line] == []
 
 
+def test_closed_streams(monkeypatch):
+    """As of `sample.py >&- 2>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with terminal.shared():
+        assert sys.stdout is None and sys.stderr is None
+        print("nobody hears this")
+
+
 def test_help_fits_the_terminal(monkeypatch):
     for columns in (80, 100, 200):
         monkeypatch.setenv("COLUMNS", str(columns))

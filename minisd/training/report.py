@@ -151,7 +151,7 @@ def pictures(run: RunData, place: Path) -> str:
 
 def page(runs: list[RunData], place: Path) -> str:
     """The page of runs, to be written into the folder `place`."""
-    heads, ends = [run.path.resolve().name for run in runs], []
+    heads, ends = [reading.real(run.path).name for run in runs], []
     for run in runs:
         last = {t: f"{smoothed(p)[-1][1]:.4g}" for n, t in CURVES.items() if (p := run.points(n))}
         done = {"Method": run.options.get("method", ""), "Updates": run.log[-1]["step"] if run.log else 0}
