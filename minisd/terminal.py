@@ -4,6 +4,7 @@ A bar is what tqdm writes after a carriage return. Where stderr is no terminal b
 every few seconds and one at its end.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -64,8 +65,9 @@ class Stream:
 def shared() -> Iterator[None]:
     """Inside the `with`, stdout and stderr leave the bars whole."""
     terminal, before = Terminal(), (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = (stream and terminal.wrap(stream) for stream in before)  # None if closed
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w") as nowhere:  # instead of those that are closed, which are None
+        sys.stdout, sys.stderr = (terminal.wrap(stream or nowhere) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before

@@ -119,8 +119,9 @@ def test_closed_streams(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     with terminal.shared():
-        assert sys.stdout is None and sys.stderr is None
         print("nobody hears this")
+        assert list(tqdm(range(2))) == [0, 1]  # whose bar goes to stderr
+    assert sys.stdout is None and sys.stderr is None
 
 
 def test_help_fits_the_terminal(monkeypatch):
