@@ -129,7 +129,7 @@ class Parser(argparse.ArgumentParser):
         texts = {}
         for name, value in flags.items():
             values = value if isinstance(value, list) else [] if value is None else [value]
-            if any(isinstance(v, dict | list) for v in values):
+            if name == "config" or any(isinstance(v, dict | list) for v in values):
                 self.error(f"{name} is no value of a flag")
             texts[name] = [str(v) for v in values]
             if not texts[name] and f"--{name}" not in self._option_string_actions:
@@ -156,16 +156,19 @@ class Parser(argparse.ArgumentParser):
 
     def build(self, cls: type, values: dict[str, object], command: str):
         """The options with these values; without --model, those of the tiny model for `command`."""
-        if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
+        tiny = any(f.name == "model" for f in fields(cls)) and values.get("model") is None
+        if tiny:
             known = json.loads((TINY / "defaults.json").read_text())
             plain = {n: v for n, v in known["text_to_image"].items() if n in names_of(cls)}
             values = {"model": str(TINY), **known.get(command, plain), **values}
-            line = "no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id"
-            say(line, "stderr" if cls is Sample else "stdout")  # sample.py's stdout has paths alone
         try:
-            return cls(**values)
+            options = cls(**values)
         except ValueError as e:
             self.error(str(e))
+        if tiny:
+            line = "no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id"
+            say(line, "stderr" if cls is Sample else "stdout")  # sample.py's stdout has paths alone
+        return options
 
 
 def parser_of(cls: type, prog: str, description: str) -> Parser:
@@ -260,7 +263,7 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
             rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
         for parser.where, row in rows.items():
             for name in row:
-                if name.partition("=")[0] in ("csv", "like", "output", "export", "overwrite"):
+                if name.partition("=")[0] in ("csv", "like", "config", "output", "export", "overwrite"):
                     parser.error(f"--{name} is for all rows: give it on the command line")
             options = parser.build(Sample, values | parser.read(as_flags(row)), "sample")
             jobs.append(Job(options, row, parser.where))

@@ -81,6 +81,7 @@ def test_toml_under_the_command_line(tmp_path, monkeypatch):
         ("c.toml", TOML + "train_text_encoder_ = 1", "unknown flag --train_text_encoder_"),
         ("c.toml", TOML + "[train]\nrank = 4", "train is no value of a flag"),
         ("c.toml", TOML.replace("true", '"maybe"'), "--train_text_encoder is yes or no, not 'maybe'"),
+        ("c.toml", TOML + 'config = "other.toml"', "config is no value of a flag"),
         ("c.toml", "a = ", "bad TOML"),
         ("c.json", "[1]", "holds a list, not a JSON object"),
         ("c.json", "{", "bad JSON"),

@@ -242,6 +242,7 @@ def test_csv_of_other_flags_is_a_list(model, loras, tmp_path):
         (["scheduler", "ddmi"], "line 2: "),
         (["plain_prompt", "perhaps"], "line 2: --plain_prompt is yes or no"),
         (["output", "x"], "line 2: --output is for all rows"),
+        (["config", "x"], "line 2: --config is for all rows"),
         (["output=x", "1"], "line 2: --output=x is for all rows"),
         (["overwrite", "yes"], "line 2: --overwrite is for all rows"),
         (["seed"], "a row for each picture"),

@@ -82,10 +82,8 @@ def say_tokens(model: Model | PixelModel, texts: list[str], prompts: list[Prompt
     known = model.tokenizer.placeholders
     for word in words:
         if word not in known and model.tokenizer.one(word) is None:
-            print(
-                f"prompt: {word} is no token of the model or of an --adapter; as text: {texts[0]!r}",
-                file=sys.stderr,
-            )
+            line = f"prompt: {word} is no token of the model or of an --adapter, and is read as other text"
+            print(line, file=sys.stderr)
     for token in known:
         if not any(token in text.lower() for text in texts):
             print(f"--adapter: its token {token} is in no prompt", file=sys.stderr)
