@@ -29,7 +29,7 @@ class PriorPreservation(Method):
         except ValueError as e:
             hint = "; or give all of them one by --instance_prompt"
             raise ValueError(
-                f"{e}{hint}" if prompt is None and "text" not in source.columns else str(e)
+                f"{e}{hint}" if prompt is None and source.columns == ["image"] else str(e)
             ) from None
 
     def datasets(self) -> tuple[Captioned, Captioned | None]:
