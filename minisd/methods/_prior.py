@@ -27,10 +27,9 @@ class PriorPreservation(Method):
         try:
             return super().dataset(source, prompt)
         except ValueError as e:
-            hint = "; or give all of them one by --instance_prompt"
-            raise ValueError(
-                f"{e}{hint}" if prompt is None and source.columns == ["image"] else str(e)
-            ) from None
+            if prompt is None and source.columns == ["image"]:
+                raise ValueError(f"{e}; or give all of them one by --instance_prompt") from None
+            raise
 
     def datasets(self) -> tuple[Captioned, Captioned | None]:
         from minisd.data import datasets, source
