@@ -9,6 +9,7 @@ atomics, the same bits in every run. The price is a second computation of the sc
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import minisd.kernels.heads as heads
 import minisd.kernels.launch as L
@@ -162,11 +163,9 @@ def bwd_dkdv_kernel(
         rows = (i * split_rows if SPLIT else 0) + start + tl.arange(0, BLOCK_M)
         q0, q1 = heads.load(q_ptr, rows, n, stride_qn, HD, D0, D1, EVEN_N)
         do0, do1 = heads.load(do_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
-        if EVEN_N:
-            lse, delta = tl.load(lse_ptr + stats + rows), tl.load(delta_ptr + stats + rows)
-        else:
-            lse = tl.load(lse_ptr + stats + rows, mask=rows < n, other=float("inf"))  # no such row: P = 0
-            delta = tl.load(delta_ptr + stats + rows, mask=rows < n, other=0.0)
+        ok = (rows < n) | EVEN_N
+        lse = tl.load(lse_ptr + stats + rows, mask=ok, other=float("inf"))  # no such row: P = 0
+        delta = tl.load(delta_ptr + stats + rows, mask=ok, other=0.0)
         if SPLIT:
             o0, o1 = heads.load(o_ptr + dense, rows, n, nh * HD, HD, D0, D1, EVEN_N)
             delta = heads.row_sums(do0, do1, o0, o1, D1)
@@ -192,23 +191,19 @@ def bwd_dkdv_kernel(
 # ------------------------------ Launchers
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
-    return _forward(q, k, v, anchor=False)
+def launcher(*, anchor: bool) -> Callable:
+    """Return the forward's launcher. ANCHOR is not for fp16, which ends at 65504: exponentials above the
+    anchor would overflow there, where those of bf16 and fp32 do not."""
 
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return o (b, n, nh, hd), dense, and the log-sum-exp (b, nh, n) in fp32 for the backward."""
+        q, k, v = (heads.dense(t) for t in (q, k, v))
+        b, n, nh, _ = q.shape
+        o, lse = L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
+        _launch(_fwd_kernel, FWD_TILES, q, k, v, o, lse, ANCHOR=anchor)
+        return o, lse
 
-def anchored(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`forward` with fewer instructions. Not for fp16, which ends at 65504: exponentials above the anchor
-    would overflow there, where those of bf16 and fp32 do not."""
-    return _forward(q, k, v, anchor=True)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, *, anchor: bool) -> tuple[Tensor, Tensor]:
-    q, k, v = (heads.dense(t) for t in (q, k, v))
-    b, n, nh, _ = q.shape
-    o, lse = L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
-    _launch(_fwd_kernel, FWD_TILES, n, "BLOCK_M", q, k, v, o, lse, ANCHOR=anchor)
-    return o, lse
+    return forward
 
 
 def backward(
@@ -216,27 +211,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (heads.dense(t) for t in (q, k, v))
     do = do.contiguous()
-    delta = L.empty(lse)
     dq, dk, dv = (L.empty(t, *t.shape) for t in (q, k, v))
-    n, m, both = q.shape[1], k.shape[1], (q, k, v, o, do, lse, delta, dq)
-    _launch(_bwd_dq_kernel, DQ_TILES, n, "BLOCK_M", *both)
-    _launch(bwd_dkdv_kernel, DKDV_TILES, m, "BLOCK_N", *both, dk, dv, n, SPLIT=False)
+    both = q, k, v, o, do, lse, L.empty(lse), dq
+    _launch(_bwd_dq_kernel, DQ_TILES, *both)
+    _launch(bwd_dkdv_kernel, DKDV_TILES, *both, dk, dv, q.shape[1], keys=True, SPLIT=False)
     return dq, dk, dv
 
 
-def _launch(kernel, tiles: L.Tiles, rows: int, block: str, q: Tensor, k: Tensor, *rest, **flags) -> None:
-    """Launch a program for every `block` of `rows`, which are queries or keys, of every head."""
-    tile = tiles.pick(q.shape[-1], q.device)
-    even = dict(EVEN_N=q.shape[1] % tile["BLOCK_M"] == 0, EVEN_M=k.shape[1] % tile["BLOCK_N"] == 0)
-    heads.launch(kernel, L.cdiv(rows, tile[block]), q, k, *rest, **even, **flags, **tile)
+def _launch(kernel, tiles: dict, q: Tensor, k: Tensor, *rest, keys: bool = False, **flags) -> None:
+    """Launch a program for every tile of queries of every head, or for every one of `keys`."""
+    BLOCK_M, BLOCK_N, warps = L.pick(tiles, q.shape[-1], q.device)
+    n, m = q.shape[1], k.shape[1]
+    flags |= dict(EVEN_N=n % BLOCK_M == 0, EVEN_M=m % BLOCK_N == 0, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    blocks = L.cdiv(m, BLOCK_N) if keys else L.cdiv(n, BLOCK_M)
+    heads.launch(kernel, blocks, q, k, *rest, **flags, num_warps=warps, num_stages=2)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
     hd = q.shape[-1]
     if hd % 8 or hd > 160:
         return f"head width {hd}, the kernels take multiples of 8 up to 160"
-    if not (q.dtype == k.dtype == v.dtype):
-        return "q, k and v differ in type"
     if q.shape[0] * q.shape[2] > L.GRID_YZ:
         return f"more than {L.GRID_YZ} heads in the batch"
     if any(t.shape[1] * max(t.stride(1), t.shape[2] * hd) > L.INT32 for t in (q, k, v)):
@@ -247,60 +241,44 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 # ------------------------------ Tiles and cases
 
 
-def Tile(BLOCK_M: int, BLOCK_N: int, num_warps: int) -> dict:
-    """BLOCK_M queries, BLOCK_N keys."""
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=2)
+# By head width, up to 160: queries and keys of a tile, and warps. Chosen by compiling, not yet by timing:
+# aot.py prints the registers.
+FWD_TILES = {
+    64: {80: (64, 64, 4), 90: (128, 64, 8)},
+    80: {80: (64, 64, 4)},
+    160: {80: (64, 32, 4), 90: (64, 64, 4)},
+}
+DQ_TILES = {
+    64: {80: (64, 64, 4)},
+    128: {80: (64, 32, 4), 90: (64, 64, 4)},
+    160: {80: (64, 32, 4), 90: (64, 64, 4), 120: (32, 32, 4)},
+}
+DKDV_TILES = {
+    80: {80: (32, 64, 4), 90: (64, 64, 4)},
+    128: {80: (32, 64, 8), 90: (32, 64, 4)},
+    160: {80: (32, 64, 4), 86: (16, 64, 8), 90: (32, 64, 8)},
+}
 
 
-# By head width, up to 160. Chosen by compiling, not yet by timing: aot.py prints the registers.
-FWD_TILES = L.Tiles(
-    {
-        64: {80: Tile(64, 64, 4), 90: Tile(128, 64, 8)},
-        80: {80: Tile(64, 64, 4)},
-        160: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)},
-    }
-)
-DQ_TILES = L.Tiles(
-    {
-        64: {80: Tile(64, 64, 4)},
-        128: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4)},
-        160: {80: Tile(64, 32, 4), 90: Tile(64, 64, 4), 120: Tile(32, 32, 4)},
-    }
-)
-DKDV_TILES = L.Tiles(
-    {
-        80: {80: Tile(32, 64, 4), 90: Tile(64, 64, 4)},
-        128: {80: Tile(32, 64, 8), 90: Tile(32, 64, 4)},
-        160: {80: Tile(32, 64, 4), 86: Tile(16, 64, 8), 90: Tile(32, 64, 8)},
-    }
-)
-
-
-def case(
-    name: str, b: int, n: int, m: int, nh: int, hd: int, *, scale=1.0, equal=False, late=1.0, apart=0.0
-) -> Case:
-    """`equal`: all logits are the same; `late`: factor on the keys after the first hundred; `apart`: queries
-    and keys point away from each other, so that all logits are far below zero."""
+def case(name: str, b: int, n: int, m: int, nh: int, hd: int, *, scale=1.0, equal=False, apart=0.0) -> Case:
+    """`equal`: all logits are the same; `apart`: queries and keys point away from each other, so that all
+    logits are far below zero."""
 
     def make(randn):
-        q, k, v = randn(b, n, nh, hd) * scale, randn(b, m, nh, hd), randn(b, m, nh, hd)
-        k[:, 100:] *= late
-        q, k = q + apart, k - apart
+        q, k, v = randn(b, n, nh, hd) * scale + apart, randn(b, m, nh, hd) - apart, randn(b, m, nh, hd)
         return dict(q=q, k=k[:, :1].expand_as(k) if equal else k, v=v), {}
 
     scores = b * nh * n * m
     return Case(name, make, flops=4.0 * scores * hd, elements=2 * b * nh * hd * (n + m), exps=scores)
 
 
-def square(b: int, n: int, hd: int) -> Case:
-    """Self-attention with 8 heads, as in SD."""
-    return case(f"self b{b} {n}x{n} hd{hd}", b, n, n, 8, hd)
-
+# Stable Diffusion's batch, tokens and head width, at 512 and at 768 pixels
+SIZES = [(b, n, hd) for b in (2, 8) for n, hd in ((4096, 40), (1024, 80), (256, 160))]
+SIZES += [(2, 9216, 40), (2, 2304, 80), (2, 576, 160), (2, 144, 160)]
 
 KERNEL = Kernel(
     name="attention", reference=reference, unsupported=unsupported, dtypes=L.HALF,
-    forward=forward, backward=backward, size_class=heads.size_class,
-    tiles=(FWD_TILES, DQ_TILES, DKDV_TILES),
+    forward=launcher(anchor=False), backward=backward, size_class=heads.size_class,
     cases=[
         case("40 = 32 + 16, two heads", 1, 64, 128, 2, 40),
         case("80 = 64 + 16, ragged, batch 3", 3, 33, 70, 1, 80),
@@ -316,15 +294,8 @@ KERNEL = Kernel(
         case("all logits equal", 1, 64, 100, 1, 40, equal=True),
         case("all logits far below zero", 1, 70, 77, 1, 40, apart=5.0),
     ],
-    timed=[
-        *(square(b, n, hd) for b in (2, 8) for n, hd in ((4096, 40), (1024, 80), (256, 160))),
-        *(square(2, n, hd) for n, hd in ((9216, 40), (2304, 80), (576, 160), (144, 160))),  # 768 pixels
-    ],
-    compiled=[
-        case(f"self {n} hd{hd}", 2, n, n, 8, hd)
-        for n, hd in ((4096, 40), (1024, 80), (256, 160), (144, 160), (1024, 32), (1024, 64), (1024, 128))
-    ],
+    timed=[case(f"self b{b} {n}x{n} hd{hd}", b, n, n, 8, hd) for b, n, hd in SIZES],
+    compiled=[case(f"self 1024x1024 hd{hd}", 2, 1024, 1024, 8, hd) for hd in (32, 64, 128)],
 )  # fmt: skip
-KERNEL.variants = (
-    dataclasses.replace(KERNEL, name="attention_anchored", forward=anchored, dtypes=(torch.bfloat16,)),
-)
+anchored = dict(name="attention_anchored", forward=launcher(anchor=True), dtypes=(torch.bfloat16,))
+KERNEL.variants = (dataclasses.replace(KERNEL, **anchored),)

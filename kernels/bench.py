@@ -18,25 +18,25 @@ import importlib
 import json
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import minisd.kernels.checks as checks
 import minisd.kernels.launch as L
 import minisd.kernels.report as report
+import minisd.kernels.trial as trial
 import torch
 import triton
+import triton.language as tl
 from minisd.kernels.kernel import Case, Kernel, select
-from minisd.kernels.timing import GPU, captured, interleaved, limits, quantiles
+from minisd.kernels.trial import captured, interleaved, quantiles
 from torch.nn import attention
+
+GPU = torch.cuda.is_available() and not L.INTERPRET
 
 # mode -> flops, forwards, backwards
 MODES = dict(forward=(1.0, 1.0, 0.0), backward=(2.5, 0.0, 1.0), both=(3.5, 1.0, 1.0))
-
-SDPA = ("flash", "cudnn", "efficient")  # torch's own attention kernels
 
 # ------------------------------ The versions of an op
 
@@ -78,10 +78,11 @@ def versions(kernel: Kernel) -> dict[str, Version]:
     """The kernel and what it is compared with, by name."""
     found = {"minisd": Version(kernel), "eager": Version(kernel.reference)}
     if kernel.name.endswith("attention"):  # "eager" is what SDPA chooses by itself
-        backends = {name: attention.SDPBackend.__members__[f"{name.upper()}_ATTENTION"] for name in SDPA}
-        inside = {name: functools.partial(attention.sdpa_kernel, b) for name, b in backends.items()}
-        inside |= {name: functools.partial(flash, name) for name in ("FA3", "FA4")}
-        found |= {name: Version(kernel.reference, context) for name, context in inside.items()}
+        for name in ("flash", "cudnn", "efficient"):  # torch's own
+            backend = attention.SDPBackend.__members__[f"{name.upper()}_ATTENTION"]
+            found[name] = Version(kernel.reference, functools.partial(attention.sdpa_kernel, backend))
+        for name in ("FA3", "FA4"):
+            found[name] = Version(kernel.reference, functools.partial(flash, name))
         return found | {"xformers": Version(xformers)}
     torch.compiler.reset()  # else the ninth shape exceeds the recompilation limit and silently runs eager
     for name, mode in (("compiled", "default"), ("max-autotune", "max-autotune-no-cudagraphs")):
@@ -95,49 +96,58 @@ def versions(kernel: Kernel) -> dict[str, Version]:
 # ------------------------------ Timing
 
 
-def calls(version: Version, case: Case, dtype: torch.dtype, device: str, sets: int) -> dict[str, list]:
-    """For every mode, a call on each of so many sets of random tensors."""
+@triton.jit
+def exp_kernel(y_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+    x = tl.arange(0, BLOCK) / BLOCK
+    for _ in range(N):
+        x = tl.exp2(-x)
+    tl.store(y_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), x)
+
+
+def limits(dtype: torch.dtype) -> dict[str, float]:
+    """What this GPU reaches in a second: FLOPs of a large matrix product, bytes of a large copy, and
+    exponentials."""
+    a, big = torch.randn(8192, 8192, device="cuda", dtype=dtype), torch.empty(2**29, device="cuda")
+    y, n = torch.empty(2**14 * 1024, device="cuda"), 512
+    runs = {"flops": lambda: a @ a, "bytes": big.clone, "exps": lambda: exp_kernel[(2**14,)](y, n, 1024)}
+    work = {"flops": 2 * 8192**3, "bytes": 2 * big.nbytes, "exps": y.numel() * n}
+    return {name: work[name] / quantiles(times)[0] * 1e3 for name, times in interleaved(runs).items()}
+
+
+def calls(version: Version, case: Case, mode: str, dtype: torch.dtype, device: str, sets: int) -> list:
+    """Return a call on each of so many sets of random tensors."""
     case = dataclasses.replace(case, layout=version.layout or case.layout)
-    randn = functools.partial(torch.randn, device=device)
-    found: dict[str, list[Callable]] = {mode: [] for mode in MODES}
+    randn, found = functools.partial(torch.randn, device=device), []
     for _ in range(sets):
-        tensors, constants = checks.inputs(case, dtype, device, randn=randn)
-        outputs = functools.partial(checks.outputs, version.run, tensors, constants)
-        ys, present = outputs(), [t for t in tensors.values() if t is not None]
-        dys = [torch.randn_like(y) for y in ys]
-        gradients = functools.partial(torch.autograd.grad, inputs=present, grad_outputs=dys)
-        found["forward"].append(torch.no_grad()(outputs))
-        found["backward"].append(functools.partial(gradients, ys, retain_graph=True))
-        found["both"].append(lambda outputs=outputs, gradients=gradients: gradients(outputs()))
+        tensors, constants = case.inputs(dtype, device, randn=randn)
+        outputs = functools.partial(trial.outputs, version.run, tensors, constants)
+        both = trial.step(version.run, [*tensors.values(), *constants.values()])
+        ys, wanted = outputs(), [t for t in tensors.values() if t is not None]
+        dys = trial.random_like(ys)
+        backward = functools.partial(torch.autograd.grad, ys, wanted, dys, retain_graph=True)
+        found.append(dict(forward=torch.no_grad()(outputs), backward=backward, both=both)[mode])
     return found
 
 
 def time_case(
-    kernel: Kernel, case: Case, dtype: torch.dtype, reach: dict, device: str = "cuda", **error: float | str
+    kernel: Kernel, case: Case, dtype: torch.dtype, reach: dict, device: str = "cuda", **checked: object
 ) -> list[dict]:
-    """Time every mode of every version; return a row of the table for each mode. `error` is part of them."""
+    """Time every mode of every version; return a row of the table for each mode, with what was `checked`."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if GPU else 0
     sets = min(16, 1 + math.ceil(2 * cache / (case.elements * dtype.itemsize)))  # larger than the L2 cache
-    runs: dict[str, dict[str, Callable]] = {mode: {} for mode in MODES}
-    failed, rows = {}, []
-    stream = torch.cuda.stream(torch.cuda.Stream()) if GPU else contextlib.nullcontext()
-    with stream:  # all on one that is not the default, as graphs have to be captured
-        for name, version in versions(kernel).items():
+    compared, rows = versions(kernel), []
+    for mode, (products, ahead, back) in MODES.items():
+        runs, failed = {}, {}
+        for name, version in compared.items():
             try:
                 with version.inside():
-                    each = calls(version, case, dtype, device, sets)
-                    graphs = {mode: captured(each[mode]) for mode in MODES}
+                    runs[name] = captured(calls(version, case, mode, dtype, device, sets), GPU)
             except Exception as e:
                 failed[name] = report.reason(e)
-            else:
-                for mode in MODES:
-                    runs[mode][name] = graphs[mode]
-        times = {mode: interleaved(by_name) for mode, by_name in runs.items()}
-    for mode, (products, ahead, back) in MODES.items():
+        found = {name: quantiles([t / sets for t in ts]) for name, ts in interleaved(runs).items()}
         moved = (ahead + back * case.back) * case.elements * dtype.itemsize
         work = {"flops": products * case.flops, "bytes": moved, "exps": (ahead + back) * case.exps}
-        row = dict(op=kernel.name, case=case.name, mode=mode, work=work, failed=failed, **error)
-        found = {name: quantiles([t / sets for t in ts]) for name, ts in times[mode].items()}
+        row = dict(op=kernel.name, case=case.name, mode=mode, failed=failed, **work, **checked)
         row["all"] = {name: median for name, (median, _, _) in found.items()}
         others = [(median, name) for name, median in row["all"].items() if name != "minisd"]
         row["best_ms"], row["best"] = min(others, default=(None, None))
@@ -157,40 +167,23 @@ def time_case(
 # ------------------------------ The table
 
 COLUMNS = {
-    "op": "{op}", "shape": "{case}", "mode": "{mode}", "ms (20-80%)": "{ms:.4f} ({low:.4f}-{high:.4f})",
+    "op": "{op}", "shape": "{case}", "mode": "{mode}", "check": "{check}",
+    "ms (20-80%)": "{ms:.4f} ({low:.4f}-{high:.4f})",
     "rate": "{rate}", "of limit": "{of_limit:.0%} {limit}", "error": "{error:.1e}",
     "torch's": "{torch_error:.1e}", "best other": "{best} {best_ms:.4f}", "ratio": "{ratio:.2f}",
 }  # fmt: skip
 
 
-def means(rows: list[dict]) -> list[str]:
-    ratios: dict[str, list[float]] = {}
-    for row in rows:
-        if row.get("ratio"):
-            ratios.setdefault(f"{row['op']} {row['mode']}", []).append(row["ratio"])
-    return [f"{k}: geometric mean ratio {statistics.geometric_mean(v):.2f}  " for k, v in ratios.items()]
-
-
-def write(out: Path, rows: list[dict], facts: dict, reach: dict) -> None:
-    """Write the table. In the picture, what has no matrix products is drawn at one FLOP a byte."""
-    points = []
-    for row in (row for row in rows if "ms" in row):
-        work = row["work"]["flops"] or row["work"]["bytes"]
-        points.append((row["op"], work / row["work"]["bytes"], work / row["ms"] * 1e3))
-    picture = dict(points=points, flops=reach["flops"], bandwidth=reach["bytes"])
-    report.write(out, "kernels", facts, COLUMNS, rows, means(rows), **picture)
-
-
-def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> tuple[str, dict]:
-    """A line about the kernel's correctness, and the largest errors."""
+def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> dict[str, object]:
+    """Return whether the kernel is correct, and the largest errors."""
     try:
-        found = checks.errors(kernel, case, dtype, device)
+        found = trial.by_name(kernel, case, dtype, device)
     except torch.OutOfMemoryError:
-        return "not checked: float64 does not fit", {}
+        return dict(check="not checked: float64 does not fit")
     except Exception as e:
-        return f"failed: {report.reason(e)}", {}
-    wrong, (ours, theirs) = checks.wrong(found), map(max, zip(*found.values(), strict=True))
-    return f"wrong: {', '.join(wrong)}" if wrong else "ok", dict(error=ours, torch_error=theirs)
+        return dict(check=f"failed: {report.reason(e)}")
+    wrong, (ours, theirs) = trial.wrong(found), map(max, zip(*found.values(), strict=True))
+    return dict(check=f"wrong: {', '.join(wrong)}" if wrong else "ok", error=ours, torch_error=theirs)
 
 
 def dump(chosen: list[tuple[Kernel, Case]], out: Path) -> None:
@@ -198,7 +191,7 @@ def dump(chosen: list[tuple[Kernel, Case]], out: Path) -> None:
     shapes = []
     for kernel, case in chosen:
         randn = functools.partial(torch.randn, device="meta")
-        tensors, constants = checks.inputs(case, torch.float32, "meta", randn=randn)
+        tensors, constants = case.inputs(torch.float32, "meta", randn=randn)
         sizes = {k: None if t is None else dict(shape=t.shape, stride=t.stride()) for k, t in tensors.items()}
         work = dict(flops=case.flops, elements=case.elements, exps=case.exps, back=case.back)
         shapes.append(dict(op=kernel.name, case=case.name, tensors=sizes, constants=constants, **work))
@@ -207,15 +200,13 @@ def dump(chosen: list[tuple[Kernel, Case]], out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="only the ops or shapes whose name contains this")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for what is written")
     parser.add_argument("--dump", action="store_true", help="write shapes.json and nothing else")
     options = parser.parse_args()
-    chosen = select("timed" if GPU or options.dump else "cases", options.only)
+    chosen = select(options.only, "timed" if GPU or options.dump else "cases")
     if options.dump:
         dump(chosen, options.out)
         return 0
@@ -223,29 +214,29 @@ def main() -> int:
         command = [sys.executable, "-m", "minisd.kernels.bench", *sys.argv[1:]]
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
     dtype, device = (getattr(torch, options.dtype), "cuda") if GPU else (torch.float32, "cpu")
-    where = "on the GPU" if GPU else "no CUDA device: Triton's interpreter, and nothing is timed"
-    print(f"correctness ({where}, {dtype}): at most twice torch's error")
+    if GPU:
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default one
+    else:
+        print("no CUDA device: Triton's interpreter, and nothing is timed")
     return run(chosen, dtype, device, options.out if GPU else None)
 
 
 def run(chosen: list[tuple[Kernel, Case]], dtype: torch.dtype, device: str, out: Path | None) -> int:
-    """Check all; with a folder, time all and write the table. Returns 1 if a kernel is wrong or fails."""
-    errors, bad, rows = {}, False, []
-    for kernel, case in chosen:
-        verdict, errors[kernel, case.name] = check(kernel, case, dtype, device)
-        bad = bad or not verdict.startswith(("ok", "not checked"))
-        print(f"  {kernel.name:<16} {case.name:<26} {verdict}", flush=True)
-    if out is None:
-        return int(bad)
-    reach, before = limits(dtype), report.about()
-    print("\n".join(report.table(COLUMNS, [])), flush=True)
-    facts = before | dict(triton=triton.__version__, dtype=str(dtype).removeprefix("torch."))
+    """Check all, and with a folder time them and write the table. Return 1 if a kernel is wrong or fails."""
+    bad, rows, reach = False, [], limits(dtype) if out else {}
+    facts = report.about(triton=triton.__version__, dtype=str(dtype))
     facts |= {name: f"{value:.3g}/s" for name, value in reach.items()}
+    print(*report.table(COLUMNS, []), sep="\n", flush=True)
     for kernel, case in chosen:
-        rows += (new := time_case(kernel, case, dtype, reach, device, **errors[kernel, case.name]))
+        checked = check(kernel, case, dtype, device)
+        bad = bad or not checked["check"].startswith(("ok", "not checked"))
+        new = [dict(op=kernel.name, case=case.name, mode="-", **checked)]
+        if out:
+            new = time_case(kernel, case, dtype, reach, device, **checked)
+            facts["clocks.sm after"] = report.about().get("clocks.sm", "-")
+            # Each time: a fault on the GPU may end the process
+            report.write(out, "kernels", facts, COLUMNS, rows := rows + new, label="op", reach=reach)
         print(*(report.line(COLUMNS, row) for row in new), sep="\n", flush=True)
-        after = {"clocks.sm after": report.about().get("clocks.sm", "-")}
-        write(out, rows, facts | after, reach)  # each time: a fault on the GPU may end the process
     return int(bad)
 
 

@@ -12,7 +12,7 @@ import minisd.kernels.launch as L
 import torch
 import triton
 import triton.language as tl
-from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.kernel import Kernel
 from torch import Tensor
 
 MAX_KEYS = 128
@@ -68,33 +68,34 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     b, n, nh, hd = q.shape
     o, lse = L.empty(q, *q.shape), L.empty(q, b, nh, n, dtype=torch.float32)
     k0, k1 = heads.two_tiles(k.shape[1])
-    tile = FWD_TILES.pick(hd, q.device)
+    block, warps = L.pick(FWD_TILES, hd, q.device)
     # Several tiles of queries per load of K and V, as long as every multiprocessor still has work
-    tiles = L.cdiv(n, tile["BLOCK_M"])
+    tiles = L.cdiv(n, block)
     repeat = 4 if tiles * b * nh >= 2 * BUSY_PROGRAMS else 2 if tiles * b * nh >= BUSY_PROGRAMS else 1
-    blocks = L.cdiv(tiles, repeat)
-    heads.launch(_fwd_kernel, blocks, q, k, v, o, lse, K0=k0, K1=k1, REPEAT=repeat, **tile)
+    constants = dict(K0=k0, K1=k1, REPEAT=repeat, BLOCK_M=block, num_warps=warps)
+    heads.launch(_fwd_kernel, L.cdiv(tiles, repeat), q, k, v, o, lse, **constants)
     return o, lse
 
 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tile = BWD_TILES.pick(q.shape[-1], q.device)
+    tile = L.pick(BWD_TILES, q.shape[-1], q.device)
     if not tile:
         return attention.backward(do, q, k, v, o, lse)
+    block, warps = tile
     q, k, v = (heads.dense(t) for t in (q, k, v))
     do = do.contiguous()
     b, n, nh, _ = q.shape
     # Two programs per multiprocessor of the largest GPUs, and at most 8 partial sums
     most_splits = min(8, L.cdiv(264, b * nh))
-    split_rows = tile["BLOCK_M"] * L.cdiv(L.cdiv(n, tile["BLOCK_M"]), most_splits)
+    split_rows = block * L.cdiv(L.cdiv(n, block), most_splits)
     splits = L.cdiv(n, split_rows)
     dq, dk, dv = (L.empty(t, *t.shape) for t in (q, k, v))
     part = L.empty(q, splits, 2, *k.shape, dtype=torch.float32)
-    tile |= dict(SPLIT=True, BLOCK_N=L.power_of_two(k.shape[1], 16), EVEN_N=False, EVEN_M=False)
+    tile = dict(BLOCK_M=block, BLOCK_N=L.power_of_two(k.shape[1], 16), num_warps=warps)
     args = (q, k, v, o, do, lse, lse, dq, part, part, split_rows)  # computes delta where it would read it
-    heads.launch(attention.bwd_dkdv_kernel, splits, *args, **tile)
+    heads.launch(attention.bwd_dkdv_kernel, splits, *args, SPLIT=True, EVEN_N=False, EVEN_M=False, **tile)
     L.add_up(part, dk, dv)
     return dq, dk, dv
 
@@ -108,32 +109,21 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 # ------------------------------ Tiles and cases
 
 
-def Tile(BLOCK_M: int, num_warps: int) -> dict:
-    return dict(BLOCK_M=BLOCK_M, num_warps=num_warps)
-
-
-FWD_TILES = L.Tiles({128: {80: Tile(64, 4)}, 160: {80: Tile(64, 8), 90: Tile(64, 4), 120: Tile(32, 8)}})
-BWD_TILES = L.Tiles(  # without a tile, attention.py's backward
-    {
-        32: {80: Tile(64, 8)},
-        40: {80: Tile(32, 8), 90: Tile(64, 8)},
-        64: {80: Tile(32, 8)},
-        80: {80: Tile(32, 8), 120: {}},
-        160: {80: {}},
-    }
-)
+# By head width: queries of a tile, and warps
+FWD_TILES = {128: {80: (64, 4)}, 160: {80: (64, 8), 90: (64, 4), 120: (32, 8)}}
+BWD_TILES = {  # without a tile, attention.py's backward
+    32: {80: (64, 8)},
+    40: {80: (32, 8), 90: (64, 8)},
+    64: {80: (32, 8)},
+    80: {80: (32, 8), 120: ()},
+    160: {80: ()},
+}
 case = attention.case
-
-
-def text(b: int, n: int, hd: int, m: int = 77) -> Case:
-    """Cross-attention with 8 heads to a prompt, as in SD."""
-    return case(f"cross b{b} {n}x{m} hd{hd}", b, n, m, 8, hd)
 
 
 KERNEL = Kernel(
     name="cross_attention", reference=attention.reference, unsupported=unsupported, dtypes=L.HALF,
     forward=forward, backward=backward, size_class=heads.size_class,
-    tiles=(FWD_TILES, BWD_TILES),
     cases=[
         case("77 keys, 40", 1, 128, 77, 2, 40),
         case("77 keys, 80, ragged, batch 3", 3, 70, 77, 1, 80),
@@ -146,13 +136,9 @@ KERNEL = Kernel(
         case("all logits far below zero", 1, 64, 77, 1, 40, apart=5.0),
         case("many tiles: several a program, several splits", 1, 600, 13, 1, 8),
     ],
-    timed=[
-        *(text(b, n, hd) for b in (2, 8) for n, hd in ((4096, 40), (1024, 80), (256, 160), (64, 160))),
-        *(text(2, n, hd) for n, hd in ((9216, 40), (2304, 80), (576, 160), (144, 160))),  # 768 pixels
-        *(text(b, 64, 160, m=64) for b in (2, 8)),  # self-attention at the lowest resolution
+    timed=[  # at the lowest resolution, self-attention as well
+        *(case(f"cross b{b} {n}x77 hd{hd}", b, n, 77, 8, hd) for b, n, hd in attention.SIZES),
+        *(case(f"cross b{b} 64x{m} hd160", b, 64, m, 8, 160) for b in (2, 8) for m in (77, 64)),
     ],
-    compiled=[
-        case(f"cross {n} x 77 hd{hd}", 2, n, 77, 8, hd)
-        for n, hd in ((4096, 40), (1024, 80), (256, 160), (1024, 32), (1024, 64), (1024, 128))
-    ],
+    compiled=[case(f"cross 1024x77 hd{hd}", 2, 1024, 77, 8, hd) for hd in (32, 64, 128)],
 )  # fmt: skip

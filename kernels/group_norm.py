@@ -57,12 +57,6 @@ def reference(
 
 
 @triton.jit
-def load_row(ptr, at, ok):
-    """Load one value per channel, (1, c) fp32: weight, bias, or a statistic of the channel's group."""
-    return tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
 def tile_at(b, n, c, N, end, stride_b, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return the offset of pixel n and channel c of sample b, the offsets (n, c) of a tile from there, and
     which of its pixels and channels there are, up to N and `end`."""
@@ -77,12 +71,9 @@ def load_tile(ptr, at, ok):
 
 
 @triton.jit
-def load_add(add_ptr, b, c, c_ok, C, HAS_ADD: tl.constexpr):
-    """Load what is added to each channel, (1, c) fp32, or 0."""
-    if HAS_ADD:
-        return load_row(add_ptr, b * C + c, c_ok)
-    else:
-        return 0.0
+def load_row(ptr, c, ok):
+    """Load one value per channel, (1, c) fp32: weight, bias, or a statistic of the channel's group."""
+    return load_tile(ptr, c, ok)[None, :]
 
 
 @triton.jit
@@ -90,18 +81,6 @@ def load_pair(ptr, b, B, c, c_ok, C, G):
     """Load from (2, b, g) what belongs to the channels' groups, twice (1, c) fp32."""
     group = b * G + c // (C // G)
     return load_row(ptr, group, c_ok), load_row(ptr, B * G + group, c_ok)
-
-
-@triton.jit
-def place(C, GROUP_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the first pixel and channel of this program's tile, a whole group if GROUP_C > 0, and where its
-    channels end."""
-    i = tl.program_id(0)
-    if GROUP_C > 0:
-        return i * 0, i * GROUP_C, (i + 1) * GROUP_C
-    else:
-        across = tl.cdiv(C, BLOCK_C)
-        return i // across * BLOCK_N, i % across * BLOCK_C, C
 
 
 @triton.jit
@@ -133,7 +112,7 @@ def split_kernel(
     first, split, b = tl.program_id(0) * BLOCK_C, tl.program_id(1), tl.program_id(2)
     c = first + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    add = load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
+    add = load_row(add_ptr + b * C, c, c_ok) if HAS_ADD else 0.0
     if BACKWARD:
         mean, rstd = load_pair(stats_ptr, b, tl.num_programs(2), c, c_ok, C, G)
         weight, bias = load_row(weight_ptr, c, c_ok), load_row(bias_ptr, c, c_ok)
@@ -221,13 +200,16 @@ def pass_kernel(
 ):  # fmt: skip
     """Write y, or with BACKWARD dx. With GROUP_C = 0 read stats and coef; otherwise write stats, or with
     BACKWARD read them, and write sums and dadd."""
-    b, B = tl.program_id(1), tl.num_programs(1)
-    start, first, end = place(C, GROUP_C, BLOCK_N, BLOCK_C)
+    i, b, B = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    across = 1 if GROUP_C > 0 else tl.cdiv(C, BLOCK_C)  # tiles of channels, of which a group is one
+    start = i * 0 if GROUP_C > 0 else i // across * BLOCK_N
+    first = i * GROUP_C if GROUP_C > 0 else i % across * BLOCK_C
+    end = first + GROUP_C if GROUP_C > 0 else C
     c = first + tl.arange(0, BLOCK_C)
     c_ok = c < end
     corner, at, ok = tile_at(b, start, first, N, end, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
-    x = load_tile(x_ptr + corner, at, ok) + load_add(add_ptr, b, c, c_ok, C, HAS_ADD)
-    group = stats_ptr + b * G + tl.program_id(0)  # if GROUP_C > 0
+    x = load_tile(x_ptr + corner, at, ok) + (load_row(add_ptr + b * C, c, c_ok) if HAS_ADD else 0.0)
+    group = stats_ptr + b * G + i  # if GROUP_C > 0
     if GROUP_C == 0:
         mean, rstd = load_pair(stats_ptr, b, B, c, c_ok, C, G)
         d = x - mean
@@ -297,14 +279,14 @@ def backward(
 def _launch(back: bool, x, dy, out, add, weight, bias, stats, sums, dadd, num_groups, eps, silu) -> None:
     """Launch the forward (then dy, sums and dadd are not used) or the backward, for dense tensors."""
     (b, c), n = x.shape[:2], x[0, 0].numel()
-    strides = (c * n, c, 1) if L.layout(x) == "channels_last" else (c * n, 1, n)  # of b, n and c
+    strides = (c * n, c, 1) if L.layout(x) == torch.channels_last else (c * n, 1, n)  # of b, n and c
     image, coef = (n, c, num_groups, num_groups / (c * n), *strides), stats
     has_add, add = add is not None, x if add is None else add.contiguous()
     group_c, grid = c // num_groups, (num_groups, b)  # a program for each group
     tile = dict(BLOCK_N=L.power_of_two(n, 16), BLOCK_C=L.power_of_two(group_c), num_warps=8)
     if tile["BLOCK_N"] * tile["BLOCK_C"] > MAX_GROUP_ELEMENTS["backward" if back else "forward"]:
-        merge = dict(BLOCK_C=tile["BLOCK_C"], num_warps=4)
-        tile = (BWD_TILES if back else FWD_TILES).pick(L.layout(x), x.device)
+        merge = dict(BLOCK_C=tile["BLOCK_C"])
+        tile = dict(BLOCK_N=32 if back else 64, BLOCK_C=64)  # whole 128-byte lines in either layout
         group_c, across, down = 0, L.cdiv(c, tile["BLOCK_C"]), L.cdiv(n, tile["BLOCK_N"])
         # A program of the merge holds (splits, channels of a group); a split is a whole number of tiles
         split_rows = tile["BLOCK_N"] * L.cdiv(down, max(1, min(256, 4096 // merge["BLOCK_C"])))
@@ -337,21 +319,12 @@ def size_class(x: tuple, weight, bias, add: tuple | None, num_groups: int, eps, 
     return f"{x[1]}/{num_groups} at {pixels} x{batch}{' add' if add else ''}{' silu' if silu else ''}"
 
 
-# ------------------------------ Tiles and cases
-
-
-def Tile(BLOCK_N: int, BLOCK_C: int, num_warps: int = 4) -> dict:
-    """BLOCK_N pixels, BLOCK_C channels; a warp should read whole 128-byte lines in either layout."""
-    return dict(BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=num_warps)
-
-
-FWD_TILES = L.Tiles({"channels_last": {80: Tile(64, 64)}, "contiguous": {80: Tile(512, 8)}})
-BWD_TILES = L.Tiles({"channels_last": {80: Tile(32, 64)}, "contiguous": {80: Tile(256, 8)}})
+# ------------------------------ Cases
 
 
 def case(
     name: str, b: int, c: int, h: int, w: int, groups: int,
-    *, silu=True, add=True, eps=1e-5, shift=0.0, layout="channels_last",
+    *, silu=True, add=True, eps=1e-5, shift=0.0, layout=torch.channels_last,
 ) -> Case:  # fmt: skip
     def make(randn):
         x = randn(b, c, h, w) * 0.5 + shift * randn(1, c, 1, 1)
@@ -359,37 +332,27 @@ def case(
         tensors = dict(x=x, weight=weight, bias=bias, add=randn(b, c) if add else None)
         return tensors, dict(num_groups=groups, eps=eps, silu=silu)
 
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    return Case(name, make, memory_format, elements=2 * b * c * h * w, back=1.5)
-
-
-def square(b: int, c: int, side: int, *, layout: str = "channels_last", add: bool = True) -> Case:
-    """32 groups, as in SD."""
-    name = f"b{b} {c} at {side}{' contiguous' if layout == 'contiguous' else ''}"
-    return case(name, b, c, side, side, 32, add=add, layout=layout)
+    return Case(name, make, layout, elements=2 * b * c * h * w, back=1.5)
 
 
 KERNEL = Kernel(
     name="group_norm", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, size_class=size_class,
     save=lambda inputs, outputs: (*inputs[:4], outputs[1], inputs[4], inputs[6]),
-    tiles=(FWD_TILES, BWD_TILES),
     cases=[
         case("small, batch 3", 3, 64, 4, 4, 4),
         case("small, 10 channels a group", 1, 80, 4, 4, 8, eps=1e-6, silu=False, add=False),
         case("small, one pixel", 2, 32, 1, 1, 4),
-        case("small, contiguous", 1, 64, 5, 3, 4, layout="contiguous"),
+        case("small, contiguous", 1, 64, 5, 3, 4, layout=torch.contiguous_format),
         case("small, mean 100 deviations", 1, 64, 8, 8, 4, shift=50.0),
         case("large", 1, 32, 33, 17, 1, add=False),
     ],
-    timed=[
-        *(square(b, c, side) for b in (2, 8)
-          for c, side in ((320, 64), (960, 64), (640, 32), (1280, 16), (1280, 8))),
-        square(2, 320, 96), square(8, 320, 64, layout="contiguous"),
-        *(square(1, c, side, add=False) for c, side in ((512, 64), (256, 256), (128, 512))),  # the VAE's
+    timed=[  # those of one image are the VAE's
+        *(case(f"b{b} {c} at {side}", b, c, side, side, 32, add=b > 1)
+          for b, c, side in ((2, 320, 64), (2, 960, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8),
+                             (8, 320, 64), (8, 960, 64), (8, 640, 32), (8, 1280, 16), (8, 1280, 8),
+                             (2, 320, 96), (1, 512, 64), (1, 256, 256), (1, 128, 512))),
+        case("b8 320 at 64 contiguous", 8, 320, 64, 64, 32, layout=torch.contiguous_format),
     ],
-    compiled=[
-        *(square(2, c, side) for c, side in ((320, 64), (640, 32), (1280, 16), (1280, 8), (2560, 8))),
-        square(2, 320, 64, layout="contiguous"), square(2, 128, 512, add=False),
-    ],
+    compiled=[case("b2 2560 at 8", 2, 2560, 8, 8, 32)],
 )  # fmt: skip

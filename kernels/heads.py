@@ -43,46 +43,28 @@ def dense_offset(rows, nh, HD: tl.constexpr):
 
 
 @triton.jit
-def load_part(
-    ptr, rows, num_rows, stride,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Load columns FIRST to FIRST + WIDTH of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
-    cols = FIRST + tl.arange(0, WIDTH)
-    at = ptr + rows[:, None] * stride + cols[None, :]
-    if EVEN:
-        if FIRST + WIDTH <= HD:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=cols[None, :] < HD, other=0.0)
-    else:
-        return tl.load(at, mask=(rows[:, None] < num_rows) & (cols[None, :] < HD), other=0.0)
-
-
-@triton.jit
 def load(
     ptr, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN: tl.constexpr
 ):
     """Load both parts of rows of a head; 0 past HD and, unless EVEN, past num_rows."""
-    x0 = load_part(ptr, rows, num_rows, stride, 0, D0, HD, EVEN)
+    at, ok = ptr + rows[:, None] * stride, (rows[:, None] < num_rows) | EVEN
+    cols = tl.arange(0, D0)[None, :]
+    x0 = tl.load(at + cols, mask=ok & ((cols < HD) | (D0 <= HD)), other=0.0)
     x1 = x0
     if D1 > 0:
-        x1 = load_part(ptr, rows, num_rows, stride, D0, D1, HD, EVEN)
+        cols = D0 + tl.arange(0, D1)[None, :]
+        x1 = tl.load(at + cols, mask=ok & ((cols < HD) | (D0 + D1 <= HD)), other=0.0)
     return x0, x1
 
 
 @triton.jit
-def store_part(ptr, x, rows, num_rows, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr):
-    cols = FIRST + tl.arange(0, WIDTH)
-    ok = (rows[:, None] < num_rows) & (cols[None, :] < HD)
-    tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
 def store(ptr, x0, x1, rows, num_rows, stride, HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    store_part(ptr, x0, rows, num_rows, stride, 0, D0, HD)
+    at, ok = ptr + rows[:, None] * stride, rows[:, None] < num_rows
+    cols = tl.arange(0, D0)[None, :]
+    tl.store(at + cols, x0.to(ptr.dtype.element_ty), mask=ok & (cols < HD))
     if D1 > 0:
-        store_part(ptr, x1, rows, num_rows, stride, D0, D1, HD)
+        cols = D0 + tl.arange(0, D1)[None, :]
+        tl.store(at + cols, x1.to(ptr.dtype.element_ty), mask=ok & (cols < HD))
 
 
 @triton.jit
@@ -132,12 +114,6 @@ def two_tiles(size: int) -> tuple[int, int]:
     return (first, second) if 0 < second < whole - first else (whole, 0)
 
 
-def split(hd: int) -> dict:
-    """Return the head width and its tiles as the kernels' constants."""
-    first, second = two_tiles(hd)
-    return dict(HD=hd, D0=first, D1=second)
-
-
 def size_class(q: tuple, k: tuple, v: tuple) -> str:
     """Head width, queries x keys, heads in the batch up to the next power of two."""
     return f"hd{q[3]} {q[1]}x{k[1]} x{L.power_of_two(q[0] * q[2])}"
@@ -155,4 +131,5 @@ def launch(kernel, blocks: int, *arguments, **meta) -> None:
     b, n, nh, hd = q.shape
     strides = [s for t in (q, k, v) for s in t.stride()[:2]]
     scalars = (LOG2E / math.sqrt(hd), n, k.shape[1], nh, *strides)
-    L.launch(kernel, (blocks, b * nh), *arguments, *scalars, **split(hd), **meta)
+    d0, d1 = two_tiles(hd)
+    L.launch(kernel, (blocks, b * nh), *arguments, *scalars, HD=hd, D0=d0, D1=d1, **meta)

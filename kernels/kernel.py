@@ -37,6 +37,20 @@ class Case:
     exps: float = 0.0  # exponentials, if they may limit it, of the forward and again of the backward
     back: float = 2.0  # elements read and written by the backward, relative to the forward
 
+    def inputs(
+        self, dtype=torch.float32, device="cpu", *, randn: Callable | None = None, weights=None
+    ) -> tuple[dict[str, Tensor | None], dict]:
+        """Return the tensors, requiring gradients, and the constants; by default the same values in every
+        call. `weights` is the dtype of 1-d tensors if it is another."""
+        own = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+        tensors, constants = self.make(randn or own)
+        for name, t in tensors.items():
+            if t is not None:
+                t = t.to(device, weights or dtype if t.ndim == 1 else dtype)
+                t = t.contiguous(memory_format=self.layout if t.ndim == 4 else torch.contiguous_format)
+                tensors[name] = t.requires_grad_()
+        return tensors, constants
+
 
 @dataclass(kw_only=True, eq=False)
 class Kernel:
@@ -53,9 +67,8 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = L.FLOAT
 
     cases: Sequence[Case]  # small ones, each checked against float64 in the tests
-    timed: Sequence[Case]  # Stable Diffusion's shapes, timed by bench.py
-    compiled: Sequence[Case]  # compiled by aot.py
-    tiles: Sequence[L.Tiles] = ()
+    timed: Sequence[Case]  # Stable Diffusion's shapes, timed by bench.py and compiled by aot.py
+    compiled: Sequence[Case] = ()  # compiled as well
     size_class: Callable[..., str]  # sizes that share a verdict; takes tensors' shapes in place of tensors
     variants: Sequence["Kernel"] = ()  # other kernels of the same operation, each with a name of its own
 
@@ -105,11 +118,10 @@ class Kernel:
         results = self.gradients(*as_tuple(results))
         return tuple([g if needed else None for g, needed in zip_longest(results, ctx.needs_input_grad)])
 
-    def launchers(self, *arguments) -> tuple[Callable, Callable]:
-        """Return the forward's and the backward's launches as calls without arguments or autograd."""
+    def launch(self, *arguments) -> None:
+        """Run the forward and the backward without autograd."""
         outputs = as_tuple(self.forward(*arguments))
-        saved = (*outputs[: self.differentiable], *self.save(arguments, outputs))
-        return functools.partial(self.forward, *arguments), functools.partial(self.backward, *saved)
+        self.backward(*outputs[: self.differentiable], *self.save(arguments, outputs))
 
     def why_not(self, *arguments) -> str:
         """Return why the kernel cannot run on these arguments, or an empty string."""
@@ -133,13 +145,13 @@ def operator(name: str, launcher: Callable):
 @functools.cache
 def discover() -> dict[str, Kernel]:
     """Return the kernels of this folder by name: the files that define KERNEL."""
-    paths = sorted(Path(__file__).parent.glob("*.py"))
     L.survey()
-    names = [p.stem for p in paths if re.search(r"^KERNEL = ", p.read_text(encoding="utf-8"), re.MULTILINE)]
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    names = [p.stem for p in files if re.search(r"^KERNEL = ", p.read_text(encoding="utf-8"), re.MULTILINE)]
     return {name: importlib.import_module(f"minisd.kernels.{name}").KERNEL for name in names}
 
 
-def select(cases: str, only: str) -> list[tuple[Kernel, Case]]:
+def select(only: str, *kinds: str) -> list[tuple[Kernel, Case]]:
     """Return all kernels' `cases`, `timed` or `compiled` whose kernel or case name contains `only`."""
-    pairs = [(kernel, case) for kernel in discover().values() for case in getattr(kernel, cases)]
-    return [(kernel, case) for kernel, case in pairs if only in f"{kernel.name} {case.name}"]
+    pairs = [(k, case) for k in discover().values() for kind in kinds for case in getattr(k, kind)]
+    return [(k, case) for k, case in pairs if only in f"{k.name} {case.name}"]

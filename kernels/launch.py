@@ -23,8 +23,6 @@ INT32, GRID_YZ = 2**31 - 1, 65535  # the first axis of a grid takes as much as a
 
 # ------------------------------ The GPU
 
-FAMILIES = (80, 86, 90, 100, 120)  # compute capabilities at which the tile tables may change
-
 _capabilities: dict[int | None, int] = {}  # by device index; to torch.compile, constants
 
 
@@ -47,23 +45,12 @@ def survey() -> None:
     _capabilities[None] = _capabilities.get(0, 80)  # a device without an index
 
 
-def family(capability: int) -> int:
-    """Return the tile tables' key for a compute capability; 12.x has the shared memory and mma of 8.6."""
-    return 86 if capability >= 120 else max([f for f in FAMILIES if f <= capability], default=80)
-
-
-class Tiles:
-    """The tiles of a launch: size -> GPU family -> tile. A missing size takes the next larger one, a missing
-    family the next older one."""
-
-    def __init__(self, table: dict):
-        self.table = table
-
-    def pick(self, size: int | str, device: torch.device) -> dict:
-        """Return a copy of the table's tile for this size and device."""
-        row, chip = self.table[min(s for s in self.table if s >= size)], capability(device)
-        newest = 120 if chip >= 120 and 120 in row else family(chip)
-        return dict(row[max(f for f in row if f <= newest)])
+def pick(tiles: dict[int, dict[int, tuple[int, ...]]], size: int, device: torch.device) -> tuple[int, ...]:
+    """Return a tile from a table: size -> compute capability -> tile. A missing size takes the next larger
+    one, a missing capability the next lower one; 12.x has the shared memory and mma of 8.6."""
+    row, chip = tiles[min(s for s in tiles if s >= size)], capability(device)
+    newest = chip if chip < 120 or 120 in row else 86
+    return row[max(c for c in row if c <= newest)]
 
 
 def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -91,16 +78,15 @@ def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
     return ""
 
 
-def layout(x: Tensor) -> str:
-    """Return "channels_last" for a 4-d tensor that is dense in that order, otherwise "contiguous"."""
+def layout(x: Tensor) -> torch.memory_format:
+    """Return channels-last for a 4-d tensor that is dense in that order, otherwise contiguous."""
     nhwc = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return "channels_last" if nhwc else "contiguous"
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def dense(t: Tensor, like: Tensor | None = None) -> Tensor:
     """Return t made dense, in its own layout or that of `like`: gradients may be expanded or transposed."""
-    last = layout(t if like is None else like) == "channels_last"
-    return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return t.contiguous(memory_format=layout(t if like is None else like))
 
 
 # ------------------------------ The call
@@ -114,10 +100,9 @@ def record(capability: int) -> Iterator[list[tuple]]:
     """Yield a list; inside, `launch` appends (kernel, grid, arguments, constants) to it and runs nothing, and
     every device counts as a GPU of this capability."""
     global _recording
-    calls: list[tuple] = []
-    _recording = capability, calls
+    _recording = capability, []
     try:
-        yield calls
+        yield _recording[1]
     finally:
         _recording = None
 
@@ -126,9 +111,8 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     """Return an uninitialised tensor, contiguous and by default of the type of `like`; without a shape, one
     of the shape, type and layout of `like`."""
     made = like.new_empty(shape, dtype=dtype or like.dtype) if shape else torch.empty_like(like)
-    if tape := getattr(_running, "tape", None):
-        tape.made.append((tape.number(like), shape, made.dtype))
-        tape.tensors.append(made)
+    if notes := getattr(_running, "notes", None):
+        notes[0].append((like, shape, made))
     return made
 
 
@@ -141,8 +125,8 @@ def launch(kernel, grid: tuple, *args, **meta) -> None:
         return _recording[1].append((kernel, grid, args, meta))
     with torch.cuda.device_of(args[0]):
         compiled = kernel[grid](*args, **meta)
-    if tape := getattr(_running, "tape", None):
-        tape.launched(kernel, compiled, grid, args, meta)
+    if notes := getattr(_running, "notes", None):
+        notes[1].append((kernel, compiled, grid, args, meta))
 
 
 # ------------------------------ The same call again
@@ -151,61 +135,52 @@ def launch(kernel, grid: tuple, *args, **meta) -> None:
 # many kernels run. So the first call of a launcher is written down, what it allocates and launches, and the
 # next one with tensors of the same kind repeats that with its own tensors.
 
-_running = threading.local()  # its tape: that of the call which is being written down
-_tapes: dict[tuple, "Tape"] = {}  # when it is cleared, each launcher's next call is one that Triton looks at
+_running = threading.local()  # its notes: what the call that is being written down allocates and launches
+_tapes: dict[tuple, Callable] = {}  # by launcher and arguments; without one, Triton looks at the next call
 MOST_TAPES = 4096
 
 
-class Tape:
-    """What one call of a launcher did. Tensors are numbered: its arguments, then what it allocates."""
-
-    def __init__(self, arguments: tuple):
-        self.given = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
-        self.tensors, self.made, self.launches = [arguments[i] for i in self.given], [], []
-        self.complete = len({*map(id, self.tensors)}) == len(self.given)  # else a number has two meanings
-
-    def number(self, tensor: Tensor) -> int:
-        found = next((i for i, t in enumerate(self.tensors) if t is tensor), None)
-        self.complete &= found is not None  # else it was copied, which the tape does not know
-        return found or 0
-
-    def launched(self, kernel, compiled, grid: tuple, args: tuple, meta: dict) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        # What is compiled for addresses divisible by 16 is right for others that are. The interpreter
-        # compiles nothing.
-        self.complete &= all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
-        self.complete &= not any(t.data_ptr() % 16 for t in tensors)
-        if self.complete:
+def tape(arguments: tuple, made: list, launched: list, results: Tensor | tuple) -> Callable | None:
+    """Return what repeats a call for other arguments, or None if that cannot be repeated."""
+    given = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
+    tensors = [arguments[i] for i in given] + [t for *_, t in made]
+    number = {id(t): i for i, t in enumerate(tensors)}
+    # What is compiled for addresses divisible by 16 is right for others that are
+    if len(number) < len(tensors) or any(t.data_ptr() % 16 for t in tensors):
+        return None
+    device, launches = as_tuple(results)[0].get_device(), []
+    try:
+        allocations = [(number[id(like)], shape, t.dtype) for like, shape, t in made]
+        returned = itemgetter(*[number[id(t)] for t in as_tuple(results)])
+        for kernel, compiled, grid, args, meta in launched:
             handles = compiled.function, compiled.packed_metadata, None, None, None
-            rest = *args[len(tensors) :], *(meta[name] for name in kernel.arg_names[len(args) :])
-            taken = itemgetter(*map(self.number, tensors))
-            self.launches.append((compiled.run, (*grid, 1, 1)[:3], handles, taken, rest))
+            taken = [number[id(a)] for a in args if isinstance(a, Tensor)]
+            rest = *args[len(taken) :], *(meta[name] for name in kernel.arg_names[len(args) :])
+            launches.append((compiled.run, (*grid, 1, 1)[:3], handles, itemgetter(*taken), rest))
+    except (AttributeError, KeyError):  # another version of Triton, or its interpreter; a copy of an argument
+        return None
 
-    def end(self, results: Tensor | tuple[Tensor, ...]) -> None:
-        self.device = as_tuple(results)[0].get_device()
-        self.results = itemgetter(*map(self.number, as_tuple(results)))
-        self.tensors = []
-
-    def repeat(self, arguments: tuple) -> Tensor | tuple[Tensor, ...] | None:
-        """Return the results for tensors of the same kind, or None if their addresses, the current device, a
-        profiler or the version of Triton do not allow it."""
-        tensors = [arguments[i] for i in self.given]
-        for like, shape, dtype in self.made:
+    def again(arguments: tuple) -> Tensor | tuple[Tensor, ...] | None:
+        """Return the results, or None if addresses, the current device, a profiler or the version of Triton
+        do not allow it."""
+        tensors = [arguments[i] for i in given]
+        for like, shape, dtype in allocations:
             like = tensors[like]
             tensors.append(like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like))
         addresses = [t.data_ptr() for t in tensors]
         try:
             driver, hooks = triton.runtime.driver.active, triton.knobs.runtime.launch_enter_hook
             aligned = not functools.reduce(or_, addresses) % 16
-            if not aligned or getattr(hooks, "calls", hooks) or driver.get_current_device() != self.device:
+            if not aligned or getattr(hooks, "calls", hooks) or driver.get_current_device() != device:
                 return None
-            stream = driver.get_current_stream(self.device)
-            for run, grid, handles, taken, rest in self.launches:  # as JITFunction.run does
+            stream = driver.get_current_stream(device)
+            for run, grid, handles, taken, rest in launches:  # as JITFunction.run does
                 run(*grid, stream, *handles, *taken(addresses), *rest)
         except (AttributeError, TypeError):  # this version of Triton is launched in another way
-            self.complete = False
             return None
-        return self.results(tensors)
+        return returned(tensors)
+
+    return again
 
 
 def remembered(launcher: Callable) -> Callable:
@@ -214,23 +189,21 @@ def remembered(launcher: Callable) -> Callable:
 
     @functools.wraps(launcher)
     def call(*arguments):
-        if _recording is not None or getattr(_running, "tape", None):
+        if _recording is not None or getattr(_running, "notes", None):
             return launcher(*arguments)
         key = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments]
         key = (launcher, *key)
-        if tape := _tapes.get(key):
-            results = tape.repeat(arguments) if tape.complete else None
+        if again := _tapes.get(key):
+            results = again(arguments)
             return launcher(*arguments) if results is None else results
-        _running.tape = tape = Tape(arguments)
+        _running.notes = notes = [], []
         try:
             results = launcher(*arguments)
         finally:
-            _running.tape = None
-        if tape.complete:
-            tape.end(results)
-        if tape.complete:
+            _running.notes = None
+        if again := tape(arguments, *notes, results):
             _tapes.clear() if len(_tapes) >= MOST_TAPES else None
-            _tapes[key] = tape
+            _tapes[key] = again
         return results
 
     return call

@@ -202,5 +202,4 @@ KERNEL = Kernel(
     timed=[
         case(f"add b{b} {n}x{d}", b, n, d) for b in (2, 8) for n, d in ((4096, 320), (1024, 640), (256, 1280))
     ],
-    compiled=[case(f"layer norm {d}", 2, 4096, d) for d in (320, 640, 1280)],
 )  # fmt: skip

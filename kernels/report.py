@@ -13,8 +13,8 @@ SMI = "driver_version power.limit clocks.max.sm clocks.max.mem clocks.sm clocks.
 
 
 def about(**more: object) -> dict[str, object]:
-    """The machine and the versions; with a GPU its driver, power limit and clocks, as nvidia-smi reports them
-    at this moment."""
+    """Return the machine and the versions; with a GPU its driver, power limit and clocks, as nvidia-smi
+    reports them at this moment."""
     found = dict(device="CPU", torch=torch.__version__, python=platform.python_version())
     if torch.cuda.is_available():
         device = torch.cuda.current_device()
@@ -31,12 +31,12 @@ def about(**more: object) -> dict[str, object]:
 
 
 def reason(error: Exception) -> str:
-    """A line about an exception, which may be anything that a compiler, a launch or an import raises."""
+    """Return a line about whatever a compiler, a launch or an import raises."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def table(columns: dict[str, str], rows: list[dict]) -> list[str]:
-    """Lines of Markdown. A column has a heading and a format of a row. A row that lacks values has its
+    """Return lines of Markdown. A column has a heading and a format of a row. A row that lacks values has its
     "reason" in the first of their columns."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + [line(columns, row) for row in rows]
@@ -53,24 +53,27 @@ def line(columns: dict[str, str], row: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(out: Path, name: str, facts: dict, columns: dict[str, str], rows: list[dict], notes=(), **picture):
-    """Write NAME.json and NAME.md to a folder, and the `roofline` as NAME.png if its points are given."""
+def write(out: Path, name: str, facts: dict, columns: dict[str, str], rows: list[dict], **picture) -> None:
+    """Write NAME.json and NAME.md to a folder, and the `roofline` as NAME.png if the limits are known."""
     out.mkdir(parents=True, exist_ok=True)
-    text = [*(f"{k}: {v}  " for k, v in facts.items()), "", *table(columns, rows), "", *notes, ""]
+    text = [*(f"{k}: {v}  " for k, v in facts.items()), "", *table(columns, rows), ""]
     (out / f"{name}.json").write_text(json.dumps(dict(about=facts, rows=rows), indent=1), encoding="utf-8")
     (out / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
-    if picture.get("points"):
-        roofline(**picture).save(out / f"{name}.png")
+    if picture["reach"]:
+        roofline(rows, **picture).save(out / f"{name}.png")
 
 
-def roofline(points: list[tuple[str, float, float]], flops: float, bandwidth: float, size=(1000, 640)):
-    """The image of a log-log plot: the limits (FLOP/s, bytes/s), and below them the points (label, FLOP/byte,
-    FLOP/s), each label in a colour of its own."""
+def roofline(rows: list[dict], label: str, reach: dict, size=(1000, 640)):
+    """Return a log-log plot of FLOP/s over FLOP/byte: the limits, and below them the rows, in a colour for
+    each value of `label`. What has no matrix products is drawn at one FLOP a byte."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", size, "white")
-    draw, peak, slope = ImageDraw.Draw(image), math.log10(flops), math.log10(bandwidth)
-    marks = [(label, math.log10(x), math.log10(y)) for label, x, y in points]
+    draw, peak, slope = ImageDraw.Draw(image), math.log10(reach["flops"]), math.log10(reach["bytes"])
+    marks = []
+    for row in (row for row in rows if "ms" in row):
+        work = row["flops"] or row["bytes"]
+        marks.append((row[label], math.log10(work / row["bytes"]), math.log10(1e3 * work / row["ms"])))
     xs, ys = [x for _, x, _ in marks] + [peak - slope], [y for _, _, y in marks] + [peak]
     (left, right), (low, high) = ((math.floor(min(v)), math.ceil(max(v) + 0.1)) for v in (xs, ys))
 

@@ -1,21 +1,22 @@
-"""A trial of a kernel on this GPU: does it compile, is it right, how long does it take beside torch?
+"""A trial of a kernel on this GPU: does it compile and is it right, how long does it take beside torch?
 
 It works on tensors and generators of its own, so that nothing of a run changes. verdicts.py decides on the
-results; its tests replace `BENCH`.
+results of `check` and `time_ms`. The tests and bench.py ask for the same `errors`, so that they cannot
+diverge: relative norms, |kernel - exact| / |exact|, at most twice those of torch at the same dtype.
 """
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import minisd.kernels.checks as checks
 import minisd.kernels.launch as L
-import minisd.kernels.timing as timing
 import torch
-from minisd.kernels.checks import step
-from minisd.kernels.kernel import Kernel
+from minisd.kernels.kernel import Case, Kernel
+from minisd.kernels.launch import as_tuple
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ DEVICE = "cuda"
 TORCH = "torch"  # the name of the other candidate
 ROUNDS, REPEATS = 15, 20  # of a timing: rounds, in each of which every candidate makes so many calls in a row
 CANARY = 512  # bytes behind each buffer that must stay as they are
+FLOOR = 1e-6  # fp32 rounding of a sum in another order; torch's own error can be zero on tiny shapes
 FILL = 0xFF  # each byte of a new buffer and of its canary: NaN in all floating types
 
 
@@ -51,14 +53,6 @@ class Call(NamedTuple):
     @property
     def training(self) -> bool:
         return self.grad and any(spec.requires_grad for spec in self.specs)
-
-
-class Bench(NamedTuple):
-    """The three parts of a trial."""
-
-    compile: Callable[[Kernel, Call], object]  # raises what the compiler or the launch raises
-    check: Callable[[Kernel, Call], list[float]]  # errors as shares of what is allowed; raises Wrong
-    time_ms: Callable[[Sequence[Kernel], Call], Mapping[str, list[float]]]  # by name, torch's too
 
 
 class Wrong(Exception):
@@ -108,14 +102,110 @@ def inputs(call: Call, seed: int = 0) -> tuple[list, list[Tensor]]:
     return arguments, canaries
 
 
+# ------------------------------ The criterion
+
+
+def outputs(fn: Callable, tensors: dict, constants: dict) -> tuple[Tensor, ...]:
+    """Return the outputs of fn without the empty ones, which stand for an absent input's."""
+    return tuple(y for y in as_tuple(fn(*tensors.values(), *constants.values())) if y.numel())
+
+
+def random_like(ys: Sequence[Tensor]) -> list[Tensor]:
+    """Return normal tensors, the same in every call but for rounding."""
+    generator = torch.Generator(ys[0].device).manual_seed(1)
+    return [torch.randn(y.shape, device=y.device, generator=generator).to(y) for y in ys]
+
+
+def step(fn: Callable, arguments: Sequence, dys: Sequence[Tensor] = ()) -> Callable:
+    """Return a call of fn, without arguments, for its outputs and the gradients of what requires one. `dys`,
+    the outputs' own, are by default `random_like` them."""
+    wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    forward = functools.partial(outputs, fn, dict(enumerate(arguments)), {})
+    if not wanted:
+        return forward
+    dys = dys or random_like(forward())
+
+    def both() -> tuple[Tensor, ...]:
+        ys = forward()
+        return (*[y.detach() for y in ys], *torch.autograd.grad(ys, wanted, dys))
+
+    return both
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    """|value - exact| / |exact|; a gradient that is zero in theory is measured against elements of 0.1."""
+    return ((value.double() - exact).norm() / exact.norm().clamp_min(0.1 * exact.numel() ** 0.5)).item()
+
+
+def errors(ours: Sequence[Tensor], reference: Callable, arguments: Sequence, dtype: torch.dtype) -> list:
+    """Return the error of each result of a `step`, and that of torch, beside the reference in `dtype`."""
+    precise = [a.detach().to(dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+               for a in arguments]  # fmt: skip
+    dys = random_like(outputs(reference, dict(enumerate(arguments)), {}))
+    theirs = step(reference, arguments, dys)()
+    exact = [x.double() for x in step(reference, precise, [dy.to(dtype) for dy in dys])()]
+    return [(relative(a, x), relative(b, x)) for a, b, x in zip(ours, theirs, exact, strict=True)]
+
+
+def by_name(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> dict[str, tuple[float, float]]:
+    """Return the `errors` of outputs (y, y1) and gradients (dx, ...) beside float64."""
+    tensors, constants = case.inputs(dtype, device)
+    arguments = [*tensors.values(), *constants.values()]
+    found = errors(step(kernel, arguments)(), kernel.reference, arguments, torch.float64)
+    names = [f"d{name}" for name, t in tensors.items() if t is not None]
+    return dict(zip(["y", "y1"][: len(found) - len(names)] + names, found, strict=True))
+
+
+def wrong(errors: dict) -> list:
+    """Return the names whose error is more than twice torch's."""
+    return [k for k, (ours, theirs) in errors.items() if not ours <= 2 * theirs + FLOOR]  # so also NaN
+
+
+# ------------------------------ Times
+
+
+def captured(each: list[Callable], graph: bool) -> Callable:
+    """The calls as one CUDA graph, captured on the current stream; without `graph`, one after the other."""
+
+    def run():
+        return [call() for call in each]
+
+    if not graph:
+        return run
+    run()  # compiles what is not compiled yet
+    torch.cuda.synchronize()
+    graphed = torch.cuda.CUDAGraph()
+    # Not torch.cuda.graph, which would empty the caches; other threads, as of a data loader, may go on
+    graphed.capture_begin(capture_error_mode="thread_local")
+    try:
+        run()
+    finally:
+        graphed.capture_end()
+    return lambda kept=each: graphed.replay()  # a graph does not keep the tensors that it reads
+
+
+def interleaved(runs: dict[str, Callable], rounds: int = 30, *, wait: bool = False) -> dict[str, list[float]]:
+    """The times of each in ms, sorted. They take turns, so that clocks and heat are the same for all. With
+    `wait` each begins on an idle GPU, so that its time is the host's or the GPU's, whichever is longer."""
+    events: dict[str, list] = {name: [] for name in runs}
+    for name in list(runs) * (rounds + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        runs[name]()
+        end.record()
+        events[name].append((start, end))
+        if wait:
+            end.synchronize()
+    end.synchronize()
+    return {name: sorted(a.elapsed_time(b) for a, b in pairs[3:]) for name, pairs in events.items()}
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile of sorted times."""
+    return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
+
+
 # ------------------------------ The parts of a trial
-
-
-def launch(kernel: Kernel, call: Call) -> None:
-    """Run the kernel once, compiling what is not compiled, and wait for it."""
-    step(kernel, inputs(call)[0])()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def check(kernel: Kernel, call: Call) -> list[float]:
@@ -125,16 +215,14 @@ def check(kernel: Kernel, call: Call) -> list[float]:
     arguments, canaries = inputs(call)
     before = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
     higher = torch.float64 if arguments[0].dtype == torch.float32 else torch.float32
-    precise = [a.detach().to(higher).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-               for a in arguments]  # fmt: skip
     matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # in TF32 it would be no reference
     try:
         with torch.autocast(DEVICE, enabled=False):
-            exact, torchs = (step(kernel.reference, given)() for given in (precise, arguments))
             L._tapes.clear()  # so that these are a first call of the launchers, and its repetition
             with Filled() as mode:
                 ours, again = step(kernel, arguments)(), step(kernel, arguments)()
+            found = errors(ours, kernel.reference, arguments, higher)
     finally:
         torch.set_float32_matmul_precision(matmul)
     if not all(bool((canary == FILL).all()) for canary in canaries + mode.canaries):
@@ -143,11 +231,9 @@ def check(kernel: Kernel, call: Call) -> list[float]:
         raise Wrong("it changes its input")
     if not all(map(torch.equal, ours, again)):
         raise Wrong("two runs differ, or it computes NaN")
-    pairs = [[checks.relative(y, value.double()) for y in (own, theirs)]
-             for own, theirs, value in zip(ours, torchs, exact, strict=True)]  # fmt: skip
-    for i in checks.wrong(errors := dict(enumerate(pairs))):
-        raise Wrong("an error of {:.1e}, where torch's is {:.1e}".format(*errors[i]))
-    return [error / (2 * allowed + checks.FLOOR) for error, allowed in pairs]
+    for i in wrong(dict(enumerate(found))):
+        raise Wrong("an error of {:.1e}, where torch's is {:.1e}".format(*found[i]))
+    return [error / (2 * allowed + FLOOR) for error, allowed in found]
 
 
 def time_ms(kernels: Sequence[Kernel], call: Call) -> dict[str, list[float]]:
@@ -166,9 +252,6 @@ def time_ms(kernels: Sequence[Kernel], call: Call) -> dict[str, list[float]]:
         for name, fn in fns.items():
             steps = itertools.islice(itertools.cycle([step(fn, s) for s in sets]), REPEATS)
             each = [lambda run=run: run() and None for run in steps]  # keeps no results
-            runs[name] = timing.captured(each, call.graph)
-        times = timing.interleaved(runs, ROUNDS, wait=not call.graph)
+            runs[name] = captured(each, call.graph)
+        times = interleaved(runs, ROUNDS, wait=not call.graph)
     return {name: [ms / REPEATS for ms in found] for name, found in times.items()}
-
-
-BENCH = Bench(launch, check, time_ms)

@@ -5,9 +5,9 @@ stays so. Calls of similar size have one key, and so one verdict. It is looked f
 that goes on, in this process, and in the user's cache, in a file for this GPU, these versions and kernels.
 """
 
-import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -15,14 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import minisd.kernels.report as report
+import minisd.kernels.trial as trial
 import torch
+import triton
 from minisd.kernels.kernel import Kernel, discover
-from minisd.kernels.timing import quantiles
-from minisd.kernels.trial import BENCH, TORCH, Call
+from minisd.kernels.trial import TORCH, Call, quantiles
 
 try:
     import fcntl
@@ -73,9 +75,9 @@ def say(text: str) -> None:
 
 class Verdicts:
     """The decisions of a process. `pinned` are those of the run that goes on, choices by key; `share(key,
-    decide)` returns what the first of several processes decides."""
+    decide)` returns what the first of several processes decides, and `bench` has the parts of a trial."""
 
-    def __init__(self, table: "Table", pinned: dict[str, str], share: Callable | None = None, bench=BENCH):
+    def __init__(self, table: "Table", pinned: dict[str, str], share: Callable | None = None, bench=trial):
         self.table, self.pinned, self.bench = table, pinned, bench
         self.share = share or (lambda key, decide: decide())
         self.choices: dict[tuple, str] = {}  # call -> name of a kernel or "", torch; what an op looks up
@@ -88,24 +90,30 @@ class Verdicts:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         backward = torch._C._current_graph_task_id() != -1  # where checkpointing computes again
         if why_not or capturing or backward:
-            return self.leave(call, why_not, unable=bool(why_not))
+            return self.leave(call, why_not)
         call, start = Call(*call), time.monotonic()
-        k = key(call)
-        if k not in self.rows and k in self.pinned:
-            self._check_pinned(k, call)
-            self.rows[k] = self.pinned[k]
-        if k not in self.rows:
-            self.rows[k] = self.share(k, lambda: self._look_up(k, call))["choice"]
+        if (k := key(call)) not in self.rows:
+            try:
+                if self.pinned.get(k, TORCH) != TORCH:
+                    self.bench.check({c.name: c for c in candidates(call)}[self.pinned[k]], call)
+            except torch.OutOfMemoryError:
+                pass  # it was right when the run began
+            except Exception as error:
+                self.leave(call, report.reason(error))
+            self.rows[k] = self.pinned.get(k) or self.share(k, lambda: self._look_up(k, call))["choice"]
             self.seconds += time.monotonic() - start
         return self._choose(call, k)
 
-    def leave(self, call: tuple, reason: str, *, unable: bool = False) -> str:
+    def leave(self, call: tuple, why_not: str = "") -> str:
         """Leave a call that cannot be tried now to torch, for good, unless it has a verdict. ValueError if
-        kernels are `unable` to compute it, and the run that goes on used one."""
+        kernels can never compute it, which is `why_not`, and the run that goes on used one."""
         k = key(Call(*call))
         pinned = self.pinned.get(k, TORCH)
-        if unable and pinned != TORCH:
-            raise ValueError(unable_to_go_on(k, pinned, reason))
+        if why_not and pinned != TORCH:
+            raise ValueError(
+                f"--kernels auto: this run computes `{k}` by the kernel {pinned}, which cannot run here "
+                f"({why_not}); --kernels torch continues it without kernels, and with other last digits"
+            )
         self.rows.setdefault(k, pinned)
         return self._choose(call, k)
 
@@ -115,27 +123,14 @@ class Verdicts:
 
     def summary(self) -> str:
         """Return how many keys of each op a kernel computes, and how long that took to find."""
-        ops: dict[str, list[bool]] = {}
-        for k, choice in sorted(self.rows.items()):
-            ops.setdefault(k.split()[0], []).append(choice != TORCH)
-        counts = ", ".join(f"{op} {sum(won)} of {len(won)}" for op, won in ops.items())
+        tried = Counter(k.split()[0] for k in sorted(self.rows))
+        won = Counter(k.split()[0] for k, choice in self.rows.items() if choice != TORCH)
+        counts = ", ".join(f"{op} {won[op]} of {count}" for op, count in tried.items())
         return f"{counts} on {self.table.about['GPU']} (settled in {self.seconds:.1f} s)"
 
     def _choose(self, call: tuple, k: str) -> str:
         self.choices[tuple(call)] = choice = self.rows[k] if self.rows[k] != TORCH else ""
         return choice
-
-    def _check_pinned(self, k: str, call: Call) -> None:
-        if self.pinned[k] == TORCH:
-            return
-        try:
-            kernel = {c.name: c for c in candidates(call)}[self.pinned[k]]
-            self.bench.compile(kernel, call)
-            self.bench.check(kernel, call)
-        except torch.OutOfMemoryError:
-            pass  # it was right when the run began
-        except Exception as error:
-            raise ValueError(unable_to_go_on(k, self.pinned[k], report.reason(error))) from error
 
     def _look_up(self, k: str, call: Call) -> dict:
         """Return the row of the table, after a trial if there is none, or one that is not kept."""
@@ -158,35 +153,23 @@ class Verdicts:
         return rows.get(k) or kept or dict(choice=TORCH)
 
     def _try(self, k: str, call: Call) -> dict:
-        kernels, errors, reasons, times = candidates(call), {}, {}, {}
+        reasons: dict[str, str] = {}
 
-        @contextlib.contextmanager
-        def trying(name: str) -> Iterator[None]:
+        def attempt(name: str, part: Callable, *arguments):
             try:
-                yield
+                return part(*arguments)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler or a driver raises
                 reasons[name] = report.reason(error)
                 say(f"{k}: not {name}, {reasons[name]}")
 
-        for kernel in kernels:
-            with trying(kernel.name):
-                self.bench.compile(kernel, call)
-                errors[kernel.name] = self.bench.check(kernel, call)
-        if errors:
-            with trying("timed"):
-                times = self.bench.time_ms([c for c in kernels if c.name in errors], call)
-        ms = {name: statistics.median(t) for name, t in times.items()}
-        choice = fastest(times) if times else TORCH
-        return dict(choice=choice, ms=ms, errors=errors, reasons=reasons)
-
-
-def unable_to_go_on(k: str, name: str, reason: str) -> str:
-    return (
-        f"--kernels auto: this run computes `{k}` by the kernel {name}, which cannot run here ({reason}); "
-        "--kernels torch continues it without kernels, and with other last digits"
-    )
+        kernels = candidates(call)
+        errors = {c.name: attempt(c.name, self.bench.check, c, call) for c in kernels}
+        right = [c for c in kernels if c.name not in reasons]
+        times = attempt("timed", self.bench.time_ms, right, call) if right else None
+        ms = {name: statistics.median(t) for name, t in (times or {}).items()}
+        return dict(choice=fastest(times) if times else TORCH, ms=ms, errors=errors, reasons=reasons)
 
 
 # ------------------------------ On disk
@@ -194,15 +177,11 @@ def unable_to_go_on(k: str, name: str, reason: str) -> str:
 
 def dead(row: dict) -> bool:
     """Whether a row is the mark of a process that ended or hangs in a trial."""
-    host, pid, since = row.get("trying", (None, 0, 0.0))
-    if host is None:
-        return False
+    host, pid, since = row.get("trying", ("", 0, math.inf))
     if time.time() - since > HANGS or (host, pid) == (socket.gethostname(), os.getpid()):
         return True  # a mark with this process's number is that of an earlier one
-    if host != socket.gethostname() or os.name != "posix":
-        return False
     try:
-        os.kill(pid, 0)  # sends nothing
+        os.kill(pid, 0) if host == socket.gethostname() and os.name == "posix" else None  # sends nothing
     except OSError as error:
         return isinstance(error, ProcessLookupError)
     return False
@@ -225,7 +204,10 @@ class Table:
     def write(self, rows: dict[str, dict | None]) -> dict[str, dict]:
         """Add rows, None to delete a mark, and return all. A verdict that is there already stays."""
         try:
-            with self._locked():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Other writers wait. The system unlocks the file when a process ends, however it does.
+            with self.path.with_suffix(".lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX) if fcntl else None
                 before = self.read()
                 verdicts = {k: row for k, row in before.items() if "choice" in row}
                 rows = {k: row for k, row in (before | rows | verdicts).items() if row}
@@ -239,20 +221,9 @@ class Table:
             self.failed = True
         return {k: row for k, row in rows.items() if row}
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Wait for other writers. The system unlocks the file when a process ends, however it does."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("a") as file:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
 
 def of(device: torch.device, pinned: dict[str, str], share: Callable | None) -> Verdicts:
     """Return the verdicts for this GPU, these versions and these kernels."""
-    import triton
-
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -261,6 +232,5 @@ def of(device: torch.device, pinned: dict[str, str], share: Callable | None) -> 
     about = dict(GPU=p.name, capability=f"{p.major}.{p.minor}", **versions, kernels=digest.hexdigest())
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisd" / "kernels"
-    return Verdicts(
-        Table(cache / f"{re.sub('[^A-Za-z0-9]+', '-', p.name)}-{name}.json", about), pinned, share
-    )
+    path = cache / f"{re.sub('[^A-Za-z0-9]+', '-', p.name)}-{name}.json"
+    return Verdicts(Table(path, about), pinned, share)

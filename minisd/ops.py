@@ -139,7 +139,7 @@ def _known(call: tuple, compiling: bool, index: int | None) -> str | None:
 
         _verdicts = of(torch.device(_device, index), _record, _share)
     choice = _verdicts.choices.get(call)
-    return _verdicts.leave(call, "first met by torch.compile") if choice is None and compiling else choice
+    return _verdicts.leave(call) if choice is None and compiling else choice
 
 
 # torch.compile calls it while it traces, once. The decorator that says so would import the compiler.

@@ -4,12 +4,16 @@
 
 cost.md, cost.json and cost.png have the median time, steps and images a second, the peak memory and the
 share of the floor: the time of all matrix products and convolutions at the speed of a large one, or that of
-reading the weights once if it is longer; in training, the optimizer's reads and writes are added. What
-fails has a row that says why. Without a GPU a tiny network shows that the script runs, except for
-torch.compile; TRITON_INTERPRET=1 makes that run the kernels too.
+reading the weights once if it is longer; in training, the optimizer's reads and writes are added. A row
+"graph" is what --graph on gives, the others what off does. The error of minisd's sampling step is relative,
+against float64. What fails has a row that says why.
+
+Without a GPU only the errors mean something: those of a tiny network, without torch.compile and graphs;
+TRITON_INTERPRET=1 makes it run the kernels too.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import importlib
@@ -28,14 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minisd import device, ops  # noqa: E402
-from minisd.kernels import report, timing  # noqa: E402
+from minisd import device, graph, ops  # noqa: E402
+from minisd.kernels import bench, report, trial  # noqa: E402
 from minisd.models import unet, vae  # noqa: E402
 from minisd.models.layers import to_channels_last  # noqa: E402
 from minisd.sampling.generate import Denoiser, text_branches  # noqa: E402
 from minisd.training.optim import AdamW  # noqa: E402
 from tests.helpers import TINY_VAE, diffusers_unet  # noqa: E402
-from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY, graph  # noqa: E402
+from tests.kernel_helpers import DEVICE, GPU, INTERPRET, TINY  # noqa: E402
 
 CONFIG, VAE, SIDE = (unet.SD15, vae.SD15, 64) if GPU else (TINY, TINY_VAE, 4)
 ADAM = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -77,6 +81,7 @@ def build(make: Callable, dtype: torch.dtype, channels_last: bool) -> torch.nn.M
 def network(version: Version, dtype: torch.dtype) -> Callable:
     """The UNet of a version."""
     ops.choose(version.kernels)
+    graph.choose("on" if version.graph else "off")
     if not version.ours:
         importlib.import_module("diffusers")
     make = (lambda: unet.UNet(CONFIG)) if version.ours else (lambda: diffusers_unet(CONFIG))
@@ -90,21 +95,19 @@ def network(version: Version, dtype: torch.dtype) -> Callable:
 def sampling(version: Version, dtype: torch.dtype, batch: int) -> Callable:
     """A call that makes a step with guidance for `batch` images."""
     net = network(version, dtype).eval()
-    text = torch.randn(2 * batch, 77, CONFIG.cross_attention_dim, device=DEVICE, dtype=dtype)
+    text = torch.randn(2 * batch, 77, CONFIG.cross_attention_dim, device=DEVICE).to(dtype)
     x = torch.randn(batch, 4, SIDE, SIDE, device=DEVICE)
     if version.ours:
         denoiser = Denoiser(net, text_branches(text[batch:], text[:batch], GUIDANCE))
-        step = torch.no_grad()(lambda x: denoiser(x, 500))
-    else:
-        timesteps = torch.full((2 * batch,), 500, device=DEVICE)
+        return torch.no_grad()(lambda: denoiser(x, 500))
+    timesteps = torch.full((2 * batch,), 500, device=DEVICE)
 
-        @torch.no_grad()
-        def step(x):
-            negative, positive = net(torch.cat([x, x]).to(dtype), timesteps, text).sample.float().chunk(2)
-            return negative + GUIDANCE * (positive - negative)
+    @torch.no_grad()
+    def step():
+        negative, positive = net(torch.cat([x, x]).to(dtype), timesteps, text).sample.float().chunk(2)
+        return negative + GUIDANCE * (positive - negative)
 
-    run = graph(step, x) if version.graph else step
-    return lambda: run(x)
+    return step
 
 
 def training(version: Version, dtype: torch.dtype, batch: int) -> Callable:
@@ -112,20 +115,23 @@ def training(version: Version, dtype: torch.dtype, batch: int) -> Callable:
     net = network(version, torch.float32).train().requires_grad_(True)
     noisy, noise = (torch.randn(batch, 4, SIDE, SIDE, device=DEVICE) for _ in range(2))
     text = torch.randn(batch, 77, CONFIG.cross_attention_dim, device=DEVICE)
-    timesteps = torch.arange(batch, device=DEVICE)
-    parameters = list(net.parameters())
+    inputs = noisy, noise, torch.arange(batch, device=DEVICE), text
+    parameters, graphs = list(net.parameters()), graph.Graphs()
     adam = AdamW(parameters, **ADAM) if version.ours else torch.optim.AdamW(parameters, fused=True, **ADAM)
 
-    def step():
+    def gradients(noisy, noise, timesteps, text):
         with torch.autocast(DEVICE, dtype, enabled=GPU):
             pred = net(noisy, timesteps, text)
-        ((pred if version.ours else pred.sample).float() - noise).square().mean().backward()
+        loss = ((pred if version.ours else pred.sample).float() - noise).square().mean()
+        return [*torch.autograd.grad(loss, parameters)]
+
+    def step():
+        found = graphs([net], gradients, *inputs) if version.graph else None
+        for p, gradient in zip(parameters, found or gradients(*inputs), strict=True):
+            p.grad = gradient
         adam.step()
         adam.zero_grad(set_to_none=True)
 
-    if version.graph and GPU:
-        with torch.cuda.stream(torch.cuda.Stream()):  # a graph is not captured on the default one
-            return timing.captured([step])
     return step
 
 
@@ -134,8 +140,7 @@ def decoding(version: Version, dtype: torch.dtype, batch: int) -> Callable:
     ops.choose(version.kernels)
     decode = torch.no_grad()(build(lambda: vae.AutoencoderKL(VAE), dtype, True).decode)
     z = torch.randn(batch, 4, SIDE, SIDE, device=DEVICE, dtype=dtype)
-    run = graph(decode, z) if version.graph else decode
-    return lambda: run(z)
+    return lambda: decode(z)
 
 
 # ------------------------------ Measuring
@@ -169,11 +174,17 @@ def work(kind: str, dtype: torch.dtype) -> tuple[float, float]:
     return counter.get_total_flops(), count * moved
 
 
+@functools.cache
+def exact(batch: int) -> torch.Tensor:
+    """The result of a sampling step in float64, without kernels."""
+    return sampling(Version("exact", True), torch.float64, batch)().double()
+
+
 STEPS = {"sampling": sampling, "training": training, "decoding": decoding}
 COLUMNS = {
     "step": "{step}", "batch": "{batch}", "how": "{how}", "ms (20-80%)": "{ms:.2f} ({low:.2f}-{high:.2f})",
     "it/s": "{rate:.2f}", "images/s": "{images:.2f}", "peak GiB": "{memory:.2f}",
-    "of floor": "{of_floor:.0%}",
+    "of floor": "{of_floor:.0%}", "error": "{error:.1e}",
 }  # fmt: skip
 
 
@@ -184,13 +195,17 @@ def measure(kind: str, version: Version, dtype, batch: int, reach: dict) -> dict
     torch.cuda.empty_cache() if GPU else None
     torch.cuda.reset_peak_memory_stats() if GPU else None
     try:
-        times = milliseconds(STEPS[kind](version, dtype, batch))
+        call = STEPS[kind](version, dtype, batch)
+        times = milliseconds(call)
     except Exception as e:
         return row | dict(reason=report.reason(e))
     ms, low, high = statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
     row |= dict(ms=ms, low=low, high=high, rate=1e3 / ms, images=1e3 * batch / ms)
     if GPU:
         row["memory"] = torch.cuda.max_memory_allocated() / 2**30
+    if kind == "sampling" and version.ours:
+        with contextlib.suppress(torch.OutOfMemoryError):  # in float64
+            row["error"] = trial.relative(call(), exact(batch))
     if reach:
         flops, moved = batch * work(kind, dtype)[0], work(kind, dtype)[1]
         parts = 1e3 * flops / reach["flops"], 1e3 * moved / reach["bytes"]
@@ -202,7 +217,7 @@ def rows(dtype, batches: list[int], reach: dict, versions: list[Version]) -> Ite
     for kind in STEPS:
         for batch in batches if kind != "decoding" else batches[:1]:
             for version in versions:
-                if (version.ours and not version.compiled) or kind != "decoding":
+                if kind != "decoding" or version.ours and not version.compiled and not version.graph:
                     yield measure(kind, version, dtype, batch, reach)
 
 
@@ -225,23 +240,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for what is written")
     parser.add_argument("--deterministic", action="store_true", help="as of train.py: what that costs")
     o = parser.parse_args()
-    device.configure(SimpleNamespace(deterministic=o.deterministic, kernels="torch"), search=True)
+    chosen = SimpleNamespace(deterministic=o.deterministic, kernels="torch", graph="off")
+    device.configure(chosen, search=True)
     dtype = getattr(torch, o.dtype) if GPU else torch.float32
     facts = report.about(
         dtype=str(dtype), deterministic=o.deterministic, network="SD v1.5" if GPU else "tiny"
     )
-    reach = timing.limits(dtype) if GPU else {}
+    reach = bench.limits(dtype) if GPU else {}
+    if not GPU:
+        print("no CUDA device: a tiny network, of which the errors mean something and the times nothing\n")
     print("\n".join([*(f"{k}: {v}" for k, v in facts.items()), "", *report.table(COLUMNS, [])]), flush=True)
-    found, versions = (
-        [],
-        [v for v in VERSIONS if GPU or not v.compiled and (INTERPRET or v.kernels == "torch")],
-    )
+    found, versions = [], VERSIONS
+    if not GPU:
+        versions = [v for v in versions if not v.compiled and not v.graph]
+        versions = [v for v in versions if INTERPRET or v.kernels == "torch"]
     for row in rows(dtype, o.batches, reach, versions):
         found.append(row)
         print(report.line(COLUMNS, row), flush=True)
-    points = [(r["how"], r["flops"] / r["bytes"], 1e3 * r["flops"] / r["ms"]) for r in found if "flops" in r]
-    limits = dict(flops=reach.get("flops"), bandwidth=reach.get("bytes"))
-    report.write(o.out, "cost", facts, COLUMNS, found, points=points, **limits)
+    report.write(o.out, "cost", facts, COLUMNS, found, label="how", reach=reach)
     print(f"\n{profile([v for v in versions if v.ours and not v.graph and not v.compiled][-1], dtype)}")
 
 

@@ -24,6 +24,14 @@ def automatic():
     ops.choose("auto")
 
 
+def faults(kernel, case, dtype=torch.float32, device="cpu") -> list[str]:
+    """A line for every output and gradient that is wrong."""
+    from minisd.kernels import trial
+
+    found = trial.by_name(kernel, case, dtype, device)
+    return ["{}: {:.2e}, torch {:.2e}".format(name, *found[name]) for name in trial.wrong(found)]
+
+
 TINY = unet.UNetConfig(
     in_channels=4, out_channels=4, block_out_channels=(32, 64), attention=(True, False), num_heads=(1, 2),
     layers_per_block=1, cross_attention_dim=24, norm_num_groups=2, norm_eps=1e-5, sample_size=4,

@@ -1,22 +1,29 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.kernel_helpers import INTERPRET, interpreter
+from tests.kernel_helpers import INTERPRET, faults, interpreter
 
 pytest.importorskip("triton")
-from minisd.kernels import attention, checks, cross_attention, heads, launch  # noqa: E402
+from minisd.kernels import attention, cross_attention, heads, launch  # noqa: E402
 
 kernel, cross = attention.KERNEL, cross_attention.KERNEL
-LATE = attention.case("much larger keys late", 1, 64, 192, 1, 40, late=300.0)  # beyond what fp16 holds
 
 
-def faults(case, kernel=kernel):
-    return checks.faults(kernel, case, torch.float32, "cpu")
+def late(randn):
+    """Keys that are much larger after the first hundred, beyond what fp16 holds."""
+    k = randn(1, 192, 1, 40)
+    k[:, 100:] *= 300
+    return dict(q=randn(1, 64, 1, 40), k=k, v=randn(1, 192, 1, 40)), {}
+
+
+LATE = replace(kernel.cases[0], name="much larger keys late", make=late)
 
 
 @interpreter
 def test_much_larger_keys_late():
-    assert faults(LATE) == []
+    assert faults(kernel, LATE) == []
 
 
 @interpreter
@@ -24,20 +31,20 @@ def test_much_larger_keys_late():
 def test_anchored_softmax(case):
     """The bf16 variant, in fp32; `much larger keys late` overflows, and the rows are computed again."""
     (anchored,) = kernel.variants
-    assert anchored.dtypes == (torch.bfloat16,) and faults(case, anchored) == []
+    assert anchored.dtypes == (torch.bfloat16,) and faults(anchored, case) == []
 
 
 @interpreter
 def test_many_tiles_of_cross_attention(monkeypatch):
     """Several tiles of queries in each program."""
     monkeypatch.setattr(cross_attention, "BUSY_PROGRAMS", 4)
-    assert faults(cross.cases[-1], cross) == []
+    assert faults(cross, cross.cases[-1]) == []
 
 
 @interpreter
 def test_log_sum_exp():
-    q, k, v = checks.inputs(kernel.cases[1])[0].values()
-    lse = attention.forward(q, k, v)[1]
+    q, k, v = kernel.cases[1].inputs()[0].values()
+    lse = kernel.forward(q, k, v)[1]
     scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) / q.shape[-1] ** 0.5
     torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1) * heads.LOG2E, atol=1e-5, rtol=1e-5)
 
@@ -77,10 +84,10 @@ def test_text_keys_expanded_over_the_batch():
 def test_head_widths():
     """Two tiles only where they are shorter than one, and never fewer columns than the head has."""
     for hd in range(8, 161, 8):
-        tiles = heads.split(hd)
-        assert hd <= tiles["D0"] + tiles["D1"] <= launch.power_of_two(hd, 16)
-        assert all(d == 0 or (d >= 16 and d & (d - 1) == 0) for d in (tiles["D0"], tiles["D1"]))
-    assert [heads.split(hd)["D1"] for hd in (40, 64, 80, 160)] == [16, 0, 16, 32]
+        tiles = heads.two_tiles(hd)
+        assert hd <= sum(tiles) <= launch.power_of_two(hd, 16)
+        assert all(d == 0 or (d >= 16 and d & (d - 1) == 0) for d in tiles)
+    assert [heads.two_tiles(hd)[1] for hd in (40, 64, 80, 160)] == [16, 0, 16, 32]
 
 
 def test_why_not():

@@ -13,7 +13,7 @@ from tests.helpers import mostly_slow
 from tests.kernel_helpers import interpreter, ordinary
 
 pytest.importorskip("triton")
-from minisd.kernels import checks, kernel, launch  # noqa: E402
+from minisd.kernels import kernel, launch, trial  # noqa: E402
 
 KERNELS = list(kernel.discover().values())
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
@@ -62,7 +62,7 @@ def notes(monkeypatch) -> list:
 
 def run(kernel, case) -> list[torch.Tensor]:
     """All tensors of a forward and a backward, the inputs' first."""
-    tensors, constants = checks.inputs(case, torch.float16, randn=torch.randn)
+    tensors, constants = case.inputs(torch.float16, randn=torch.randn)
     outputs = launch.as_tuple(kernel.forward(*tensors.values(), *constants.values()))
     dys = [torch.randn_like(y) for y in outputs[: kernel.differentiable]]
     saved = kernel.save((*tensors.values(), *constants.values()), outputs)
@@ -101,7 +101,7 @@ def test_the_second_call_repeats_the_first_on_its_own_tensors(kernel, notes):
 @each_kernel
 def test_results_are_those_of_the_launcher(kernel, notes):
     """In number, shape, stride and type; and none is an argument."""
-    tensors, constants = checks.inputs(kernel.cases[0])
+    tensors, constants = kernel.cases[0].inputs()
     first, second = (kernel.forward(*tensors.values(), *constants.values()) for _ in range(2))
     assert type(first) is type(second)
     for a, b in zip(launch.as_tuple(first), launch.as_tuple(second), strict=True):
@@ -142,7 +142,7 @@ def test_what_must_not_be_repeated(notes, monkeypatch):
 def test_a_variant_is_remembered_apart(notes):
     attention = kernel.discover()["attention"]
     (anchored,) = attention.variants
-    tensors, _ = checks.inputs(attention.cases[0], torch.float16)
+    tensors, _ = attention.cases[0].inputs(torch.float16)
     constants = []
     for variant in (attention, anchored, attention, anchored):
         variant.forward(*tensors.values())
@@ -178,7 +178,7 @@ def test_the_gpu_s_family_is_constant_to_torch_compile(monkeypatch):
     monkeypatch.setitem(launch._capabilities, 0, 90)
 
     def step(x):
-        return x + launch.family(launch.capability(torch.device("cuda", 0)))
+        return x + launch.pick({64: {80: (80,), 90: (90,)}}, 40, torch.device("cuda", 0))[0]
 
     x = torch.ones(2)
     assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(x), x + 90)
@@ -204,7 +204,7 @@ def test_loading_the_kernels_imports_no_compiler():
 @interpreter
 @each_kernel
 def test_without_gradients_no_autograd(kernel, monkeypatch):
-    tensors, constants = checks.inputs(kernel.cases[0])
+    tensors, constants = kernel.cases[0].inputs()
     arguments = (*tensors.values(), *constants.values())
     expected = kernel(*arguments)
     monkeypatch.setattr(kernel, "_function", None)
@@ -215,7 +215,7 @@ def test_without_gradients_no_autograd(kernel, monkeypatch):
 @interpreter
 @each_kernel
 def test_second_derivatives_are_refused(kernel):
-    tensors, constants = checks.inputs(kernel.cases[0])
+    tensors, constants = kernel.cases[0].inputs()
     x = next(iter(tensors.values()))
     y = launch.as_tuple(kernel(*tensors.values(), *constants.values()))[0]
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -229,11 +229,11 @@ def test_second_derivatives_are_refused(kernel):
 def test_checkpointed_gradients(kernel, how):
     """Bit-equal to those without checkpointing, under fp16 autocast and as torch.compile traces them."""
     dtype = torch.float16 if how == "autocast" else torch.float32
-    tensors, constants = checks.inputs(kernel.cases[0], dtype)
+    tensors, constants = kernel.cases[0].inputs(dtype)
     given = [t for t in tensors.values() if t is not None]
 
     def plain(*arguments):
-        return [y.square() for y in checks.outputs(kernel, dict(enumerate(arguments)), constants)]
+        return [y.square() for y in trial.outputs(kernel, dict(enumerate(arguments)), constants)]
 
     step = functools.partial(checkpoint, plain, use_reentrant=False)
     if how == "compiled":

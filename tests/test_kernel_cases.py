@@ -1,13 +1,15 @@
 """Every kernel of the folder on every case that its file names; what only one kernel has is elsewhere."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernel_helpers import INTERPRET, interpreter, needs_gpu
+from tests.kernel_helpers import INTERPRET, faults, interpreter, needs_gpu
 
 pytest.importorskip("triton")
-from minisd.kernels import checks, kernel, launch  # noqa: E402
+from minisd.kernels import aot, kernel, launch, trial  # noqa: E402
 
 KERNELS = list(kernel.discover().values())
 
@@ -46,13 +48,13 @@ def equal(ours, theirs) -> bool:
 @interpreter
 @cases(ordinary=4)
 def test_outputs_and_gradients(kernel, case):
-    assert checks.faults(kernel, case, torch.float32, "cpu") == []
+    assert faults(kernel, case, torch.float32, "cpu") == []
 
 
 @interpreter
 @cases(ordinary=1)
 def test_outputs_and_gradients_in_half_precision(kernel, case):
-    assert checks.faults(kernel, case, torch.float16, "cpu") == []
+    assert faults(kernel, case, torch.float16, "cpu") == []
 
 
 @pytest.mark.gpu
@@ -62,17 +64,17 @@ def test_outputs_and_gradients_in_half_precision(kernel, case):
 def test_outputs_and_gradients_on_the_gpu(kernel, case, dtype):
     if dtype not in kernel.dtypes:
         pytest.skip(f"the kernel does not take {dtype}")
-    assert checks.faults(kernel, case, dtype, "cuda") == []
+    assert faults(kernel, case, dtype, "cuda") == []
 
 
 @interpreter
 @few_cases
 def test_same_bits_again_and_nothing_written(kernel, case):
     """Twice forward, twice backward through one graph: equal bits, and the inputs stay as they were."""
-    tensors, constants = checks.inputs(case)
+    tensors, constants = case.inputs()
     before = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
-    ys = checks.outputs(kernel, tensors, constants)
-    assert equal(ys, checks.outputs(kernel, tensors, constants))
+    ys = trial.outputs(kernel, tensors, constants)
+    assert equal(ys, trial.outputs(kernel, tensors, constants))
     dys = [torch.randn_like(y) for y in ys]
     assert equal(gradients(ys, tensors, dys, retain_graph=True), gradients(ys, tensors, dys))
     assert all(torch.equal(tensors[name], before[name]) for name in before)
@@ -82,8 +84,8 @@ def test_same_bits_again_and_nothing_written(kernel, case):
 @few_cases
 def test_gradient_in_any_layout(kernel, case):
     """An expanded gradient (a mean behind the op) gives the bits of a dense one; so does a transposed one."""
-    tensors, constants = checks.inputs(case)
-    ys = checks.outputs(kernel, tensors, constants)
+    tensors, constants = case.inputs()
+    ys = trial.outputs(kernel, tensors, constants)
     expanded = [torch.ones(()).expand_as(y) for y in ys]
     transposed = [torch.randn_like(y.mT.contiguous()).mT for y in ys]
     for dys in (expanded, transposed):
@@ -95,9 +97,9 @@ def test_gradient_in_any_layout(kernel, case):
 @interpreter
 @few_cases
 def test_under_gradient_checkpointing(kernel, case):
-    tensors, constants = checks.inputs(case)
-    ys = checks.outputs(kernel, tensors, constants)
-    again = checks.outputs(
+    tensors, constants = case.inputs()
+    ys = trial.outputs(kernel, tensors, constants)
+    again = trial.outputs(
         lambda *arguments: checkpoint(kernel, *arguments, use_reentrant=False), tensors, constants
     )
     assert equal(gradients(again, tensors), gradients(ys, tensors))
@@ -107,17 +109,17 @@ def test_under_gradient_checkpointing(kernel, case):
 @norms_first
 def test_operator(kernel, case):
     """The operator keeps every rule of torch.library."""
-    tensors, constants = checks.inputs(case)
+    tensors, constants = case.inputs()
     torch.library.opcheck(kernel.operator, (*tensors.values(), *constants.values()))
 
 
 @interpreter
 @norms_first
 def test_compiles_without_a_break(kernel, case):
-    tensors, constants = checks.inputs(case)
+    tensors, constants = case.inputs()
 
     def step(x, *arguments):
-        return [y.square() for y in checks.outputs(kernel, dict(x=x * 2), dict(enumerate(arguments)))]
+        return [y.square() for y in trial.outputs(kernel, dict(x=x * 2), dict(enumerate(arguments)))]
 
     torch.compiler.reset()  # each kernel is another graph, and their number is limited
     arguments = (*tensors.values(), *constants.values())
@@ -129,7 +131,7 @@ def test_compiles_without_a_break(kernel, case):
 
 @few_cases
 def test_why_not(kernel, case):
-    tensors, constants = checks.inputs(case)
+    tensors, constants = case.inputs()
     reason = kernel.why_not(*tensors.values(), *constants.values())
     assert reason == ("" if INTERPRET else "the tensors are on cpu, the kernels run on CUDA")
 
@@ -137,9 +139,10 @@ def test_why_not(kernel, case):
 @pytest.mark.parametrize("name", kernel.discover())
 def test_every_file_is_complete(name):
     """A kernel is called like its file; it has cases for every tool; each row of a table has a tile for the
-    oldest GPU family."""
+    oldest GPU family, and no other than those that aot compiles for."""
     found = kernel.discover()[name]
-    assert found.name == name and found.cases and found.timed and found.compiled
-    for tiles in found.tiles:
-        for shape_class, row in tiles.table.items():
-            assert 80 in row and set(row) <= set(launch.FAMILIES), (found.name, shape_class)
+    assert found.name == name and found.cases and found.timed
+    module = importlib.import_module(f"minisd.kernels.{name}")
+    for tiles in (value for key, value in vars(module).items() if key.endswith("_TILES")):
+        for size, row in tiles.items():
+            assert 80 in row and set(row) <= set(aot.SHARED_LIMIT), (found.name, size)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.helpers import mostly_slow
-from tests.kernel_helpers import interpreter, needs_gpu
+from tests.kernel_helpers import faults, interpreter, needs_gpu
 
 pytest.importorskip("triton")
-from minisd.kernels import checks, geglu, group_norm, launch, layer_norm  # noqa: E402
+from minisd.kernels import geglu, group_norm, launch, layer_norm  # noqa: E402
 
 kernel, gn = group_norm.KERNEL, group_norm.case
 
@@ -16,7 +16,7 @@ SPLIT = [
     gn("ragged rows and channels", 1, 48, 9, 15, 3),
     gn("10 channels a group", 1, 80, 9, 8, 8, eps=1e-6, silu=False, add=False),
     gn("several tiles a split", 1, 1280, 11, 13, 1),
-    gn("contiguous", 1, 20, 25, 23, 4, layout="contiguous"),
+    gn("contiguous", 1, 20, 25, 23, 4, layout=torch.contiguous_format),
     gn("batch 2, one group", 2, 32, 9, 8, 1),
     gn("mean 100 deviations", 1, 64, 12, 13, 4, shift=50.0),
 ]
@@ -31,7 +31,7 @@ def split(monkeypatch):
 @pytest.mark.parametrize("case", mostly_slow(SPLIT, *SPLIT[:2]), ids=lambda c: c.name)
 def test_split_images(case, split):
     for dtype in (torch.float32, torch.float16) if case in SPLIT[1:4:2] else (torch.float32,):
-        assert checks.faults(kernel, case, dtype, "cpu") == []
+        assert faults(kernel, case, dtype, "cpu") == []
 
 
 @pytest.mark.gpu
@@ -39,12 +39,12 @@ def test_split_images(case, split):
 @pytest.mark.parametrize("dtype", launch.FLOAT, ids=str)
 @pytest.mark.parametrize("case", SPLIT, ids=lambda c: c.name)
 def test_split_images_on_the_gpu(case, dtype, split):
-    assert checks.faults(kernel, case, dtype, "cuda") == []
+    assert faults(kernel, case, dtype, "cuda") == []
 
 
 @interpreter
 def test_split_images_have_the_same_bits_again(split):
-    tensors, constants = checks.inputs(SPLIT[0])
+    tensors, constants = SPLIT[0].inputs()
     ys = [kernel(*tensors.values(), *constants.values()) for _ in range(2)]
     assert torch.equal(*ys)
     dy = torch.randn_like(ys[0])
@@ -55,7 +55,7 @@ def test_split_images_have_the_same_bits_again(split):
 @interpreter
 @pytest.mark.parametrize("case", [kernel.cases[0], kernel.cases[3]], ids=lambda c: c.name)
 def test_output_in_the_layout_of_the_input(case):
-    tensors, constants = checks.inputs(case)
+    tensors, constants = case.inputs()
     y = kernel(*tensors.values(), *constants.values())
     assert launch.layout(y) == launch.layout(tensors["x"])
 
@@ -82,7 +82,7 @@ def test_geglu_twice():
 @interpreter
 @pytest.mark.parametrize("used", [0, 1], ids=["only the norm", "only the sum"])
 def test_one_output_of_layer_norm_used(used):
-    tensors, constants = checks.inputs(layer_norm.KERNEL.cases[0])
+    tensors, constants = layer_norm.KERNEL.cases[0].inputs()
     arguments = (*tensors.values(), *constants.values())
     ours, theirs = (f(*arguments)[used].sum() for f in (layer_norm.KERNEL, layer_norm.reference))
     grads = [torch.autograd.grad(y, arguments[: 2 if used else 4]) for y in (ours, theirs)]
@@ -92,7 +92,7 @@ def test_one_output_of_layer_norm_used(used):
 @interpreter
 def test_weights_of_another_type():
     """As in mixed-precision training: the weights' gradients come in their own type."""
-    tensors, constants = checks.inputs(kernel.cases[0])
+    tensors, constants = kernel.cases[0].inputs()
     x, add = (tensors[name].detach().half().requires_grad_() for name in ("x", "add"))
     arguments = (x, tensors["weight"], tensors["bias"], add)
     ours, theirs = (f(*arguments, *constants.values()) for f in (kernel, group_norm.reference))
@@ -116,4 +116,4 @@ def test_why_not():
 @pytest.mark.parametrize("case", layer_norm.KERNEL.cases, ids=lambda c: c.name)
 def test_programs_of_layer_norm_s_backward_that_take_several_turns(case, monkeypatch):
     monkeypatch.setattr(layer_norm, "PROGRAMS", 2)
-    assert checks.faults(layer_norm.KERNEL, case, torch.float32, "cpu") == []
+    assert faults(layer_norm.KERNEL, case, torch.float32, "cpu") == []

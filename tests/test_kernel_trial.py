@@ -13,9 +13,9 @@ from tests.helpers import mostly_slow
 from tests.kernel_helpers import automatic, interpreter  # noqa: F401
 
 pytest.importorskip("triton")
-from minisd.kernels.trial import Bench, Call, Spec, Wrong  # noqa: E402
+from minisd.kernels.trial import Call, Spec, Wrong  # noqa: E402
 
-from minisd.kernels import attention, checks, geglu, kernel, launch, timing, trial, verdicts  # noqa: E402
+from minisd.kernels import attention, geglu, kernel, launch, trial, verdicts  # noqa: E402
 
 pytestmark = [interpreter, pytest.mark.usefixtures("automatic")]
 
@@ -26,7 +26,7 @@ def on_the_cpu(monkeypatch):
 
 
 def call(op: str, case, *, grad=True, dtype=torch.float32) -> Call:
-    tensors, constants = checks.inputs(case, dtype)
+    tensors, constants = case.inputs(dtype)
     specs = [None if t is None else Spec(t.shape, t.stride(), t.dtype, True) for t in tensors.values()]
     return Call(op, (*specs, *constants.values()), grad=grad, autocast=False, graph=False)
 
@@ -101,7 +101,6 @@ def test_wrong_kernels_do_not(pieces, message):
 def test_a_trial_changes_nothing_of_a_run():
     state = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
-        trial.launch(geglu.KERNEL, call("geglu", geglu.KERNEL.cases[0]))
         trial.check(geglu.KERNEL, call("geglu", geglu.KERNEL.cases[0]))
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(torch.get_rng_state(), state)
@@ -154,8 +153,8 @@ def test_a_timing_keeps_no_results(monkeypatch):
     """Those of all calls in a row may not fit into the memory."""
     found = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=0))
-    monkeypatch.setattr(timing, "captured", lambda each, graph: found.extend(run() for run in each))
-    monkeypatch.setattr(timing, "interleaved", lambda runs, rounds, wait: {})
+    monkeypatch.setattr(trial, "captured", lambda each, graph: found.extend(run() for run in each))
+    monkeypatch.setattr(trial, "interleaved", lambda runs, rounds, wait: {})
     trial.time_ms([geglu.KERNEL], call("geglu", geglu.KERNEL.cases[0]))
     assert found == [None] * 2 * trial.REPEATS
 
@@ -184,7 +183,7 @@ def gpu(monkeypatch, ms: float, record=None, check=None) -> list[str]:
         tried.append(verdicts.key(call))
         return {"torch": [1.0] * 15} | {k.name: [ms] * 15 for k in kernels}
 
-    bench = Bench(lambda kernel, call: None, check or (lambda kernel, call: []), time_ms)
+    bench = SimpleNamespace(check=check or (lambda kernel, call: []), time_ms=time_ms)
     monkeypatch.setattr(ops, "_device", "cpu")
     monkeypatch.setattr(
         verdicts, "of", lambda device, pinned, share: verdicts.Verdicts(Table(), pinned, share, bench)
