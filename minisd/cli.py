@@ -12,7 +12,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import NoReturn
@@ -42,7 +42,7 @@ def _help(cls: type, f: Field) -> str:
     metadata, default = _metadata(cls, f.name), default_of(f)
     text = metadata.get("help", "")
     if "listing" in metadata:
-        text += f" one of: {', '.join(registry.names(metadata['listing']))}"
+        text += f" one of: {', '.join(registry.names(metadata['listing']))}; or FILE.py, one of your own"
     if isinstance(default, list):
         default = " ".join(map(str, default)) or None
     if default is not MISSING and not (default is None and "default" in text):
@@ -132,13 +132,31 @@ class Parser(argparse.ArgumentParser):
     def build(self, cls: type, values: dict[str, object], command: str):
         """The options with these values; without --model, those of the tiny model for `command`."""
         if any(f.name == "model" for f in fields(cls)) and values.get("model") is None:
-            defaults = json.loads((TINY / "defaults.json").read_text()).get(command, {})
-            values = {"model": str(TINY), **defaults, **values}
+            values = {"model": str(TINY), **tiny_defaults(cls, command), **values}
             say("no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id")
         try:
             return cls(**values)
         except ValueError as e:
             self.error(str(e))
+
+    def read_own(self, argv: list[str], cls: type) -> dict[str, object]:
+        """As `read`, of the command line itself, which alone may name files of code."""
+        values = self.read(argv)
+        for name in [name for name in values if "listing" in _metadata(cls, name)]:
+            try:
+                registry.admit(values[name])
+            except ValueError as e:
+                self.error(f"--{name}: {e}")
+        return values
+
+
+def tiny_defaults(cls: type, command: str) -> dict[str, object]:
+    """The flags that suit the tiny model: those of `command`, or else of the method whose Options are the
+    nearest base of `cls`, or else of most methods, as far as `cls` has them."""
+    known = json.loads((TINY / "defaults.json").read_text())
+    kinds = [command, *(base.__module__.rpartition(".")[2] for base in cls.__mro__), "methods"]
+    chosen = known[next(kind for kind in kinds if kind in known)]
+    return {name: value for name, value in chosen.items() if name in cls.__dataclass_fields__}
 
 
 def parser_of(cls: type, prog: str, description: str) -> Parser:
@@ -174,25 +192,27 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
     """(method name, its Options). If the flags are wrong, exits with status 2 and one line."""
     SPELLED.clear()
     early = Parser(prog=prog, add_help=False, allow_abbrev=False)
-    early.add_argument("--method")
+    early.add_argument("--method", type=functools.partial(_expand, str))
     known, rest = early.parse_known_args(argv)
     names = registry.names("methods")
     if known.method is None:
         if "-h" in rest or "--help" in rest:
             methods = "".join(f"  {name:20} {registry.summary('methods', name)}\n" for name in names)
             print(f"usage: {prog} --method METHOD [flags]\n\nmethods:\n{methods}")
+            print("or the path of a file of your own, which ends in .py\n")
             print(f"{prog} --method METHOD --help lists the flags of one method")
             sys.exit(0)
         early.error(f"--method is required, one of: {', '.join(names)}")
     try:
+        registry.admit(known.method)
         method = registry.find("methods", known.method)
+        cls = options_of(method)
     except ValueError as e:
-        early.error(str(e))
+        early.error(f"--method: {e}" if known.method.endswith(".py") else str(e))
 
-    cls = options_of(method)
     parser = parser_of(cls, f"{prog} --method {method}", registry.summary("methods", method))
     parser.methods = names
-    values = parser.read(rest)
+    values = parser.read_own(rest, cls)
     try:
         values |= launcher.flags(values, default_of(cls.__dataclass_fields__["mixed_precision"]))
     except ValueError as e:
@@ -205,11 +225,11 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     these over the settings in the image of --like."""
     SPELLED.clear()
     parser = parser_of(Sample, prog, "Generate images with a Stable Diffusion v1.x model.")
-    values, rows, jobs = parser.read(argv), {"": {}}, []
+    values, rows, jobs = parser.read_own(argv, Sample), {"": {}}, []
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
-            values = parser.read(as_flags(like(path, values.keys()))) | values
+            values = parser.read(as_flags(like(path, values))) | values
             parser.where = ""
         if path := values.get("csv"):
             rows = {f"--csv {path} line {line}: ": row for line, row in sweep.read(path)}
@@ -240,7 +260,7 @@ def as_flags(values: Mapping[str, list[str]]) -> list[str]:
     return argv
 
 
-def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
+def like(path: Path, given: Mapping[str, object]) -> dict[str, list[str]]:
     """The flags that an image was generated with, and their values, where the `given` flags leave them open.
     Prints which keys are ignored. ValueError if the image has no parameters, or not the model's path."""
     flags, about, ignored = infotext.flags(infotext.read(path))
@@ -249,6 +269,11 @@ def like(path: Path, given: Collection[str]) -> dict[str, list[str]]:
         ignored.append("Denoising strength")
     if "model" not in {*given, *flags} and about.get("Model") != TINY.name:
         raise ValueError(f"generated by the model {about.get('Model', '')!r}: give its path by --model")
+    own = about.get("Sampler digest")
+    if own and "scheduler" not in given:
+        raise ValueError(f"drawn by a scheduler from a file, {about['Sampler']}: name it by --scheduler")
+    if own and own != infotext.digest(given["scheduler"]):
+        print(f"--like {path}: the image will differ, as it was drawn by another scheduler")
     if "scheduler" in flags and "scheduler" not in given:
         try:
             registry.find_scheduler(flags["scheduler"][0])
