@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
+from minisd import cli
 from minisd.testing import assert_exactly_these_train, built, networks, new, options, train
 
 __all__ = ["assert_exactly_these_train", "built", "networks", "new", "options", "train"]  # from here, too
@@ -27,6 +29,26 @@ def make_pairs(folder: Path, count: int = 4) -> Path:
         rows.append({"source": f"source{i}.png", "target": f"target{i}.png", "prompt": f"shape {i}"})
     (folder / "prompt.json").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+def outputs(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every tensor that a run left, checkpoints included."""
+    return {
+        str(f.relative_to(folder)): {k: v.clone() for k, v in load_file(f).items()}
+        for f in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def same(a, b) -> None:
+    assert a.keys() == b.keys()
+    for file in a:
+        assert a[file].keys() == b[file].keys()
+        assert all(torch.equal(a[file][k], b[file][k]) for k in a[file]), file
+
+
+def refuses(method: str, flag: str) -> bool:
+    """Whether every use of the flag is an error."""
+    return bool(cli.options_of(method).__dataclass_fields__[flag].metadata.get("refused"))
 
 
 def learn(m, trained: dict, batch: dict, steps: int, lr: float) -> tuple[float, float]:

@@ -100,7 +100,8 @@ class Trial:
         flags = defaults().get(self.method, {}) | common | flags
         argv = ["--method", self.method]
         for name, value in flags.items():
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
         _, options = cli.parse_train(argv + self.flags)
         started = time.monotonic()
         with (self.folder / "train.log").open("w") as log:
@@ -196,6 +197,15 @@ class Trial:
         ]
         self.measure("other things: share that shows them", seen[0], 0, seen[1], 0.75, more=True)
         self.rows += [("before: other things", before), ("after: other things", after)]
+
+    def measure_shapes(self, names: list[str], before: list[Image.Image], after: list[Image.Image]) -> None:
+        """Measure how much of the likeness to the things' shapes is left."""
+        lineups = [self.lineup(self.bank[name, "3d"], name) for name in names]
+        alike = [
+            sum(line.shape([d]).item() for line, d in zip(lineups, drawn, strict=True)) / len(names)
+            for drawn in (before, after)
+        ]
+        self.measure("likeness of shapes", alike[0], 0, alike[1], 0.9 * alike[0], more=True)
 
     # Styles
 
