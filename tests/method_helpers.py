@@ -10,9 +10,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from minisd import cli
+from minisd.data.order import Stream, collate
 from minisd.testing import assert_exactly_these_train, built, networks, new, options, train
 
-__all__ = ["assert_exactly_these_train", "built", "networks", "new", "options", "train"]  # from here, too
+# From here, too
+__all__ = ["Stream", "assert_exactly_these_train", "built", "collate", "networks", "new", "options", "train"]
 
 
 def make_pairs(folder: Path, count: int = 4) -> Path:

@@ -1,5 +1,6 @@
 """What the methods share whose loss asks what the model predicted before training."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,14 @@ class Reference(LowRank):
     """Trains low-rank updates, whose scale 0 is the reference, or the UNet, of which a copy is kept."""
 
     def build(self, sd: StableDiffusion) -> Parameters:
-        self.empty = self.frozen_context([""])  # (1, s, d)
         if self.options.train == "full":
             return self.unfreeze_beside(sd)
         return self.insert_updates(sd)
+
+    @functools.cached_property
+    def empty(self) -> Tensor:
+        """The context (1, s, d) of no prompt."""
+        return self.frozen_context([""])
 
     def insert_updates(self, sd: StableDiffusion) -> Parameters:
         """Train new updates of the UNet."""

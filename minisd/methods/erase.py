@@ -32,7 +32,6 @@ class Erase(DrawnLatents):
     are latents that it draws itself for the concept, and so further and further from it."""
 
     def build(self, sd: StableDiffusion) -> Parameters:
-        self.empty = self.frozen_context([""])  # (1, s, d)
         trained, kind = self.unfreeze_beside(sd), self.options.train_method
         for name in list(trained):
             cross, end = ".attn2." in name, name.startswith(("unet.time_embedding.", "unet.conv_out."))

@@ -1,5 +1,6 @@
 """A LoRA whose scale turns a property up and down, from prompts alone (concept sliders, arXiv 2311.12092)."""
 
+import functools
 from pathlib import Path
 
 from minisd.methods._base import Parameters, StableDiffusion, Tensor
@@ -34,11 +35,14 @@ class Sliders(DrawnLatents):
     predict_drawing = DrawnLatents.predict_before  # by the model without the updates
 
     def build(self, sd: StableDiffusion) -> Parameters:
-        o = self.options
-        self.empty, *self.sides = (
-            self.frozen_context([text]) for text in ("", o.positive_prompt, o.negative_prompt)
-        )
         return self.insert_updates(sd)
+
+    @functools.cached_property
+    def sides(self) -> list[Tensor]:
+        """The contexts (1, s, d) of the positive and the negative prompt."""
+        return [
+            self.frozen_context([p]) for p in (self.options.positive_prompt, self.options.negative_prompt)
+        ]
 
     def prompts(self) -> list[str]:
         return [self.options.target_prompt]

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,11 +191,7 @@ class Trial:
         """Measure how many of OTHERS, which nothing trained on, are still drawn as what they are."""
         prompts = [called("3d", plain(name)) for name in OTHERS]
         before, after = self.draw(old, prompts, 60), self.draw(new, prompts, 60)
-        lineups = [self.lineup(self.bank[name, "3d"], name) for name in OTHERS]
-        seen = [
-            sum(line.recognised([d]).item() for line, d in zip(lineups, drawn, strict=True)) / len(drawn)
-            for drawn in (before, after)
-        ]
+        seen = [self.share_shown(OTHERS, drawn) for drawn in (before, after)]
         self.measure("other things: share that shows them", seen[0], 0, seen[1], 0.75, more=True)
         self.rows += [("before: other things", before), ("after: other things", after)]
 
@@ -206,6 +203,12 @@ class Trial:
             for drawn in (before, after)
         ]
         self.measure("likeness of shapes", alike[0], 0, alike[1], 0.9 * alike[0], more=True)
+
+    def share_shown(self, names: Sequence[str], drawn: list[Image.Image]) -> float:
+        """Return the share of images that show the 3d thing that they should."""
+        lineups = [self.lineup(self.bank[name, "3d"], name) for name in names]
+        seen = [line.recognised([d]).item() for line, d in zip(lineups, drawn, strict=True)]
+        return sum(seen) / len(seen)
 
     # Styles
 

@@ -1,6 +1,8 @@
 """The judge's trials of methods whose loss asks the model before training: what that knows is made faster,
 forgotten, preferred or turned."""
 
+import itertools
+
 import torch
 from PIL import Image
 
@@ -12,25 +14,27 @@ from minisd.tiny.trial import Trial, called
 
 
 def lcm(t: Trial) -> None:
-    """The teacher at 4 and at 20 steps, and the student at 4; both are measured on what they know."""
+    """The teacher, with guidance, and the student at few steps. This small teacher needs but four."""
     names, base = t.known("lcm"), t.load()
     layers = {"rank": 16, "target_modules": ["attention", "feed_forward", "projections", "resnet"]}
     out = t.train_model(data=t.in_style(names, "3d"), **layers)
-    prompts, truth = [called("3d", plain(n)) for n in names[:16]], [on(t.bank[n, "3d"]) for n in names[:16]]
-    few = {"steps": 4, "guidance_scale": 1.0, "scheduler": "lcm"}
-    drawn = {
-        "teacher, 20 steps": t.draw(base, prompts),
-        "teacher, 4 steps": t.draw(base, prompts, sampling={"steps": 4}),
-        "teacher, 4 steps of lcm": t.draw(base, prompts, sampling=few | {"guidance_scale": 3.0}),
-    }
+    names = names[:16]
+    prompts, truth = [called("3d", plain(n)) for n in names], [on(t.bank[n, "3d"]) for n in names]
+    drawn = {("teacher", steps): t.draw(base, prompts, sampling={"steps": steps}) for steps in (20, 4, 2)}
     base.attach(out)
-    drawn["student, 4 steps"] = t.draw(base, prompts, sampling=few)
-    t.rows += [(label, shown[:8]) for label, shown in drawn.items()]
-    far = {label: measures.distance(shown, truth).mean().item() for label, shown in drawn.items()}
+    few = {"guidance_scale": 1.0, "scheduler": "lcm"}
+    drawn |= {("student", n): t.draw(base, prompts, sampling=few | {"steps": n}) for n in (4, 2)}
+    t.rows += [(f"{who}, {steps} steps", shown[:8]) for (who, steps), shown in drawn.items()]
+    far = {key: measures.distance(shown, truth).mean().item() for key, shown in drawn.items()}
     chance = measures.distance(truth[1:] + truth[:1], truth).mean()
-    for label in ("teacher, 4 steps", "teacher, 4 steps of lcm", "teacher, 20 steps"):
-        limit = 1.3 * far[label] if "20" in label else 0.75 * far[label]
-        t.measure(f"distance; before: {label}", far[label], chance, far["student, 4 steps"], limit)
+    for teacher, student, factor in ((20, 4, 1.1), (4, 4, 1.1), (2, 2, 0.7)):
+        before, label = (
+            far["teacher", teacher],
+            f"distance, {student} steps; before: teacher, {teacher} steps",
+        )
+        t.measure(label, before, chance, far["student", student], factor * before)
+    seen = [t.share_shown(names, drawn[who, 2]) for who in ("teacher", "student")]
+    t.measure("share that shows the thing, 2 steps", seen[0], 0, seen[1], 0.75, more=True)
 
 
 def erase(t: Trial) -> None:
@@ -73,23 +77,25 @@ def dpo(t: Trial) -> None:
 
 
 def sliders(t: Trial) -> None:
-    """From yellow grounds to blue ones."""
-    names, base = t.known("sliders")[:8], t.load()
-    sides = {f"{side}_prompt": f"3d emoji on a {hue} background" for side, hue in
-             (("positive", "blue"), ("negative", "yellow"))}  # fmt: skip
-    out = t.train_model(target_prompt="3d emoji", **sides)
+    """The ground of a cat, from yellow to blue, and that of other things, which it was not trained on."""
+    base, prompt, drawn = t.load(), called("3d", "cat"), {}
+    sides = {"positive_prompt": called("3d", "cat", "blue"), "negative_prompt": called("3d", "cat", "yellow")}
+    out = t.train_model(target_prompt=prompt, **sides)
     base.attach(out)
-    prompts, drawn = [called("3d", plain(n)) for n in names], {}
-    for scale in (-2, -1, 0, 1, 2):
+    others = [n for n in t.known("sliders") if "cat" not in n][:8]
+    prompts = [prompt] * 8 + [called("3d", plain(n)) for n in others]
+    scales = (-1, -0.5, 0, 0.5, 1)
+    for scale in scales:
         base.rescale(out, scale)
         drawn[scale] = t.draw(base, prompts)
-        t.rows.append((f"scale {scale}", drawn[scale]))
-    score = {scale: blueness(images).mean().item() for scale, images in drawn.items()}
-    t.measure(
-        "blueness at scale 2, against that at 0", score[0], score[0], score[2], score[0] + 0.2, more=True
-    )
-    t.measure("blueness at scale -2, against that at 0", score[0], score[0], score[-2], score[0] - 0.2)
-    t.measure_shapes(names, drawn[0], drawn[1])
+        t.rows.append((f"scale {scale}", drawn[scale][4:12]))
+    for label, rows, need in (("cat", slice(8), 0.4), ("others", slice(8, None), 0.2)):
+        blue = [blueness(drawn[scale][rows]).mean().item() for scale in scales]
+        t.measure(f"{label}: blueness at scale 1", blue[2], blue[2], blue[-1], blue[2] + need, more=True)
+        t.measure(f"{label}: blueness at scale -1", blue[2], blue[2], blue[0], blue[2] - need)
+        rise = min(after - before for before, after in itertools.pairwise(blue))
+        t.measure(f"{label}: smallest rise from a scale to the next", 0, 0, rise, 0.0, more=True)
+    t.measure_shapes(["cat"] * 8 + others, drawn[0], drawn[1])
 
 
 TRIALS = lcm, erase, dpo, sliders
