@@ -5,15 +5,25 @@ import minisd
 sd = minisd.load("v1-5-pruned-emaonly.safetensors")
 sd.attach("lora.safetensors", 0.8)
 images = sd.generate("a photo of a cat", steps=20, seed=0)
+
+`minisd.Method`, `minisd.Problem` and `minisd.SigmaSchedule`, with the settings that these read, are what
+methods and schedulers in files of your own are made from (docs/research.md).
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minisd.methods._base import Method as Method
     from minisd.sampling.api import Model, PixelModel
+    from minisd.schedulers._problem import CLIPPING as CLIPPING
+    from minisd.schedulers._problem import TIMESTEPS as TIMESTEPS
+    from minisd.schedulers._problem import Problem as Problem
+    from minisd.schedulers._sigmas import SIGMAS as SIGMAS
+    from minisd.schedulers._sigmas import SigmaSchedule as SigmaSchedule
 
 
 __version__ = "0.1.0"
@@ -30,3 +40,16 @@ def load(model: str | Path, **options) -> Model | PixelModel:
     on_gpu = torch.device(options["device"]).type == "cuda"
     options.setdefault("dtype", torch.float16 if on_gpu else torch.float32)
     return api.load(model, **options)
+
+
+OFFERED = {
+    "Method": "methods._base", "Problem": "schedulers._problem", "TIMESTEPS": "schedulers._problem",
+    "CLIPPING": "schedulers._problem", "SIGMAS": "schedulers._sigmas", "SigmaSchedule": "schedulers._sigmas",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    """The names for files of one's own, imported when they are asked for."""
+    if name not in OFFERED:
+        raise AttributeError(f"module minisd has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minisd.{OFFERED[name]}"), name)

@@ -13,7 +13,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import NoReturn
@@ -44,7 +44,7 @@ def _help(cls: type, f: Field) -> str:
     metadata, default = _metadata(cls, f.name), default_of(f)
     text = metadata.get("help", "")
     if "listing" in metadata:
-        text += f" one of: {', '.join(registry.names(metadata['listing']))}"
+        text += f" one of: {', '.join(registry.names(metadata['listing']))}; or FILE.py, one of your own"
     if isinstance(default, list):
         default = " ".join(map(str, default)) or None
     if default is not MISSING and not (default is None and "default" in text):
@@ -158,9 +158,7 @@ class Parser(argparse.ArgumentParser):
         """The options with these values; without --model, those of the tiny model for `command`."""
         tiny = any(f.name == "model" for f in fields(cls)) and values.get("model") is None
         if tiny:
-            known = json.loads((TINY / "defaults.json").read_text())
-            plain = {n: v for n, v in known["text_to_image"].items() if n in names_of(cls)}
-            values = {"model": str(TINY), **known.get(command, plain), **values}
+            values = {"model": str(TINY), **tiny_defaults(cls, command), **values}
         try:
             options = cls(**values)
         except ValueError as e:
@@ -169,6 +167,25 @@ class Parser(argparse.ArgumentParser):
             line = "no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id"
             say(line, "stderr" if cls is Sample else "stdout")  # sample.py's stdout has paths alone
         return options
+
+    def read_own(self, argv: list[str], cls: type) -> dict[str, object]:
+        """As `read`, of the command line itself, which alone may name files of code."""
+        values = self.read(argv)
+        for name in [name for name in values if "listing" in _metadata(cls, name)]:
+            try:
+                registry.admit(values[name])
+            except ValueError as e:
+                self.error(f"--{name}: {e}")
+        return values
+
+
+def tiny_defaults(cls: type, command: str) -> dict[str, object]:
+    """The flags that suit the tiny model: those of `command`, or else of the method whose Options are the
+    nearest base of `cls`, or else of most methods, as far as `cls` has them."""
+    known = json.loads((TINY / "defaults.json").read_text())
+    kinds = [command, *(base.__module__.rpartition(".")[2] for base in cls.__mro__), "methods"]
+    chosen = known[next(kind for kind in kinds if kind in known)]
+    return {name: value for name, value in chosen.items() if name in cls.__dataclass_fields__}
 
 
 def parser_of(cls: type, prog: str, description: str) -> Parser:
@@ -180,9 +197,7 @@ def parser_of(cls: type, prog: str, description: str) -> Parser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=width),
     )
-    about = (
-        "flags from a TOML or JSON file, such as a run's options.json; others have priority (default: none)"
-    )
+    about = "read flags from TOML or JSON, such as a run's options.json; others come first (default: none)"
     parser.add_argument("--config", metavar="PATH", default=argparse.SUPPRESS, help=about)  # see `config`
     hints = typing.get_type_hints(cls)
     # A flag belongs to the base-most class that declares it.
@@ -209,7 +224,7 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
     """(method name, its Options). If the flags are wrong, exits with status 2 and one line."""
     SPELLED.clear()
     early = Parser(prog=prog, add_help=False, allow_abbrev=False)
-    early.add_argument("--method")
+    early.add_argument("--method", type=functools.partial(_expand, str))
     known, rest, written = config(early, argv)
     names, name = registry.names("methods"), known.method or written.get("method")
     written.pop("method", None)
@@ -217,18 +232,20 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
         if "-h" in rest or "--help" in rest:
             methods = "".join(f"  {name:20} {registry.summary('methods', name)}\n" for name in names)
             print(f"usage: {prog} --method METHOD [flags]\n\nmethods:\n{methods}")
+            print("or the path of a file of your own, which ends in .py\n")
             print(f"{prog} --method METHOD --help lists the flags of one method")
             sys.exit(0)
         early.error(f"--method is required, one of: {', '.join(names)}")
     try:
+        registry.admit(known.method or "")  # that of --config may be a stranger's
         method = registry.find("methods", str(name))
+        cls = options_of(method)
     except ValueError as e:
-        early.error(str(e))
+        early.error(f"--method: {e}" if str(name).endswith(".py") else str(e))
 
-    cls = options_of(method)
     parser = parser_of(cls, f"{prog} --method {method}", registry.summary("methods", method))
     parser.methods = names
-    values = parser.read_file("--config", known.config, cls, written) | parser.read(rest)
+    values = parser.read_file("--config", known.config, cls, written) | parser.read_own(rest, cls)
     try:
         values |= launcher.flags(values, default_of(cls.__dataclass_fields__["mixed_precision"]))
     except ValueError as e:
@@ -243,7 +260,7 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     known, rest, written = config(Parser(prog=prog, add_help=False, allow_abbrev=False), argv)
     parser = parser_of(Sample, prog, "Generate images with a Stable Diffusion v1.x model.")
     written = parser.read_file("--config", known.config, Sample, written)
-    values, rows, jobs, notices = parser.read(rest), {"": {}}, [], []
+    values, rows, jobs, notices = parser.read_own(rest, Sample), {"": {}}, [], []
     words = values.get("prompt", [])
     if len(words) > 1 and not any(" " in word for word in words):
         if LINKS & {*map(str.lower, words)} and max(map(len, words)) > 2:
@@ -255,7 +272,7 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     try:
         if path := values.get("like"):
             parser.where = f"--like {path}: "
-            flags, said = like(path, values.keys())
+            flags, said = like(path, values)
             notices += said
             values = parser.read(as_flags(flags)) | values
             parser.where = ""
@@ -307,7 +324,7 @@ def as_flags(values: Mapping[str, list[str]], cls: type = Sample) -> list[str]:
     return argv
 
 
-def like(path: Path, given: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
+def like(path: Path, given: Mapping[str, object]) -> tuple[dict[str, list[str]], list[str]]:
     """The flags that an image was generated with, and their values, where the `given` flags leave them open;
     and what to say of keys that are ignored. ValueError if the image has no parameters, or not the model's
     path."""
@@ -317,6 +334,11 @@ def like(path: Path, given: Collection[str]) -> tuple[dict[str, list[str]], list
         ignored.append("Denoising strength")
     if "model" not in {*given, *flags} and about.get("Model") != TINY.name:
         raise ValueError(f"generated by the model {about.get('Model', '')!r}: give its path by --model")
+    own = about.get("Sampler digest")
+    if own and "scheduler" not in given:
+        raise ValueError(f"drawn by a scheduler from a file, {about['Sampler']}: name it by --scheduler")
+    if own and own != infotext.digest(given["scheduler"]):
+        notices.append(f"--like {path}: the image will differ, as it was drawn by another scheduler")
     if "scheduler" in flags and "scheduler" not in given:
         try:
             registry.find_scheduler(flags["scheduler"][0])

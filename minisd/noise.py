@@ -103,9 +103,13 @@ class NoiseSchedule:
             self.copies[device] = self.alphas_cumprod.to(device)
         return self.copies[device][timesteps]
 
+    def shaped(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """alpha_bar_t, shaped to multiply `like` (b, ...)."""
+        return self.at(timesteps).view(-1, *[1] * (like.ndim - 1))  # (b, 1, 1, ...)
+
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like` (b, ...)."""
-        alphas_cumprod = self.at(timesteps).view(-1, *[1] * (like.ndim - 1))  # (b, 1, 1, ...)
+        alphas_cumprod = self.shaped(timesteps, like)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -139,7 +143,8 @@ class NoiseSchedule:
         return torch.where(snr > 0, capped / snr, 1.0)  # 1 is the limit at SNR 0
 
     def split(self, pred: Tensor, x: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-        """The x_0 and the noise that `pred` implies for x, at the noise level `alpha_cumprod` (a scalar)."""
+        """The x_0 and the noise that `pred` implies for x, at the noise level `alpha_cumprod`, a scalar
+        or `shaped`."""
         pred, x = pred.float(), x.float()
         signal, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
         if self.prediction_type == "epsilon":
@@ -147,6 +152,13 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":
             return signal * x - sigma * pred, signal * pred + sigma * x
         return pred, (x - signal * pred) / sigma
+
+    def ddim(self, pred: Tensor, x: Tensor, timesteps: Tensor, after: Tensor) -> Tensor:
+        """x at the timesteps `after`, (b,) as `timesteps` are, by DDIM's step (Song et al. 2020, arXiv
+        2010.02502, equation 12 with a sigma of 0)."""
+        denoised, noise = self.split(pred, x, self.shaped(timesteps, x))
+        signal, sigma = self.levels(after, x)
+        return signal * denoised + sigma * noise
 
 
 def generator(*names: object) -> torch.Generator:

@@ -382,7 +382,7 @@ class Validation(ValidationImages):
         None, "prompt of the validation images; {} in it stands for the trained concept", free=True
     )
     validation_guidance_scale: float = flag(7.5, "guidance scale of validation images")
-    validation_scheduler: str = flag("ddim", "scheduler of validation images, as --scheduler of sample.py")
+    validation_scheduler: str = flag("ddim", "scheduler of validation images,", listing="schedulers")
 
     def check(self):
         name, karras = registry.find_scheduler(self.validation_scheduler)

@@ -1,14 +1,38 @@
-"""A folder is a registry: each file in it is one method, scheduler or format. Standard library only."""
+"""A folder is a registry: each file in it is one method, scheduler or format. Standard library only.
+
+A method or a scheduler may also be a file from outside, by its path, which ends in .py. Such a path is code,
+so it is taken only from who runs the program: see `admit`.
+"""
 
 import ast
 import difflib
+import functools
+import hashlib
 import importlib
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from minisd import reading
+
 HERE = Path(__file__).parent
+NEEDED = {"methods": ("Options",), "schedulers": ("SETTINGS", "sample")}  # what a file from outside defines
+_admitted: dict[str, str] = {}  # the source of each, by its path as it was given
+
+
+def admit(name: str) -> None:
+    """Read the file `name` if it is a path that ends in .py: from here on it stands for a module. To be
+    called with what the user typed, and never with a name from a file, which may be a stranger's. ValueError
+    if the file cannot be read."""
+    if name.endswith(".py"):
+        _admitted[name] = reading.text(Path(name))
+
+
+def digest(name: str) -> str | None:
+    """The SHA-256 of the source of a file from outside; None for what is in the folders."""
+    return hashlib.sha256(_admitted[name].encode()).hexdigest() if name in _admitted else None
 
 
 def names(package: str) -> list[str]:
@@ -17,14 +41,16 @@ def names(package: str) -> list[str]:
 
 
 def find(package: str, name: str) -> str:
-    """The module of this name, or of this name in A1111 or diffusers, in any case and spacing. ValueError,
-    with the nearest name, if there is none."""
+    """The module of this name, or of this name in A1111 or diffusers, in any case and spacing; or the path of
+    a file that was admitted. ValueError, with the nearest name, if there is none."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9+]", "", text.lower())
 
-    if name in names(package):
+    if name in names(package) or name in _admitted:
         return name
+    if name.endswith(".py"):
+        raise ValueError(f"{name} is code: it runs only if the command line names it")
     known = {plain(alias): n for n in names(package) for alias in (n, *_other_names(package, n))}
     if plain(name) in known:
         return known[plain(name)]
@@ -41,19 +67,47 @@ def find_scheduler(name: str) -> tuple[str, bool]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """Import minisd.<package>.<name>. ValueError if the folder has no such file."""
-    return importlib.import_module(f"minisd.{package}.{find(package, name)}")
+    """Import minisd.<package>.<name>, or run the file from outside. ValueError if there is no such file, or
+    if the one from outside does not run, or lacks what the package needs."""
+    name = find(package, name)
+    if name not in _admitted:
+        return importlib.import_module(f"minisd.{package}.{name}")
+    module = _run(package, name, _admitted[name])
+    for needed in NEEDED[package]:
+        if not hasattr(module, needed):
+            raise ValueError(f"{name} is not one of the {package}: it has no {needed}")
+    return module
+
+
+@functools.cache
+def _run(package: str, name: str, source: str) -> ModuleType:
+    """The module of a file from outside, run once for all of its users."""
+    module = ModuleType(f"outside.{package}.{Path(name).stem}")
+    module.__file__ = name
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
+    try:
+        exec(compile(source, name, "exec"), vars(module))
+    except Exception as e:
+        line, trace = getattr(e, "lineno", None), e.__traceback__
+        while trace:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == name else line
+            trace = trace.tb_next
+        raise ValueError(f"{name} line {line}: {type(e).__name__}: {e}") from e
+    return module
 
 
 def load_class(package: str, name: str) -> type:
     """The class of a module that has the file's name without underscores, in any case: `TextToImage` in
-    `text_to_image`."""
-    module = load(package, name)
-    return next(value for key, value in vars(module).items() if key.lower() == name.replace("_", ""))
+    `text_to_image`. ValueError if a file from outside has none."""
+    module, plain = load(package, name), re.sub(r"[\W_]", "", Path(name).stem).lower()
+    for key, value in vars(module).items():
+        if key.lower() == plain and isinstance(value, type):
+            return value
+    raise ValueError(f"{name} has no class of its name, {plain!r} in any case")
 
 
 def _source(package: str, name: str) -> str:
-    return (HERE / package / f"{name}.py").read_text(encoding="utf-8")
+    return _admitted.get(name) or (HERE / package / f"{name}.py").read_text(encoding="utf-8")
 
 
 def _other_names(package: str, name: str) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
+PAIRED = "controlnet", "instruct_pix2pix", "dpo"  # whose data are pairs of images
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "minisd" / "tokenizer"
 
@@ -145,15 +146,20 @@ def captioned(cat) -> Path:
 @pytest.fixture
 def short_run(model, cat, captioned, tmp_path):
     """short_run("lora", "--rank", 2, seed=1): the options of a short run of a method on the tiny models."""
+    from minisd import cli
     from minisd.formats import config_json
+    from minisd.options import Captions, Subject
     from tests import method_helpers
     from tests.helpers import TINY_PIXELS
 
     def make(method: str, *flags, **changes):
-        data = captioned if method == "text_to_image" else cat
-        if method in ("controlnet", "instruct_pix2pix"):
+        kind = cli.options_of(method)
+        captions = issubclass(kind, Captions) and not issubclass(kind, Subject)
+        data = captioned if captions else cat
+        if method in PAIRED:
             data = method_helpers.make_pairs(tmp_path / "pairs")
-        common = ["--data", data, "--output_dir", tmp_path / "out", "--resolution", 32]
+        common = ["--data", data] if "data" in kind.__dataclass_fields__ else []
+        common += ["--output_dir", tmp_path / "out", "--resolution", 32]
         if method == "unconditional":
             config_json.write(tmp_path, "unet2d", TINY_PIXELS)
             common += ["--model_config_name_or_path", tmp_path / "config.json"]

@@ -41,6 +41,11 @@ CLASSES += ["--class_prompt", "a cat", "--num_class_images", "5"]
 OWN = {
     "controlnet": ["--data", "pairs"],
     "lora": ["--data", "captioned"],
+    "lcm": ["--data", "captioned"],
+    "dpo": ["--data", "pairs", "--rejected_column", "conditioning_image"],
+    "erase": ["--erase", "a cat", "a dog", "--ddim_steps", "5"],
+    "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", "a cat",
+                "--ddim_steps", "5"],
     "instruct_pix2pix": ["--data", "pairs"],
     "text_to_image": ["--data", "captioned", "--random_flip"],
     "dreambooth": ["--data", "cat", *CLASSES],

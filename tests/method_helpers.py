@@ -1,17 +1,20 @@
 """What the tests of the training methods share: data, short runs, and diffusers' side of a loss."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
-from minisd import cli, registry
+from minisd import cli
 from minisd.data.order import Stream, collate
-from minisd.training import loop
-from minisd.training.run_folder import RunFolder
+from minisd.testing import assert_exactly_these_train, built, networks, new, options, train
+
+# From here, too
+__all__ = ["Stream", "assert_exactly_these_train", "built", "collate", "networks", "new", "options", "train"]
 
 
 def make_pairs(folder: Path, count: int = 4) -> Path:
@@ -30,34 +33,24 @@ def make_pairs(folder: Path, count: int = 4) -> Path:
     return folder
 
 
-def options(method: str, *flags, **changes) -> object:
-    """Of a short run that reports to nobody. `changes` are of the flags that the method has."""
-    argv = ["--method", method, "--train_batch_size", "2", "--report_to", "none", "--max_train_steps", "2"]
-    o = cli.parse_train([*argv, *map(str, flags)])[1]
-    return replace(o, **{name: value for name, value in changes.items() if hasattr(o, name)})
+def outputs(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every tensor that a run left, checkpoints included."""
+    return {
+        str(f.relative_to(folder)): {k: v.clone() for k, v in load_file(f).items()}
+        for f in sorted(folder.rglob("*.safetensors"))
+    }
 
 
-def new(method: str, o):
-    """A method with these options, on the CPU."""
-    return registry.load_class("methods", method)(o, torch.device("cpu"))
+def same(a, b) -> None:
+    assert a.keys() == b.keys()
+    for file in a:
+        assert a[file].keys() == b[file].keys()
+        assert all(torch.equal(a[file][k], b[file][k]) for k in a[file]), file
 
 
-def built(method: str, o, count: int = 4):
-    """A method ready to compute, its trained parameters, and a batch."""
-    m = new(method, o)
-    m.prepare()
-    trained = m.setup()
-    stream = Stream(m.datasets()[0], o.seed)
-    return m, trained, collate([stream[k] for k in range(count)])
-
-
-def train(method: str, o) -> int:
-    return loop.train(new(method, o), RunFolder(method, o))
-
-
-def networks(m) -> dict[str, torch.nn.Module]:
-    """All networks of a method, including frozen ones."""
-    return m.sd.parts | {name: value for name, value in vars(m).items() if isinstance(value, torch.nn.Module)}
+def refuses(method: str, flag: str) -> bool:
+    """Whether every use of the flag is an error."""
+    return bool(cli.options_of(method).__dataclass_fields__[flag].metadata.get("refused"))
 
 
 def learn(m, trained: dict, batch: dict, steps: int, lr: float) -> tuple[float, float]:
@@ -136,23 +129,6 @@ def shake(module: torch.nn.Module, size: float = 0.05) -> None:
     with torch.no_grad():
         for p in module.parameters():
             p.add_(size * torch.randn(p.shape, generator=generator).to(p))
-
-
-def assert_exactly_these_train(m, trained: dict, batch: dict, steps: int = 1) -> None:
-    """Gradients reach the declared parameters and no others, and all of the declared ones change."""
-    everything = {
-        f"{part}.{n}": p for part, module in networks(m).items() for n, p in module.named_parameters()
-    }
-    ids = {id(p) for p in trained.values()}
-    declared = {n for n, p in everything.items() if id(p) in ids}
-    assert declared and ids <= {id(p) for p in everything.values()}
-    before = {n: p.detach().clone() for n, p in everything.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    for _ in range(steps):
-        m.loss(batch).backward()
-        assert {n for n, p in everything.items() if p.grad is not None} == declared
-        optimizer.step()
-    assert {n for n, p in everything.items() if not torch.equal(p, before[n])} == declared
 
 
 def assert_gradients(trained: dict, theirs: torch.nn.Module, prefix: str, rename=lambda name: name) -> None:

@@ -12,7 +12,8 @@ from minisd import ops
 from minisd.methods._base import Method
 from minisd.sampling import infotext
 from tests.helpers import mostly_slow
-from tests.test_methods import METHODS, NEEDS, outputs, same
+from tests.method_helpers import outputs, same
+from tests.test_methods import METHODS, NEEDS
 from tests.test_methods import run as train
 
 
@@ -110,8 +111,7 @@ def test_the_same_command_gives_the_same_bytes(method, kernels, precision, scrip
     flags = [
         "--method",
         method,
-        "--data",
-        o.data,
+        *(["--data", o.data] if hasattr(o, "data") else []),
         "--resolution",
         32,
         "--train_batch_size",

@@ -17,6 +17,7 @@ from minisd.formats import config_json
 from tests.conftest import ROOT
 from tests.helpers import TINY_PIXELS
 from tests.method_helpers import make_pairs, new
+from tests.test_methods import NEEDS
 
 PIPELINE = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
 LORA = {"pytorch_lora_weights.safetensors"}
@@ -258,8 +259,10 @@ def test_the_precision_of_each_method(method, model, cat, place, monkeypatch, ca
     """By the launcher where diffusers' script leaves it to that, otherwise said not to be used."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     more = {"custom_diffusion": ["--instance_prompt", "x"], "dreambooth": ["--instance_prompt", "x"]}
+    more |= {name: NEEDS[name] for name in ("erase", "sliders")}
     own = [] if method == "unconditional" else ["--model", str(model)]
-    o = cli.parse_train(["--method", method, *own, "--data", str(cat), *more.get(method, [])])[1]
+    own += ["--data", str(cat)] if "data" in cli.options_of(method).__dataclass_fields__ else []
+    o = cli.parse_train(["--method", method, *own, *more.get(method, [])])[1]
     said = "accelerate launch --mixed_precision bf16: not used" in capsys.readouterr().out
     expected = "no" if method in OWN_PRECISION else "bf16"
     assert (o.mixed_precision, said) == (expected, method in OWN_PRECISION)

@@ -34,7 +34,7 @@ LAYERS = [
     ["minisd.methods"],
     ["minisd.training"],
     ["minisd.cli"],
-    ["minisd.__main__", "minisd.tiny"],
+    ["minisd.__main__", "minisd.testing", "minisd.tiny"],
     ["train", "sample"],
 ]
 

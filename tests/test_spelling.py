@@ -65,7 +65,8 @@ def test_the_data_is_looked_at_first(model, cat, tmp_path, command, monkeypatch)
         "minisd.sampling.stable_diffusion.StableDiffusion.load", lambda *a, **k: read.append(1) or 1 / 0
     )
     prior = ["--with_prior_preservation", "--class_prompt", "x", "--class_data_dir", tmp_path / "class"]
-    for method in set(registry.names("methods")) - {"unconditional"}:
+    methods = {m for m in registry.names("methods") if "data" in cli.options_of(m).__dataclass_fields__}
+    for method in methods - {"unconditional"}:
         needs = {
             "dreambooth": ["--instance_prompt", "x", *prior],
             "custom_diffusion": ["--instance_prompt", "x"],
@@ -96,7 +97,9 @@ def test_names_of_other_programs(script, wrong, ours, command):
 
 def test_a_name_of_another_program_for_a_flag_of_another_method(command):
     err = command("train.py", "--method", "text_to_image", "--network_dim", 8)[2]
-    assert err.endswith("--network_dim, here --rank, is not a flag of this method; it belongs to: lora\n")
+    assert err.endswith(
+        "--network_dim, here --rank, is not a flag of this method; it belongs to: dpo, lcm, lora, sliders\n"
+    )
 
 
 def test_the_names_of_other_programs_lead_somewhere():

@@ -231,9 +231,12 @@ def test_every_default_is_a_flag():
     defaults = json.loads((TINY / "defaults.json").read_text())
     sample = {f.name for f in fields(cli.Sample)}
     assert defaults.pop("sample").keys() <= sample
+    general = defaults.pop("methods")  # of a method that has none of its own, as far as it has them
     flags = {m: {f.name for f in fields(cli.options_of(m))} for m in registry.names("methods")}
     assert defaults.keys() == {m for m in flags if "model" in flags[m]}
-    needs = {"data": Path("d"), "instance_prompt": "a sks cat"}
+    assert general.keys() <= set().union(*flags.values())
+    needs = {"data": Path("d"), "instance_prompt": "a sks cat", "erase": ["a cat"]}
+    needs |= {f"{name}_prompt": "a cat" for name in ("target", "positive", "negative")}
     for method, values in defaults.items():
         assert values.keys() <= flags[method], method
         cli.options_of(method)(**{k: v for k, v in needs.items() if k in flags[method]}, **values)

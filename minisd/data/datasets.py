@@ -3,7 +3,7 @@
 A dataset has
     len(dataset)                  number of indices in an epoch
     examples(index, generator)    the examples at an index; random choices are drawn from the generator
-    pixels(view)                  the image (3, h, w) in [-1, 1] of a view
+    pixels(view)                  the image (3, h, w) in [-1, 1] of a view, or None if there is none
     extras(view)                  further tensors of a view, by name
     views()                       all possible views, or None if crops are random
     buckets                       the shape (w, h) at each index, or None if all images have one shape
@@ -210,6 +210,24 @@ class EditPairs(Captioned):
         return {"original": self.tensor(view, self.pair_column)}
 
 
+class Preferences(Captioned):
+    """Images, each with a worse one for the same prompt, in `pair_column`, cropped and flipped in the same
+    way: two examples at each index, the better one first."""
+
+    PAIR_FLAG = "--rejected_column"
+
+    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
+        (better,) = super().examples(index, generator)
+        return [better, replace(better, view=replace(better.view, part=1))]
+
+    def views(self) -> list[View] | None:
+        views = super().views()
+        return None if views is None else [replace(view, part=part) for view in views for part in (0, 1)]
+
+    def pixels(self, view: View) -> Tensor:
+        return self.tensor(view, self.pair_column if view.part else self.image_column)
+
+
 class Prior:
     """Two datasets side by side (prior preservation): an example of the instances and one of their class at
     each index. An epoch is as long as the longer of the two.
@@ -249,3 +267,30 @@ class Prior:
 
     def summary(self) -> str:
         return "\n".join(part.summary() for part in self.parts)
+
+
+class Prompts:
+    """Prompts alone, for a method that draws its images itself."""
+
+    buckets, parts = None, ()  # it has no records
+
+    def __init__(self, prompts: Sequence[str]):
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
+        return [Example(view=View(index), prompt=self.prompts[index])]
+
+    def views(self) -> None:
+        return None
+
+    def pixels(self, view: View) -> None:
+        return None
+
+    def extras(self, view: View) -> dict[str, Tensor]:
+        return {}
+
+    def summary(self) -> str:
+        return f"prompts: {', '.join(self.prompts)}"

@@ -114,8 +114,8 @@ class Stream:
             sample |= {"weight": torch.tensor(example.weight)} | self.dataset.extras(example.view)
             if example.view in self.moments:
                 sample["mean"], sample["std"] = self.moments[example.view]
-            else:
-                sample["pixels"] = self.dataset.pixels(example.view)
+            elif (pixels := self.dataset.pixels(example.view)) is not None:
+                sample["pixels"] = pixels
             samples.append(sample)
         return samples
 

@@ -45,6 +45,8 @@ else:  # this file and the methods import torch only inside functions: `--help` 
 class Method:
     """One run: its options, its model, and one loss function for the loop."""
 
+    preview_steps = 25  # of sampling, for the images that show what a run has learned
+
     def __init__(self, options: Training, device: Device):
         import torch
 
@@ -348,7 +350,8 @@ class Method:
 
         o, count = self.options, self.options.num_validation_images
         chosen = {"guidance_scale": o.validation_guidance_scale, "scheduler": o.validation_scheduler}
-        settings = Settings(width=o.resolution, height=o.resolution, steps=25, plain_prompt=True, **chosen)
+        chosen |= {"steps": self.preview_steps}
+        settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True, **chosen)
         kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
         seeds = [o.seed + i for i in range(count)]
         with tqdm(total=count * settings.steps, desc="drawing", **BRIEF) as bar, self.autocast():

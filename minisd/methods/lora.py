@@ -2,10 +2,10 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from minisd import reading
 from minisd.methods._base import Parameters, StableDiffusion
+from minisd.methods._low_rank import LowRank, Updates
 from minisd.methods._prior import PriorPreservation
 from minisd.options import Subject, Training, flag, require
 
@@ -16,24 +16,15 @@ def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
     return flag(None, help, by_kind=(captioned, dreambooth))
 
 
-class Options(Subject, Training):
+class Options(Updates, Subject, Training):
     """LoRA"""
 
     FEWEST = 200
     instance_prompt: str | None = flag(None, "prompt of images without a caption; trains as DreamBooth")
     train_text_encoder: bool = flag(False, "train updates of the text encoder as well")
     rank: int | None = flag(None, "rank of the updates; 4 by default, or that of --init_lora")
-    alpha: float | None = flag(None, "an update is scaled by alpha / rank; by default the rank")
-    target_modules: list[str] = flag(
-        [],
-        "attention (default), feed_forward, projections, resnet, or ends of names such as attn2.to_k",
-        also=("target",),
-    )
     lora_dropout: float = flag(0.0, "dropout probability of the updates' inputs")
     init_lora: Path | None = flag(None, "initial LoRA file, which sets layers, ranks and alphas")
-    save_format: Literal["diffusers", "diffusers-0.16", "kohya"] = flag(
-        "diffusers", "diffusers-0.16 is what that release reads; kohya what A1111 and ComfyUI read"
-    )
     learning_rate: float | None = by_kind(1e-4, 5e-4, "peak learning rate; ")
     train_batch_size: int | None = by_kind(16, 4, "images in a forward pass on one device; ")
     num_train_epochs: int | None = by_kind(100, 1, "passes over the data; ")
@@ -53,7 +44,6 @@ class Options(Subject, Training):
         prior = self.with_prior_preservation
         require(dreambooth or not prior, "--with_prior_preservation needs --instance_prompt")
         require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of images")
-        self.positive("rank", "alpha")
         for name in ("rank", "alpha", "target_modules"):
             both = self.init_lora and getattr(self, name)
             require(not both, f"--{name} is set by --init_lora: leave one of them out")
@@ -63,54 +53,21 @@ class Options(Subject, Training):
         require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
 
 
-class LoRA(PriorPreservation):
+class LoRA(LowRank, PriorPreservation):
     """Trains A and B of each targeted layer, in fp32; everything else is frozen."""
 
     def build(self, sd: StableDiffusion) -> Parameters:
         from minisd.adapters import lora
 
-        o, rank = self.options, self.options.rank or 4
+        o = self.options
         if o.init_lora:
             self.updates, origin = lora.load(sd, o.init_lora, o.lora_dropout), f"--init_lora {o.init_lora}"
         else:
-            networks, origin = lora.networks(sd), f"--target_modules {' '.join(o.target_modules)}"
-            if not o.train_text_encoder:
-                del networks["text_encoder"]
-            targets = o.target_modules or ["attention"]
-            self.updates = lora.insert(networks, targets, rank, o.alpha or rank, o.lora_dropout)
+            origin = f"--target_modules {' '.join(o.target_modules)}"
+            self.insert(sd, text_encoder=o.train_text_encoder, dropout=o.lora_dropout)
         # Without --train_text_encoder, a file's updates of the text encoder are saved unchanged.
         trained = {n: u for n, u in self.updates.items() if o.train_text_encoder or n.startswith("unet.")}
         if o.train_text_encoder and not any(n.startswith("text_encoder.") for n in trained):
             raise ValueError(f"--train_text_encoder: {origin} has no layer of the text encoder")
         require(trained, f"{origin} has no layer of the UNet; --train_text_encoder trains it")
         return {f"{n}.{k}": p.requires_grad_() for n, u in trained.items() for k, p in u.named_parameters()}
-
-    def describe(self) -> str:
-        from minisd.adapters import lora
-
-        return f"{lora.describe(self.updates)}\n{super().describe()}"
-
-    def save(self, folder: Path) -> None:
-        from minisd.adapters import lora
-
-        path = folder / "pytorch_lora_weights.safetensors"
-        lora.save(path, self.updates, self.options.save_format, self.metadata())
-
-    def metadata(self) -> dict[str, str]:
-        """How the LoRA was trained, by the names of kohya's files, which A1111 shows."""
-        o, kind = self.options, self.sd.schedule.prediction_type
-        side, title = f"{o.resolution}x{o.resolution}", reading.real(o.output_dir).name
-        recorded = {
-            "output_name": title, "sd_model_name": self.sd.name, "resolution": side, "optimizer": "AdamW",
-            "batch_size_per_device": o.train_batch_size, "num_epochs": o.num_train_epochs,
-            "min_snr_gamma": o.snr_gamma, "clip_skip": None, "seed": o.seed,
-            "learning_rate": o.learning_rate, "lr_scheduler": o.lr_scheduler,
-            "lr_warmup_steps": o.lr_warmup_steps, "max_train_steps": o.max_train_steps,
-            "gradient_accumulation_steps": o.gradient_accumulation_steps,
-            "mixed_precision": o.mixed_precision, "noise_offset": o.noise_offset,
-        }  # fmt: skip
-        return {f"ss_{name}": str(value) for name, value in recorded.items()} | {
-            "modelspec.title": title,
-            "modelspec.resolution": side,
-            "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
-        }

@@ -39,7 +39,9 @@ def write(
             values = value if isinstance(value, list) else [words[value] if words else value]
             pairs += [(key, v) for v in values]
     pairs.sort(key=lambda pair: FIRST.index(pair[0]) if pair[0] in FIRST else len(FIRST))
-    pairs[1] = "Sampler", registry.load("schedulers", settings.scheduler).A1111
+    module = registry.load("schedulers", settings.scheduler)
+    pairs[1] = "Sampler", getattr(module, "A1111", Path(settings.scheduler).name)
+    pairs += [("Sampler digest", own)] if (own := digest(settings.scheduler)) else []
     pairs += [("RNG", "CPU"), ("Version", "minisd"), *([("Kernels", kernels)] if kernels else [])]
     negative = settings.negative_prompt
     prompts = f"{prompt}\n{NEGATIVE}{negative}" if negative else prompt
@@ -47,6 +49,11 @@ def write(
     if parse(f"{prompts}\n{last}")[:2] != (prompt, negative):  # a line of a prompt looks like another part
         last = f"Prompts: {_quoted(json.dumps([prompt, negative]))}, {last}"
     return f"{prompts}\n{last}"
+
+
+def digest(scheduler: str) -> str:
+    """The first digits of the digest of a scheduler from a file; "" for those of the folder."""
+    return (registry.digest(scheduler) or "")[:12]
 
 
 def _quoted(value: object) -> str:
@@ -113,6 +120,6 @@ def flags(text: str) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
             values["width"], values["height"] = [size[1]], [size[2]]
         elif f and value in (words := f.metadata.get("words", {value: value})):
             values.setdefault(f.name, []).append(str(words[value]))
-        elif key not in ("Model", "RNG", "Version", "Kernels", "Prompts"):
+        elif key not in ("Model", "RNG", "Version", "Kernels", "Prompts", "Sampler digest"):
             ignored.append(key)
     return values, dict(pairs), ignored

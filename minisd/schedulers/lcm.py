@@ -11,10 +11,15 @@ A1111 = "LCM"
 SETTINGS = CLIPPING | {"clip_sample": False, "original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
+def consistency(x: Tensor, denoised: Tensor, t: float | Tensor, scaling: float) -> Tensor:
+    """The consistency function c_skip x + c_out x_0, where c_skip is 1 and c_out 0 at timestep t = 0 (Song et
+    al. 2023, arXiv 2303.01469, appendix C)."""
+    scaled = t * scaling / 0.5  # 0.5 is the standard deviation of the data
+    return scaled / (scaled**2 + 1) ** 0.5 * denoised + x / (scaled**2 + 1)
+
+
 def sample(problem: Problem) -> Iterator[Tensor]:
-    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps of the distillation. The
-    consistency function is c_skip x + c_out x_0, where c_skip is 1 and c_out 0 at timestep 0 (Song et al.
-    2023, arXiv 2303.01469, appendix C)."""
+    """Algorithm 3, at `steps` of the `original_inference_steps` timesteps of the distillation."""
     count, scaling = problem.settings["original_inference_steps"], problem.settings["timestep_scaling"]
     if not 1 <= problem.steps <= count:
         raise ValueError(f"--steps {problem.steps}: lcm takes from 1 to {count}")
@@ -24,9 +29,8 @@ def sample(problem: Problem) -> Iterator[Tensor]:
     bars = problem.alphas_cumprod()[timesteps]
     x, steps = problem.begin(bars.sqrt(), (1 - bars).sqrt())
     for step in steps:
-        scaled = timesteps[step] * scaling / 0.5  # 0.5 is the standard deviation of the data
         denoised, _ = problem.predict(x, timesteps[step], bars[step])
-        x = scaled / (scaled**2 + 1) ** 0.5 * denoised + x / (scaled**2 + 1)
+        x = consistency(x, denoised, timesteps[step], scaling)
         if step < problem.steps - 1:
             x = bars[step + 1].sqrt() * x + (1 - bars[step + 1]).sqrt() * problem.new_noise()
         x = problem.keep(x, step)

@@ -29,7 +29,7 @@ from minisd.models.unet2d import UNet2DConfig
 from minisd.options import TINY
 from minisd.sampling.generate import Control
 from minisd.sampling.pixel_diffusion import PixelDiffusion
-from minisd.tiny import bank, measures, unseen
+from minisd.tiny import bank, measures, tuned, unseen
 from minisd.tiny.concepts import UNSEEN
 from minisd.tiny.data import TURQUOISE, loose, plain
 from minisd.tiny.pictures import HUES, SIDE, on, recoloured, silhouette
@@ -258,7 +258,7 @@ def unconditional(t: Trial) -> None:
 
 
 TRIALS = {f.__name__: f for f in (textual_inversion, dreambooth, custom_diffusion, lora, text_to_image,
-                                  controlnet, instruct_pix2pix, unconditional)}  # fmt: skip
+                                  controlnet, instruct_pix2pix, unconditional, *tuned.TRIALS)}  # fmt: skip
 
 
 def judge(method: str, model: Path, out: Path, flags: list[str], shuffled: bool = False) -> list[Measure]:

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,8 @@ class Trial:
         flags = defaults().get(self.method, {}) | common | flags
         argv = ["--method", self.method]
         for name, value in flags.items():
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
         _, options = cli.parse_train(argv + self.flags)
         started = time.monotonic()
         with (self.folder / "train.log").open("w") as log:
@@ -189,13 +191,24 @@ class Trial:
         """Measure how many of OTHERS, which nothing trained on, are still drawn as what they are."""
         prompts = [called("3d", plain(name)) for name in OTHERS]
         before, after = self.draw(old, prompts, 60), self.draw(new, prompts, 60)
-        lineups = [self.lineup(self.bank[name, "3d"], name) for name in OTHERS]
-        seen = [
-            sum(line.recognised([d]).item() for line, d in zip(lineups, drawn, strict=True)) / len(drawn)
-            for drawn in (before, after)
-        ]
+        seen = [self.share_shown(OTHERS, drawn) for drawn in (before, after)]
         self.measure("other things: share that shows them", seen[0], 0, seen[1], 0.75, more=True)
         self.rows += [("before: other things", before), ("after: other things", after)]
+
+    def measure_shapes(self, names: list[str], before: list[Image.Image], after: list[Image.Image]) -> None:
+        """Measure how much of the likeness to the things' shapes is left."""
+        lineups = [self.lineup(self.bank[name, "3d"], name) for name in names]
+        alike = [
+            sum(line.shape([d]).item() for line, d in zip(lineups, drawn, strict=True)) / len(names)
+            for drawn in (before, after)
+        ]
+        self.measure("likeness of shapes", alike[0], 0, alike[1], 0.9 * alike[0], more=True)
+
+    def share_shown(self, names: Sequence[str], drawn: list[Image.Image]) -> float:
+        """Return the share of images that show the 3d thing that they should."""
+        lineups = [self.lineup(self.bank[name, "3d"], name) for name in names]
+        seen = [line.recognised([d]).item() for line, d in zip(lineups, drawn, strict=True)]
+        return sum(seen) / len(seen)
 
     # Styles
 

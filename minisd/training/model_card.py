@@ -113,7 +113,7 @@ def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> 
     prompts = list(dict.fromkeys(line(prompt) for prompt, _ in prompts if prompt))
     licence, note = APACHE if is_tiny else OPEN_RAIL if base else OWN
     task = next((kind.task for kind, _ in found), None)
-    tags = ["diffusers", "minisd", base and "stable-diffusion", method.replace("_", "-")]
+    tags = ["diffusers", "minisd", base and "stable-diffusion", Path(method).stem.replace("_", "-")]
     tags += [kind.tag for kind, _ in found]
     drawn = prompts if task == "text-to-image" else []
     facts = {

@@ -34,7 +34,8 @@ class RunFolder(AbstractContextManager):
         self.options = options
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
         del values["hub_token"]
-        self.recorded = {"method": method} | values
+        code = {name: sha for name in [method, *values.values()] if (sha := registry.digest(str(name)))}
+        self.recorded = {"method": method, **({"code": code} if code else {})} | values
         self.trackers: list = []
         self.lock: Lock | None = None
         self.asked: Path | None = None  # the checkpoint that the user named, which rotation leaves alone
@@ -129,9 +130,10 @@ class RunFolder(AbstractContextManager):
             self.asked, state = reading.real(path), checkpoint.check(path)
         earlier = state["options"]
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
-        changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
+        changed = sorted(k for k in compared if earlier[k] != self.recorded[k])
         if changed:
-            flags = ", ".join(changed)
+            flags = ("the code was another" if k == "code" else f"--{k} was {earlier[k]}" for k in changed)
+            flags = ", ".join(flags)
             raise ValueError(f"{path} is of a run with other flags ({flags}): give the same, or start over")
         print(f"continuing from {path}")
         return path
@@ -257,7 +259,7 @@ class Log:
     that logging does not hold up the GPU."""
 
     def __init__(self, folder: RunFolder, step: int, total: int, *, show: bool):
-        name = folder.recorded["method"]
+        name = Path(folder.recorded["method"]).stem
         self.folder = folder
         shown = {"desc": name, "bar_format": BAR, "dynamic_ncols": True, "disable": not show}
         self.bar = tqdm(total=total, initial=step, **shown)

@@ -1,6 +1,7 @@
 """Copies of a run's curves, images and result elsewhere: tensorboard, wandb and the hub."""
 
 import sys
+from pathlib import Path
 
 from PIL import Image
 
@@ -32,7 +33,7 @@ class WandB:
         import wandb
 
         self.wandb = wandb
-        project = recorded.get("tracker_project_name") or f"minisd-{recorded['method']}"
+        project = recorded.get("tracker_project_name") or f"minisd-{Path(recorded['method']).stem}"
         self.run = wandb.init(project=project, config=recorded, dir=str(options.output_dir))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

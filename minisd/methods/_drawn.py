@@ -1,0 +1,75 @@
+"""What the methods share that need no images: the model draws the latents that it trains on."""
+
+from minisd.methods._base import Captioned, Tensor
+from minisd.methods._reference import Reference
+from minisd.options import Model, Optimizer, Precision, Run, Validation, flag, require
+
+
+class Drawn(Validation, Optimizer, Precision, Model, Run):
+    """Latents that the model draws
+
+    And the groups of all methods that start from a Stable Diffusion model and need no images.
+    """
+
+    resolution: int = flag(512, "side of the images in pixels, a multiple of 8")
+    ddim_steps: int = flag(50, "steps of an image, at one of which, drawn at random, each sample stops")
+    start_guidance: float = flag(3.0, "guidance scale of drawing")
+
+    def check(self):
+        require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
+        self.positive("ddim_steps")
+
+
+class DrawnLatents(Reference):
+    """Trains on x_t from the model as it is, drawn by DDIM from noise down to a random step."""
+
+    def prompts(self) -> list[str]:
+        """What is drawn."""
+        raise NotImplementedError
+
+    def read(self) -> None:
+        """There are no images."""
+
+    def datasets(self) -> tuple[Captioned, None]:
+        from minisd.data.datasets import Prompts
+
+        self.data = Prompts(self.prompts())
+        return self.data, None
+
+    def latent_shape(self, batch: dict) -> tuple[int, ...]:
+        side = self.options.resolution // self.sd.downscale
+        return self.sd.channels, side, side
+
+    def weights(self, timesteps: Tensor) -> float:
+        return 1.0
+
+    def inputs(self, batch: dict) -> dict:
+        """x_t "noisy" (b, c, h, w), "timesteps" (b,) and "text" (b, s, d), on the device."""
+        import torch
+
+        o, shape = self.options, self.latent_shape(batch)
+        streams = self.generators("timesteps", batch)
+        stops = torch.stack([torch.randint(o.ddim_steps, (), generator=g) for g in streams])
+        sent = self.send(batch | {"noise": self.draw("noise", batch, shape), "stops": stops})
+        text = self.text(batch["prompt"])
+        noisy, timesteps = self.draw_to(sent.pop("noise"), text, sent.pop("stops"), stops.max().item())
+        return sent | {"noisy": noisy, "timesteps": timesteps, "text": text}
+
+    def draw_to(self, x: Tensor, text: Tensor, stops: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """From noise x (b, c, h, w), x after stops[i] steps of sample i, of which `last` is the largest, and
+        the timesteps there."""
+        import torch
+
+        o, schedule, noisy = self.options, self.sd.schedule, x
+        apart, final = schedule.num_train_timesteps // o.ddim_steps, schedule.num_train_timesteps - 1
+        times = [min(apart * i + 1, final) for i in reversed(range(o.ddim_steps))]
+        for step in range(last):
+            t, after = (torch.full_like(stops, times[i]) for i in (step, step + 1))
+            with_text, empty = self.predict_drawing(x, t, text, self.empty)
+            x = schedule.ddim(empty + o.start_guidance * (with_text - empty), x, t, after)
+            noisy = torch.where((stops == step + 1).view(-1, 1, 1, 1), x, noisy)
+        return noisy, (apart * (o.ddim_steps - 1 - stops) + 1).clamp(max=final)
+
+    def predict_drawing(self, x: Tensor, t: Tensor, *contexts: Tensor) -> tuple[Tensor, ...]:
+        """The predictions that x_t is drawn by: those of the model as it is now."""
+        return self.predict_with(self.sd.unet, x, t, *contexts)

@@ -1,0 +1,101 @@
+"""The judge's trials of methods whose loss asks the model before training: what that knows is made faster,
+forgotten, preferred or turned."""
+
+import itertools
+
+import torch
+from PIL import Image
+
+from minisd.tiny import measures
+from minisd.tiny.data import plain
+from minisd.tiny.metrics import ground_of
+from minisd.tiny.pictures import GROUNDS, on
+from minisd.tiny.trial import Trial, called
+
+
+def lcm(t: Trial) -> None:
+    """The teacher, with guidance, and the student at few steps. This small teacher needs but four."""
+    names, base = t.known("lcm"), t.load()
+    layers = {"rank": 16, "target_modules": ["attention", "feed_forward", "projections", "resnet"]}
+    out = t.train_model(data=t.in_style(names, "3d"), **layers)
+    names = names[:16]
+    prompts, truth = [called("3d", plain(n)) for n in names], [on(t.bank[n, "3d"]) for n in names]
+    drawn = {("teacher", steps): t.draw(base, prompts, sampling={"steps": steps}) for steps in (20, 4, 2)}
+    base.attach(out)
+    few = {"guidance_scale": 1.0, "scheduler": "lcm"}
+    drawn |= {("student", n): t.draw(base, prompts, sampling=few | {"steps": n}) for n in (4, 2)}
+    t.rows += [(f"{who}, {steps} steps", shown[:8]) for (who, steps), shown in drawn.items()]
+    far = {key: measures.distance(shown, truth).mean().item() for key, shown in drawn.items()}
+    chance = measures.distance(truth[1:] + truth[:1], truth).mean()
+    for teacher, student, factor in ((20, 4, 1.1), (4, 4, 1.1), (2, 2, 0.7)):
+        before, label = (
+            far["teacher", teacher],
+            f"distance, {student} steps; before: teacher, {teacher} steps",
+        )
+        t.measure(label, before, chance, far["student", student], factor * before)
+    seen = [t.share_shown(names, drawn[who, 2]) for who in ("teacher", "student")]
+    t.measure("share that shows the thing, 2 steps", seen[0], 0, seen[1], 0.75, more=True)
+
+
+def erase(t: Trial) -> None:
+    """The camel, by two of its captions, and looked for on a ground that neither names."""
+    gone, base = "camel", t.load()
+    new = t.load(t.train_model(erase=[called(style, gone) for style in ("3d", "flat")]))
+    for label, ground in (("as in the prompts", ""), ("on blue", "blue")):
+        prompts, lineup = [called("3d", gone, ground)] * 8, t.lineup(t.bank[gone, "3d"], gone, "3d", ground)
+        drawn = [t.draw(sd, prompts) for sd in (base, new)]
+        seen = [lineup.recognised(d).float().mean() for d in drawn]
+        t.measure(f"{gone}, {label}: share that shows one", seen[0], 0, seen[1], 0.125)
+        t.rows += [(f"before: {prompts[0]}", drawn[0]), (f"after: {prompts[0]}", drawn[1])]
+    t.others(base, new)
+
+
+def blueness(drawn: list[Image.Image]) -> torch.Tensor:
+    """Return how much bluer than red the grounds of images are, (n,)."""
+    grounds = torch.tensor([ground_of(image) for image in drawn]) / 255
+    return grounds[:, 2] - grounds[:, 0]
+
+
+def dpo(t: Trial) -> None:
+    """Things on blue are preferred to things on white; tested on other things."""
+    names, base = t.known("dpo"), t.load()
+    taught, tested = names[12:60], names[:12]
+
+    def pair(name: str) -> dict:
+        tile = t.bank[name, "3d"]
+        return {"": on(tile, GROUNDS["blue"]), "rejected": on(tile), "text": called("3d", plain(name))}
+
+    out = t.train_model(data=t.write("pairs", [pair(n) for n in taught]))
+    prompts = [called("3d", plain(n)) for n in tested]
+    before = t.draw(base, prompts)
+    base.attach(out)
+    after = t.draw(base, prompts)
+    wins = (blueness(after) > blueness(before) + 0.05).float().mean()
+    t.measure("share preferred to those before", 0.5, 0.5, wins, 0.75, more=True)
+    t.measure_shapes(tested, before, after)
+    t.rows += [("before", before[:8]), ("after", after[:8])]
+
+
+def sliders(t: Trial) -> None:
+    """The ground of a cat, from yellow to blue, and that of other things, which it was not trained on."""
+    base, prompt, drawn = t.load(), called("3d", "cat"), {}
+    sides = {"positive_prompt": called("3d", "cat", "blue"), "negative_prompt": called("3d", "cat", "yellow")}
+    out = t.train_model(target_prompt=prompt, **sides)
+    base.attach(out)
+    others = [n for n in t.known("sliders") if "cat" not in n][:8]
+    prompts = [prompt] * 8 + [called("3d", plain(n)) for n in others]
+    scales = (-1, -0.5, 0, 0.5, 1)
+    for scale in scales:
+        base.rescale(out, scale)
+        drawn[scale] = t.draw(base, prompts)
+        t.rows.append((f"scale {scale}", drawn[scale][4:12]))
+    for label, rows, need in (("cat", slice(8), 0.4), ("others", slice(8, None), 0.2)):
+        blue = [blueness(drawn[scale][rows]).mean().item() for scale in scales]
+        t.measure(f"{label}: blueness at scale 1", blue[2], blue[2], blue[-1], blue[2] + need, more=True)
+        t.measure(f"{label}: blueness at scale -1", blue[2], blue[2], blue[0], blue[2] - need)
+        rise = min(after - before for before, after in itertools.pairwise(blue))
+        t.measure(f"{label}: smallest rise from a scale to the next", 0, 0, rise, 0.0, more=True)
+    t.measure_shapes(["cat"] * 8 + others, drawn[0], drawn[1])
+
+
+TRIALS = lcm, erase, dpo, sliders

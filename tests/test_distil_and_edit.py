@@ -1,0 +1,211 @@
+"""Methods whose loss asks the model before training: their mathematics, written out with diffusers' UNet."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisd.adapters import lora
+from minisd.schedulers.lcm import consistency
+from tests.method_helpers import assert_gradients, built, encode, pipeline, theirs_of
+
+pytestmark = pytest.mark.parity
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture
+def options(short_run):
+    return lambda method, *flags: short_run(method, "--learning_rate", "1e-2", *flags)
+
+
+def trained_further(m, trained: dict, pipe):
+    """Change what trains, and return diffusers' UNet with the same weights."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    theirs = copy.deepcopy(pipe.unet)
+    theirs.load_state_dict(lora.merged(m.sd.unet))
+    return theirs.requires_grad_(True)
+
+
+def with_kind(pipe, kind: str, **more):
+    """diffusers' DDIM for a prediction type."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=kind, clip_sample=False, **more)
+
+
+# --- Latent consistency ------------------------------------------------------------------------------------
+
+
+def test_the_consistency_function_is_the_identity_at_0():
+    x, denoised = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    assert torch.equal(consistency(x, denoised, 0, 10.0), x)
+    assert torch.allclose(consistency(x, denoised, 999, 10.0), denoised, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_lcm(model, options, train, kind):
+    """Algorithm 1: the teacher's step by diffusers' DDIM, the consistency function by its LCM scheduler."""
+    from diffusers import LCMScheduler
+
+    flags = ["--train", train, "--prediction_type", kind, "--no-cache_latents", "--w_min", 1, "--w_max", 4]
+    m, trained, batch = built("lcm", options("lcm", *flags, "--huber_c", 0.1), count=4)
+    pipe = pipeline(model)
+    student = trained_further(m, trained, pipe)
+    loss = m.loss(batch)
+    loss.backward()
+
+    theirs, scheduler, lcm = theirs_of(pipe, m, batch), with_kind(pipe, kind), LCMScheduler()
+    scheduler.set_timesteps(50)
+    assert {t % 20 for t in theirs.timesteps.tolist()} == {19} and len(set(theirs.timesteps.tolist())) > 1
+    w = m.inputs(batch)["w"]
+    assert (w >= 1).all() and (w <= 4).all() and len(w.unique()) == len(w)
+
+    def f(x, t):
+        pred = student(x, t, theirs.context).sample
+        rows = []
+        for x_i, pred_i, t_i in zip(x, pred, t, strict=True):
+            skip, out = lcm.get_scalings_for_boundary_condition_discrete(t_i)
+            bar = scheduler.alphas_cumprod[t_i]
+            x_0 = (x_i - (1 - bar).sqrt() * pred_i) / bar.sqrt()
+            x_0 = x_0 if kind == "epsilon" else bar.sqrt() * x_i - (1 - bar).sqrt() * pred_i
+            rows.append(skip * x_i + out * x_0)
+        return torch.stack(rows)
+
+    with torch.no_grad():
+        empty = encode(pipe, [""] * 4)
+        text, none = (pipe.unet(theirs.noisy, theirs.timesteps, c).sample for c in (theirs.context, empty))
+        guided = text + w.view(-1, 1, 1, 1) * (text - none)
+        steps = zip(guided, theirs.timesteps, theirs.noisy, strict=True)
+        after = torch.stack([scheduler.step(pred, t, x).prev_sample for pred, t, x in steps])
+        target = f(after, (theirs.timesteps - 20).clamp(min=0))
+    expected = (((f(theirs.noisy, theirs.timesteps) - target) ** 2 + 0.1**2).sqrt() - 0.1).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    if train == "full":
+        assert_gradients(trained, student, "unet.")
+
+
+def test_flags_of_updates_need_updates(options, capsys):
+    for flag in (["--rank", 2], ["--alpha", 2], ["--target", "resnet"], ["--save_format", "kohya"]):
+        with pytest.raises(SystemExit):
+            options("lcm", "--train", "full", *flag)
+        assert "is of low-rank updates, and --train full has none" in capsys.readouterr().err
+
+
+def test_the_whole_unet_is_saved(options, tmp_path):
+    from minisd.sampling.stable_diffusion import StableDiffusion
+
+    m, trained, _ = built("lcm", options("lcm", "--train", "full"))
+    with torch.no_grad():
+        trained["unet.conv_in.weight"].add_(1)
+    m.save(tmp_path / "full")
+    saved = StableDiffusion.load(tmp_path / "full").unet.conv_in.weight
+    assert torch.equal(saved, trained["unet.conv_in.weight"])
+    assert "UNet" not in m.describe()
+
+
+# --- Erasing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["xattn", "noxattn", "full"])
+def test_erase(model, options, kind):
+    """x_t by diffusers' DDIM with the trained network, and equation 5 with the frozen one."""
+    flags = ["--erase", "a cat", "a dog", "--ddim_steps", 5, "--negative_guidance", 2, "--train_method", kind]
+    m, trained, batch = built("erase", options("erase", *flags), count=6)
+    names = {n.removeprefix("unet.") for n in trained}
+    pipe = pipeline(model)
+    cross = {n for n, _ in pipe.unet.named_parameters() if ".attn2." in n}
+    assert {"xattn": names == cross, "noxattn": names and not names & cross, "full": names > cross}[kind]
+    unet = trained_further(m, trained, pipe)
+    loss = m.loss(batch)
+    loss.backward()
+
+    inputs, context, empty = m.inputs(batch), encode(pipe, batch["prompt"]), encode(pipe, [""])
+    assert set(batch["prompt"]) == {"a cat", "a dog"}
+    x, scheduler = m.draw("noise", batch, SHAPE), with_kind(pipe, "epsilon", steps_offset=1)
+    scheduler.set_timesteps(5)
+    assert len(inputs["timesteps"].unique()) > 2
+    with torch.no_grad():
+        found = 0
+        for t in scheduler.timesteps:
+            here = inputs["timesteps"] == t
+            found += here.sum().item()
+            assert torch.allclose(inputs["noisy"][here], x[here], atol=1e-4)
+            text, none = (unet(x, t, c.expand(6, -1, -1)).sample for c in (context, empty))
+            x = scheduler.step(none + 3 * (text - none), t, x).prev_sample
+        assert found == 6
+        noisy, timesteps = inputs["noisy"], inputs["timesteps"]
+        text, none = (pipe.unet(noisy, timesteps, c.expand(6, -1, -1)).sample for c in (context, empty))
+    expected = F.mse_loss(unet(noisy, timesteps, context).sample, none - 2 * (text - none))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    if kind == "full":
+        assert_gradients(trained, unet, "unet.")
+
+
+# --- Preferences -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_dpo(model, options, train, gamma):
+    """Equation 14: both images of a pair with one noise and one timestep, against the frozen network."""
+    flags = ["--train", train, "--beta_dpo", 50, "--rejected_column", "conditioning_image", "--center_crop"]
+    flags += ["--snr_gamma", gamma] if gamma else []
+    m, trained, batch = built("dpo", options("dpo", *flags, "--no-cache_latents"), count=3)
+    pipe = pipeline(model)
+    unet = trained_further(m, trained, pipe)
+    loss = m.loss(batch)
+    loss.backward()
+
+    numbers = [str(n).partition("+")[0] for n in batch["number"]]
+    assert numbers[:3] == numbers[3:] and not torch.equal(batch["pixels"][:3], batch["pixels"][3:])
+    theirs = theirs_of(pipe, m, batch | {"number": numbers})
+    assert torch.equal(theirs.target[:3], theirs.target[3:])
+    with torch.no_grad():
+        before = theirs.mse(pipe.unet(theirs.noisy, theirs.timesteps, theirs.context).sample, gamma)
+    change = theirs.mse(unet(theirs.noisy, theirs.timesteps, theirs.context).sample, gamma) - before
+    expected = -F.logsigmoid(-25 * (change[:3] - change[3:])).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    if train == "full":
+        assert_gradients(trained, unet, "unet.")
+
+
+def test_dpo_begins_at_log_2(options):
+    m, _, batch = built("dpo", options("dpo", "--rejected_column", "conditioning_image"))
+    assert m.loss(batch).item() == pytest.approx(0.693147, abs=1e-5)
+
+
+# --- Sliders -----------------------------------------------------------------------------------------------
+
+
+def test_sliders(model, options):
+    """Equation 8 in both directions: the updates as they are, and with the sign changed."""
+    words = {"target": "a cat", "positive": "a big cat", "negative": "a small cat"}
+    flags = [w for name, text in words.items() for w in (f"--{name}_prompt", text)]
+    m, trained, batch = built("sliders", options("sliders", *flags, "--eta", 3, "--ddim_steps", 5), count=4)
+    pipe = pipeline(model)
+    up = trained_further(m, trained, pipe)
+    down = copy.deepcopy(pipe.unet)
+    with m.scaled(-1.0):
+        down.load_state_dict(lora.merged(m.sd.unet))
+    loss = m.loss(batch)
+    inputs = m.inputs(batch)
+    noisy, timesteps = inputs["noisy"], inputs["timesteps"]
+    target, positive, negative = (encode(pipe, [text] * 4) for text in words.values())
+
+    def pred(unet, context):
+        return unet(noisy, timesteps, context).sample
+
+    with torch.no_grad():
+        middle, change = pred(pipe.unet, target), pred(pipe.unet, positive) - pred(pipe.unet, negative)
+        errors = [
+            F.mse_loss(pred(unet, target), middle + sign * 3 * change) for unet, sign in ((up, 1), (down, -1))
+        ]
+    assert loss.item() == pytest.approx(sum(errors).item() / 2, rel=1e-4)
