@@ -16,6 +16,7 @@ from minisd import registry
 
 TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
 MAX_PIXELS = 89_478_485  # of an image that is read: Pillow's own limit
+MAX_IMAGES = 1_000_000  # in an update of one process
 MAX_LENGTH = 50_000  # characters of a prompt or a caption
 
 
@@ -176,6 +177,9 @@ class Optimizer(Group):
 
     def check(self):
         self.positive("learning_rate", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
+        images = self.train_batch_size * self.gradient_accumulation_steps
+        problem = f"{images:,} images in an update, by --train_batch_size and --gradient_accumulation_steps"
+        require(images <= MAX_IMAGES, f"{problem}; at most {MAX_IMAGES:,} are taken")
         if self.lr_warmup_steps is None:
             self.lr_warmup_steps = 0 if self.lr_scheduler == "constant" else 500
         elif self.lr_warmup_steps and self.lr_scheduler == "constant":

@@ -5,10 +5,17 @@ device may never end.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 MOST = 1 << 26  # bytes
+
+
+def real(path: Path | str) -> Path:
+    """The absolute path without links. Unlike Path.resolve before Python 3.13, no loop of links is a
+    RuntimeError: whoever opens it gets an OSError."""
+    return Path(os.path.realpath(path))
 
 
 def check_regular(path: Path, most: float = MOST) -> None:
