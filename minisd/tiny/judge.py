@@ -1,6 +1,6 @@
 """Train every method on images that the tiny model has not seen, and measure whether it learned them.
 
-    python -m minisd.tiny.judge                          all methods, 12 minutes on two CPU cores
+    python -m minisd.tiny.judge                          all methods, 25 minutes on two CPU cores
     python -m minisd.tiny.judge lora controlnet          these methods
     python -m minisd.tiny.judge lora -- --rank 2         with other flags for train.py
     python -m minisd.tiny.judge --unseen                 personalisation on six things, three seeds each
