@@ -239,7 +239,14 @@ class Data(Group):
     data: Path = flag(help="folder of training images", also=("train_data_dir", "instance_data_dir"))
     resolution: int = flag(512, "side of the training images in pixels, a multiple of 8")
     center_crop: bool = flag(False, "crop images to the central square first")
-    skip_bad_images: bool = flag(False, "skip images that cannot be decoded")
+    skip_bad_images: bool = flag(
+        False, "decode all images at the start, and go on without those that cannot be"
+    )
+    check_data: bool = flag(
+        False,
+        "decode all images, report what is wrong with images and captions, and train nothing",
+        free=True,
+    )
     allow_outside: bool = flag(False, "read images that metadata names outside its folder", free=True)
     max_pixels: int = flag(MAX_PIXELS, "refuse images with more pixels than this", free=True)
 

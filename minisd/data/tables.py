@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -37,15 +38,16 @@ def _is_controlnet(path: Path) -> bool:
     return '"source"' in first and '"target"' in first
 
 
-def read(path: Path) -> list[Row]:
-    """All rows of a metadata file. ValueError, naming file and line, if it is broken."""
-    rows = list({".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)(path))
-    require(rows, f"{path} has no rows")
-    where, first = rows[0]
-    for other, row in rows:
-        problem = f"{other}: the columns are {', '.join(row)}, but those of {where} are {', '.join(first)}"
-        require(row.keys() == first.keys(), problem)
-    return rows
+def read(path: Path) -> Iterator[Row]:
+    """Yield the rows of a metadata file. ValueError, naming file and line, if it is broken."""
+    rows = {".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)(path)
+    start, first = next(rows, (None, None))
+    require(first is not None, f"{path} has no rows")
+    for where, row in itertools.chain([(start, first)], rows):
+        if row.keys() != first.keys():
+            columns = f"the columns are {', '.join(row)}, but those of {start} are {', '.join(first)}"
+            raise ValueError(f"{where}: {columns}")
+        yield where, row
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -98,25 +100,30 @@ def check_inside(path: Path, root: Path | None, where: str) -> None:
 
 
 def split(
-    row: dict[str, Any], folder: Path, root: Path | None, where: str
-) -> tuple[dict[str, Path], dict[str, Any]]:
+    row: dict[str, Any], folder: str, root: Path | None, where: str, known: Collection[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Split a row into image files and texts, both by column. The key "file_name" is the column "image",
     "x_file_name" the column "x", and ControlNet's "source" and "target" are files if the row has both.
-    ValueError, naming the row's location `where`, if it has no file, or one is missing or outside `root`."""
+    `known` are files within the root that need not be looked for. ValueError, naming the row's location
+    `where`, if it has no file, or one is missing or outside `root`."""
     pictures, texts = {}, {}
+    pair = "source" in row and "target" in row
     for key, value in row.items():
-        if key in ("source", "target") and {"source", "target"} <= row.keys():
+        if pair and key in ("source", "target"):
             column = key
-        elif key == "file_name" or key.endswith("_file_name"):
+        elif key.endswith("file_name") and (key == "file_name" or key.endswith("_file_name")):
             column = key.removesuffix("file_name").removesuffix("_") or "image"
         else:
             texts[key] = value
             continue
         if not isinstance(value, str) or not value:
             raise ValueError(f"{where}: no file is named for the column {column}")
-        pictures[column] = folder / value
-        check_inside(pictures[column], root, where)
-        require(pictures[column].is_file(), f"{where}: there is no {pictures[column]}")
+        path = os.path.join(folder, value)
+        if path not in known:
+            path = str(Path(path))
+            check_inside(Path(path), root, where)
+            require(os.path.isfile(path), f"{where}: there is no {path}")
+        pictures[column] = path
     require(pictures, f"{where}: no column file_name, but {', '.join(row)}")
     return pictures, texts
 
@@ -150,8 +157,12 @@ def needs_datasets(folder: Path) -> bool:
     """Whether a folder was saved by the package `datasets`, or has parquet files and no images."""
     if any((folder / name).is_file() for name in SAVED):
         return True
-    suffixes = {p.suffix.lower() for p in folder.rglob("*") if p.name != "metadata.parquet"}
-    return ".parquet" in suffixes and not suffixes & set(images.SUFFIXES)
+    found = False
+    for _, _, names in os.walk(folder):
+        if any(name.lower().endswith(images.SUFFIXES) for name in names):
+            return False
+        found = found or any(n.lower().endswith(".parquet") and n != "metadata.parquet" for n in names)
+    return found
 
 
 def load_dataset(
