@@ -394,3 +394,17 @@ class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
     """
 
     cache_latents: bool = flag(True, "encode every image only once, unless crops are random", free=True)
+    latents_dir: Path | None = flag(
+        None, "keep the latents in files in this folder, for later runs as well", free=True
+    )
+    latents_memory: float = flag(
+        8.0, "GB of latents up to which they are in memory; more are in --output_dir", free=True
+    )
+
+    def check(self):
+        self.not_negative("latents_memory")
+        limited = self.latents_memory != type(self).latents_memory
+        unused = limited and (self.latents_dir or not self.cache_latents)
+        require(not unused, "--latents_memory is for a cache in memory")
+        both = self.latents_dir and not self.cache_latents
+        require(not both, "--latents_dir and --no-cache_latents exclude each other")

@@ -14,7 +14,7 @@ from minisd import noise, reading
 from minisd.data import images, source, tables
 from minisd.data.crop import View
 from minisd.data.datasets import Captioned, Example
-from minisd.data.records import Records
+from minisd.data.records import Record, Records
 from minisd.data.source import Source
 from minisd.options import require
 
@@ -89,7 +89,7 @@ def _read_retrieved(folder: Path, *, flag: str, allow_outside: bool = False, **d
     paths, captions = (reading.text(path).strip("\n").split("\n") for path in lists)
     if len(paths) != len(captions):
         raise ValueError(f"{flag}: {lists[0]} has {len(paths)} lines, and {lists[1]} has {len(captions)}")
-    records = Records()
+    records = []
     for number, (name, caption) in enumerate(zip(map(str.strip, paths), captions, strict=True), 1):
         # The paths are usually relative to where the retrieval ran; the files are in the folder.
         candidates = Path(name), folder / name, folder / "images" / Path(name).name
@@ -97,8 +97,8 @@ def _read_retrieved(folder: Path, *, flag: str, allow_outside: bool = False, **d
         where = f"{flag}: {lists[0]}, line {number}"
         require(path is not None, f"{where}: there is no {name}")
         tables.check_inside(path, None if allow_outside else folder, where)
-        records.add(path.name, {"image": str(path)}, {"text": caption.strip()})
-    return source.verified(str(folder), records, flag=flag, **decoding)
+        records.append(Record(path.name, {"image": path}, {"text": caption.strip()}))
+    return source.verified(str(folder), Records(records), flag=flag, **decoding)
 
 
 class CustomConcepts(Captioned):

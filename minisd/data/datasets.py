@@ -5,6 +5,7 @@ A dataset has
     examples(index, generator)    the examples at an index; random choices are drawn from the generator
     pixels(view)                  the image (3, h, w) in [-1, 1] of a view
     extras(view)                  further tensors of a view, by name
+    identity(view)                all that the pixels of a view depend on, as a text
     views()                       all possible views, or None if crops are random
     buckets                       the shape (w, h) at each index, or None if all images have one shape
 order.py decides the order of the examples in a run, and their generators.
@@ -137,6 +138,12 @@ class Captioned:
         """Further tensors of a view, by name."""
         return {}
 
+    def identity(self, view: View) -> str:
+        """All that the pixels of a view depend on, as a text."""
+        picture = self.source.identity(view.record, self.image_column)
+        how = type(self).__name__, self.center_crop, self.resampling.name
+        return repr((picture, how, view.flipped, view.size, view.box))
+
     def open(self, record: int, column: str) -> Image.Image:
         """An image, before it is resized."""
         return self.source.open(record, column)
@@ -249,6 +256,9 @@ class Prior:
 
     def extras(self, view: View) -> dict[str, Tensor]:
         return self.parts[view.part].extras(view)
+
+    def identity(self, view: View) -> str:
+        return self.parts[view.part].identity(view)
 
     def summary(self) -> str:
         return "\n".join(part.summary() for part in self.parts)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from minisd import reading
 from minisd.data import images, tables
-from minisd.data.records import Records
+from minisd.data.records import ABSENT, Records
 from minisd.options import require
 
 Subfolders = Literal["all", "repeated", "none"]
@@ -29,6 +29,7 @@ class Folder:
         self.prefix = os.path.join(self.root, "")
         self.limits = None if allow_outside else root
         self.files: set[str] = set()
+        self.folders = {self.root}  # that have files
         self.skipped: list[str] = []
         self.hidden: list[str] = []
         self.left_out: list[str] = []
@@ -38,37 +39,47 @@ class Folder:
         metadata, if a row has no image, or if there are no images."""
         files = list(self._files(self.root))
         others = self._other_splits(files) if self.by_split else set()
-        files = [path for path in files if path not in others] if others else files
+        if others:
+            files = [path for path in files if path not in others]
+            self.folders = {self.root, *map(os.path.dirname, files)}
         self.files = set(files)
-        folders = sorted({self.root, *map(os.path.dirname, files)}, key=lambda folder: folder.split(os.sep))
+        folders = sorted(self.folders, key=lambda folder: folder.split(os.sep))
         metadata = {folder: path for folder in folders if (path := tables.find(Path(folder)))}
-        records, described = Records(), set()
+        records = Records()
         for folder, path in metadata.items():
-            for where, row in tables.read(path):
-                pictures, texts = tables.split(row, folder, self.limits, where, self.files)
-                if not others.issuperset(pictures.values()):
-                    self._add(records, pictures, texts)
-                    described.update(map(os.path.normpath, pictures.values()))
-        self._add_others(records, files, metadata, described)
+            pictures, texts = tables.split(tables.read(path), folder, self.limits, self.files)
+            if others:
+                rows = enumerate(zip(*pictures.values(), strict=True))
+                kept = [i for i, paths in rows if not others.issuperset(paths)]
+                pictures, texts = (
+                    {column: [values[i] for i in kept] for column, values in columns.items()}
+                    for columns in (pictures, texts)
+                )
+            self._add(records, pictures, texts)
+        self._add_others(records, files, metadata)
         if not records:
             count = len(self.skipped) + len(self.hidden)
             raise ValueError(f"no picture in {self.root} ({f'{count} other entries' if count else 'empty'})")
         return records
 
-    def _add_others(
-        self, records: Records, files: list[str], metadata: Mapping[str, Path], described: set[str]
-    ) -> None:
+    def _add_others(self, records: Records, files: list[str], metadata: Mapping[str, Path]) -> None:
         """Append the images that no row of the `metadata` has described, and note the other files."""
-        captioned = any(path.endswith(CAPTION_SUFFIXES) for path in files)
-        stems = {os.path.splitext(path)[0] for path in files if is_image(path)} if captioned else set()
-        for path in files:
-            if is_image(path):
-                if described and os.path.normpath(path) in described:
-                    continue
-                nearest = self._nearest(path, metadata) if metadata else None
-                require(not nearest, f"{path} has no row in {nearest}")
-                self._add(records, {"image": path}, {})
-            elif path.endswith(CAPTION_SUFFIXES):
+        pictures = [path for path in files if is_image(path)]
+        described = {path for column in records.pictures.values() for path in column}
+        alone = [path for path in pictures if path not in described]
+        if described and alone:
+            described = {os.path.normpath(path) for path in described if path is not ABSENT}
+            alone = [path for path in alone if os.path.normpath(path) not in described]
+        for path in alone if metadata else ():
+            nearest = self._nearest(path, metadata)
+            require(not nearest, f"{path} has no row in {nearest}")
+        if alone:
+            self._add(records, {"image": alone}, {})
+        others = [path for path in files if not is_image(path)]
+        captioned = any(path.endswith(CAPTION_SUFFIXES) for path in others)
+        stems = {os.path.splitext(path)[0] for path in pictures} if captioned else ()
+        for path in others:
+            if path.endswith(CAPTION_SUFFIXES):
                 if os.path.splitext(path)[0] not in stems:
                     self._skip(path, "no picture of that name")
             elif (used := metadata.get(os.path.dirname(path))) != Path(path):
@@ -101,17 +112,18 @@ class Folder:
         real = os.path.realpath(folder)
         if real in above:  # a link that leads back up
             return
-        names, folders = [], set()
+        prefix, names, folders = os.path.join(folder, ""), [], set()
         with os.scandir(folder) as entries:
             for entry in entries:
                 names.append(entry.name)
                 if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     folders.add(entry.name)
         for name in sorted(names):
-            path = os.path.join(folder, name)
+            path = prefix + name
             if name.startswith(".") or name == "__MACOSX":
                 self.hidden.append(self._short(path))
             elif name not in folders:
+                self.folders.add(folder)
                 yield path
             elif reason := self._exclusion(folder, name):
                 self._skip(path, reason)
@@ -127,31 +139,36 @@ class Folder:
             return "a folder"
         return "repeated 0 times" if kohya and int(kohya[1]) == 0 else None
 
-    def _add(self, records: Records, pictures: dict[str, str], texts: dict[str, Any]) -> None:
-        """Append a record; without texts, its text is the caption beside its first image, or kohya's."""
-        path = next(iter(pictures.values()))
-        name = self._short(path)
-        kohya = REPEATED.match(name) if self.subfolders != "none" else None
+    def _add(self, records: Records, pictures: dict[str, list[str]], texts: dict[str, list[Any]]) -> None:
+        """Append records; without texts, each has the caption beside its first image, or kohya's."""
+        paths = next(iter(pictures.values()))
+        names = list(map(self._short, paths))
+        inside = names if self.subfolders != "none" else ()
+        kohya = {i: found for i, name in enumerate(inside) if "/" in name and (found := REPEATED.match(name))}
         if not texts:
-            caption = self._caption(path)
-            caption = kohya and kohya[2] if caption is None else caption
-            texts = {} if caption is None else {"text": caption}
-        records.add(name, pictures, texts, repeats=int(kohya[1]) or 1 if kohya else 1)
+            captions = [self._caption(path) for path in paths]
+            for i, found in kohya.items():
+                captions[i] = found[2] if captions[i] is ABSENT else captions[i]
+            texts = {"text": captions} if any(caption is not ABSENT for caption in captions) else {}
+        repeats = [1] * len(names)
+        for i, found in kohya.items():
+            repeats[i] = int(found[1]) or 1
+        records.extend(names, pictures, texts, repeats)
 
-    def _caption(self, path: str) -> str | None:
-        """The caption beside an image, if there is one."""
+    def _caption(self, path: str) -> str:
+        """The caption beside an image, or ABSENT."""
         stem = os.path.splitext(path)[0]
         for file in (stem + suffix for suffix in CAPTION_SUFFIXES):
             # Most have none, which the list of files says without asking the disk.
             if (file in self.files or path not in self.files) and os.path.isfile(file):
                 return reading.text(Path(file)).strip()
-        return None
+        return ABSENT
 
     def _skip(self, path: str, reason: str) -> None:
         self.skipped.append(f"{self._short(path)}: {reason}")
 
     def _short(self, path: str) -> str:
-        return path.removeprefix(self.prefix).replace(os.sep, "/")
+        return path.removeprefix(self.prefix)
 
 
 def is_image(path: str) -> bool:

@@ -1,6 +1,7 @@
 """Examples by column: a hundred thousand take some thirty megabytes, and a pass over them little time."""
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,26 +36,26 @@ class Records(Sequence):
         self.sizes: dict[str, list[Size]] = {}
         for r in records:
             pictures = {c: str(p) if isinstance(p, Path) else p for c, p in r.pictures.items()}
-            self.add(r.name, pictures, r.texts, r.sizes, r.repeats)
+            columns = ({c: [v] for c, v in values.items()} for values in (pictures, r.texts, r.sizes))
+            pictures, texts, sizes = columns
+            self.extend([r.name], pictures, texts, [r.repeats], sizes)
 
-    def add(
+    def extend(
         self,
-        name: str,
-        pictures: Mapping[str, str | Cell],
-        texts: Mapping[str, Any],
-        sizes: Mapping[str, Size] | None = None,
-        repeats: int = 1,
+        names: Sequence[str],
+        pictures: Mapping[str, Sequence[str | Cell]],
+        texts: Mapping[str, Sequence[Any]],
+        repeats: Sequence[int] | None = None,
+        sizes: Mapping[str, Sequence[Size]] | None = None,
     ) -> None:
-        """Append a record."""
+        """Append records that all have the same columns."""
         pairs = (self.pictures, pictures), (self.texts, texts), (self.sizes, sizes or {})
         for columns, values in pairs:
-            for column in values:
-                if column not in columns:
-                    columns[column] = [ABSENT] * len(self.names)
-            for column, entries in columns.items():
-                entries.append(values.get(column, ABSENT))
-        self.names.append(name)
-        self.repeats.append(repeats)
+            for column in dict.fromkeys([*columns, *values]):
+                entries = columns.setdefault(column, [ABSENT] * len(self.names))
+                entries.extend(values.get(column, [ABSENT] * len(names)))
+        self.names.extend(names)
+        self.repeats.extend(repeats or [1] * len(names))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,10 +88,11 @@ class Records(Sequence):
 
     def described(self) -> Iterator[str]:
         """All of each record but where its images are, as a text."""
-        sizes, texts = (sorted(columns.items()) for columns in (self.sizes, self.texts))
-        for i, name in enumerate(self.names):
-            kept = (
-                [(column, entries[i]) for column, entries in columns if entries[i] is not ABSENT]
-                for columns in (sizes, texts)
-            )
-            yield repr((name, self.repeats[i], *kept))
+        sizes, texts = (self._by_record(columns) for columns in (self.sizes, self.texts))
+        return map(repr, zip(self.names, self.repeats, sizes, texts, strict=True))
+
+    def _by_record(self, columns: Mapping[str, list[Any]]) -> Iterator[list[tuple[str, Any]]]:
+        """The columns that a record has and its values, sorted, for each record."""
+        pairs = [zip(itertools.repeat(column), values) for column, values in sorted(columns.items())]
+        rows = zip(*pairs, strict=False) if pairs else itertools.repeat((), len(self))
+        return ([pair for pair in row if pair[1] is not ABSENT] for row in rows)

@@ -9,6 +9,8 @@ All errors in the data are one-line ValueErrors that name the flag and the file,
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +47,7 @@ class Source:
     skipped: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # what is not of the split train
+    bad: tuple[str, ...] = ()  # those of the skipped that are images which cannot be decoded
     flag: str = "--data"  # that names the location
 
     def __len__(self) -> int:
@@ -109,6 +112,14 @@ class Source:
             raise ValueError(f"{self.flag}: {e}; {BAD_HINT}") from None
         return image
 
+    def identity(self, number: int, column: str) -> str:
+        """A text that changes with the image of a record: path, size and time of its file, or its content."""
+        picture = self.records.pictures[column][number]
+        if isinstance(picture, str):
+            status = os.stat(picture)
+            return f"{os.path.abspath(picture)} {status.st_size} {status.st_mtime_ns}"
+        return hashlib.sha256(picture.read_bytes()).hexdigest()
+
     def caption(self, number: int, column: str, generator: torch.Generator) -> str:
         """The text of record `number`, drawn if it has several."""
         text = self.records.texts[column][number]
@@ -130,12 +141,16 @@ class Source:
         training = sorted(set(range(len(self))) - set(held_out))
         return tuple(replace(self, records=self.records.take(n)) for n in (training, held_out))
 
+    def guess_captions(self) -> str | None:
+        """The column that is likely to hold the captions, if there is one."""
+        return next((column for column in ("text", "prompt") if column in self.columns), None)
+
     def summary(self, caption_column: str | None = None) -> str:
         """Numbers of images and captions, columns, sizes, and the skipped files with the reasons."""
         sizes = Counter(size for column in self.records.sizes.values() for size in column)
         del sizes[ABSENT]
         pictures, repeated = sizes.total(), sum(self.records.repeats)
-        column = caption_column or next((c for c in ("text", "prompt") if c in self.columns), None)
+        column = caption_column or self.guess_captions()
         captions = sum(text is not ABSENT for text in self.records.texts.get(column, ()))
         lines = [f"{pictures} pictures in {self.name}, {captions} with a caption"]
         if not pictures == len(self) == repeated:
@@ -227,10 +242,12 @@ def read(
     else:
         inside = str(folder) if folder else None
         pictures, texts, left_out = tables.load_dataset(str(location), config, cache_dir, inside, flag=flag)
-        records = Records()
-        for i in noise.subset(len(next(iter(pictures.values()))), max_samples, samples):
-            cells = {column: images.Cell(table, i, column) for column, table in pictures.items()}
-            records.add(f"row {i}", cells, {column: values[i] for column, values in texts.items()})
+        records, chosen = Records(), noise.subset(len(next(iter(pictures.values()))), max_samples, samples)
+        cells = {
+            column: [images.Cell(table, i, column) for i in chosen] for column, table in pictures.items()
+        }
+        texts = {column: [values[i] for i in chosen] for column, values in texts.items()}
+        records.extend([f"row {i}" for i in chosen], cells, texts)
     decoding = {"flag": flag, "skip_bad_images": skip_bad_images, "fresh": fresh, "max_pixels": max_pixels}
     source = verified(str(location), records, **decoding)
     skipped = (*skipped, *source.skipped)
@@ -261,12 +278,12 @@ def verified(
         records = records.take([i for i in range(len(records)) if i not in spoilt])
     if not records:
         raise ValueError(f"{flag}: none of the {len(bad)} pictures can be decoded; the first: {bad[0]}")
-    return Source(name, records, tuple(bad), flag=flag)
+    return Source(name, records, tuple(bad), bad=tuple(bad), flag=flag)
 
 
 def join(sources: Sequence[Source]) -> Source:
     """The records of several sources as one source."""
-    lists = ("skipped", "hidden", "left_out")
+    lists = ("skipped", "hidden", "left_out", "bad")
     joined = {name: tuple(entry for s in sources for entry in getattr(s, name)) for name in lists}
     records = Records(record for s in sources for record in s.records)
     return Source(", ".join(s.name for s in sources), records, flag=sources[0].flag, **joined)
