@@ -25,8 +25,8 @@ def data(tmp_path):
 
 
 def cached(data, model, out, *flags, process=None, during=None):
-    """A stream with cached latents, and the number of images that were encoded for it. `during` is called when
-    the first is encoded."""
+    """A stream with cached latents, and the number of images that were encoded for it. When the first is,
+    `during` is called."""
     where = ["--model", model, "--data", data, "--resolution", 32, "--output_dir", out]
     m = new("text_to_image", options("text_to_image", *where, *flags))
     m.setup()

@@ -95,7 +95,7 @@ class _Memory:
     time. `keys` (n,) are those of the images; 0 is none."""
 
     def __init__(self, location: str, pictures: Sequence[str | Cell]):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisd" / "sizes"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minisd" / "sizes"
         self.path = cache / hashlib.sha256(os.path.abspath(location).encode(errors="replace")).hexdigest()
         self.pays = len(pictures) > FEW and isinstance(pictures[0], str)
         keys = map(_key, pictures) if self.pays else [0] * len(pictures)
