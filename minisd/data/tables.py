@@ -192,9 +192,8 @@ def needs_datasets(folder: Path) -> bool:
     """Whether a folder was saved by the package `datasets`, or has parquet files and no images."""
     if any((folder / name).is_file() for name in SAVED):
         return True
-    with os.scandir(folder) as entries:
-        if any(entry.name.lower().endswith(images.SUFFIXES) for entry in entries):
-            return False
+    if folder.is_dir() and any(name.lower().endswith(images.SUFFIXES) for name in os.listdir(folder)):
+        return False
     found = False
     for _, _, names in os.walk(folder):
         if any(name.lower().endswith(images.SUFFIXES) for name in names):
