@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisd.options import require
-from minisd.reading import check_regular
+from minisd.reading import check_regular, real
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -274,7 +274,7 @@ def new_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     killed between the two renames that this takes, the old folder remains beside `path`, as `.NAME.*.tmp`.
     """
     path = Path(path)
-    path = path.parent.resolve() / path.name if not path.is_symlink() else path.resolve()
+    path = real(path) if path.is_symlink() else real(path.parent) / path.name
     inside = keep and path.is_dir()  # which may be on another disk than its parent
     temporary = _temporary(path / path.name if inside else path)
     try:

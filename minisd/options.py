@@ -16,6 +16,7 @@ from minisd import registry
 
 TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
 MAX_PIXELS = 89_478_485  # of an image that is read: Pillow's own limit
+MAX_IMAGES = 1_000_000  # in an update of one process
 MAX_LENGTH = 50_000  # characters of a prompt or a caption
 
 
@@ -176,6 +177,9 @@ class Optimizer(Group):
 
     def check(self):
         self.positive("learning_rate", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
+        images = self.train_batch_size * self.gradient_accumulation_steps
+        problem = f"{images:,} images in an update, by --train_batch_size and --gradient_accumulation_steps"
+        require(images <= MAX_IMAGES, f"{problem}; at most {MAX_IMAGES:,} are taken")
         if self.lr_warmup_steps is None:
             self.lr_warmup_steps = 0 if self.lr_scheduler == "constant" else 500
         elif self.lr_warmup_steps and self.lr_scheduler == "constant":
@@ -382,10 +386,7 @@ class Validation(ValidationImages):
 
 
 class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
-    """Latents
-
-    And the groups of all methods that start from a Stable Diffusion model.
-    """
+    """Latents"""  # and the groups of all methods that start from a Stable Diffusion model
 
     cache_latents: bool = flag(True, "encode every image only once, unless crops are random", free=True)
     latents_dir: Path | None = flag(None, "folder to keep latents in, for later runs as well", free=True)
@@ -393,7 +394,8 @@ class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
 
     def check(self):
         self.not_negative("latents_memory")
-        limited = self.latents_memory != type(self).latents_memory
-        on_disk = self.latents_dir or not self.cache_latents
-        require(not (limited and on_disk), "--latents_memory is for a cache in memory")
-        require(self.cache_latents or not self.latents_dir, "--latents_dir is for --cache_latents")
+        limited, on_disk = self.latents_memory != type(self).latents_memory, bool(self.latents_dir)
+        require(
+            not limited or (self.cache_latents and not on_disk), "--latents_memory is for a cache in memory"
+        )
+        require(self.cache_latents or not on_disk, "--latents_dir is for --cache_latents")

@@ -14,6 +14,12 @@ from typing import Any
 MOST = 1 << 26  # bytes
 
 
+def real(path: Path | str) -> Path:
+    """The absolute path without links. Unlike Path.resolve before Python 3.13, no loop of links is a
+    RuntimeError: whoever opens it gets an OSError."""
+    return Path(os.path.realpath(path))
+
+
 def check_regular(path: Path | str, most: float = MOST) -> None:
     """Raise a ValueError, naming the path, unless it is a regular file of at most `most` bytes."""
     try:

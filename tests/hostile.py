@@ -24,8 +24,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minisd import cli  # noqa: E402
 from minisd.formats import parts  # noqa: E402
 from minisd.models import tokenizer  # noqa: E402
-from tests import hostile_files, hostile_mixed, hostile_texts  # noqa: E402
+from tests import hostile_files, hostile_mixed, hostile_runs, hostile_texts  # noqa: E402
 from tests.hostile_files import Assets, Case  # noqa: E402
 
 KINDS: dict[str, Callable[[random.Random, Assets, Path], Case]] = (
-    hostile_files.KINDS | hostile_texts.KINDS | hostile_mixed.KINDS
+    hostile_files.KINDS | hostile_texts.KINDS | hostile_mixed.KINDS | hostile_runs.KINDS
 )
 SECONDS = 20
 MEMORY = 6 * 2**30  # bytes beyond what the process has
@@ -64,17 +65,29 @@ def run(kind: str, seed: int, assets: Assets) -> Outcome:
         folder = Path(name)
         case = KINDS[kind](random.Random(f"{kind} {seed}"), assets, folder)
         before = snapshot(folder) | assets.digests
-        status, output = in_child(case, folder)
+        children = [start(case, case.flags, case.environment, folder)]
+        if case.second:
+            children.append(start(case, *case.second, folder))
+        ends = wait(children, case.signals)
+        status, output = max(ends, key=lambda end: end[0] != 0)  # the first that failed
         kept = {path: digest for path, digest in before.items() if path not in case.replaces}
         changed = [path for path, digest in kept.items() if digest_of(path) != digest]
         new = [path for path in snapshot(folder) if path not in before]
-        failure = judge(case, status, output, new) or (f"changed {changed[0]}" if changed else "")
+        failures = [judge(case, *end, new) for end in ends]
+        if len({status == 0 for status, _ in ends}) > 1:
+            failures.append("one process goes on without the other")
+        failures.append(f"changed {changed[0]}" if changed else "")
+        failure = next(filter(None, failures), "")
     return Outcome(kind, seed, case, status, failure, output)
 
 
 def judge(case: Case, status: int, output: str, new: list[Path]) -> str:
     """Why the case failed, or an empty string."""
     errors = [line for line in output.splitlines() if ": error: " in line]
+    if "Traceback (most recent call last)" in output:
+        return "a traceback"
+    if status not in case.ends:
+        return {-signal.SIGKILL: f"killed after {SECONDS} s"}.get(status, f"status {status}")
     if status == 2:
         if len(errors) != 1:
             return f"{len(errors)} lines of error"
@@ -82,7 +95,7 @@ def judge(case: Case, status: int, output: str, new: list[Path]) -> str:
             return f"a line of {len(errors[0])} characters"
         return f"refused, and left {new[0].name}" if new and not case.leaves else ""
     if status:
-        return {-signal.SIGKILL: f"killed after {SECONDS} s"}.get(status, f"status {status}")
+        return ""
     if case.refuse:
         return "accepted"
     black = [
@@ -91,33 +104,52 @@ def judge(case: Case, status: int, output: str, new: list[Path]) -> str:
     return f"{black[0].name} is black" if black else ""
 
 
-def in_child(case: Case, folder: Path) -> tuple[int, str]:
-    """(exit status or minus the signal, output) of the case's command."""
-    log = folder.parent / f"{folder.name}.log"
+def start(case: Case, flags: list[str], environment: dict[str, str], folder: Path) -> tuple[int, Path]:
+    """Start a command of the case in a child process. Returns its number and where its output goes."""
+    descriptor, log = tempfile.mkstemp(dir=folder.parent, suffix=".log")
     child = os.fork()
-    if not child:
-        try:
-            os.setsid()  # so that its own children end with it
-            limit(MEMORY)
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout = os.fdopen(1, "w", closefd=False)
-            sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")  # as Python's own
-            os._exit(execute(case, folder))
-        finally:  # a child never goes on as its parent
-            os._exit(1)
-    deadline = time.monotonic() + SECONDS
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
+    if child:
+        os.close(descriptor)
+        return child, Path(log)
+    try:
+        os.setsid()  # so that its own children end with it
+        limit(MEMORY)
+        os.dup2(silent(case.stdout) if case.stdout else descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")  # as Python's own
+        os._exit(execute(case.program, flags, environment, folder))
+    finally:  # a child never goes on as its parent
+        os._exit(1)
+
+
+def silent(where: str) -> int:
+    """A descriptor of an output that takes nothing: a pipe without a reader, or the file of that name."""
+    if where != "pipe":
+        return os.open(where, os.O_WRONLY)
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def wait(children: list[tuple[int, Path]], signals: Sequence[tuple[float, int]]) -> list[tuple[int, str]]:
+    """(exit status or minus the signal, output) of each child; the first one gets the signals."""
+    began, due, ended = time.monotonic(), list(signals), {}
+    while len(ended) < len(children):
+        passed = time.monotonic() - began
+        for child in {child for child, _ in children} - ended.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                ended[child] = os.waitstatus_to_exitcode(status)
+            elif passed > SECONDS:
+                os.killpg(child, signal.SIGKILL)
+            elif child == children[0][0] and due and passed > due[0][0]:
+                os.kill(child, due.pop(0)[1])
         time.sleep(0.005)
-    output = log.read_text(encoding="utf-8", errors="replace")
-    log.unlink()
-    return os.waitstatus_to_exitcode(status), output
+    texts = [log.read_text(encoding="utf-8", errors="replace") for _, log in children]
+    for _, log in children:
+        log.unlink()
+    return [(ended[child], text) for (child, _), text in zip(children, texts, strict=True)]
 
 
 def limit(more: int) -> None:
@@ -126,25 +158,25 @@ def limit(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (has + more, has + more))
 
 
-def execute(case: Case, folder: Path) -> int:
+def execute(program: str, flags: list[str], environment: dict[str, str], folder: Path) -> int:
     """The command in this process: its exit status, 1 after a traceback."""
     import sample
     import train
 
     os.chdir(folder)
-    os.environ.update(case.environment)
-    sys.argv = [case.program, *case.flags]
+    os.environ.update(environment)
+    sys.argv = [program, *flags]
     try:
-        cli.run(case.program, {"sample.py": sample, "train.py": train}[case.program].main)
+        cli.run(program, {"sample.py": sample, "train.py": train}[program].main)
     except SystemExit as end:
         return end.code or 0
     except BaseException:
         traceback.print_exc()
         return 1
     finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for output in (sys.stderr, sys.stdout):
+            with contextlib.suppress(Exception):
+                output.flush()
     return 0
 
 
@@ -164,10 +196,12 @@ def digest(path: Path, *_: int) -> str:
 
 @contextlib.contextmanager
 def warm(assets: Assets) -> Iterator[None]:
-    """All modules are imported, and the whole tokenizers are read once, not anew in each child."""
+    """All modules are imported, and the whole tokenizers are read once, not anew in each child. Processes
+    wait for each other for seconds, not minutes."""
     import sample  # noqa: F401
     import train  # noqa: F401
     from minisd.sampling import api, run  # noqa: F401
+    from minisd.training import distributed
 
     def files_of(folder: Path) -> tuple[str, str]:
         return os.path.realpath(folder / "vocab.json"), os.path.realpath(folder / "merges.txt")
@@ -175,10 +209,11 @@ def warm(assets: Assets) -> Iterator[None]:
     read = tokenizer.byte_pairs
     known = {files_of(f): read(f) for f in (assets.model / "tokenizer", parts.TOKENIZER)}
     tokenizer.byte_pairs = lambda folder: known.get(files_of(folder)) or read(folder)
+    patience, distributed.JOIN = distributed.JOIN, timedelta(seconds=5)
     gc.freeze()  # a collection in a child would copy every page
     yield
     gc.unfreeze()
-    tokenizer.byte_pairs = read
+    tokenizer.byte_pairs, distributed.JOIN = read, patience
 
 
 def snapshot(folder: Path) -> dict[Path, str]:

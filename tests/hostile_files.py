@@ -54,6 +54,10 @@ class Case:
     leaves: bool = False  # whether it may leave files though it is refused
     replaces: tuple[Path, ...] = ()  # files of its own that it may change
     environment: dict[str, str] = field(default_factory=dict)
+    signals: tuple[tuple[float, int], ...] = ()  # seconds after the start, and what is sent to it then
+    stdout: str = ""  # where its output goes instead of a file: a pipe that nobody reads, or a path
+    second: tuple[list[str], dict[str, str]] | None = None  # flags and environment of a second process
+    ends: tuple[int, ...] = (0, 2)  # exit statuses that are no failure, or minus the signal
 
 
 @dataclass

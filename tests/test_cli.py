@@ -83,6 +83,10 @@ TI = ["--method", "textual_inversion", "--model", "m", "--data", "d"]
         ([*TI, "--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
         ([*TI, "--num_vectors", "two"], "--num_vectors: invalid int value: 'two'"),
         ([*TI, "--num_vectors", "0"], "--num_vectors must be positive"),
+        (
+            [*TI, "--gradient_accumulation_steps", "8000000"],
+            "128,000,000 images in an update, by --train_batch_size",
+        ),
         ([*TI, "--resolution", "500"], "--resolution must be a multiple of 8"),
         ([*TI, "--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         ([*TI, "--flip_p", "2"], "--flip_p must be from 0 to 1"),

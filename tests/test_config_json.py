@@ -129,3 +129,15 @@ def test_every_scheduler_file_is_checked(sd_folder, sd_file, tmp_path, sd_parts)
     diffusers.save_ddpm(tmp_path / "pixels", unet2d.UNet2D(small), scheduler_config(thresholding=True))
     with pytest.raises(ValueError, match=message):
         diffusers.load_ddpm(tmp_path / "pixels")
+
+
+@pytest.mark.parametrize("part", config_json.TABLES)
+def test_a_number_of_layers_that_takes_minutes_to_build_is_refused(part):
+    """Each by each, and the number of levels as well."""
+    whole = config_json.to_json(part, config_json.from_json(part, {}, "config.json"))
+    layers = {"layers_per_block", "num_hidden_layers"} & whole.keys()
+    for key, value in {**dict.fromkeys(layers, 524_288), "block_out_channels": [32] * 5000}.items():
+        if key in whole:
+            with pytest.raises(ValueError, match=f"config.json: {key} is "):
+                config_json.from_json(part, whole | {key: value}, "config.json")
+    assert config_json.from_json(part, whole | dict.fromkeys(layers, 3), "config.json")

@@ -24,6 +24,7 @@ DIFFUSERS_VERSION = "0.16.0"  # the release whose keys are written
 
 # --- How values are spelled ------------------------------------------------------------------------------
 
+MOST_LAYERS = 100  # in a level, in a text encoder, and of levels
 INVALID = (ValueError, TypeError, LookupError)
 
 
@@ -48,9 +49,18 @@ def _number(value: Any, levels: int = 0) -> float:
     return float(value)
 
 
+def _layers(value: Any, levels: int = 0) -> int:
+    """Read a number of layers, or one for each level, all the same: each costs time before any is run."""
+    size = _same(value, levels or 1)
+    if size > MOST_LAYERS:
+        raise ValueError
+    return size
+
+
 def _list(values: Any, item: Callable[[Any], Any], length: int = 0) -> tuple:
-    """Read a list of `length` items, or of one or more if that is 0."""
-    if not isinstance(values, (list, tuple)) or len(values) != (length or max(1, len(values))):
+    """Read a list of `length` items, or of one to MOST_LAYERS if that is 0."""
+    count = len(values) if isinstance(values, (list, tuple)) else 0
+    if not 1 <= count <= MOST_LAYERS or count != (length or count):
         raise ValueError
     return tuple(map(item, values))
 
@@ -101,6 +111,7 @@ PER_LEVEL = Spelling(
     _per_level,
     lambda sizes: sizes[0] if len(set(sizes)) == 1 else list(sizes),
 )
+LAYERS = Spelling(f"a whole number from 1 to {MOST_LAYERS}, the same for every level", _layers)
 SAME = Spelling("a whole number above zero, the same for every level", _same)
 SIDE = Spelling("a whole number above zero, the same for height and width", lambda value, _: _same(value, 2))
 HEAD_DIM = Spelling(
@@ -160,7 +171,7 @@ ENCODER_ROWS = (
     Row("down_block_types", _attention("CrossAttn"),
         ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "attention"),
     Row("attention_head_dim", PER_LEVEL, 8, "num_heads"),  # a misnomer: it is the number of heads
-    Row("layers_per_block", SAME, 2),
+    Row("layers_per_block", LAYERS, 2),
     Row("cross_attention_dim", SAME, 1280),
 )  # fmt: skip
 ENCODER_WRITTEN = {
@@ -196,7 +207,8 @@ TABLES = {
     "unet2d": Table(
         config=UNet2DConfig, labels=_labels("UNet2DModel"),
         rows=(
-            *_rows(block_out_channels=[224, 448, 672, 896], norm_eps=1e-5, layers_per_block=2),
+            *_rows(block_out_channels=[224, 448, 672, 896], norm_eps=1e-5),
+            Row("layers_per_block", LAYERS, 2),
             *_rows(in_channels=3, out_channels=3, norm_num_groups=32),
             Row("down_block_types", _attention("Attn"),
                 ["DownBlock2D"] + ["AttnDownBlock2D"] * 3, "attention"),
@@ -220,7 +232,8 @@ TABLES = {
     "vae": Table(
         config=VAEConfig, labels=_labels("AutoencoderKL"),
         rows=(
-            *_rows(block_out_channels=[64], scaling_factor=0.18215, latent_channels=4, layers_per_block=1),
+            *_rows(block_out_channels=[64], scaling_factor=0.18215, latent_channels=4),
+            Row("layers_per_block", LAYERS, 1),
             *_rows(in_channels=3, out_channels=3, norm_num_groups=32), Row("sample_size", SIDE, 32),
         ),
         written={"act_fn": "silu"},
@@ -234,7 +247,7 @@ TABLES = {
         config=TextConfig,
         rows=(
             *_rows(vocab_size=49408, hidden_size=512, intermediate_size=2048),
-            Row("num_hidden_layers", SIZE, 12, "num_layers"),
+            Row("num_hidden_layers", LAYERS, 12, "num_layers"),
             Row("num_attention_heads", SIZE, 8, "num_heads"),
             Row("max_position_embeddings", SIZE, 77, "max_positions"),
             Row("hidden_act", _choice(*ACTIVATIONS), "quick_gelu", "activation"),

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minisd import files
+from minisd import files, reading
 from minisd.models.controlnet import ControlNet, ControlNetConfig
 from minisd.models.text import TextConfig, TextEncoder
 from minisd.models.tokenizer import Tokenizer
@@ -126,4 +126,4 @@ def is_standard_tokenizer(folder: Path) -> bool:
         bpe = Tokenizer(folder, 77).bpe
         return bpe.get_vocab(), json.loads(bpe.to_str())["model"]["merges"]
 
-    return folder.resolve() == TOKENIZER or vocabulary(folder) == vocabulary(TOKENIZER)
+    return reading.real(folder) == TOKENIZER or vocabulary(folder) == vocabulary(TOKENIZER)

@@ -4,6 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from minisd import reading
 from minisd.methods._base import Parameters, StableDiffusion
 from minisd.methods._prior import PriorPreservation
 from minisd.options import Subject, Training, flag, require
@@ -97,7 +98,7 @@ class LoRA(PriorPreservation):
     def metadata(self) -> dict[str, str]:
         """How the LoRA was trained, by the names of kohya's files, which A1111 shows."""
         o, kind = self.options, self.sd.schedule.prediction_type
-        side, title = f"{o.resolution}x{o.resolution}", o.output_dir.resolve().name
+        side, title = f"{o.resolution}x{o.resolution}", reading.real(o.output_dir).name
         recorded = {
             "output_name": title, "sd_model_name": self.sd.name, "resolution": side, "optimizer": "AdamW",
             "batch_size_per_device": o.train_batch_size, "num_epochs": o.num_train_epochs,

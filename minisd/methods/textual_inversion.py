@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from minisd import reading
 from minisd.methods._base import Device, Image, Method, Parameters, Prompts, StableDiffusion
 from minisd.options import Training, flag
 
@@ -40,7 +41,7 @@ class TextualInversion(Method):
 
     def __init__(self, options: Options, device: Device):
         super().__init__(options, device)
-        name = options.data.resolve().name.lower()
+        name = reading.real(options.data).name.lower()
         self.token = options.placeholder_token or f"<{name}>"
         self.word = options.initializer_token or name
         style = options.learnable_property == "style"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minisd import files
+from minisd import files, reading
 from minisd.models.tokenizer import Tokenizer
 from minisd.options import check_length, require
 from minisd.sampling.options import Settings
@@ -241,10 +241,10 @@ def attach_loras(sd: Model, prompts: Iterable[Prompt], folder: Path | None) -> N
     naming the LoRA, if there is no such file or it is not a LoRA."""
     for name in lora_names(prompts):
         path = find_lora(folder, name)
-        if path.resolve() not in sd.attached:
+        if reading.real(path) not in sd.attached:
             for line in sd.attach(path, 0.0):
                 print(f"<lora:{name}>: {line}")
-        if not sd.attached[path.resolve()].parts:
+        if not sd.attached[reading.real(path)].parts:
             raise ValueError(f"prompt: <lora:{name}>: {path} is no LoRA, and has no scale")
 
 
@@ -253,7 +253,7 @@ def loras_on(sd: Model, loras: Mapping[str, tuple[float, float]], folder: Path |
     """Add these scales of the text encoder and the UNet to those of attached LoRAs, inside a `with`."""
     before = []
     for name, (text, unet) in loras.items():
-        attached = sd.attached[find_lora(folder, name).resolve()]
+        attached = sd.attached[reading.real(find_lora(folder, name))]
         before.append((attached, attached.scales))
         more = {"unet": unet, "text_encoder": text}
         attached.set_scales({part: scale + more[part] for part, scale in attached.scales.items()})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisd import files, registry
+from minisd import files, reading, registry
 from minisd.adapters import _adapter, controlnet, lora, token_embedding
 from minisd.adapters._adapter import Attached
 from minisd.device import send
@@ -151,8 +151,10 @@ class StableDiffusion:
         taken = {file for attached in self.attached.values() for file in attached.files}
         adapters = [_adapter.read(self, file) for file in paths]
         for file in paths:
-            require(file.resolve() not in taken, f"{file} is attached already (`rescale` changes its scale)")
-        attached = Attached(files=[file.resolve() for file in paths], adapters=adapters)
+            require(
+                reading.real(file) not in taken, f"{file} is attached already (`rescale` changes its scale)"
+            )
+        attached = Attached(files=[reading.real(file) for file in paths], adapters=adapters)
         attached.rescale(scale, text_scale, str(path))
         tokens = [token.lower() for adapter in adapters for token in adapter.tokens]
         require(len({*tokens}) == len(tokens), f"{path} has the same token in several files")
@@ -161,13 +163,13 @@ class StableDiffusion:
                 extra = token_embedding.add_token(self.tokenizer, self.text_encoder, token, rows)
                 extra.requires_grad_(False)
             lora.put(lora.networks(self), adapter.updates)
-        self.attached[path.resolve()] = attached
+        self.attached[reading.real(path)] = attached
         return [adapter.description for adapter in adapters]
 
     def rescale(self, name: str | Path, scale: float, text_scale: float | None = None) -> None:
         """Set the scale of an attached adapter. `name` is its path, or the path's last part, with or without
         the suffix. ValueError if there is no such adapter, or if it has no scale."""
-        matches = [path for path in self.attached if path == Path(name).resolve()]
+        matches = [path for path in self.attached if path == reading.real(name)]
         matches = matches or [path for path in self.attached if str(name) in (path.name, path.stem)]
         if len(matches) != 1:
             known = ", ".join(map(str, matches or self.attached)) or "nothing"
@@ -216,8 +218,8 @@ class StableDiffusion:
         foreign = path.is_dir() and any(path.iterdir()) and not (path / diffusers.INDEX).is_file()
         for reason, holds in {
             f"a model is a {files.SAFETENSORS} file, or a folder": path.suffix in files.PICKLES,
-            "it is the model itself": self.source and path.resolve() == self.source.resolve(),
-            "it is one of the adapters": path.resolve() in adapters,
+            "it is the model itself": self.source and reading.real(path) == reading.real(self.source),
+            "it is one of the adapters": reading.real(path) in adapters,
             f"a single file has no place for {tokens}; a folder has": single and tokens,
             "it holds other things than a model": foreign,
         }.items():

@@ -93,7 +93,7 @@ def write(trainer: Trainer, folder: RunFolder, names: list[str], repository: str
     if path.exists() and before != marked(before.rpartition("<!--")[0]):
         print(f"{path} is not minisd's, or was changed: it stays as it is, and there is no model card")
         return images
-    files.write_text(path, marked(text(trainer, folder, names, repository or folder.path.resolve().name)))
+    files.write_text(path, marked(text(trainer, folder, names, repository or reading.real(folder.path).name)))
     return [*images, CARD]
 
 
@@ -106,7 +106,7 @@ def text(trainer: Trainer, folder: RunFolder, names: list[str], result: str) -> 
     """The card, for people who load the result by the name `result`."""
     o, method = trainer.options, folder.recorded["method"]
     model = getattr(o, "model", None)
-    is_tiny = model is not None and Path(model).expanduser().resolve() == TINY.resolve()
+    is_tiny = model is not None and reading.real(Path(model).expanduser()) == reading.real(TINY)
     base = "minisd/tiny" if is_tiny else model and public(model)
     found = kinds(folder.path, names)
     prompts = trainer.method.validation_prompts or trainer.method.training_prompts()

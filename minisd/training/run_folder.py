@@ -91,7 +91,7 @@ class RunFolder(AbstractContextManager):
         its flags, or if the folder has another's results. `latest` passes over damaged ones."""
         for name in ("model", "data", "class_data_dir"):
             given = self.recorded.get(name)
-            same = given is not None and Path(given).resolve() == self.path.resolve()
+            same = given is not None and reading.real(given) == reading.real(self.path)
             require(not same, f"--output_dir {self.path} is --{name} as well, which the run would change")
         if self.path.is_dir():
             self.lock = Lock(self.path)
@@ -122,7 +122,7 @@ class RunFolder(AbstractContextManager):
             path = next((p for p in (Path(source), self.path / Path(source).name) if p.is_dir()), None)
             if path is None:
                 raise ValueError(f"--resume_from_checkpoint: there is no folder {source}")
-            self.asked, state = path.resolve(), checkpoint.check(path)
+            self.asked, state = reading.real(path), checkpoint.check(path)
         earlier = state["options"]
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
         changed = [f"--{k} was {earlier[k]}" for k in sorted(compared) if earlier[k] != self.recorded[k]]
@@ -175,7 +175,7 @@ class RunFolder(AbstractContextManager):
         limit = self.options.checkpoints_total_limit
         ours = [p for p in self.checkpoints() if number(p) <= trainer.step]
         for path in ours[: -limit if limit else 0]:
-            if path.resolve() != self.asked:
+            if reading.real(path) != self.asked:
                 files.remove(path)
 
     def require_finite(self, trainer: Trainer) -> None:

@@ -4,7 +4,7 @@ import sys
 
 from PIL import Image
 
-from minisd import files
+from minisd import files, reading
 from minisd.data import images
 from minisd.options import Run
 from minisd.spelling import as_written
@@ -75,7 +75,7 @@ def create_repository(options: Run) -> str | None:
         return None
     from huggingface_hub import HfApi
 
-    name, private = options.hub_model_id or options.output_dir.resolve().name, options.hub_private_repo
+    name, private = options.hub_model_id or reading.real(options.output_dir).name, options.hub_private_repo
     api = HfApi(token=options.hub_token)
     try:
         return api.create_repo(name, exist_ok=True, private=private or None).repo_id
