@@ -394,8 +394,7 @@ class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
 
     def check(self):
         self.not_negative("latents_memory")
-        limited, on_disk = self.latents_memory != type(self).latents_memory, bool(self.latents_dir)
-        require(
-            not limited or (self.cache_latents and not on_disk), "--latents_memory is for a cache in memory"
-        )
-        require(self.cache_latents or not on_disk, "--latents_dir is for --cache_latents")
+        limited = self.latents_memory != type(self).latents_memory
+        require(self.cache_latents or not self.latents_dir, "--latents_dir is for --cache_latents")
+        used = self.cache_latents and not self.latents_dir
+        require(used or not limited, "--latents_memory is for latents in memory")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,9 @@ def needs_datasets(folder: Path) -> bool:
     """Whether a folder was saved by the package `datasets`, or has parquet files and no images."""
     if any((folder / name).is_file() for name in SAVED):
         return True
-    if folder.is_dir() and any(name.lower().endswith(images.SUFFIXES) for name in os.listdir(folder)):
-        return False
+    with os.scandir(folder) if folder.is_dir() else nullcontext([]) as entries:
+        if any(entry.name.lower().endswith(images.SUFFIXES) for entry in entries):
+            return False
     found = False
     for _, _, names in os.walk(folder):
         if any(name.lower().endswith(images.SUFFIXES) for name in names):

@@ -213,8 +213,7 @@ def conditions(dataset: Captioned | Prior, processes: int, device: torch.device)
     sha = hashlib.sha256()
     parts = [part.described.records for part in getattr(dataset, "parts", (dataset,))]
     for records in parts:
-        for about in records.described():
-            sha.update(about.encode())
+        sha.update("".join(records.described()).encode())
     versions = {"torch": torch.__version__, "device": device.type}
     with suppress(importlib.metadata.PackageNotFoundError):
         versions["minisd"] = importlib.metadata.version("minisd")
