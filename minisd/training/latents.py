@@ -40,7 +40,7 @@ def cache(stream: Stream, method: Method, processes: Processes, folder: Path) ->
     if place is None and size > o.latents_memory * 2**30:
         place = folder / "latents"
         if processes.first:
-            print(f"the latents take {size / 2**30:.1f} GB, more than --latents_memory: they are in {place}")
+            print(f"the latents take {size / 2**30:.3g} GB, more than --latents_memory: they are in {place}")
     if place is None:
         # On a CPU the bits depend on how many images are encoded together; so each is by itself.
         alone = method.device.type == "cpu" or o.deterministic
@@ -51,7 +51,8 @@ def cache(stream: Stream, method: Method, processes: Processes, folder: Path) ->
         # The second time only what is missing still: of processes that do not share the folder.
         missing = [view for i, view in enumerate(views) if i % world == share and not stored.has(view)]
         encoded = ((view, sd.encode_images(stream.dataset.pixels(view)[None])) for view in missing)
-        write(stored, tqdm(encoded, "encoding images", len(missing), False, disable=not processes.first))
+        shown = processes.first and bool(missing)
+        write(stored, tqdm(encoded, "encoding images", len(missing), leave=False, disable=not shown))
         processes.wait()
         stored.look()
     stream.moments = stored
