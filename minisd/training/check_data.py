@@ -32,7 +32,7 @@ def report(method: Method) -> int:
     for problem in problems:
         print(f"  wrong: {problem}")
     if problems:
-        raise ValueError(f"--check_data found {len(problems)} things wrong with {source.name}")
+        raise ValueError(f"--check_data: problems in {source.name}: {len(problems)}")
     return 0
 
 
