@@ -64,6 +64,7 @@ def measure(folder: Path, begun: float) -> dict[str, float]:
 
     Trainer.update = arrive
     flags = ["--method", "text_to_image", "--data", str(folder), "--resolution", "64", "--no-cache_latents"]
+    flags += ["--train_batch_size", "4"]
     with tempfile.TemporaryDirectory() as out:
         sys.argv = ["train.py", *flags, "--output_dir", f"{out}/run", "--report_to", "none"]
         cli.keep_memory()
@@ -79,6 +80,7 @@ def measure(folder: Path, begun: float) -> dict[str, float]:
 def start(folder: Path, cache: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", str(folder)]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling the sources is not measured
     environment["BEGUN"] = str(time.time())
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -103,6 +105,7 @@ def main() -> None:
             for count in args.counts:
                 folder = Path(name) / f"{layout}-{count}"
                 make(folder, count, layout)
+                start(folder, Path(name) / "unused")
                 seen = []
                 for number in range(args.rounds):
                     cache = Path(name) / f"cache-{layout}-{count}-{number}"

@@ -60,7 +60,7 @@ def open_image(
     background of transparent pixels. ValueError, naming `path`, if it cannot be decoded, or has more than
     `max_pixels`."""
     with _opened(path, content, max_pixels) as image:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
