@@ -248,7 +248,8 @@ class Data(Group):
     data: Path = flag(help="folder of training images", also=("train_data_dir", "instance_data_dir"))
     resolution: int = flag(512, "side of the training images in pixels, a multiple of 8")
     center_crop: bool = flag(False, "crop images to the central square first")
-    skip_bad_images: bool = flag(False, "skip images that cannot be decoded")
+    skip_bad_images: bool = flag(False, "decode all images at the start, and leave out those that fail")
+    check_data: bool = flag(False, "decode all images, report on them and the captions, and stop", free=True)
     allow_outside: bool = flag(False, "read images that metadata names outside its folder", free=True)
     max_pixels: int = flag(MAX_PIXELS, "refuse images with more pixels than this", free=True)
 
@@ -390,9 +391,15 @@ class Validation(ValidationImages):
 
 
 class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
-    """Latents
-
-    And the groups of all methods that start from a Stable Diffusion model.
-    """
+    """Latents"""  # and the groups of all methods that start from a Stable Diffusion model
 
     cache_latents: bool = flag(True, "encode every image only once, unless crops are random", free=True)
+    latents_dir: Path | None = flag(None, "folder to keep latents in, for later runs as well", free=True)
+    latents_memory: float = flag(8.0, "GB of latents in memory; more are in --output_dir", free=True)
+
+    def check(self):
+        self.not_negative("latents_memory")
+        limited = self.latents_memory != type(self).latents_memory
+        require(self.cache_latents or not self.latents_dir, "--latents_dir is for --cache_latents")
+        used = self.cache_latents and not self.latents_dir
+        require(used or not limited, "--latents_memory is for latents in memory")

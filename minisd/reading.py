@@ -4,8 +4,10 @@ Standard library only. What is read must be a regular file of a bounded size: re
 device may never end.
 """
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,20 @@ def real(path: Path | str) -> Path:
     return Path(os.path.realpath(path))
 
 
-def check_regular(path: Path, most: float = MOST) -> None:
+def check_regular(path: Path | str, most: float = MOST) -> None:
     """Raise a ValueError, naming the path, unless it is a regular file of at most `most` bytes."""
     try:
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-        if path.stat().st_size > most:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {most:,} are read")
-    except OSError as error:  # links in a circle, or no permission
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP):
+            raise ValueError(f"{path} does not exist") from None
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:  # a name that no file can have
+        raise ValueError(f"{path} does not exist") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a file")
+    if status.st_size > most:
+        raise ValueError(f"{path} has {status.st_size:,} bytes; at most {most:,} are read")
 
 
 def text(path: Path) -> str:

@@ -204,7 +204,7 @@ def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
     from minisd.data.order import Stream, batches
     from minisd.training import optim
     from minisd.training.distributed import Processes, device
-    from minisd.training.loop import cache_latents
+    from minisd.training.latents import cache_latents
 
     argv = ["--method", "textual_inversion", "--model", model, "--data", str(data), "--resolution", str(side)]
     name, options = cli.parse_train([*argv, "--train_batch_size", "1", "--learning_rate", "5e-4"])

@@ -4,8 +4,8 @@
 
 in FOLDER for a campaign of COUNT kills, over all kinds of runs in turn unless some are named. A kind is a
 method and a number of processes, such as lora-2; all accumulate gradients, average weights where the method
-can, and load images in worker processes. Of two processes a random one is killed, and the other has to end by
-itself.
+can, and load images in worker processes; some have their latents on disk. Of two processes a random one is
+killed, and the other has to end by itself.
 
 Every file that a run leaves has to be that of a run which nobody killed, byte by byte, with none excepted:
 log, options, checkpoints, class images, result. A campaign that is stopped goes on where it was: what it has
@@ -30,7 +30,7 @@ import torch
 
 from minisd import cli, registry
 from minisd.formats import config_json
-from minisd.training import distributed, loop
+from minisd.training import distributed, latents, loop
 from minisd.training.run_folder import RunFolder
 
 STEPS, LIMIT = 5, 120  # updates of a run, and seconds within which it has to end
@@ -38,17 +38,19 @@ JOIN = timedelta(seconds=30)  # a process waits so long for one that was killed 
 KINDS = [f"{name}-{world}" for name in registry.names("methods") for world in (1, 2)]
 CLASSES = ["--instance_prompt", "a sks cat", "--with_prior_preservation", "--class_data_dir", "class"]
 CLASSES += ["--class_prompt", "a cat", "--num_class_images", "5"]
+DISK = ["--latents_memory", "0"]  # so the cache is in files, each of one view
 OWN = {
     "controlnet": ["--data", "pairs"],
-    "lora": ["--data", "captioned"],
-    "lcm": ["--data", "captioned"],
+    "textual_inversion": ["--data", "cat", *DISK],
+    "lora": ["--data", "captioned", "--center_crop", *DISK],
+    "lcm": ["--data", "captioned", "--center_crop", *DISK],
     "dpo": ["--data", "pairs", "--rejected_column", "conditioning_image"],
     "erase": ["--erase", "a cat", "a dog", "--ddim_steps", "5"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", "a cat",
                 "--ddim_steps", "5"],
     "instruct_pix2pix": ["--data", "pairs"],
     "text_to_image": ["--data", "captioned", "--random_flip"],
-    "dreambooth": ["--data", "cat", *CLASSES],
+    "dreambooth": ["--data", "cat", "--center_crop", *DISK, *CLASSES],
     "custom_diffusion": ["--data", "cat", *CLASSES],
     "unconditional": ["--data", "cat", "--model_config_name_or_path", "config.json",
                       "--ddpm_num_inference_steps", "2"],
@@ -165,7 +167,7 @@ def kill(kind: str, source: Path, folder: Path, rng: random.Random, seconds: flo
 
 def main(place: str, count: str, *kinds: str) -> None:
     torch.set_num_threads(1)
-    distributed.JOIN = JOIN
+    distributed.JOIN, latents.SHARD = JOIN, 1
     folder, kinds = Path(place).resolve(), kinds or tuple(KINDS)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():

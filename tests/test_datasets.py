@@ -11,6 +11,7 @@ from PIL import Image
 from minisd.data.crop import View, center, cover
 from minisd.data.datasets import Captioned, Conditioned, Example, Prior
 from minisd.data.order import Stream, batches
+from minisd.data.records import Records
 from minisd.data.source import Source, read
 from tests.data_helpers import (
     FILTERS,
@@ -106,7 +107,7 @@ def test_captions_are_left_out(source):
 
 def test_one_of_several_captions_is_drawn(source):
     record = replace(source.records[0], texts={"text": ["one", "two"]})
-    data = Captioned(Source("", (record,)), resolution=8)
+    data = Captioned(Source("", Records([record])), resolution=8)
     assert Counter(only(data, 0, s).prompt for s in range(200)).keys() == {"one", "two"}
 
 

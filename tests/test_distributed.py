@@ -1,5 +1,6 @@
 """Two processes on one machine train what one process trains with twice the batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minisd.training import distributed
 from tests.conftest import ROOT
 from tests.method_helpers import options, train
 
@@ -74,3 +76,26 @@ def test_a_lost_process_ends_the_run_and_it_goes_on(model, cat, tmp_path):
     done = start(*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", last + 1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / f"checkpoint-{last + 1}").exists()
+
+
+def test_buckets(monkeypatch):
+    """Each tensor is in one, in order; a bucket has one dtype, and at most so many bytes or one tensor."""
+    monkeypatch.setattr(distributed, "BUCKET", 100)
+    sizes = [10, 10, 5, 100, 1, 2, 22, 25]
+    tensors = [torch.zeros(n, dtype=torch.float64 if n == 2 else torch.float32) for n in sizes]
+    found = list(distributed.buckets(tensors))
+    assert [id(t) for bucket in found for t in bucket] == [id(t) for t in tensors]
+    assert [[len(t) for t in bucket] for bucket in found] == [[10, 10, 5], [100], [1], [2], [22], [25]]
+    assert not list(distributed.buckets([]))
+
+
+@pytest.mark.slow
+def test_averaging_in_buckets_takes_a_third(capsys):
+    done = subprocess.run(
+        [*TWO, str(ROOT / "tests" / "bucket_cost.py")], capture_output=True, text=True, env=ENV, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    with capsys.disabled():
+        print(seen)
+    assert 30 < seen["MB"] < 40 and seen["seconds"]["buckets"] < seen["seconds"]["tensors"] / 3

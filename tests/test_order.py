@@ -14,7 +14,7 @@ from minisd.data.datasets import Captioned, ConceptPictures
 from minisd.data.order import Bucketed, Shuffled, Stream, batches
 from minisd.data.source import read
 from minisd.training.distributed import Processes
-from minisd.training.loop import cache_latents
+from minisd.training.latents import cache_latents
 from tests.data_helpers import FILTERS, SIZES, assert_pixels, make_noise, noisy, only
 
 

@@ -14,7 +14,8 @@ from minisd import noise, reading
 from minisd.data import images, source, tables
 from minisd.data.crop import View
 from minisd.data.datasets import Captioned, Example
-from minisd.data.source import Record, Source
+from minisd.data.records import Record, Records
+from minisd.data.source import Source
 from minisd.options import require
 
 FAR = ("a far away ", "very small ")
@@ -97,7 +98,7 @@ def _read_retrieved(folder: Path, *, flag: str, allow_outside: bool = False, **d
         require(path is not None, f"{where}: there is no {name}")
         tables.check_inside(path, None if allow_outside else folder, where)
         records.append(Record(path.name, {"image": path}, {"text": caption.strip()}))
-    return source.verified(str(folder), records, flag=flag, **decoding)
+    return source.verified(str(folder), Records(records), flag=flag, **decoding)
 
 
 class CustomConcepts(Captioned):

@@ -5,6 +5,7 @@ A dataset has
     examples(index, generator)    the examples at an index; random choices are drawn from the generator
     pixels(view)                  the image (3, h, w) in [-1, 1] of a view, or None if there is none
     extras(view)                  further tensors of a view, by name
+    identity(view)                all that the pixels of a view depend on, as a text
     views()                       all possible views, or None if crops are random
     buckets                       the shape (w, h) at each index, or None if all images have one shape
 order.py decides the order of the examples in a run, and their generators.
@@ -22,6 +23,7 @@ from torch import Tensor
 from minisd import noise
 from minisd.data import crop, images
 from minisd.data.crop import Box, View
+from minisd.data.records import ABSENT
 from minisd.data.source import Source
 from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 
@@ -81,10 +83,12 @@ class Captioned:
         self.caption_dropout = caption_dropout
         self.resampling = Image.Resampling[interpolation.upper().removesuffix("_EXACT")]  # as torchvision
         self.center_crop = center_crop or bucket
-        originals = [record.sizes[self.image_column] for record in source.records]
+        originals = source.records.sizes[self.image_column]
         shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]
-        self.shapes = [crop.nearest_shape(size, shapes) for size in originals]  # of each image's crop
-        self.sizes = self.shapes if squash else list(map(crop.cover, originals, self.shapes))
+        nearest = {size: crop.nearest_shape(size, shapes) for size in set(originals)}
+        covering = nearest if squash else {size: crop.cover(size, shape) for size, shape in nearest.items()}
+        self.shapes = [nearest[size] for size in originals]  # of each image's crop
+        self.sizes = [covering[size] for size in originals]
         self.buckets = [self.shapes[i] for i in self.epoch] if bucket else None
 
     def __len__(self) -> int:
@@ -126,13 +130,23 @@ class Captioned:
         pairs = zip(records, boxes, strict=True)
         return [View(r, flipped, self.sizes[r], box) for r, box in pairs for flipped in self.flips]
 
+    def column_of(self, view: View) -> str:
+        """The column of the image that a view shows."""
+        return self.image_column
+
     def pixels(self, view: View) -> Tensor:
         """(3, h, w) in [-1, 1]."""
-        return self.tensor(view, self.image_column)
+        return self.tensor(view, self.column_of(view))
 
     def extras(self, view: View) -> dict[str, Tensor]:
         """Further tensors of a view, by name."""
         return {}
+
+    def identity(self, view: View) -> str:
+        """All that the pixels of a view depend on, as a text."""
+        picture = self.source.identity(view.record, self.column_of(view))
+        how = type(self).__name__, self.center_crop, self.resampling.name
+        return repr((picture, how, view.flipped, view.size, view.box))
 
     def open(self, record: int, column: str) -> Image.Image:
         """An image, before it is resized."""
@@ -165,18 +179,18 @@ class ConceptPictures(Captioned):
     def __init__(
         self, source: Source, token: str, *, style: bool, flip_p: float, repeats: int, **kwargs: Any
     ):
-        records = (replace(r, texts={c: t for c, t in r.texts.items() if t}) for r in source.records)
-        source = replace(source, records=tuple(records))
+        filled = {c: [t or ABSENT for t in texts] for c, texts in source.records.texts.items()}
+        source = replace(source, records=source.records.with_texts(**filled))
         templates = STYLE_TEMPLATES if style else OBJECT_TEMPLATES
         super().__init__(source, squash=True, interpolation="bicubic", prompt=templates, **kwargs)
         self.token, self.flip_p = token, flip_p
         self.epoch = list(range(len(source))) * repeats
         self.flips = [flip for flip, p in ((False, 1 - flip_p), (True, flip_p)) if p > 0]
-        for record in self.source.records:
-            texts = record.texts["text"]
+        records = self.source.records
+        for name, texts in zip(records.names, records.texts["text"], strict=True):
             for text in [texts] if isinstance(texts, str) else texts:
                 if token.lower() not in text.lower() and "{}" not in text:
-                    raise ValueError(f"the caption of {record.name} has neither {token} nor {{}}: {text!r}")
+                    raise ValueError(f"the caption of {name} has neither {token} nor {{}}: {text!r}")
 
     def draw_prompt(self, record: int, generator: torch.Generator) -> str:
         return super().draw_prompt(record, generator).replace("{}", self.token)
@@ -224,8 +238,8 @@ class Preferences(Captioned):
         views = super().views()
         return None if views is None else [replace(view, part=part) for view in views for part in (0, 1)]
 
-    def pixels(self, view: View) -> Tensor:
-        return self.tensor(view, self.pair_column if view.part else self.image_column)
+    def column_of(self, view: View) -> str:
+        return self.pair_column if view.part else self.image_column
 
 
 class Prior:
@@ -264,6 +278,9 @@ class Prior:
 
     def extras(self, view: View) -> dict[str, Tensor]:
         return self.parts[view.part].extras(view)
+
+    def identity(self, view: View) -> str:
+        return self.parts[view.part].identity(view)
 
     def summary(self) -> str:
         return "\n".join(part.summary() for part in self.parts)

@@ -8,9 +8,10 @@ import itertools
 import os
 import re
 import string
+import struct
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from minisd import files, reading
@@ -35,7 +36,6 @@ FONTS = (
 )  # fmt: skip
 MOST = 1 << 30  # bytes of an encoded image
 GAP = 4  # pixels between the images of a grid
-BOMBS = Image.DecompressionBombWarning, Image.DecompressionBombError  # images that would exhaust the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def open_image(
-    path: Path | Cell,
+    path: Path | str | Cell,
     content: bytes | None = None,
     behind: str = "white",
     max_pixels: int | None = MAX_PIXELS,
@@ -73,29 +73,72 @@ def open_image(
     """Read an RGB image from a file, or from `content`; EXIF rotation is applied, and `behind` is the
     background of transparent pixels. ValueError, naming `path`, if it cannot be decoded, or has more than
     `max_pixels`."""
-    if content is None and isinstance(path, Path):
+    with _opened(path, content, max_pixels) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
+        return image.convert("RGB")
+
+
+def read_size(path: str | Cell, *, whole: bool, max_pixels: int | None) -> tuple[int, int]:
+    """Width and height of an image after EXIF rotation, by its header, or if `whole` by decoding it.
+    ValueError as for `open_image`, without `whole` only for what is wrong with the header."""
+    if whole:
+        return open_image(path, max_pixels=max_pixels).size
+    with _opened(path, None, max_pixels, header=True) as image:
+        # Not image.getexif(), which decodes a PNG. A TIFF's size is already that after rotation.
+        orientation = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+
+
+@contextmanager
+def _opened(
+    path: Path | str | Cell, content: bytes | None, max_pixels: int | None, header: bool = False
+) -> Iterator[Image.Image]:
+    """The image in a file or in `content`, which is read whole unless only its `header` is needed. Errors are
+    ValueErrors that name the path, those in the block too."""
+    is_file = content is None and not isinstance(path, Cell)
+    if is_file:
         reading.check_regular(path, MOST)
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
     try:
-        file = io.BytesIO(path.read_bytes() if content is None else content)
-        require(file.getbuffer(), "it is empty")
-        if file.getvalue()[4:12] in HEIC_BRANDS:
+        file = path
+        if not (is_file and header):
+            whole = Path(path).read_bytes() if is_file else path.read_bytes() if content is None else content
+            require(whole, "it is empty")
+            file = io.BytesIO(whole)
+        if is_heic(file):
             read_heic()
-        with warnings.catch_warnings(action="error", category=BOMBS[0]), Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
-            return image.convert("RGB")
+        with unlimited(), Image.open(file) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            yield image
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture") from None
-    except BOMBS:
+    except Image.DecompressionBombError:
         problem = f"{path} has more than {max_pixels:,} pixels; --max_pixels raises the limit"
         raise ValueError(problem) from None
-    except (OSError, SyntaxError, ValueError) as e:
+    except (OSError, SyntaxError, ValueError, struct.error) as e:
         raise ValueError(f"{path} cannot be decoded: {e}") from None
+
+
+@contextmanager
+def unlimited() -> Iterator[None]:
+    """Within the block Pillow does not warn of large images. Its limit is one for all threads: a block around
+    all of them keeps it as it is."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def is_heic(file: Path | str | io.BytesIO) -> bool:
+    """Whether a file is HEIC by how it begins."""
+    if not isinstance(file, io.BytesIO):
+        with open(file, "rb") as opened:
+            return opened.read(12)[4:] in HEIC_BRANDS
+    return file.getbuffer()[4:12] in HEIC_BRANDS
 
 
 @functools.cache

@@ -9,7 +9,7 @@ processes together), because a round holds images of one bucket.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +89,7 @@ class Stream:
     def __init__(self, dataset: Captioned | Prior, seed: int):
         self.dataset = dataset
         self.seed = seed
-        self.moments: dict[View, tuple[Tensor, Tensor]] = {}  # mean, std of a view's latents
+        self.moments: Mapping[View, tuple[Tensor, Tensor]] = {}  # mean, std of a view's latents
         self.arrange(1)
 
     def arrange(self, size: int) -> None:
@@ -119,12 +119,30 @@ class Stream:
             samples.append(sample)
         return samples
 
+    def __getitems__(self, numbers: list[int]) -> list[list[dict]] | ValueError:
+        """The samples of a batch, or what is wrong with an image in it: the DataLoader gives an error that is
+        raised in one of its processes the text of a traceback."""
+        try:
+            return [self[number] for number in numbers]
+        except ValueError as e:
+            return e
+
 
 def collate(samples: list[list[dict]]) -> dict:
     """A batch: the first example of each sample, then the second ones; tensors stacked, all else in lists."""
     examples = [example for row in zip(*samples, strict=True) for example in row]
     columns = {key: [e[key] for e in examples] for key in examples[0]}
     return {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
+
+
+def _collated(samples: list[list[dict]] | ValueError) -> dict | ValueError:
+    return samples if isinstance(samples, ValueError) else collate(samples)
+
+
+def _raised(batch: dict | ValueError) -> dict:
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch
 
 
 def batches(
@@ -138,7 +156,8 @@ def batches(
     world: int = 1,
 ) -> Iterator[dict]:
     """Yield `count` batches from sample `first` on, for process `rank` of the `world` that share each round.
-    ValueError if the dataset has buckets and `first` is within a round."""
+    ValueError if the dataset has buckets and `first` is within a round; for an image that cannot be decoded,
+    when its batch is due."""
     size = batch_size * world
     if stream.dataset.buckets is not None and first % size:
         raise ValueError(
@@ -149,4 +168,4 @@ def batches(
     starts = range(first + rank * batch_size, first + count * size, size)
     sampler = (range(start, start + batch_size) for start in starts)
     loading = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    return iter(DataLoader(stream, batch_sampler=sampler, collate_fn=collate, **loading))
+    return map(_raised, DataLoader(stream, batch_sampler=sampler, collate_fn=_collated, **loading))

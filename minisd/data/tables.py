@@ -2,9 +2,12 @@
 
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json",
 
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what the package `datasets` writes into a folder
 
-Row = tuple[str, dict[str, Any]]  # location ("metadata.csv, line 3"), columns
+Row = tuple[int, dict[str, Any]]  # number of its line or row, columns
 
 
 # Metadata files
@@ -37,24 +40,51 @@ def _is_controlnet(path: Path) -> bool:
     return '"source"' in first and '"target"' in first
 
 
-def read(path: Path) -> list[Row]:
-    """All rows of a metadata file. ValueError, naming file and line, if it is broken."""
-    rows = list({".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)(path))
-    require(rows, f"{path} has no rows")
-    where, first = rows[0]
-    for other, row in rows:
-        problem = f"{other}: the columns are {', '.join(row)}, but those of {where} are {', '.join(first)}"
-        require(row.keys() == first.keys(), problem)
+@dataclass
+class Rows:
+    """The rows of a metadata file, by column; `numbers` are those of lines, or of rows by the `unit`."""
+
+    path: Path
+    columns: dict[str, list[Any]]
+    numbers: list[int]
+    unit: str
+
+    def where(self, i: int) -> str:
+        """The location of a row, for messages."""
+        return f"{self.path}, {self.unit} {self.numbers[i]}"
+
+
+def read(path: Path) -> Rows:
+    """The rows of a metadata file. ValueError, naming file and line, if it is broken."""
+    unit = "row" if path.suffix == ".parquet" else "line"
+    rows, first = Rows(path, {}, [], unit), None
+    for number, row in {".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)(path):
+        rows.numbers.append(number)
+        if first is None:
+            first, rows.columns = row, {column: [] for column in row}
+        if row.keys() != first.keys():
+            columns = f"the columns are {', '.join(row)}, but those of {rows.where(0)} are {', '.join(first)}"
+            raise ValueError(f"{rows.where(-1)}: {columns}")
+        for column, values in rows.columns.items():
+            values.append(row[column])
+    require(first is not None, f"{path} has no rows")
     return rows
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
     # Not splitlines: in JSON lines, U+2028 does not end a line.
+    decode = json.JSONDecoder().raw_decode
     for number, line in enumerate(reading.text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        yield where, reading.an_object(reading.parse_json(line, where), where)
+        try:
+            row, end = decode(line)
+        except (ValueError, RecursionError):
+            row, end = None, -1
+        if end != len(line) or not isinstance(row, dict):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            row = reading.an_object(reading.parse_json(line, where), where)
+        yield number, row
 
 
 def _csv(path: Path) -> Iterator[Row]:
@@ -62,7 +92,8 @@ def _csv(path: Path) -> Iterator[Row]:
     header, line = None, 1
     try:
         for cells in filter(None, reader):
-            where, line = f"{path}, line {line}", reader.line_num + 1
+            number, line = line, reader.line_num + 1
+            where = f"{path}, line {number}"
             if header is None:
                 header = cells
                 if len(set(header)) < len(header):
@@ -73,7 +104,7 @@ def _csv(path: Path) -> Iterator[Row]:
                     "a text with a comma needs double quotes"
                 )
             else:
-                yield where, dict(zip(header, cells, strict=True))
+                yield number, dict(zip(header, cells, strict=True))
     except csv.Error as e:
         raise ValueError(f"{path}, line {line}: {e}") from None
 
@@ -87,7 +118,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path} needs pyarrow: pip install 'minisd[datasets]'") from None
     except pyarrow.ArrowException as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
+    yield from enumerate(rows)
 
 
 def check_inside(path: Path, root: Path | None, where: str) -> None:
@@ -98,27 +129,39 @@ def check_inside(path: Path, root: Path | None, where: str) -> None:
 
 
 def split(
-    row: dict[str, Any], folder: Path, root: Path | None, where: str
-) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Split a row into image files and texts, both by column. The key "file_name" is the column "image",
-    "x_file_name" the column "x", and ControlNet's "source" and "target" are files if the row has both.
-    ValueError, naming the row's location `where`, if it has no file, or one is missing or outside `root`."""
+    rows: Rows, folder: str, root: Path | None, known: Collection[str]
+) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
+    """Split rows into image files and texts, both by column. The key "file_name" is the column "image",
+    "x_file_name" the column "x", and ControlNet's "source" and "target" are files if the rows have both.
+    `known` are files within the root that need not be looked for. ValueError, naming the row, if it has no
+    file, or one is missing or outside `root`."""
     pictures, texts = {}, {}
-    for key, value in row.items():
-        if key in ("source", "target") and {"source", "target"} <= row.keys():
+    pair = {"source", "target"} & rows.columns.keys()
+    for key, values in rows.columns.items():
+        if len(pair) == 2 and key in pair:
             column = key
         elif key == "file_name" or key.endswith("_file_name"):
             column = key.removesuffix("file_name").removesuffix("_") or "image"
         else:
-            texts[key] = value
+            texts[key] = values
             continue
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{where}: no file is named for the column {column}")
-        pictures[column] = folder / value
-        check_inside(pictures[column], root, where)
-        require(pictures[column].is_file(), f"{where}: there is no {pictures[column]}")
-    require(pictures, f"{where}: no column file_name, but {', '.join(row)}")
+        prefix = os.path.join(folder, "")
+        paths = [prefix + value if isinstance(value, str) else "" for value in values]
+        for i in (i for i, path in enumerate(paths) if path not in known):
+            paths[i] = _found(values[i], folder, root, rows.where(i), column)
+        pictures[column] = paths
+    require(pictures, f"{rows.where(0)}: no column file_name, but {', '.join(rows.columns)}")
     return pictures, texts
+
+
+def _found(name: Any, folder: str, root: Path | None, where: str, column: str) -> str:
+    """The path of a file that a row names."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: no file is named for the column {column}")
+    path = Path(folder, name)
+    check_inside(path, root, where)
+    require(path.is_file(), f"{where}: there is no {path}")
+    return str(path)
 
 
 # Splits
@@ -150,8 +193,15 @@ def needs_datasets(folder: Path) -> bool:
     """Whether a folder was saved by the package `datasets`, or has parquet files and no images."""
     if any((folder / name).is_file() for name in SAVED):
         return True
-    suffixes = {p.suffix.lower() for p in folder.rglob("*") if p.name != "metadata.parquet"}
-    return ".parquet" in suffixes and not suffixes & set(images.SUFFIXES)
+    with os.scandir(folder) if folder.is_dir() else nullcontext([]) as entries:
+        if any(entry.name.lower().endswith(images.SUFFIXES) for entry in entries):
+            return False
+    found = False
+    for _, _, names in os.walk(folder):
+        if any(name.lower().endswith(images.SUFFIXES) for name in names):
+            return False
+        found = found or any(n.lower().endswith(".parquet") and n != "metadata.parquet" for n in names)
+    return found
 
 
 def load_dataset(

@@ -2,18 +2,16 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
 
 from minisd import files, ops
 from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
-from minisd.options import TINY, Training, free_flags
-from minisd.terminal import BRIEF
-from minisd.training import checkpoint, model_card, report, trackers
+from minisd.options import TINY, Data, Training, free_flags
+from minisd.training import check_data, checkpoint, latents, model_card, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
 from minisd.training.step import Trainer
@@ -21,9 +19,12 @@ from minisd.training.step import Trainer
 
 def train(method: Method, folder: RunFolder) -> int:
     """Train until the options' last update. Returns the exit status: 0, or 128 + the signal that ended it.
+    With --check_data, only report on the data.
 
     Everything is counted in optimizer updates: steps, learning rate, checkpoints, validation.
     """
+    if isinstance(method.options, Data) and method.options.check_data:
+        return check_data.report(method)
     with folder:
         return run(method, folder)
 
@@ -109,7 +110,7 @@ def micro_batches(trainer: Trainer, dataset) -> Iterator[dict]:
     method, options, processes = trainer.method, trainer.method.options, trainer.processes
     stream = Stream(dataset, options.seed)
     if isinstance(options, Training) and options.cache_latents:
-        cache_latents(stream, method.sd.encode_images, options.train_batch_size, processes)
+        latents.cache(stream, method, processes, options.output_dir)
     return batches(
         stream,
         first=trainer.samples,
@@ -170,19 +171,6 @@ def end(trainer: Trainer, folder: RunFolder, stopped: bool, repository: str | No
     print(f"saved to {folder.path}; {folder.path / 'result.png'} and report.html show what it learned")
     if repository:
         trackers.upload(trainer.options, repository, names)
-
-
-def cache_latents(stream: Stream, encode: Callable, batch_size: int, processes: Processes) -> None:
-    """Encode every view of every image once, shared among the processes. Mean and deviation are kept, so that
-    the posterior is sampled anew at each use."""
-    moments = {}
-    parts = stream.views(batch_size)[processes.rank :: processes.world]
-    for part in tqdm(parts, desc="encoding images", disable=not processes.first, **BRIEF):
-        mean, std = encode(torch.stack([stream.dataset.pixels(view) for view in part]))
-        for view, *found in zip(part, mean.cpu(), std.cpu(), strict=True):
-            moments[view] = tuple(t.clone() for t in found)  # pickled as a part, it would bring the whole
-    for shared in processes.gather(moments):
-        stream.moments.update(shared)
 
 
 @contextmanager

@@ -232,13 +232,13 @@ def conditions(dataset: Captioned | Prior, processes: int, device: torch.device)
     """What a resumed run has to find again, besides its flags, to end with the same bytes: the number of
     processes, the data (names, sizes, order, repeats and captions), and, nearly, the versions."""
     sha = hashlib.sha256()
-    records = [r for part in getattr(dataset, "parts", (dataset,)) for r in part.described.records]
-    for r in records:
-        sha.update(repr((r.name, r.repeats, sorted(r.sizes.items()), sorted(r.texts.items()))).encode())
+    parts = [part.described.records for part in getattr(dataset, "parts", (dataset,))]
+    for records in parts:
+        sha.update("".join(records.described()).encode())
     versions = {"torch": torch.__version__, "device": device.type}
     with suppress(importlib.metadata.PackageNotFoundError):
         versions["minisd"] = importlib.metadata.version("minisd")
-    return {"processes": processes, "images": len(records), "data": sha.hexdigest()} | versions
+    return {"processes": processes, "images": sum(map(len, parts)), "data": sha.hexdigest()} | versions
 
 
 def number(path: Path) -> int:
