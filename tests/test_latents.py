@@ -139,7 +139,6 @@ def test_what_latents_depend_on(data, model, tmp_path):
     assert cached(data, model, tmp_path / "f", *flags)[1] == 0
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one folder", "two folders"])
 def test_the_images_of_a_pair_are_told_apart(model, tmp_path):
     pairs = ["--data", make_pairs(tmp_path / "pairs"), "--rejected_column", "conditioning_image"]
     where = ["--model", model, "--resolution", 32, "--center_crop", *pairs]
@@ -151,6 +150,7 @@ def test_the_images_of_a_pair_are_told_apart(model, tmp_path):
         assert torch.equal(shown[a], shown[b]) == (dataset.identity(a) == dataset.identity(b))
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["one folder", "two folders"])
 def test_processes_share_the_work(data, model, tmp_path, shared):
     """The first process encodes its views; the other finds these in the folder that they share, or not."""
     process = [SimpleNamespace(rank=r, world=2, first=r == 0, wait=lambda: None) for r in (0, 1)]
