@@ -148,7 +148,8 @@ def short_run(model, cat, captioned, tmp_path):
     """short_run("lora", "--rank", 2, seed=1): the options of a short run of a method on the tiny models."""
     from minisd import cli
     from minisd.formats import config_json
-    from minisd.options import Captions, Subject
+    from minisd.methods._prior import Subject
+    from minisd.options import Captions
     from tests import method_helpers
     from tests.helpers import TINY_PIXELS
 

@@ -1,9 +1,50 @@
 """Prior preservation: training on images of the class as well as the instance (arXiv 2208.12242)."""
 
 from pathlib import Path
+from typing import Literal
 
 from minisd.methods._base import Captioned, Method, Source
+from minisd.options import Captions, Group, flag, require
 from minisd.terminal import BRIEF
+
+
+class Prior(Group):
+    """Prior preservation"""
+
+    with_prior_preservation: bool = flag(False, "train on images of the class as well")
+    class_data_dir: Path | None = flag(None, "folder of class images; missing ones are generated")
+    class_prompt: str | None = flag(None, "prompt of the class images")
+    num_class_images: int = flag(100, "number of class images")
+    prior_loss_weight: float = flag(1.0, "weight of the prior loss")
+    sample_batch_size: int = flag(4, "batch size for generating class images")
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = flag(
+        None, "precision of generating class images; fp16 on a GPU and fp32 elsewhere by default"
+    )
+
+    def check(self):
+        self.positive("num_class_images", "sample_batch_size")
+
+    def check_class(self) -> None:
+        """ValueError if the class, or the folder of its images, is needed but not given."""
+        for name in ("class_data_dir", "class_prompt") if self.with_prior_preservation else ():
+            require(getattr(self, name), f"--with_prior_preservation needs --{name}")
+
+
+class Subject(Captions, Prior):
+    """Subject"""
+
+    instance_prompt: str | None = flag(None, "prompt of images without a caption, with a rare word in it")
+    # For DeepFloyd IF, in diffusers' example scripts.
+    pre_compute_text_embeddings: bool = flag(False, "accepted: a frozen encoder sees a prompt once anyway")
+    tokenizer_max_length: int | None = flag(None, "refused: SD v1.x has 77 tokens", refused=True)
+    text_encoder_use_attention_mask: bool = flag(False, "refused: SD v1.x attends to padding", refused=True)
+    validation_images: list[str] = flag([], "refused: SD v1.x has no upscaler", refused=True)
+    class_labels_conditioning: str | None = flag(None, "refused: SD v1.x has no classes", refused=True)
+
+    def check(self):
+        self.check_class()
+        self.exclusive("with_prior_preservation", "bucket")
+        self.exclusive("pre_compute_text_embeddings", "train_text_encoder")
 
 
 class PriorPreservation(Method):

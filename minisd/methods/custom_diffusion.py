@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from minisd.methods._base import Device, Parameters, Prompts, Source, StableDiffusion, Tensor
-from minisd.methods._prior import PriorPreservation
-from minisd.options import Prior, Training, flag, require
+from minisd.methods._prior import Prior, PriorPreservation
+from minisd.options import Training, flag, require
 
 CHANNELS = 4  # of the latents
 

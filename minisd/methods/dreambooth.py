@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from minisd.methods._prior import PriorPreservation
-from minisd.options import Average, Subject, Training, flag
+from minisd.methods._prior import PriorPreservation, Subject
+from minisd.options import Average, Training, flag
 
 
 class Options(Subject, Average, Training):

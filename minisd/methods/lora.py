@@ -6,8 +6,8 @@ from typing import Any
 
 from minisd.methods._base import Parameters, StableDiffusion
 from minisd.methods._low_rank import LowRank, Updates
-from minisd.methods._prior import PriorPreservation
-from minisd.options import Subject, Training, flag, require
+from minisd.methods._prior import PriorPreservation, Subject
+from minisd.options import Training, flag, require
 
 
 def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
