@@ -167,6 +167,8 @@ def test_the_report_on_the_data(many, model, tmp_path, capsys):
 
 
 def test_the_report_of_every_method(many, model, tmp_path, capsys):
+    for path in many.glob("*.txt"):
+        path.unlink()
     for method in ("textual_inversion", "autoencoder", "unconditional"):
         flags = ["--data", many, "--resolution", 32, "--output_dir", tmp_path / "out", "--check_data"]
         flags += ["--model", model] if method != "unconditional" else []

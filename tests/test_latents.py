@@ -105,7 +105,8 @@ def test_what_a_killed_run_has_written_is_used(data, model, tmp_path, monkeypatc
 def test_damaged_files_are_not_used(data, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(latents, "SHARD", 1)
     flags = [*FIXED, "--latents_dir", tmp_path / "latents"]
-    whole, _ = cached(data, model, tmp_path / "a", *flags)
+    whole, _ = cached(data, model, tmp_path / "m", *FIXED)
+    cached(data, model, tmp_path / "a", *flags)
     one, two, three, four = files_of(tmp_path / "latents")[:4]
     one.write_bytes(one.read_bytes()[:-1])
     for path, name in ((two, "keys"), (three, "sums")):

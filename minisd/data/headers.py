@@ -99,8 +99,7 @@ class _Memory:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minisd" / "sizes"
         self.path = cache / hashlib.sha256(os.path.abspath(location).encode(errors="replace")).hexdigest()
         self.pays = len(pictures) > FEW and isinstance(pictures[0], str)
-        keys = map(_key, pictures) if self.pays else [0] * len(pictures)
-        self.keys = np.fromiter(keys, np.uint64, len(pictures))
+        self.keys = np.fromiter(map(_key, pictures) if self.pays else [0] * len(pictures), np.uint64)
 
     def recall(self) -> np.ndarray:
         """The entry of each image, (n,), zeros where none is known."""

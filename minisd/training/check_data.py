@@ -19,10 +19,12 @@ SHOWN = 20  # names in a line
 def report(method: Method) -> int:
     """Print a report on the method's data. ValueError if a run would refuse it, or stop at a bad image."""
     source = method.read()  # every image has been decoded, and the bad ones are left out
-    problems, dataset = list(source.bad), None
+    problems, dataset, options = list(source.bad), None, vars(method.options)
     method.setup()
+    # Class images need not be there yet, and what is held out is to be in the report.
+    options.update({name: 0 for name in ("with_prior_preservation", "validation_split") if name in options})
     try:
-        dataset = method.dataset(source)
+        dataset, _ = method.datasets()
     except ValueError as e:
         problems.append(str(e))
     print((dataset or source).summary())
