@@ -38,7 +38,9 @@ JOIN = timedelta(seconds=30)  # a process waits so long for one that was killed 
 KINDS = [f"{name}-{world}" for name in registry.names("methods") for world in (1, 2)]
 CLASSES = ["--instance_prompt", "a sks cat", "--with_prior_preservation", "--class_data_dir", "class"]
 CLASSES += ["--class_prompt", "a cat", "--num_class_images", "5"]
-DISK = ["--latents_memory", "0"]  # so the cache is in files, each of one view
+# So the cache is in files, each of one view. Their names depend on the time of an image's file, which class
+# images have from their own run.
+DISK = ["--latents_memory", "0"]
 OWN = {
     "controlnet": ["--data", "pairs"],
     "textual_inversion": ["--data", "cat", *DISK],
@@ -49,8 +51,8 @@ OWN = {
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", "a cat",
                 "--ddim_steps", "5"],
     "instruct_pix2pix": ["--data", "pairs"],
-    "text_to_image": ["--data", "captioned", "--random_flip"],
-    "dreambooth": ["--data", "cat", "--center_crop", *DISK, *CLASSES],
+    "text_to_image": ["--data", "captioned", "--random_flip", "--center_crop", *DISK],
+    "dreambooth": ["--data", "cat", *CLASSES],
     "custom_diffusion": ["--data", "cat", *CLASSES],
     "unconditional": ["--data", "cat", "--model_config_name_or_path", "config.json",
                       "--ddpm_num_inference_steps", "2"],
