@@ -43,6 +43,6 @@ def usable(name: str) -> torch.device:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device. To a GPU it is copied from pinned memory, so that the program does not
     wait for the work that the GPU has to do first."""
-    if device.type != "cuda" or tensor.device.type == device.type:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.to(device) if device.type == "mps" else tensor.pin_memory().to(device, non_blocking=True)
