@@ -42,7 +42,6 @@ OWN = {
     "controlnet": ["--data", "pairs"],
     "lora": ["--data", "captioned"],
     "lcm": ["--data", "captioned"],
-    "dpo": ["--data", "pairs", "--rejected_column", "conditioning_image"],
     "erase": ["--erase", "a cat", "a dog", "--ddim_steps", "5"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", "a cat",
                 "--ddim_steps", "5"],

@@ -210,24 +210,6 @@ class EditPairs(Captioned):
         return {"original": self.tensor(view, self.pair_column)}
 
 
-class Preferences(Captioned):
-    """Images, each with a worse one for the same prompt, in `pair_column`, cropped and flipped in the same
-    way: two examples at each index, the better one first."""
-
-    PAIR_FLAG = "--rejected_column"
-
-    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
-        (better,) = super().examples(index, generator)
-        return [better, replace(better, view=replace(better.view, part=1))]
-
-    def views(self) -> list[View] | None:
-        views = super().views()
-        return None if views is None else [replace(view, part=part) for view in views for part in (0, 1)]
-
-    def pixels(self, view: View) -> Tensor:
-        return self.tensor(view, self.pair_column if view.part else self.image_column)
-
-
 class Prior:
     """Two datasets side by side (prior preservation): an example of the instances and one of their class at
     each index. An epoch is as long as the longer of the two.
