@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
-PAIRED = "controlnet", "instruct_pix2pix", "dpo"  # whose data are pairs of images
+PAIRED = "controlnet", "instruct_pix2pix"  # whose data are pairs of images
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "minisd" / "tokenizer"
 

@@ -46,7 +46,6 @@ OWN = {
     "textual_inversion": ["--data", "cat", *DISK],
     "lora": ["--data", "captioned", "--center_crop", *DISK],
     "lcm": ["--data", "captioned", "--center_crop", *DISK],
-    "dpo": ["--data", "pairs", "--rejected_column", "conditioning_image"],
     "erase": ["--erase", "a cat", "a dog", "--ddim_steps", "5"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", "a cat",
                 "--ddim_steps", "5"],

@@ -148,40 +148,6 @@ def test_erase(model, options, kind):
         assert_gradients(trained, unet, "unet.")
 
 
-# --- Preferences -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_dpo(model, options, train, gamma):
-    """Equation 14: both images of a pair with one noise and one timestep, against the frozen network."""
-    flags = ["--train", train, "--beta_dpo", 50, "--rejected_column", "conditioning_image", "--center_crop"]
-    flags += ["--snr_gamma", gamma] if gamma else []
-    m, trained, batch = built("dpo", options("dpo", *flags, "--no-cache_latents"), count=3)
-    pipe = pipeline(model)
-    unet = trained_further(m, trained, pipe)
-    loss = m.loss(batch)
-    loss.backward()
-
-    numbers = [str(n).partition("+")[0] for n in batch["number"]]
-    assert numbers[:3] == numbers[3:] and not torch.equal(batch["pixels"][:3], batch["pixels"][3:])
-    theirs = theirs_of(pipe, m, batch | {"number": numbers})
-    assert torch.equal(theirs.target[:3], theirs.target[3:])
-    with torch.no_grad():
-        before = theirs.mse(pipe.unet(theirs.noisy, theirs.timesteps, theirs.context).sample, gamma)
-    change = theirs.mse(unet(theirs.noisy, theirs.timesteps, theirs.context).sample, gamma) - before
-    expected = -F.logsigmoid(-25 * (change[:3] - change[3:])).mean()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    if train == "full":
-        assert_gradients(trained, unet, "unet.")
-
-
-def test_dpo_begins_at_log_2(options):
-    m, _, batch = built("dpo", options("dpo", "--rejected_column", "conditioning_image"))
-    assert m.loss(batch).item() == pytest.approx(0.693147, abs=1e-5)
-
-
 # --- Sliders -----------------------------------------------------------------------------------------------
 
 

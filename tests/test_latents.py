@@ -1,6 +1,5 @@
 """Latents on disk give the numbers that those in memory give, survive kills, and are never used damaged."""
 
-import itertools
 import os
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import latents
 from minisd.training.distributed import Processes
 from tests.data_helpers import noisy
-from tests.method_helpers import make_pairs, new, options, train
+from tests.method_helpers import new, options, train
 
 
 @pytest.fixture
@@ -138,17 +137,6 @@ def test_what_latents_depend_on(data, model, tmp_path):
     other.save(tmp_path / "other", {"vae"})
     assert cached(data, tmp_path / "other", tmp_path / "e", *flags)[1] == 10
     assert cached(data, model, tmp_path / "f", *flags)[1] == 0
-
-
-def test_the_images_of_a_pair_are_told_apart(model, tmp_path):
-    pairs = ["--data", make_pairs(tmp_path / "pairs"), "--rejected_column", "conditioning_image"]
-    where = ["--model", model, "--resolution", 32, "--center_crop", *pairs]
-    m = new("dpo", options("dpo", *where))
-    m.setup()
-    dataset, _ = m.datasets()
-    shown = {view: dataset.pixels(view) for view in dataset.views()}
-    for a, b in itertools.combinations(shown, 2):
-        assert torch.equal(shown[a], shown[b]) == (dataset.identity(a) == dataset.identity(b))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one folder", "two folders"])

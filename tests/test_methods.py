@@ -35,7 +35,6 @@ NEEDS = {
     "custom_diffusion": ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>"]
     + ["--initializer_token", "dog", "--hflip"],
     "erase": ["--erase", "a cat", "--ddim_steps", "5"],
-    "dpo": ["--rejected_column", "conditioning_image", "--random_flip"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat"]
     + ["--negative_prompt", "a small cat", "--ddim_steps", "5"],
     "controlnet": ["--proportion_empty_prompts", "0.5"],

@@ -9,7 +9,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 @dataclass(frozen=True)
 class View:
     """How a record's image is resized to `size`, cropped to `box` and flipped: all that a cached latent
-    depends on. `part` is the number of the dataset in a Prior, or of the image in a pair."""
+    depends on. `part` is the number of the dataset in a Prior."""
 
     record: int
     flipped: bool = False

@@ -130,13 +130,9 @@ class Captioned:
         pairs = zip(records, boxes, strict=True)
         return [View(r, flipped, self.sizes[r], box) for r, box in pairs for flipped in self.flips]
 
-    def column_of(self, view: View) -> str:
-        """The column of the image that a view shows."""
-        return self.image_column
-
     def pixels(self, view: View) -> Tensor:
         """(3, h, w) in [-1, 1]."""
-        return self.tensor(view, self.column_of(view))
+        return self.tensor(view, self.image_column)
 
     def extras(self, view: View) -> dict[str, Tensor]:
         """Further tensors of a view, by name."""
@@ -144,7 +140,7 @@ class Captioned:
 
     def identity(self, view: View) -> str:
         """All that the pixels of a view depend on, as a text."""
-        picture = self.source.identity(view.record, self.column_of(view))
+        picture = self.source.identity(view.record, self.image_column)
         how = type(self).__name__, self.center_crop, self.resampling.name
         return repr((picture, how, view.flipped, view.size, view.box))
 
@@ -222,24 +218,6 @@ class EditPairs(Captioned):
 
     def extras(self, view: View) -> dict[str, Tensor]:
         return {"original": self.tensor(view, self.pair_column)}
-
-
-class Preferences(Captioned):
-    """Images, each with a worse one for the same prompt, in `pair_column`, cropped and flipped in the same
-    way: two examples at each index, the better one first."""
-
-    PAIR_FLAG = "--rejected_column"
-
-    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
-        (better,) = super().examples(index, generator)
-        return [better, replace(better, view=replace(better.view, part=1))]
-
-    def views(self) -> list[View] | None:
-        views = super().views()
-        return None if views is None else [replace(view, part=part) for view in views for part in (0, 1)]
-
-    def column_of(self, view: View) -> str:
-        return self.pair_column if view.part else self.image_column
 
 
 class Prior:

@@ -1,5 +1,5 @@
 """The judge's trials of methods whose loss asks the model before training: what that knows is made faster,
-forgotten, preferred or turned."""
+forgotten or turned."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from PIL import Image
 from minisd.tiny import measures
 from minisd.tiny.data import plain
 from minisd.tiny.metrics import ground_of
-from minisd.tiny.pictures import GROUNDS, on
+from minisd.tiny.pictures import on
 from minisd.tiny.trial import Trial, called
 
 
@@ -56,26 +56,6 @@ def blueness(drawn: list[Image.Image]) -> torch.Tensor:
     return grounds[:, 2] - grounds[:, 0]
 
 
-def dpo(t: Trial) -> None:
-    """Things on blue are preferred to things on white; tested on other things."""
-    names, base = t.known("dpo"), t.load()
-    taught, tested = names[12:60], names[:12]
-
-    def pair(name: str) -> dict:
-        tile = t.bank[name, "3d"]
-        return {"": on(tile, GROUNDS["blue"]), "rejected": on(tile), "text": called("3d", plain(name))}
-
-    out = t.train_model(data=t.write("pairs", [pair(n) for n in taught]))
-    prompts = [called("3d", plain(n)) for n in tested]
-    before = t.draw(base, prompts)
-    base.attach(out)
-    after = t.draw(base, prompts)
-    wins = (blueness(after) > blueness(before) + 0.05).float().mean()
-    t.measure("share preferred to those before", 0.5, 0.5, wins, 0.75, more=True)
-    t.measure_shapes(tested, before, after)
-    t.rows += [("before", before[:8]), ("after", after[:8])]
-
-
 def sliders(t: Trial) -> None:
     """The ground of a cat, from yellow to blue, and that of other things, which it was not trained on."""
     base, prompt, drawn = t.load(), called("3d", "cat"), {}
@@ -98,4 +78,4 @@ def sliders(t: Trial) -> None:
     t.measure_shapes(["cat"] * 8 + others, drawn[0], drawn[1])
 
 
-TRIALS = lcm, erase, dpo, sliders
+TRIALS = lcm, erase, sliders
