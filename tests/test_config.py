@@ -11,6 +11,8 @@ from tests import method_helpers
 OWN = {
     "dreambooth": ["--instance_prompt", "a sks cat"],
     "custom_diffusion": ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>"],
+    "erase": ["--erase", "a cat", "5 dogs"],
+    "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", ""],
     "lora": ["--instance_prompt", "x", "--target", "attention", "resnet", "--no-cache_latents"],
     "text_to_image": ["--validation_prompts", "a cat", "-5 dogs", "--snr_gamma", "5e-1"],
 }

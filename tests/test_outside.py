@@ -167,7 +167,7 @@ def test_the_commands(command, tmp_path):
 
 def test_a_method_from_a_method_has_its_defaults(tmp_path):
     """Those of the tiny model for the method whose options it takes, or else those of most methods."""
-    for base, steps, rate in (("lora.Options", 200, 0.003), ("Captions, Training", 200, 1e-5)):
+    for base, steps, rate in (("lora.Options", 300, 0.003), ("Captions, Training", 200, 1e-5)):
         path = tmp_path / f"{base.split('.')[0].split(',')[0].lower()}_like.py"
         path.write_text(f"""from minisd.methods import lora
 from minisd.options import Captions, Training

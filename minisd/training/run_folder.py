@@ -210,8 +210,8 @@ class RunFolder(AbstractContextManager):
         return [*names, "result.png"]
 
 
-# Within 80 columns for every method; the bar gets what is left of them.
 REPORT_EVERY = 60.0  # seconds, and at each validation and checkpoint
+# Within 80 columns for every method; the bar gets what is left of them.
 BAR = "{desc} {n_fmt}/{total_fmt} {rate_noinv_fmt} {remaining} left{postfix} {bar}"
 VERSIONS = "minisd", "torch", "device"
 
