@@ -66,7 +66,7 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
         (item,) = typing.get_args(hint)
         choices = typing.get_args(item)  # of list[Literal[...]]
         kwargs |= {"nargs": "+", **({"choices": choices} if choices else {"type": item, "metavar": "X"})}
-        if not default:
+        if default is MISSING or not default:
             kwargs["action"] = "extend"  # a flag that is given twice adds up
     else:
         kwargs |= {"type": {float: finite, int: bounded}.get(hint, hint), "metavar": hint.__name__.upper()}
