@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from minisd import __main__ as commands
-from minisd.training import loop, report
+from minisd.training import loop, report, run_folder
 from tests import method_helpers
 from tests.test_commands import run as minisd
 
@@ -137,6 +137,18 @@ def stop_after(steps: int, o) -> None:
         patch.setattr(loop, "after_update", stopping)
         assert method_helpers.train("lora", o) == 128 + signal.SIGTERM
     assert Page(o.output_dir / report.NAME).pictures == ["validation/step-000002.png"]
+
+
+def test_what_a_run_says_of_its_start_stays(short_run, monkeypatch):
+    """A run that goes on with another commit ends with the bytes of one that was not stopped."""
+    flags = ["--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    o = short_run("text_to_image", *flags, max_train_steps=1)
+    method_helpers.train("text_to_image", o)
+    facts, page = ((o.output_dir / name).read_bytes() for name in ("run.json", "report.html"))
+    monkeypatch.setattr(run_folder, "machine", lambda device: {"commit": "another"})
+    method_helpers.train("text_to_image", o)
+    assert facts == (o.output_dir / "run.json").read_bytes()
+    assert page == (o.output_dir / "report.html").read_bytes()
 
 
 def test_compare(finished, tmp_path, monkeypatch):

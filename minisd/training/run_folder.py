@@ -51,8 +51,8 @@ class RunFolder(AbstractContextManager):
                 self.lock.release()
 
     def start(self, step: int) -> None:
-        """Make the folder, or remove from it what an earlier run left after update `step`; write the options
-        and start the trackers."""
+        """Make the folder, or remove from it what an earlier run left after update `step`; write the options,
+        and on what and where the run began; start the trackers."""
         self.lock = self.lock or Lock(self.path)
         for path in [*files.leftovers(self.path), *(self.checkpoints() if step == 0 else [])]:
             files.remove(path)
@@ -61,7 +61,9 @@ class RunFolder(AbstractContextManager):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             files.write_text(log, "".join(line + "\n" for line in lines if 0 < step_of(line) <= step))
         files.write_text(self.path / "options.json", json.dumps(self.recorded, indent=2) + "\n")
-        files.write_json(self.path / "run.json", self.conditions | machine(self.conditions.get("device", "")))
+        facts = self.path / "run.json"
+        if step == 0 or not facts.is_file():
+            files.write_json(facts, self.conditions | machine(self.conditions.get("device", "")))
         self.trackers = trackers.start(self.options, self.recorded)
 
     def log(self, step: int, **values: float) -> None:
