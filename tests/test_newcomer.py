@@ -130,7 +130,8 @@ def no_heic(monkeypatch):
     images.read_heic.cache_clear()
 
 
-def test_heic_without_its_package(tmp_path, no_heic, command):
+def test_heic_without_its_package(tmp_path, no_heic, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no earlier run has left a result
     data = photos(tmp_path / "phone", "IMG_1.HEIC", "IMG_2.heic")
     err = command("train.py", "--method", "textual_inversion", "--data", data)[2]
     assert err == (

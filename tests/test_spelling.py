@@ -60,6 +60,7 @@ def test_notices_too(model, captioned, tmp_path, monkeypatch, command):
 
 def test_the_data_is_looked_at_first(model, cat, tmp_path, command, monkeypatch):
     """Before the model is read, before class images are drawn, and before a word for the token is sought."""
+    monkeypatch.chdir(tmp_path)  # where no earlier run has left a result
     read = []
     monkeypatch.setattr(
         "minisd.sampling.stable_diffusion.StableDiffusion.load", lambda *a, **k: read.append(1) or 1 / 0

@@ -82,11 +82,12 @@ class Processes:
         attempt = self._attempt(connections[0])
         store, beats = (dist.PrefixStore(attempt, connection) for connection in connections)
         backend = "nccl" if self.kind == "cuda" else "gloo"
+        # Before the group is made, which waits long for a process that has ended in between.
+        threading.Thread(target=self._watch, args=[beats], daemon=True).start()
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=STEP)
         self.control = dist.new_group(backend="gloo", timeout=WORK)
         self.answers = dist.PrefixStore("answers", store)
         store.set_timeout(WORK)
-        threading.Thread(target=self._watch, args=[beats], daemon=True).start()
 
     def _attempt(self, store: dist.Store) -> str:
         """A name for this start of the processes, the same in all. When torchrun starts them again after a
