@@ -74,11 +74,8 @@ def main() -> None:
     elif name in ("-h", "--help", "--version"):
         print(f"minisd {__version__}" if name == "--version" else USAGE)
     else:
-        sys.exit(
-            cli.complain(
-                "minisd", f"no command {name}; there are train, sample, {', '.join(MODULES)}, compare"
-            )
-        )
+        known = f"train, sample, {', '.join(MODULES)}, compare"
+        sys.exit(cli.complain("minisd", f"no command {name}; there are {known}"))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,10 @@ class Group:
         for name in names:
             require(0 <= getattr(self, name) <= 1, f"--{name} must be from 0 to 1")
 
+    def check_resolution(self) -> None:
+        """ValueError unless the VAE can encode images of --resolution."""
+        require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
+
     def exclusive(self, one: str, other: str) -> None:
         """ValueError if both flags are given."""
         both = getattr(self, one) and getattr(self, other)
@@ -118,9 +122,7 @@ class Model(Group):
 class Run(Group):
     """Run"""
 
-    FEWEST = (
-        1000  # updates; a shorter run has hardly learned anything (docs/recipes.md), but on the tiny model
-    )
+    FEWEST = 1000  # updates, below which hardly anything is learned, but on the tiny model (docs/recipes.md)
 
     output_dir: Path = flag(Path("out"), "folder for log, checkpoints and result", free=True)
     overwrite_output_dir: bool = flag(
@@ -254,7 +256,7 @@ class Data(Group):
     max_pixels: int = flag(MAX_PIXELS, "refuse images with more pixels than this", free=True)
 
     def check(self):
-        require(self.resolution > 0 and self.resolution % 8 == 0, "--resolution must be a multiple of 8")
+        self.check_resolution()
         self.positive("max_pixels")
 
 

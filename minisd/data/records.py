@@ -71,6 +71,11 @@ class Records(Sequence):
         pictures = {c: Path(p) if isinstance(p, str) else p for c, p in pictures.items()}
         return Record(name, pictures, texts, sizes, repeats)
 
+    def different_pictures(self) -> list[str | Cell]:
+        """Each image once: several records may share one."""
+        columns = self.pictures.values()
+        return list(dict.fromkeys(p for column in columns for p in column if p is not ABSENT))
+
     def take(self, numbers: Sequence[int]) -> "Records":
         """The records of these numbers, in this order."""
         taken = Records()

@@ -265,8 +265,7 @@ def verified(
 ) -> Source:
     """A source of the records, with their sizes. ValueError if the header of an image cannot be read or has
     more than `max_pixels`. With `skip_bad_images` each image is decoded, and an error only if all are bad."""
-    columns = records.pictures.values()
-    pictures = list(dict.fromkeys(p for column in columns for p in column if p is not ABSENT))
+    pictures = records.different_pictures()
     sizes = headers.sizes(pictures, name, whole=skip_bad_images, fresh=fresh, max_pixels=max_pixels)
     bad = [size for size in sizes if isinstance(size, str)]
     if bad and not skip_bad_images:

@@ -291,15 +291,19 @@ class Method:
         """Prompts as token ids (b, s) if the text encoder trains, otherwise as its context (b, s, d)."""
         return self.sd.tokenizer(prompts) if self.trains("text_encoder") else self.frozen_context(prompts)
 
+    @property
+    def encodes_alone(self) -> bool:
+        """Whether each prompt and image is encoded by itself, so that its bits do not depend on the others:
+        on a CPU, and with --deterministic."""
+        return self.device.type == "cpu" or self.options.deterministic
+
     def frozen_context(self, prompts: list[str]) -> Tensor:
-        """Context (b, s, d) of a text encoder that does not train; that of a thousand prompts is kept. On a
-        GPU the new prompts of a batch are encoded together; on a CPU or with --deterministic each by itself,
-        so that its context does not depend on the others."""
+        """Context (b, s, d) of a text encoder that does not train; that of a thousand prompts is kept. New
+        prompts of a batch are encoded together, unless the method `encodes_alone`."""
         import torch
 
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.contexts]
-        alone = self.device.type == "cpu" or self.options.deterministic
-        for part in [[prompt] for prompt in new] if alone else [new] * bool(new):
+        for part in [[prompt] for prompt in new] if self.encodes_alone else [new] * bool(new):
             with torch.no_grad(), self.autocast():
                 self.contexts |= zip(part, self.sd.encode_text(part).to(self.dtype), strict=True)
         context = torch.stack([self.contexts[prompt] for prompt in prompts])

@@ -18,8 +18,6 @@ class Options(Drawn):
         "layers (ESD-u), for what goes unnamed, too; full: all",
     )
     negative_guidance: float = flag(1.0, "eta: how far to go from the concept")
-    max_train_steps: int | None = flag(1000)
-    train_batch_size: int = flag(1)
     learning_rate: float = flag(1e-5)
     output_dir: Path = flag(Path("erased-model"))
 

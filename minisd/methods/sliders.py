@@ -19,8 +19,6 @@ class Options(Updates, Drawn):
     gradient_checkpointing: bool = flag(
         False, "refused: what is computed again in the backward would have another scale", refused=True
     )
-    max_train_steps: int | None = flag(1000)
-    train_batch_size: int = flag(1)
     learning_rate: float = flag(2e-4)
     output_dir: Path = flag(Path("slider-lora"))
 

@@ -5,6 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from minisd.data.images import Cell
@@ -19,17 +20,19 @@ SHOWN = 20  # names in a line
 def report(method: Method) -> int:
     """Print a report on the method's data. ValueError if a run would refuse it, or stop at a bad image."""
     source = method.read()  # every image has been decoded, and the bad ones are left out
-    problems, dataset, options = list(source.bad), None, vars(method.options)
+    problems, dataset = list(source.bad), None
     method.setup()
     # Class images need not be there yet, and what is held out is to be in the report.
-    options.update({name: 0 for name in ("with_prior_preservation", "validation_split") if name in options})
+    unused = {"with_prior_preservation": False, "validation_split": 0.0}
+    unused = {name: value for name, value in unused.items() if name in vars(method.options)}
+    method.options = replace(method.options, **unused)
     try:
         dataset, _ = method.datasets()
     except ValueError as e:
         problems.append(str(e))
     print((dataset or source).summary())
     column = dataset.caption_column if dataset else source.guess_captions()
-    report_captions(source, column, getattr(method.sd, "tokenizer", None))
+    report_captions(source, column, None if method.sd.is_pixels else method.sd.tokenizer)
     print(f"  the same content: {listed([' = '.join(group) for group in duplicates(source)])}")
     for problem in problems:
         print(f"  wrong: {problem}")
@@ -61,8 +64,7 @@ def listed(names: Sequence[str]) -> str:
 
 def duplicates(source: Source) -> list[list[str]]:
     """The images that have the same content, byte by byte."""
-    columns = source.records.pictures.values()
-    pictures = list(dict.fromkeys(p for column in columns for p in column if p is not ABSENT))
+    pictures = source.records.different_pictures()
     lengths = [None if isinstance(p, Cell) else os.path.getsize(p) for p in pictures]
     often = Counter(lengths)
     candidates = [p for p, length in zip(pictures, lengths, strict=True) if often[length] > 1]

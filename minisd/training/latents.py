@@ -43,9 +43,8 @@ def cache(stream: Stream, method: Method, processes: Processes, folder: Path) ->
         if processes.first:
             print(f"the latents take {size / 2**30:.3g} GB, more than --latents_memory: they are in {place}")
     if place is None:
-        # On a CPU the bits depend on how many images are encoded together; so each is by itself.
-        alone = method.device.type == "cpu" or o.deterministic
-        return cache_latents(stream, sd.encode_images, 1 if alone else o.train_batch_size, processes)
+        together = 1 if method.encodes_alone else o.train_batch_size
+        return cache_latents(stream, sd.encode_images, together, processes)
     processes.wait()  # until the first has removed from the folder what a killed run left
     stored = Stored(place / vae_digest(method), {view: stream.dataset.identity(view) for view in views})
     for share, world in ((processes.rank, processes.world), (0, 1)):

@@ -10,7 +10,7 @@ import torch
 from minisd import files, ops
 from minisd.data.order import Stream, batches, collate
 from minisd.methods._base import Method
-from minisd.options import TINY, Data, Training, free_flags
+from minisd.options import TINY, Data, Model, Training, free_flags
 from minisd.training import check_data, checkpoint, latents, model_card, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
@@ -98,10 +98,9 @@ def describe(trainer: Trainer, held_out) -> str:
     count = sum(p.numel() for p in trainer.parameters)
     length = f"{trainer.total} updates of {trainer.images_per_update} images"
     device, options = trainer.method.device, trainer.options
-    few = trainer.total < options.FEWEST and getattr(options, "model", None) != str(TINY)
-    more = (
-        f"\nso few updates teach hardly anything: --max_train_steps {options.FEWEST}, or more" if few else ""
-    )
+    tiny = isinstance(options, Model) and options.model == str(TINY)
+    advice = f"\nso few updates teach hardly anything: --max_train_steps {options.FEWEST}, or more"
+    more = advice if trainer.total < options.FEWEST and not tiny else ""
     return f"{trainer.method.describe()}{held}\n{count:,} parameters train, {length}, {device}{more}"
 
 
