@@ -175,3 +175,29 @@ def test_sliders(model, options):
             F.mse_loss(pred(unet, target), middle + sign * 3 * change) for unet, sign in ((up, 1), (down, -1))
         ]
     assert loss.item() == pytest.approx(sum(errors).item() / 2, rel=1e-4)
+
+
+# --- What would teach nothing, in one line -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, flags, message",
+    [
+        ("erase", ["--erase", "a cat", " "], "--erase: an empty prompt leaves the model as it is"),
+        ("sliders", ["--negative_prompt", "a big cat"], "are the same, so there is no direction"),
+        ("erase", ["--ddim_steps", "1001"], "--ddim_steps 1001: the model has 1000 timesteps"),
+    ],
+)
+def test_what_has_no_effect_is_refused(method, flags, message, short_run, capsys):
+    own = {"sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat"], "erase": []}[method]
+    own += ["--erase", "x"] if method == "erase" and "--erase" not in flags else []
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        built(method, short_run(method, *own, *flags))
+    assert message in f"{refused.value} {capsys.readouterr().err}"
+
+
+def test_lcm_needs_as_many_timesteps_as_it_skips_between(options):
+    m, _, _ = built("lcm", options("lcm"))
+    m.sd.set_schedule(num_train_timesteps=49)
+    with pytest.raises(ValueError, match="lcm takes 50 of the model's timesteps .*, of 49"):
+        m.timesteps({"number": [0]})

@@ -2,7 +2,7 @@
 
 from minisd.methods._base import Captioned, Tensor
 from minisd.methods._reference import Reference
-from minisd.options import Model, Optimizer, Precision, Run, Validation, flag
+from minisd.options import Model, Optimizer, Precision, Run, Validation, flag, require
 
 
 class Drawn(Validation, Optimizer, Precision, Model, Run):
@@ -35,6 +35,8 @@ class DrawnLatents(Reference):
     def datasets(self) -> tuple[Captioned, None]:
         from minisd.data.datasets import Prompts
 
+        steps, total = self.options.ddim_steps, self.sd.schedule.num_train_timesteps
+        require(steps <= total, f"--ddim_steps {steps}: the model has {total} timesteps")
         self.data = Prompts(self.prompts())
         return self.data, None
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from minisd.methods._base import Parameters, StableDiffusion, Tensor
 from minisd.methods._drawn import Drawn, DrawnLatents
-from minisd.options import flag
+from minisd.options import flag, require
 
 
 class Options(Drawn):
@@ -23,6 +23,7 @@ class Options(Drawn):
 
     def check(self):
         self.positive("negative_guidance")
+        require(all(map(str.strip, self.erase)), "--erase: an empty prompt leaves the model as it is")
 
 
 class Erase(DrawnLatents):

@@ -35,9 +35,9 @@ class LCM(Reference):
     @property
     def apart(self) -> int:
         """The number of timesteps that a step of the teacher takes (section 4.3: skipping steps)."""
-        from minisd.schedulers.lcm import SETTINGS
+        from minisd.schedulers.lcm import SETTINGS, spacing
 
-        return self.sd.schedule.num_train_timesteps // SETTINGS["original_inference_steps"]
+        return spacing(self.sd.schedule.num_train_timesteps, SETTINGS["original_inference_steps"])
 
     def timesteps(self, batch: dict) -> Tensor:
         """(b,) uniform over those that the sampler takes its steps from."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from minisd.methods._base import Parameters, StableDiffusion, Tensor
 from minisd.methods._drawn import Drawn, DrawnLatents
 from minisd.methods._low_rank import Updates
-from minisd.options import flag
+from minisd.options import flag, require
 
 
 class Options(Updates, Drawn):
@@ -24,6 +24,10 @@ class Options(Updates, Drawn):
 
     def check(self):
         self.positive("eta")
+        both = "--positive_prompt and --negative_prompt"
+        require(
+            self.positive_prompt != self.negative_prompt, f"{both} are the same, so there is no direction"
+        )
 
 
 class Sliders(DrawnLatents):

@@ -11,6 +11,14 @@ A1111 = "LCM"
 SETTINGS = CLIPPING | {"clip_sample": False, "original_inference_steps": 50, "timestep_scaling": 10.0}
 
 
+def spacing(total: int, count: int) -> int:
+    """The number of timesteps between two of the `count` of the distillation, of `total` that the model has.
+    ValueError if it has fewer."""
+    if count > total:
+        raise ValueError(f"lcm takes {count} of the model's timesteps (original_inference_steps), of {total}")
+    return total // count
+
+
 def consistency(x: Tensor, denoised: Tensor, t: float | Tensor, scaling: float) -> Tensor:
     """The consistency function c_skip x + c_out x_0, where c_skip is 1 and c_out 0 at timestep t = 0 (Song et
     al. 2023, arXiv 2303.01469, appendix C)."""
@@ -23,7 +31,7 @@ def sample(problem: Problem) -> Iterator[Tensor]:
     count, scaling = problem.settings["original_inference_steps"], problem.settings["timestep_scaling"]
     if not 1 <= problem.steps <= count:
         raise ValueError(f"--steps {problem.steps}: lcm takes from 1 to {count}")
-    apart = problem.schedule.num_train_timesteps // count
+    apart = spacing(problem.schedule.num_train_timesteps, count)
     distilled = [apart * (i + 1) - 1 for i in reversed(range(count))]
     timesteps = [distilled[i * count // problem.steps] for i in range(problem.steps)]
     bars = problem.alphas_cumprod()[timesteps]
