@@ -45,6 +45,10 @@ def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
     with pytest.raises(ValueError, match="16 images in 4 updates, which are of 2 images here: start as many"):
         alone = "--train_batch_size", 1, "--resume_from_checkpoint", "latest", "--output_dir", two
         train(method, options(method, *flags, *alone))
+    # Nor does AdamW mind a factor in all gradients, so their norms are compared.
+    logs = ((out / "log.jsonl").read_text().splitlines() for out in (one, two))
+    ours, theirs = ([json.loads(line)["grad_norm"] for line in log] for log in logs)
+    assert theirs == pytest.approx(ours, rel=0.02)
     a, b = tensors(one), tensors(two)
     assert a.keys() == b.keys()
     begun = load_file(one / "checkpoint-2" / "trained.safetensors")

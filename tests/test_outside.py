@@ -236,13 +236,20 @@ def test_a_file_that_is_wrong_is_one_line(source, message, tmp_path, capsys):
 
 
 def test_the_command_line_alone(evil, tmp_path, capsys):
-    """Not the parameters of an image, a table, another run's options, or a keyword of a program."""
+    """Not the parameters of an image, a table, a file of flags, or a keyword of a program."""
     err = refused(capsys, cli.parse_sample, ["--like", drawn_by(tmp_path, evil)])
     assert "is code: it runs only if the command line names it" in err
     err = refused(capsys, cli.parse_sample, ["--like", drawn_by(tmp_path, evil, "Sampler digest: 00")])
     assert "name it by --scheduler" in err
     (tmp_path / "table.csv").write_text(f"scheduler\n{evil}\n")
     err = refused(capsys, cli.parse_sample, ["--prompt", "x", "--csv", tmp_path / "table.csv"])
+    assert "is code: it runs only if the command line names it" in err
+    for method, text in {evil: "", "lora": f"\nvalidation_scheduler = {json.dumps(evil)}"}.items():
+        (tmp_path / "run.toml").write_text(f"method = {json.dumps(method)}{text}\ndata = 'x'\n")
+        err = refused(capsys, cli.parse_train, ["--config", tmp_path / "run.toml"])
+        assert "is code: it runs only if the command line names it" in err
+    (tmp_path / "run.toml").write_text(f"scheduler = {json.dumps(evil)}\n")
+    err = refused(capsys, cli.parse_sample, ["--prompt", "x", "--config", tmp_path / "run.toml"])
     assert "is code: it runs only if the command line names it" in err
     with pytest.raises(ValueError, match="is code"):
         Settings(scheduler=evil)
