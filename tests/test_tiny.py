@@ -236,7 +236,7 @@ def test_every_default_is_a_flag():
     assert defaults.keys() == {m for m in flags if "model" in flags[m]}
     assert general.keys() <= set().union(*flags.values())
     needs = {"data": Path("d"), "instance_prompt": "a sks cat", "erase": ["a cat"]}
-    needs |= {f"{name}_prompt": "a cat" for name in ("target", "positive", "negative")}
+    needs |= {f"{name}_prompt": f"a {name} cat" for name in ("target", "positive", "negative")}
     for method, values in defaults.items():
         assert values.keys() <= flags[method], method
         cli.options_of(method)(**{k: v for k, v in needs.items() if k in flags[method]}, **values)
