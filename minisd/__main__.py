@@ -24,13 +24,10 @@ def train(prog: str = "train.py") -> int:
     """Train as the command line says, and return the exit status."""
     name, options = cli.parse_train(sys.argv[1:], prog)
 
-    from minisd import device, registry
-    from minisd.training import distributed, loop
+    from minisd.training import loop
     from minisd.training.run_folder import RunFolder
 
-    device.configure(options)  # before CUDA starts
-    method = registry.load_class("methods", name)(options, distributed.device(options.device))
-    return loop.train(method, RunFolder(name, options))
+    return loop.start(RunFolder(name, options))
 
 
 def sample(prog: str = "sample.py") -> int:

@@ -120,16 +120,16 @@ class Parser(argparse.ArgumentParser):
                 self.unknown(name)
         return vars(self.parse_args(argv))
 
-    def read_file(self, flag: str, path: Path, cls: type, flags: Mapping[str, object]) -> dict[str, object]:
-        """The values of flags that a file has, which are then no longer required. Exits with one line, naming
-        the file, if they are wrong."""
-        self.where, required = f"{flag} {path}: ", [a for a in self._actions if a.required]
+    def read_values(self, where: str, cls: type, flags: Mapping[str, object]) -> dict[str, object]:
+        """The values of flags that a file has, which are then no longer required. Exits with one line, which
+        begins with `where` they are, if they are wrong."""
+        self.where, required = where, [a for a in self._actions if a.required]
         for action in required:
             action.required = False
         texts = {}
         for name, value in flags.items():
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            if name == "config" or any(isinstance(v, dict | list) for v in values):
+            values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+            if name == "config" or any(isinstance(v, dict | list | tuple) for v in values):
                 self.error(f"{name} is no value of a flag")
             texts[name] = [str(v) for v in values]
             if not texts[name] and f"--{name}" not in self._option_string_actions:
@@ -157,9 +157,11 @@ class Parser(argparse.ArgumentParser):
     def build(self, cls: type, values: dict[str, object], command: str):
         """The options with these values; without --model, those of the tiny model for `command`."""
         tiny = any(f.name == "model" for f in fields(cls)) and values.get("model") is None
-        if tiny:
-            values = {"model": str(TINY), **tiny_defaults(cls, command), **values}
         try:
+            if precision := cls.__dataclass_fields__.get("mixed_precision"):  # of training
+                values = values | launcher.flags(values, default_of(precision))
+            if tiny:
+                values = {"model": str(TINY), **tiny_defaults(cls, command), **values}
             options = cls(**values)
         except ValueError as e:
             self.error(str(e))
@@ -188,9 +190,9 @@ def tiny_defaults(cls: type, command: str) -> dict[str, object]:
     return {name: value for name, value in chosen.items() if name in cls.__dataclass_fields__}
 
 
-def parser_of(cls: type, prog: str, description: str) -> Parser:
+def parser_of(cls: type, prog: str, description: str, kind: type[Parser] = Parser) -> Parser:
     width = min(shutil.get_terminal_size((110, 24)).columns, 110)
-    parser = Parser(
+    parser = kind(
         prog=prog,
         usage="%(prog)s [flags]",
         description=description,
@@ -245,11 +247,7 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[str, object]:
 
     parser = parser_of(cls, f"{prog} --method {method}", registry.summary("methods", method))
     parser.methods = names
-    values = parser.read_file("--config", known.config, cls, written) | parser.read_own(rest, cls)
-    try:
-        values |= launcher.flags(values, default_of(cls.__dataclass_fields__["mixed_precision"]))
-    except ValueError as e:
-        parser.error(str(e))
+    values = parser.read_values(f"--config {known.config}: ", cls, written) | parser.read_own(rest, cls)
     return method, parser.build(cls, values, method)
 
 
@@ -259,7 +257,7 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> list[Job]:
     SPELLED.clear()
     known, rest, written = config(Parser(prog=prog, add_help=False, allow_abbrev=False), argv)
     parser = parser_of(Sample, prog, "Generate images with a Stable Diffusion v1.x model.")
-    written = parser.read_file("--config", known.config, Sample, written)
+    written = parser.read_values(f"--config {known.config}: ", Sample, written)
     values, rows, jobs, notices = parser.read_own(rest, Sample), {"": {}}, [], []
     words = values.get("prompt", [])
     if len(words) > 1 and not any(" " in word for word in words):

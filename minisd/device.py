@@ -1,6 +1,8 @@
 """How this process computes on its device, by the flags of a run, and how tensors get there."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from minisd.options import Precision
     from minisd.sampling.options import Loading
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -21,7 +24,7 @@ def configure(options: "Precision | Loading", *, search: bool = False) -> None:
     reads the size of its workspace then."""
     fixed = options.deterministic
     if fixed:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(WORKSPACE, ":4096:8")
     # The same as use_deterministic_algorithms, which imports torch's compiler: two seconds.
     torch.set_deterministic_debug_mode("error" if fixed else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check that would cost a kernel per tensor
@@ -30,6 +33,31 @@ def configure(options: "Precision | Loading", *, search: bool = False) -> None:
     # "auto" goes by measured times, and these differ.
     ops.choose("torch" if fixed and options.kernels == "auto" else options.kernels)
     graph.choose(options.graph)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """After the block, all is as before that `configure` or a run sets for the whole process, the state of
+    torch's random numbers and the current GPU, too."""
+    cudnn, products, fixed = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
+    names = [(cudnn, "deterministic"), (cudnn, "benchmark"), (cudnn, "allow_tf32"), (products, "allow_tf32")]
+    settings = [(o, n, getattr(o, n)) for o, n in [*names, (fixed, "fill_uninitialized_memory")]]
+    mode, workspace = torch.get_deterministic_debug_mode(), os.environ.get(WORKSPACE)
+    kernels, graphs = ops.choose("auto"), graph.choose("auto")
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        for module, name, value in settings:
+            setattr(module, name, value)
+        torch.set_deterministic_debug_mode(mode)
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
+        ops.choose(kernels)
+        graph.choose(graphs)
+        for gpu in gpus:
+            torch.cuda.set_device(gpu)
 
 
 def usable(name: str) -> torch.device:

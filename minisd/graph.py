@@ -54,14 +54,16 @@ class CUDA:
 backend = CUDA()
 
 
-def choose(choice: str) -> None:
-    """Choose whether graphs are used from now on: auto, on or off. ValueError if there can be none."""
+def choose(choice: str) -> str:
+    """Choose whether graphs are used from now on: auto, on or off. Returns what held before. ValueError if
+    there can be none."""
     global _choice
     if choice == "on" and not backend.is_available():
         raise ValueError("--graph on: CUDA graphs need an NVIDIA GPU")
-    _choice = choice
+    before, _choice = _choice, choice
     _printed.clear()
     forget()
+    return before
 
 
 def wanted(device: torch.device) -> bool:

@@ -31,15 +31,17 @@ _missing = ""  # why they cannot be imported
 _printed, _said = "", 0  # the last line, and of how many verdicts it was
 
 
-def choose(kernels: str) -> None:
-    """Choose what computes from now on, one of CHOICES. ValueError if it cannot."""
+def choose(kernels: str) -> str:
+    """Choose what computes from now on, one of CHOICES. Returns what did before. ValueError if it cannot."""
     global _choice, _record, _share, _verdicts, _printed, _said
     if kernels not in CHOICES:
         raise ValueError(f"--kernels {kernels}: choose from {', '.join(CHOICES)}")
     if kernels == "triton" and _load():
         raise ValueError(f"--kernels triton: {_missing}")
+    before = _choice
     _choice, _record, _share, _verdicts, _printed, _said = kernels, {}, None, None, "", 0
     graph.forget()
+    return before
 
 
 def pin(record: dict[str, str], share: Callable | None) -> None:

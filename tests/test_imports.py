@@ -33,7 +33,7 @@ LAYERS = [
     ["minisd.sampling"],
     ["minisd.methods"],
     ["minisd.training"],
-    ["minisd.cli"],
+    ["minisd.cli", "minisd.keywords"],
     ["minisd.__main__", "minisd.testing", "minisd.tiny"],
     ["train", "sample"],
 ]

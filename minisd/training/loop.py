@@ -2,19 +2,28 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from minisd import files, ops
+from minisd import files, ops, registry
 from minisd.data.order import Stream, batches, collate
+from minisd.device import configure
 from minisd.methods._base import Method
 from minisd.options import TINY, Data, Model, Training, free_flags
-from minisd.training import check_data, checkpoint, latents, model_card, report, trackers
+from minisd.training import check_data, checkpoint, distributed, latents, model_card, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
 from minisd.training.step import Trainer
+
+
+def start(folder: RunFolder) -> int:
+    """Train as the folder's options say. Returns the exit status, as `train`."""
+    configure(folder.options)  # before CUDA starts
+    kind = registry.load_class("methods", folder.recorded["method"])
+    return train(kind(folder.options, distributed.device(folder.options.device)), folder)
 
 
 def train(method: Method, folder: RunFolder) -> int:
@@ -174,7 +183,8 @@ def end(trainer: Trainer, folder: RunFolder, stopped: bool, repository: str | No
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list to which the first SIGINT or SIGTERM is added; a second one stops at once."""
+    """Yield a list to which the first SIGINT or SIGTERM is added; a second one stops at once. Only the main
+    thread hears of signals."""
     received = []
 
     def receive(number: int, frame) -> None:
@@ -183,7 +193,9 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         print("stopping after this update; a second signal stops at once", file=sys.stderr)
 
-    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    hears = threading.current_thread() is threading.main_thread()
+    heard = (signal.SIGINT, signal.SIGTERM) if hears else ()
+    before = {s: signal.signal(s, receive) for s in heard}
     try:
         yield received
     finally:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +28,10 @@ from minisd.training.step import Trainer
 
 
 class RunFolder(AbstractContextManager):
-    """--output_dir of a run, and the trackers of its curves and images. `recorded` are the options."""
+    """--output_dir of a run, and the trackers of its curves and images. `recorded` are the options;
+    `on_update(step, values)` hears what is logged."""
 
-    def __init__(self, method: str, options: Run):
+    def __init__(self, method: str, options: Run, on_update: Callable[[int, dict], None] | None = None):
         self.path: Path = options.output_dir
         self.options = options
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
@@ -40,6 +42,7 @@ class RunFolder(AbstractContextManager):
         self.lock: Lock | None = None
         self.asked: Path | None = None  # the checkpoint that the user named, which rotation leaves alone
         self.conditions: dict = {}  # see `conditions`
+        self.on_update = on_update
 
     def __exit__(self, *error: object) -> None:
         """Close the trackers, and let other runs have the folder."""
@@ -72,6 +75,8 @@ class RunFolder(AbstractContextManager):
             file.write(json.dumps({"step": step} | values) + "\n")
         for tracker in self.trackers:
             tracker.scalars(step, values)
+        if self.on_update:
+            self.on_update(step, values)
 
     def save_image(self, step: int, name: str, image: Image.Image, path: str) -> None:
         """Write a PNG at `path` within the folder."""
