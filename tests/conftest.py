@@ -144,14 +144,18 @@ def captioned(cat) -> Path:
 
 
 @pytest.fixture
-def short_run(model, cat, captioned, tmp_path):
-    """short_run("lora", "--rank", 2, seed=1): the options of a short run of a method on the tiny models."""
+def short_run(model, cat, captioned, tmp_path, monkeypatch):
+    """short_run("lora", "--rank", 2, seed=1): the options of a short run of a method on the tiny models. Its
+    images take two steps of sampling, since nobody looks at them."""
     from minisd import cli
     from minisd.formats import config_json
+    from minisd.methods._base import Method
     from minisd.methods._prior import Subject
     from minisd.options import Captions
     from tests import method_helpers
     from tests.helpers import TINY_PIXELS
+
+    monkeypatch.setattr(Method, "preview_steps", 2)
 
     def make(method: str, *flags, **changes):
         kind = cli.options_of(method)

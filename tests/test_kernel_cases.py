@@ -106,6 +106,7 @@ def test_under_gradient_checkpointing(kernel, case):
 
 
 @interpreter
+@pytest.mark.slow
 @norms_first
 def test_operator(kernel, case):
     """The operator keeps every rule of torch.library."""

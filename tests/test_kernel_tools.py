@@ -79,6 +79,7 @@ def one_ms(runs, rounds=3):
 
 
 @interpreter
+@pytest.mark.slow
 def test_bench_writes_a_table(monkeypatch, tmp_path, capsys):
     """The whole benchmark at tiny shapes, with a kernel that raises and a version that is not installed."""
     monkeypatch.setattr(bench, "interleaved", one_ms)

@@ -186,8 +186,7 @@ def test_pipelines_that_open_in_diffusers(options, method, flags):
     assert psnr(ours, before) < 40  # it did train
 
 
-@pytest.mark.parametrize("extension", [".safetensors", ".bin"])
-@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+@pytest.mark.parametrize("freeze_model, extension", [("crossattn_kv", ".bin"), ("crossattn", ".safetensors")])
 def test_custom_diffusion_opens_in_diffusers(
     model, options, freeze_model, extension, tmp_path, monkeypatch, capsys
 ):

@@ -11,6 +11,7 @@ from minisd import cli, registry, testing
 from minisd.data.images import open_image
 from minisd.data.order import Stream, collate
 from minisd.methods import lora
+from minisd.methods._base import Method
 from minisd.noise import NoiseSchedule
 from minisd.options import TINY
 from minisd.sampling import infotext
@@ -89,8 +90,15 @@ def test_the_method(tmp_path):
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
-def test_the_check_of_a_method(tmp_path):
-    testing.check_method(PART, tmp_path, "--data", ROOT / "cat", "--train_modules", "attn1", "attn2")
+@pytest.fixture
+def small(model, monkeypatch) -> list:
+    """Flags of a run that takes a few seconds."""
+    monkeypatch.setattr(Method, "preview_steps", 2)
+    return ["--data", ROOT / "cat", "--model", model, "--resolution", 32]
+
+
+def test_the_check_of_a_method(small, tmp_path):
+    testing.check_method(PART, tmp_path, *small, "--train_modules", "attn1", "attn2")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +111,7 @@ def test_the_check_of_a_method(tmp_path):
         ),
     ],
 )
-def test_the_check_finds_what_is_wrong(wrong, message, tmp_path):
+def test_the_check_finds_what_is_wrong(wrong, message, small, tmp_path):
     source = f"""from minisd import Method
 from minisd.options import Captions, Training
 class Options(Captions, Training):
@@ -114,10 +122,10 @@ class Wrong(Method):
 """
     (tmp_path / "wrong.py").write_text(source)
     with pytest.raises(AssertionError, match=message):
-        testing.check_method(str(tmp_path / "wrong.py"), tmp_path, "--data", ROOT / "cat")
+        testing.check_method(str(tmp_path / "wrong.py"), tmp_path, *small)
 
 
-def test_the_check_finds_hidden_state(tmp_path):
+def test_the_check_finds_hidden_state(small, tmp_path):
     """A draw that depends on how often it was called is not the same after a resume."""
     (tmp_path / "hidden.py").write_text("""import torch
 from minisd import Method
@@ -133,7 +141,7 @@ class Hidden(Method):
         return super().loss_of(batch) * self.calls
 """)
     with pytest.raises(AssertionError, match="differ"):
-        testing.check_method(str(tmp_path / "hidden.py"), tmp_path, "--data", ROOT / "cat")
+        testing.check_method(str(tmp_path / "hidden.py"), tmp_path, *small)
 
 
 def test_the_commands(command, tmp_path):
@@ -170,6 +178,7 @@ def test_a_method_from_a_method_has_its_defaults(tmp_path):
     for base, steps, rate in (("lora.Options", 300, 0.003), ("Captions, Training", 200, 1e-5)):
         path = tmp_path / f"{base.split('.')[0].split(',')[0].lower()}_like.py"
         path.write_text(f"""from minisd.methods import lora
+from minisd.methods._base import Method
 from minisd.options import Captions, Training
 class Options({base}):
     "Mine"
