@@ -7,7 +7,7 @@ from pathlib import Path
 from minisd import __version__, cli
 from minisd.options import require
 
-MODULES = {"bench": "minisd.kernels.bench", "judge": "minisd.tiny.judge"}
+MODULES = {"bench": "minisd.kernels.bench", "judge": "minisd.tiny.judge", "score": "minisd.score"}
 USAGE = """usage: minisd COMMAND [flags]
 
 commands:
@@ -15,6 +15,7 @@ commands:
   sample   generate images
   bench    measure the kernels beside PyTorch's
   judge    train the small model by every method, and measure what it learned
+  score    score images by CLIP and DINO, against other images and prompts
   compare  write a page that shows runs side by side
 
 minisd COMMAND --help lists the flags of a command, and minisd --version prints the version."""

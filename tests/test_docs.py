@@ -110,7 +110,8 @@ def known_flags() -> set[str]:
     classes = {c for m in registry.names("methods") for c in registry.load("methods", m).Options.__mro__}
     declared = [f for c in classes | {*Sample.__mro__} if is_dataclass(c) for f in fields(c)]
     known = {f"--{name}" for f in declared for name in (f.name, *f.metadata.get("also", ()))}
-    tools = [p for folder in ("kernels", "minisd/tiny", "tests") for p in (ROOT / folder).glob("*.py")]
+    folders = "kernels", "minisd", "minisd/tiny", "tests"
+    tools = [p for folder in folders for p in (ROOT / folder).glob("*.py")]
     return known | {flag for p in tools for flag in re.findall(r'"(--\w+)"', p.read_text())}
 
 

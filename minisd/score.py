@@ -1,0 +1,150 @@
+"""Score a folder of images by what CLIP and DINO see in them: likeness to other images, and to prompts.
+
+    minisd score samples --like photos --clip openai/clip-vit-large-patch14 --dino facebook/dino-vits16
+    minisd score samples --prompts prompts.txt --clip ./clip --json scores.json
+
+CLIP-I and DINO are the mean cosine similarity of an image's embedding to those of the images of --like,
+CLIP-T that to the embedding of the image's prompt (Ruiz et al. 2022, arXiv 2208.12242, section 4.2). Prompts
+are those that PNG files record, or the lines of --prompts. Each score has a 95 % interval: the bootstrap over
+the images (Efron 1979). A hub id is downloaded, as it was asked for; a folder is read without the network.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisd import cli, files, reading
+from minisd.data import images
+from minisd.options import require
+from minisd.sampling import infotext
+
+BATCH, RESAMPLES = 16, 1000  # images, or prompts, at once; means of the bootstrap
+SHEETS = "-grid.png", "preview.png"  # what sample.py leaves beside its images
+
+
+def load(flag: str, source: str, device: str) -> tuple[torch.nn.Module, Callable]:
+    """The model in a folder, or of a hub id, and the processor of its inputs. ValueError, naming the flag."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kinds = ("CLIPModel", "CLIPProcessor") if flag == "clip" else ("AutoModel", "AutoImageProcessor")
+    local = {"local_files_only": Path(source).is_dir()}
+    try:
+        model, processor = (getattr(transformers, kind).from_pretrained(source, **local) for kind in kinds)
+    except Exception as e:  # of whatever class
+        raise ValueError(f"--{flag} {source}: {files.first_line(e)}") from None
+    return model.to(device).eval(), processor
+
+
+def parts(values: list) -> Iterator[list]:
+    """At most BATCH values at once."""
+    return (values[start : start + BATCH] for start in range(0, len(values), BATCH))
+
+
+def unit(vectors: list[Tensor]) -> Tensor:
+    """Batches of vectors as one (n, d), each of length 1, in fp32 on the CPU."""
+    return F.normalize(torch.cat(vectors).float().cpu(), dim=1)
+
+
+@torch.no_grad()
+def of_images(model: torch.nn.Module, processor: Callable, paths: list[Path]) -> Tensor:
+    """The embeddings (n, d) of images: CLIP's projected ones; of another model the last state of the first
+    token, which is DINO's class token."""
+    found = []
+    for part in parts(paths):
+        inputs = processor(images=[*map(images.open_image, part)], return_tensors="pt").to(model.device)
+        if hasattr(model, "get_image_features"):
+            found.append(model.visual_projection(model.vision_model(**inputs).pooler_output))
+        else:
+            found.append(model(**inputs).last_hidden_state[:, 0])
+    return unit(found)
+
+
+@torch.no_grad()
+def of_texts(model: torch.nn.Module, processor: Callable, texts: list[str]) -> Tensor:
+    """CLIP's embeddings (n, d) of prompts, cut off after its length."""
+    found = []
+    for part in parts(texts):
+        inputs = processor(text=part, return_tensors="pt", padding=True, truncation=True).to(model.device)
+        found.append(model.text_projection(model.text_model(**inputs).pooler_output))
+    return unit(found)
+
+
+def interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
+    """The bounds between which 95 % of the means lie of as many values, drawn with repetition."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    low, high = torch.quantile(values.double()[drawn].mean(dim=1), torch.tensor([0.025, 0.975]).double())
+    return low.item(), high.item()
+
+
+def listed(folder: Path, flag: str) -> list[Path]:
+    """The images of a folder, without the sheets of sample.py. ValueError if there are none."""
+    require(folder.is_dir(), f"{flag} {folder} is no folder")
+    found = [path for path in images.list_images(folder) if not path.name.endswith(SHEETS)]
+    require(found, f"{flag} {folder} holds no images")
+    return found
+
+
+def prompts_of(paths: list[Path], file: Path | None) -> list[str] | None:
+    """The prompt of each image: a line of the file, or what the PNG records; None if one records nothing."""
+    if file:
+        lines = [line.strip() for line in reading.text(file).splitlines() if line.strip()]
+        need = f"one for each of the {len(paths)} images, in the order of their names, or one for all"
+        require(len(lines) in (1, len(paths)), f"--prompts {file} has {len(lines)} lines: {need}")
+        return lines * (len(paths) if len(lines) == 1 else 1)
+    try:
+        return [infotext.parse(infotext.read(path))[0] for path in paths]
+    except ValueError:
+        return None
+
+
+def scores(o: argparse.Namespace) -> dict[str, Tensor]:
+    """The scores by name, with a value for each image, (n,)."""
+    paths = listed(o.images, "the folder")
+    like, prompts, found = o.like and listed(o.like, "--like"), prompts_of(paths, o.prompts), {}
+    require(o.clip or o.dino, "give --clip, --dino or both")
+    require(like or not o.dino, "--dino needs --like")
+    require(o.clip or not o.prompts, "--prompts needs --clip")
+    require(like or prompts, "nothing to compare with: give --like, --prompts or both")
+    for flag, source in (("clip", o.clip), ("dino", o.dino)):
+        if source:
+            model, processor = load(flag, source, o.device)
+            own = of_images(model, processor, paths)  # (n, d)
+            if like:
+                others = of_images(model, processor, like)  # (m, d)
+                found["CLIP-I" if flag == "clip" else "DINO"] = (own @ others.T).mean(dim=1)
+            if prompts and flag == "clip":
+                found["CLIP-T"] = (own * of_texts(model, processor, prompts)).sum(dim=1)
+    return found
+
+
+def main() -> int:
+    parser = cli.Parser(prog="minisd score", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("images", type=Path, metavar="DIR", help="the images to score")
+    parser.add_argument("--like", type=Path, metavar="DIR", help="the images that they should be like")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a line for each image, or one for all")
+    parser.add_argument("--clip", metavar="MODEL", help="a folder or hub id of a CLIP model of transformers")
+    parser.add_argument("--dino", metavar="MODEL", help="the same of a DINO model, or of another ViT")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the scores, of each image too, to it"
+    )
+    o, table = parser.parse_args(), {}
+    for name, values in scores(o).items():
+        low, high = interval(values)
+        table[name] = {"mean": values.mean().item(), "low": low, "high": high, "values": values.tolist()}
+        print(f"{name:6} {table[name]['mean']:7.4f}  from {low:.4f} to {high:.4f}, {len(values)} images")
+    if o.json:
+        names = [path.name for path in listed(o.images, "the folder")]
+        files.write_json(o.json, {"clip": o.clip, "dino": o.dino, "images": names, **table})
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("minisd score", main)
