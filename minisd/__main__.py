@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from minisd import __version__, cli
+from minisd import __version__, cli, terminal
 from minisd.options import require
 
 MODULES = {"bench": "minisd.kernels.bench", "judge": "minisd.tiny.judge", "score": "minisd.score"}
@@ -73,7 +73,7 @@ def main() -> None:
         print(f"minisd {__version__}" if name == "--version" else USAGE)
     else:
         known = f"train, sample, {', '.join(MODULES)}, compare"
-        sys.exit(cli.complain("minisd", f"no command {name}; there are {known}"))
+        sys.exit(terminal.complain("minisd", f"no command {name}; there are {known}"))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import NoReturn
 
-from minisd import launcher, reading, registry, terminal
+from minisd import launcher, presets, reading, registry, terminal
 from minisd.options import TINY, default_of
 from minisd.sampling import infotext, sweep
 from minisd.sampling.options import Job, Sample
-from minisd.spelling import ELSEWHERE, SPELLED, as_written
+from minisd.spelling import ELSEWHERE, SPELLED
 
 LINKS = {*"a an the of in on at with and by for from to".split()}  # words that join others to one prompt
 WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaults are shown in the help
@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
     methods: tuple[str, ...] = ()  # methods to name in the message about an unknown flag
 
     def error(self, message):
-        sys.exit(complain(self.prog, f"{self.where}{message}"))
+        sys.exit(terminal.complain(self.prog, f"{self.where}{message}"))
 
     def read(self, argv: list[str]) -> dict[str, object]:
         """The flags in `argv` and their values. Exits with one line if they are wrong."""
@@ -160,9 +160,11 @@ class Parser(argparse.ArgumentParser):
         try:
             if precision := cls.__dataclass_fields__.get("mixed_precision"):  # of training
                 values = values | launcher.flags(values, default_of(precision))
+            kinds = ["tiny"] if tiny else kinds_of(cls, command)
+            chosen = presets.flags(cls, kinds, values) if values.get("preset") else {}
             if tiny:
-                values = {"model": str(TINY), **tiny_defaults(cls, command), **values}
-            options = cls(**values)
+                values = {"model": str(TINY), **tiny_defaults(cls, command), **chosen, **values}
+            options = cls(**chosen | values)
         except ValueError as e:
             self.error(str(e))
         if tiny:
@@ -181,12 +183,16 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
+def kinds_of(cls: type, command: str) -> list[str]:
+    """`command`, and the methods whose Options are bases of `cls`, the nearest first."""
+    return [command, *(base.__module__.rpartition(".")[2] for base in cls.__mro__)]
+
+
 def tiny_defaults(cls: type, command: str) -> dict[str, object]:
-    """The flags that suit the tiny model: those of `command`, or else of the method whose Options are the
-    nearest base of `cls`, or else of most methods, as far as `cls` has them."""
+    """The flags that suit the tiny model: those of the first known of `kinds_of`, or else of most methods,
+    as far as `cls` has them."""
     known = json.loads((TINY / "defaults.json").read_text())
-    kinds = [command, *(base.__module__.rpartition(".")[2] for base in cls.__mro__), "methods"]
-    chosen = known[next(kind for kind in kinds if kind in known)]
+    chosen = known[next(kind for kind in [*kinds_of(cls, command), "methods"] if kind in known)]
     return {name: value for name, value in chosen.items() if name in cls.__dataclass_fields__}
 
 
@@ -351,14 +357,6 @@ def like(path: Path, given: Mapping[str, object]) -> tuple[dict[str, list[str]],
     return flags, notices
 
 
-def complain(prog: str, message: str) -> int:
-    """Print an error in one line of at most 1,000 characters. Returns the exit status for wrong input."""
-    text = " ".join(as_written(message).split())
-    text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-450:]}"
-    print(f"{prog}: error: {text}", file=sys.stderr)
-    return 2
-
-
 def keep_memory() -> None:
     """Let glibc keep up to 1 GB of freed memory for the next request. By default it returns every large block
     at once, and the next activation of that size faults in each of its pages anew, which takes up to a fourth
@@ -383,7 +381,7 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, OverflowError) as e:
         if os.environ.get("MINISD_DEBUG"):
             raise
-        sys.exit(complain(prog, str(e)))
+        sys.exit(terminal.complain(prog, str(e)))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -393,6 +391,6 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
         # of torch: memory on a CPU, which has no type of its own, or on a GPU, or what was not foreseen
         text = str(e) or type(e).__name__
         if isinstance(e, MemoryError) or "memory" in text:
-            sys.exit(complain(prog, f"not enough memory: {text}"))
-        complain(prog, f"{type(e).__name__}: {text} (MINISD_DEBUG=1 shows where)")
+            sys.exit(terminal.complain(prog, f"not enough memory: {text}"))
+        terminal.complain(prog, f"{type(e).__name__}: {text} (MINISD_DEBUG=1 shows where)")
         sys.exit(1)

@@ -128,6 +128,12 @@ class Run(Group):
     overwrite_output_dir: bool = flag(
         False, "discard an earlier run and its result, and start over", also=("overwrite",), free=True
     )
+    preset: str | None = flag(
+        None,
+        "flags for a purpose: face, object, style or quick, as far as the method has them; others have "
+        "priority (docs/recipes.md)",
+        free=True,
+    )
     seed: int = flag(0, "seed of everything random")
     max_train_steps: int | None = flag(None, "optimizer updates, instead of epochs", free=True)
     num_train_epochs: int = flag(

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from minisd.spelling import as_written
+
 SECONDS = 10.0  # between two lines of a bar in a file
 BRIEF = {"leave": False, "position": 0, "dynamic_ncols": True}  # for tqdm: a bar that may cover a longer one
 
@@ -71,3 +73,11 @@ def shared() -> Iterator[None]:
             yield
         finally:
             sys.stdout, sys.stderr = before
+
+
+def complain(prog: str, message: str) -> int:
+    """Print an error in one line of at most 1,000 characters. Returns the exit status for wrong input."""
+    text = " ".join(as_written(message).split())
+    text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-450:]}"
+    print(f"{prog}: error: {text}", file=sys.stderr)
+    return 2

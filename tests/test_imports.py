@@ -20,6 +20,7 @@ LAYERS = [
         "minisd.kernels",
         "minisd.registry",
         "minisd.options",
+        "minisd.presets",
         "minisd.noise",
         "minisd.files",
         "minisd.terminal",
