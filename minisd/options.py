@@ -8,6 +8,7 @@ Options inherits the groups it uses, adds its own flags, and may redeclare a fie
         learning_rate: float = flag(1e-4)       # help and group stay those of Optimizer.learning_rate
 """
 
+import os
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, dataclass_transform
@@ -370,5 +371,8 @@ class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
         self.not_negative("latents_memory")
         limited = self.latents_memory != type(self).latents_memory
         require(self.cache_latents or not self.latents_dir, "--latents_dir is for --cache_latents")
+        if place := self.latents_dir:
+            there = next(p for p in (place, *place.parents) if os.path.lexists(p))
+            require(there.is_dir(), f"--latents_dir {place}: {there} is not a folder")
         used = self.cache_latents and not self.latents_dir
         require(used or not limited, "--latents_memory is for latents in memory")

@@ -188,6 +188,38 @@ def test_the_guide_s_token_of_custom_diffusion_trains_on_the_tiny_model(learned)
     assert (learned["custom_diffusion"] / "<new1>.safetensors").is_file()
 
 
+def test_a_scheduler_of_one_s_own_is_tried_first(tmp_path, command):
+    """Before a model is loaded, and before a bar."""
+    bad, flags = tmp_path / "bad.py", ["--model", "nowhere", "--scheduler", tmp_path / "bad.py"]
+    for code, said in (("1 / 0", "bad.py line 1: ZeroDivisionError"), ("", "has no SETTINGS")):
+        bad.write_text(code)
+        status, _, err = command("sample.py", *DRAW, "x", *flags)
+        assert status == 2 and said in err and len(err.splitlines()) == 1
+        registry._run.cache_clear()
+    argv = [
+        "--method",
+        "textual_inversion",
+        "--data",
+        CAT,
+        "--model",
+        "nowhere",
+        "--validation_scheduler",
+        bad,
+    ]
+    status, _, err = command("train.py", *argv, "--output_dir", tmp_path / "out")
+    assert status == 2 and "has no SETTINGS" in err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_for_latents_that_can_be_none(tmp_path, command):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("x")
+    for name in ("loop", "loop/below", "file", "file/below"):
+        argv = ["--method", "textual_inversion", "--data", CAT, "--latents_dir", tmp_path / name]
+        status, _, err = command("train.py", *argv, "--output_dir", tmp_path / "out")
+        assert status == 2 and "--latents_dir" in err and "is not a folder" in err and "\n" not in err.strip()
+        assert not (tmp_path / "out").exists()
+
+
 def test_devices(tmp_path, command, monkeypatch):
     """One that is not there is one line, in training too; a run says which it used."""
     for name, at in (("gpu", "--device gpu: "), ("mps", "--device mps: ")):
@@ -252,6 +284,23 @@ def test_a_sheet_has_a_row_for_each_prompt(tmp_path):
     )
     picture, _ = sheet("one prompt", count=4)
     assert picture.size == (132, 132)  # no label: there is nothing to tell apart
+
+
+def letters(picture: Image.Image) -> int:
+    """How much ink there is."""
+    return int((255 - np.asarray(picture.convert("L"), int)).sum())
+
+
+@pytest.mark.parametrize("text", ["supercalifragilistic", "a supercalifragilistic word", "x" * 300, "a b"])
+def test_no_word_of_a_label_is_lost(text):
+    """In lines as narrow as a small picture there is as much ink as in a wide one."""
+    wide, narrow = images.label(text, 4000), images.label(text, 64)
+    assert narrow.width == 64 and letters(narrow) == pytest.approx(letters(wide), rel=0.05)
+    assert np.asarray(narrow)[:, 61:].min() == 255  # the margin
+    long = f"{text} and {text} and {text} and {text}"
+    sheet = images.table([[Image.new("RGB", (64, 64), "white")]] * 2, [long, "b"], ["c"])
+    most = letters(images.label(long, 9000)) + letters(images.label("b", 99)) + letters(images.label("c", 99))
+    assert letters(sheet) == pytest.approx(most, rel=0.05)
 
 
 def test_labels_in_other_scripts(monkeypatch, capsys):

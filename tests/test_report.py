@@ -14,11 +14,20 @@ import pytest
 from PIL import Image
 
 from minisd import __main__ as commands
+from minisd import registry
+from minisd.data import images
 from minisd.training import loop, report, run_folder
 from tests import method_helpers
 from tests.test_commands import run as minisd
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "chrome",
+    "chrome-headless-shell",
+    "chromium-headless-shell",
+)
 VOID = {"meta", "link", "img"}
 
 
@@ -69,7 +78,7 @@ def test_a_report_shows_the_run(finished):
     folder = finished("run with a <name>")
     page = Page(folder / report.NAME)
     assert [unquote(p) for p in page.pictures] == [
-        "result.png", "validation/step-000004.png", "validation/step-000002.png",
+        "result.png", *(f"validation/step-00000{step}.png" for step in (4, 2, 0)),
     ]  # fmt: skip
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     counts = {n: sum(n in line for line in lines) for n in report.CURVES}
@@ -137,7 +146,7 @@ def stop_after(steps: int, o) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "after_update", stopping)
         assert method_helpers.train("lora", o) == 128 + signal.SIGTERM
-    assert Page(o.output_dir / report.NAME).pictures == ["validation/step-000002.png"]
+    assert Page(o.output_dir / report.NAME).pictures == [f"validation/step-00000{n}.png" for n in (2, 0)]
 
 
 def test_what_a_run_says_of_its_start_stays(short_run, monkeypatch):
@@ -159,7 +168,7 @@ def test_compare(finished, tmp_path, monkeypatch):
     done = minisd("compare", *runs, cwd=elsewhere)
     assert done.returncode == 0 and done.stdout == "compare.html\n", done.stderr
     page = Page(elsewhere / "compare.html")
-    assert len(page.pictures) == 6 and unquote(page.pictures[0]) == "../slow/result.png"
+    assert len(page.pictures) == 8 and unquote(page.pictures[0]) == "../slow/result.png"
     assert {"slow", "fast", "learning_rate", "0.0001", "0.01"} <= {*page.texts}
     assert not {"validation_prompt", "data"} & {*page.texts}  # both have the same
     assert len(page.curves) == 2 * len(report.CURVES)
@@ -194,5 +203,61 @@ def test_in_a_browser(finished, tmp_path, width):
     ]
     command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>[true,true,3]</title>" in done.stdout, done.stdout[-2000:]
+    assert "<title>[true,true,4]</title>" in done.stdout, done.stdout[-2000:]
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+OWN = {
+    "dreambooth": ["--instance_prompt", "a sks cat"],
+    "lora": ["--instance_prompt", "a sks cat"],
+    "custom_diffusion": ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>"],
+    "textual_inversion": ["--num_vectors", 2],
+    "erase": ["--erase", "a cat", "--ddim_steps", 2],
+    "sliders": ["--target_prompt", "a", "--positive_prompt", "b", "--negative_prompt", "", "--ddim_steps", 2],
+    "unconditional": ["--ddpm_num_inference_steps", 2, "--eval_batch_size", 2],
+}
+
+
+@pytest.mark.parametrize("method", registry.names("methods"))
+def test_before_and_after_of_every_method(method, short_run, monkeypatch):
+    """A run that changes next to nothing draws the same afterwards, and result.png has all of it."""
+    sheets = []
+
+    def labelled_rows(rows, size=256):
+        sheets.append(dict(rows))
+        return whole(rows, size)
+
+    whole = images.labelled_rows
+    monkeypatch.setattr(images, "labelled_rows", labelled_rows)
+    flags = ["--learning_rate", 1e-12, *OWN.get(method, [])]
+    o = short_run(method, *flags, max_train_steps=1)
+    method_helpers.train(method, o)
+    result = Image.open(o.output_dir / "result.png")
+    page = Page(o.output_dir / report.NAME)
+    if method == "unconditional":  # whose random weights draw noise
+        assert [*sheets[0]] == ["trained on"] and page.pictures == ["result.png"]
+        return
+    if method not in ("erase", "sliders"):
+        shown = sheets.pop(1)["trained on"]
+        assert 1 <= len(shown) <= 8
+        before_at = whole([("trained on", shown)]).height
+    else:
+        before_at = 0
+    before, after = sheets
+    plain = [{label.partition(": ")[2]: row for label, row in rows.items()} for rows in sheets]
+    assert plain[0] == plain[1] and {label.partition(":")[0] for label in after} == {"after"}
+    drawn = images.open_image(o.output_dir / run_folder.BEFORE)
+    box = (0, before_at, drawn.width, before_at + drawn.height)
+    assert result.crop(box).tobytes() == drawn.tobytes() == whole([*before.items()]).tobytes()
+    assert result.height == before_at + drawn.height + whole([*after.items()]).height
+    assert page.pictures == ["result.png", run_folder.BEFORE]
+
+
+def test_a_run_that_goes_on_elsewhere_has_what_was_before(short_run, tmp_path):
+    o = short_run("lora", "--instance_prompt", "x", "--checkpointing_steps", 1)
+    method_helpers.train("lora", o)
+    before, result = o.output_dir / run_folder.BEFORE, (o.output_dir / "result.png").read_bytes()
+    o.resume_from_checkpoint, o.output_dir = str(o.output_dir / "checkpoint-1"), tmp_path / "elsewhere"
+    method_helpers.train("lora", o)
+    assert (o.output_dir / run_folder.BEFORE).read_bytes() == before.read_bytes()
+    assert (o.output_dir / "result.png").read_bytes() == result

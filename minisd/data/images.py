@@ -227,13 +227,20 @@ def font_for(characters: str) -> ImageFont.FreeTypeFont:
 
 
 def label(text: str, width: int, height: int = 0) -> Image.Image:
-    """Text on white, in lines that fit into `width`; at least `height` high."""
+    """Text on white, in lines that fit into `width`; at least `height` high. A word that does not fit into a
+    line goes on in the next one."""
     font = font_for("".join(sorted({*text} - {*string.printable})))
+
+    def fits(line: str) -> bool:
+        return len(line) <= 1 or font.getlength(line.rstrip()) <= width - 8
+
     lines = [""]
     for part in re.split(r"(?<=[ _/,.:-])", " ".join(text.split())):  # where a line may end
-        longer = lines[-1] + part
-        fits = font.getlength(longer.rstrip()) <= width - 8
-        lines = [*lines[:-1], longer] if fits or not lines[-1] else [*lines, part]
+        if lines[-1] and not fits(lines[-1] + part):
+            lines.append("")
+        for character in part:
+            lines = lines if fits(lines[-1] + character) else [*lines, ""]
+            lines[-1] += character
     height = max(height, 16 * len(lines) + 6)
     image = Image.new("RGB", (width, height), "white")
     top = (height - 16 * len(lines)) // 2
@@ -263,9 +270,11 @@ def table(cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: 
     width, height = max(i.width for i in flat), max(i.height for i in flat)
     fitting = (w for w in (64, 96, 160, 240) if all(label(text, w).height <= height for text in rows))
     margin = next(fitting, 320)
+    height = max(height, *(label(text, margin).height for text in rows))
+    flat = [ImageOps.expand(i, (0, 0, 0, height - i.height), "white") for i in flat]
     above = stack([label(text, width) for text in columns], True, GAP)
     above = ImageOps.expand(above, (margin, 0, 0, 0), "white")
-    left = stack([label(text, margin, height).crop((0, 0, margin, height)) for text in rows], gap=GAP)
+    left = stack([label(text, margin, height) for text in rows], gap=GAP)
     return stack([above, stack([left, grid(flat, len(columns))], across=True)])
 
 

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minisd import registry
 from minisd.options import Captions, Diffusion, Training, Validation
 from minisd.terminal import BRIEF
 
@@ -79,7 +80,9 @@ class Method:
 
     def setup(self) -> Parameters:
         """Load the model, frozen. Returns what trains, by name, in fp32."""
-        self.validation_prompts = self.read_validation_prompts()  # first: a missing file is reported at once
+        if isinstance(self.options, Validation):  # what is missing or does not run is reported first
+            registry.load("schedulers", registry.find_scheduler(self.options.validation_scheduler)[0])
+        self.validation_prompts = self.read_validation_prompts()
         self.sd = self.load()
         return self.build(self.sd)
 
@@ -313,17 +316,25 @@ class Method:
 
     # The images that show what a run has learned
 
-    def preview(self, final: bool) -> Image | None:
-        """The image to save during training, if a flag asks for one, or at the end of it (`final`): a row for
-        each prompt, with its conditioning image first."""
+    def preview(self, moment: str = "") -> Image | None:
+        """The image to save during training, if a flag asks for one, or at a `moment`, "before" or "after": a
+        row for each prompt, with its conditioning image first."""
         from minisd.data import images
 
-        prompts = self.validation_prompts or (self.training_prompts() if final else [])
+        prompts = self.validation_prompts or (self.training_prompts() if moment else [])
         rows = []
         for prompt, image in prompts:
             conditioning = [] if image is None else [images.to_pil(image)]
-            rows.append((prompt, conditioning + self.samples(prompt, image)))
+            rows.append(
+                (f"{moment}: {prompt}" if moment else prompt, conditioning + self.samples(prompt, image))
+            )
         return images.labelled_rows(rows) if rows else None
+
+    def trained_on(self) -> list[Image]:
+        """Some of the images that are trained on; none if there are none."""
+        parts = getattr(self.data, "parts", (self.data,))  # with prior preservation, the instances come first
+        of = [(part.source, part.image_column) for part in parts[:1]]
+        return [source.open(i, column) for source, column in of for i in range(min(8, len(source)))]
 
     def read_validation_prompts(self) -> Prompts:
         """The prompts to validate with, from the flags."""

@@ -66,15 +66,23 @@ class Autoencoder(Method):
         examples = [self.data.examples(i, generator(self.options.seed, "some", i))[0] for i in indices]
         return torch.stack([self.data.pixels(e.view) for e in examples])
 
-    def preview(self, final: bool) -> Image:
-        """Images and their reconstructions."""
+    def trained_on(self) -> list[Image]:
+        """Those that `preview` reconstructs."""
+        from minisd.data import images
+
+        return list(map(images.to_pil, self.sample_pixels(self.options.num_validation_images)))
+
+    def preview(self, moment: str = "") -> Image:
+        """Reconstructed images; during training, below what they should be."""
         from minisd.data import images
 
         pixels = self.sample_pixels(self.options.num_validation_images)
         decoded = self.sd.decode(self.sd.encode_images(pixels)[0]).cpu().clamp(-1, 1)
         psnr = 10 * math.log10(4 / max((decoded - pixels).square().mean().item(), 1e-12))
-        rows = ("pictures", pixels), (f"reconstructed, {psnr:.1f} dB", decoded)
-        return images.labelled_rows([(label, [images.to_pil(p) for p in row]) for label, row in rows])
+        about = f"{moment}: " if moment else ""
+        rows = [] if moment else [("pictures", self.trained_on())]
+        rows.append((f"{about}reconstructed, {psnr:.1f} dB", [images.to_pil(p) for p in decoded]))
+        return images.labelled_rows(rows)
 
     def save(self, folder: Path) -> None:
         vae = self.sd.vae

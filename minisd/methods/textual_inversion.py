@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from minisd import reading
-from minisd.methods._base import Device, Image, Method, Parameters, Prompts, StableDiffusion
+from minisd.methods._base import Device, Method, Parameters, Prompts, StableDiffusion
 from minisd.options import Training, flag
 
 
@@ -82,17 +82,7 @@ class TextualInversion(Method):
             self.sd.save(folder, {"text_encoder"})
 
     def read_validation_prompts(self) -> Prompts:
-        return [(self.prompt.replace("{}", self.token), None)] if self.options.validation_prompt else []
+        return self.training_prompts() if self.options.validation_prompt else []
 
-    def preview(self, final: bool) -> Image | None:
-        """At the end: training images, then images of the initial word and of the token."""
-        from minisd.data import images
-
-        if not final:
-            return super().preview(final)
-        source, column = self.data.source, self.data.image_column
-        shown = [source.open(i, column) for i in range(min(8, len(source)))]
-        before, after = (self.prompt.replace("{}", word) for word in (self.word, self.token))
-        before = before.replace(self.token, self.word)
-        rows = [("trained on", shown), (f"before: {before}", self.samples(before))]
-        return images.labelled_rows([*rows, (f"after: {after}", self.samples(after))])
+    def training_prompts(self) -> Prompts:
+        return [(self.prompt.replace("{}", self.token), None)]

@@ -83,13 +83,16 @@ class Unconditional(Method):
     def save_interval(self, updates_per_epoch: int) -> int:
         return self.options.save_model_epochs * updates_per_epoch
 
-    def preview(self, final: bool) -> Image:
-        """Generated images, from the same noise every time."""
+    def preview(self, moment: str = "") -> Image | None:
+        """Generated images, from the same noise every time; none before training, which would take many steps
+        for noise."""
         import torch
         from tqdm import tqdm
 
         from minisd.data import images
 
+        if moment == "before":
+            return None
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
         with tqdm(total=count * steps, desc="drawing", **BRIEF) as bar, self.autocast():

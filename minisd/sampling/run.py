@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd import files, ops
+from minisd import files, ops, registry
 from minisd.data import images
 from minisd.device import DTYPES, configure, usable
 from minisd.sampling import infotext, sweep
@@ -34,6 +34,8 @@ class Request:
 
     def __init__(self, options: Drawing, texts: list[str]):
         self.options = options
+        if options.scheduler.endswith(".py"):  # which may not run
+            registry.load("schedulers", options.scheduler)
         self.images = InputImages(options) if options.image or options.controlnet else None
         texts = self.images.prompts(texts) if self.images else texts
         self.prompts = [prompt for prompt in parse_all(texts, options) for _ in range(options.num_images)]

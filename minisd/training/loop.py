@@ -68,6 +68,8 @@ def run(method: Method, folder: RunFolder) -> int:
         repository = trackers.create_repository(options)
         folder.start(trainer.step)
         print(describe(trainer, held_out))
+        folder.save_before(trainer, earlier)
+    processes.wait()
     source = micro_batches(trainer, dataset)
 
     # Updates
@@ -146,7 +148,7 @@ def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> Non
         with trainer.averaged():
             if held_out:
                 folder.log(step, validation_loss=held_out_loss(method, held_out))
-            image = None if last else method.preview(final=False)
+            image = None if last else method.preview()
             if image is not None:
                 folder.save_image(step, "validation", image, f"validation/step-{step:06}.png")
         report.write(folder.path)

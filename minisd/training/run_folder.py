@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import files, reading, registry
+from minisd import files, graph, reading, registry
 from minisd.data import images
 from minisd.data.datasets import Captioned, Prior
+from minisd.methods._base import Method
 from minisd.options import Run, free_flags, require
 from minisd.training import checkpoint, report, trackers
 from minisd.training.lock import Lock
@@ -213,10 +214,30 @@ class RunFolder(AbstractContextManager):
             with files.new_folder(self.path, keep=True) as fresh:
                 trainer.method.save(fresh)
                 names = sorted(p.relative_to(fresh).as_posix() for p in fresh.rglob("*") if p.is_file())
-            self.save_image(trainer.step, "result", trainer.method.preview(final=True), "result.png")
+            self.save_image(trainer.step, "result", self.result_sheet(trainer.method), "result.png")
         return [*names, "result.png"]
 
+    def save_before(self, trainer: Trainer, earlier: Path | None) -> None:
+        """Write what the model draws before the first update, or in a new folder take it from that of the
+        checkpoint `earlier`."""
+        place, there = self.path / BEFORE, earlier and earlier.parent / BEFORE
+        if trainer.step == 0:
+            files.remove(place)
+            if image := trainer.method.preview("before"):
+                self.save_image(0, "validation", image, BEFORE)
+            graph.forget()  # whose memory the updates need
+        elif not place.exists() and there and there.is_file():
+            files.write_bytes(place, there.read_bytes())
 
+    def result_sheet(self, method: Method) -> Image.Image:
+        """What was trained on, what the model drew before, and what it draws after from the same noise."""
+        sheets = [images.labelled_rows([("trained on", shown)]) for shown in [method.trained_on()] if shown]
+        if (before := self.path / BEFORE).is_file():
+            sheets.append(images.open_image(before))
+        return images.stack([*sheets, method.preview("after")])
+
+
+BEFORE = "validation/step-000000.png"
 REPORT_EVERY = 60.0  # seconds, and at each validation and checkpoint
 # Within 80 columns for every method; the bar gets what is left of them.
 BAR = "{desc} {n_fmt}/{total_fmt} {rate_noinv_fmt} {remaining} left{postfix} {bar}"
