@@ -17,13 +17,14 @@ commands:
   judge    train the small model by every method, and measure what it learned
   score    score images by CLIP and DINO, against other images and prompts
   compare  write a page that shows runs side by side
+  check    report on the data of a training command, and train nothing
 
 minisd COMMAND --help lists the flags of a command, and minisd --version prints the version."""
 
 
-def train(prog: str = "train.py") -> int:
-    """Train as the command line says, and return the exit status."""
-    name, options = cli.parse_train(sys.argv[1:], prog)
+def train(prog: str = "train.py", *further: str) -> int:
+    """Train as the command line and `further` flags say, and return the exit status."""
+    name, options = cli.parse_train([*sys.argv[1:], *further], prog)
 
     from minisd.training import loop
     from minisd.training.run_folder import RunFolder
@@ -61,18 +62,23 @@ def compare(prog: str = "minisd compare") -> int:
     return 0
 
 
+def check(prog: str = "minisd check") -> int:
+    """Report on the data of a training command, and return the exit status."""
+    return train(prog, "--check_data")
+
+
 def main() -> None:
     """Run the command that the first argument names."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
     if name in MODULES:
         runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
-    elif command := {"train": train, "sample": sample, "compare": compare}.get(name):
+    elif command := {f.__name__: f for f in (train, sample, compare, check)}.get(name):
         prog = f"minisd {name}"
         cli.run(prog, lambda: command(prog))
     elif name in ("-h", "--help", "--version"):
         print(f"minisd {__version__}" if name == "--version" else USAGE)
     else:
-        known = f"train, sample, {', '.join(MODULES)}, compare"
+        known = f"train, sample, {', '.join(MODULES)}, compare, check"
         sys.exit(terminal.complain("minisd", f"no command {name}; there are {known}"))
 
 

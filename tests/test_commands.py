@@ -28,6 +28,7 @@ def run(*words, cwd, path=ROOT) -> subprocess.CompletedProcess:
         (["sample", "--promt", "x"], 2, "minisd sample: error: unknown flag --promt; did you mean --prompt?"),
         (["paint"], 2, "minisd: error: no command paint; there are train, sample, bench, judge"),
         (["compare"], 2, "minisd compare: error: the following arguments are required: RUN"),
+        (["check", "--method", "erase", "--erase", "x"], 2, "--check_data is not a flag of this method"),
         (["compare", "nowhere"], 2, "minisd compare: error: nowhere/options.json does not exist"),
     ],
     ids=str,
@@ -35,6 +36,15 @@ def run(*words, cwd, path=ROOT) -> subprocess.CompletedProcess:
 def test_commands(tmp_path, words, status, said):
     done = run(*words, cwd=tmp_path)
     assert done.returncode == status and said in done.stdout + done.stderr
+
+
+def test_check(tmp_path, cat):
+    """It reports, leaves nothing behind, and fails as the run would."""
+    flags = ["--method", "lora", "--data", cat]
+    done = run("check", *flags, "--instance_prompt", "x", cwd=tmp_path)
+    assert done.returncode == 0 and "the same content: 0" in done.stdout and not [*tmp_path.iterdir()]
+    done = run("check", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and "captions come from" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

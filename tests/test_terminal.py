@@ -130,3 +130,14 @@ def test_help_fits_the_terminal(monkeypatch):
         text = cli.parser_of(cli.Sample, "sample.py", "").format_help()
         widest = max(len(line) for line in text.splitlines())
         assert 0.9 * min(columns, 110) < widest <= min(columns, 110)
+
+
+def test_where_only_unix_s_modules_are_missing():
+    """As on Windows: all commands are there, and the bar says that it does not know the memory."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['fcntl', 'resource', 'termios', 'pwd', 'grp']))\n"
+        "import minisd.__main__, minisd.testing, minisd.sampling.run, minisd.tiny.judge\n"
+        "from minisd.training.run_folder import peak_memory; print(peak_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "?\n", done.stderr
