@@ -188,6 +188,30 @@ def test_the_guide_s_token_of_custom_diffusion_trains_on_the_tiny_model(learned)
     assert (learned["custom_diffusion"] / "<new1>.safetensors").is_file()
 
 
+def test_what_to_do_when_memory_runs_out(tmp_path, command, monkeypatch):
+    """The flags that are not used yet are named, and those alone."""
+    errors = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ]
+    argv = ["--method", "text_to_image", "--data", photos(tmp_path / "photos", "1.png")]
+    (tmp_path / "photos" / "1.txt").write_text("a cat")
+    argv += ["--output_dir", tmp_path / "out", "--overwrite", "--num_validation_images", 1]
+    saving = ["--gradient_checkpointing", "--use_8bit_adam", "--offload_ema", "--mixed_precision bf16"]
+    saving += ["--train_batch_size 1 --gradient_accumulation_steps 16"]
+    used = ["--gradient_checkpointing", "--mixed_precision", "bf16", "--train_batch_size", 1]
+    for error in errors:
+        monkeypatch.setattr("minisd.training.loop.run", lambda *rest, e=error: (_ for _ in ()).throw(e))
+        for further, left in ((["--use_ema"], saving), (used, saving[1:2])):
+            status, _, err = command("train.py", *argv, *further)
+            line = err.splitlines()[-1]
+            assert status == 2 and line.startswith("train.py: error: not enough memory: ")
+            assert line.endswith(f"(what saves memory and is not used: {', '.join(left)})"), line
+    monkeypatch.setattr("minisd.training.loop.run", lambda *rest: (_ for _ in ()).throw(RuntimeError("x")))
+    assert command("train.py", *argv)[2].splitlines()[-1].startswith("train.py: error: RuntimeError: x")
+
+
 def test_a_scheduler_of_one_s_own_is_tried_first(tmp_path, command):
     """Before a model is loaded, and before a bar."""
     bad, flags = tmp_path / "bad.py", ["--model", "nowhere", "--scheduler", tmp_path / "bad.py"]

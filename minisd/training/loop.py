@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 
@@ -12,7 +13,7 @@ from minisd import files, ops, registry
 from minisd.data.order import Stream, batches, collate
 from minisd.device import configure
 from minisd.methods._base import Method
-from minisd.options import TINY, Data, Model, Training, free_flags
+from minisd.options import TINY, Data, Model, Run, Training, free_flags
 from minisd.training import check_data, checkpoint, distributed, latents, model_card, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
@@ -23,7 +24,24 @@ def start(folder: RunFolder) -> int:
     """Train as the folder's options say. Returns the exit status, as `train`."""
     configure(folder.options)  # before CUDA starts
     kind = registry.load_class("methods", folder.recorded["method"])
-    return train(kind(folder.options, distributed.device(folder.options.device)), folder)
+    try:
+        return train(kind(folder.options, distributed.device(folder.options.device)), folder)
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in f"{type(e).__name__} {e}".lower():
+            raise
+        unused = ", ".join(saving(folder.options)) or "a smaller --resolution alone is left"
+        raise MemoryError(f"{files.first_line(e)} (what saves memory and is not used: {unused})") from e
+
+
+def saving(o: Run) -> list[str]:
+    """The flags that would save memory, with values, as far as they are not used: docs/scale.md."""
+    able = {f.name for f in fields(o) if not f.metadata.get("refused")}
+    off = [n for n in ("gradient_checkpointing", "use_8bit_adam") if n in able and not getattr(o, n)]
+    off += ["offload_ema"] if getattr(o, "use_ema", False) and not o.offload_ema else []
+    off += ["mixed_precision bf16"] if o.mixed_precision == "no" else []
+    images = o.train_batch_size * o.gradient_accumulation_steps
+    fewer = f"train_batch_size 1 --gradient_accumulation_steps {images}"
+    return [f"--{flag}" for flag in [*off, *([fewer] if o.train_batch_size > 1 else [])]]
 
 
 def train(method: Method, folder: RunFolder) -> int:
