@@ -200,7 +200,7 @@ def test_checkpoints_rotate_and_a_full_disk_loses_nothing(method, options, monke
     def full(descriptor):
         nonlocal calls
         calls += stat.S_ISREG(os.fstat(descriptor).st_mode)  # folders are synchronized, too
-        if calls > 6:
+        if calls > 7:
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 

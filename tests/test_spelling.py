@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from minisd import cli, registry
 from minisd.sampling.options import Sample
-from minisd.spelling import ELSEWHERE
+from minisd.spelling import ELSEWHERE, as_written
 from minisd.training import run_folder
 
 # Errors and notices
@@ -43,7 +43,7 @@ def test_every_other_spelling_of_a_flag_is_named():
             value = [] if action.nargs == 0 else [str((action.choices or ["1"])[0])]
             required = [f"--{n}=1" for n in (f.name for f in fields(cls) if cli.default_of(f) is cli.MISSING)]
             parser.read([*required, f"--{spelling}", *value])
-            message = cli.as_written(f"--{f.name} is bad: /a--{f.name}, {f.name}")
+            message = as_written(f"--{f.name} is bad: /a--{f.name}, {f.name}")
             assert message == f"--{spelling} is bad: /a--{f.name}, {f.name}"
 
 

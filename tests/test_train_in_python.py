@@ -61,9 +61,8 @@ def test_what_train_py_leaves(model, cat, tmp_path, command):
         "train.py", "--method", "lora", *flags, "--output_dir", tmp_path / "three" / "run"
     )
     assert status == 0, err
-    names = [
-        p.name for p in testing.results(cli.parse_train(["--config", str(run.path / "options.json")])[1])
-    ]
+    o = cli.parse_train(["--config", str(run.path / "options.json")])[1]
+    names = [p.relative_to(run.path).as_posix() for p in testing.results(o)]
     assert {"pytorch_lora_weights.safetensors", "result.png", "log.jsonl"} <= {*names}
     for other in ("two", "three"):
         for name in names:
