@@ -25,7 +25,7 @@ body{font:15px/1.45 system-ui,sans-serif;margin:1rem auto;max-width:84rem;paddin
 .grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}
 figure{margin:0}figcaption{font-weight:600}svg,img{display:block;width:100%;height:auto}img{max-width:40rem}
 svg text{font-size:12px;fill:#555}table{border-collapse:collapse;display:block;overflow-x:auto}
-td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top;overflow-wrap:anywhere}
+td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top}td{overflow-wrap:anywhere}
 """
 Points = list[tuple[float, float]]
 
