@@ -43,7 +43,8 @@ def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> l
     for kernel, case in select(only, "timed", "compiled"):
         tensors, constants = case.inputs(dtype, "meta", randn=randn, weights=torch.float32)
         with L.record(arch) as recorded:
-            kernel.launch(*tensors.values(), *constants.values())
+            for version in (kernel, *kernel.variants):
+                version.launch(*tensors.values(), *constants.values())
         rows += [dict(arch=arch, shape=case.name) | resources(*call) for call in recorded]
     return rows
 

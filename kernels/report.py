@@ -17,10 +17,9 @@ def about(**more: object) -> dict[str, object]:
     reports them at this moment."""
     found = dict(device="CPU", torch=torch.__version__, python=platform.python_version())
     if torch.cuda.is_available():
-        device = torch.cuda.current_device()
         found |= dict(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
         found["cudnn"] = torch.backends.cudnn.version()
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        uuid = f"GPU-{torch.cuda.get_device_properties('cuda').uuid}"
         query = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
         try:
             values = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -42,7 +42,7 @@ KERNELS = [k for found in kernel.discover().values() for k in (found, *found.var
 def test_right_kernels_pass(found, case, grad):
     shares = trial.check(found, call(found.name.removesuffix("_anchored"), found.cases[case], grad=grad))
     assert shares and max(shares) <= 1
-    assert len(shares) > 2 or not grad or found.name == "geglu"
+    assert len(shares) > 2 or not grad or "geglu" in found.name
 
 
 def broken(**pieces):
@@ -51,7 +51,7 @@ def broken(**pieces):
 
 def forward_with(change):
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y = geglu.forward(x)
+        y = geglu.KERNEL.forward(x)
         change(x, y)
         return y
 
@@ -60,7 +60,7 @@ def forward_with(change):
 
 def backward_with(change):
     def backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        dx = geglu.backward(dy, x)
+        dx = geglu.KERNEL.backward(dy, x)
         change(dx)
         return dx
 
