@@ -343,6 +343,8 @@ def like(path: Path, given: Mapping[str, object]) -> tuple[dict[str, list[str]],
         raise ValueError(f"drawn by a scheduler from a file, {about['Sampler']}: name it by --scheduler")
     if own and own != infotext.digest(given["scheduler"]):
         notices.append(f"--like {path}: the image will differ, as it was drawn by another scheduler")
+    if "use_karras_sigmas" in given or registry.split_scheduler(given.get("scheduler", ""))[1]:
+        flags.pop("schedule_type", None)
     if "scheduler" in flags and "scheduler" not in given:
         try:
             registry.find_scheduler(flags["scheduler"][0])

@@ -356,8 +356,8 @@ class Validation(ValidationImages):
     validation_scheduler: str = flag("ddim", "scheduler of validation images,", listing="schedulers")
 
     def check(self):
-        name, karras = registry.find_scheduler(self.validation_scheduler)
-        self.validation_scheduler = f"{name} karras" if karras else name
+        name, kind = registry.find_scheduler(self.validation_scheduler)
+        self.validation_scheduler = f"{name} {kind}" if kind else name
 
 
 class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):

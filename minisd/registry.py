@@ -59,11 +59,17 @@ def find(package: str, name: str) -> str:
     raise ValueError(f"unknown {package.removesuffix('s')} {name!r}; {advice}")
 
 
-def find_scheduler(name: str) -> tuple[str, bool]:
-    """The scheduler of this name, and whether the name ends in " Karras" as A1111's older ones do. ValueError
-    if there is none."""
-    plain = re.sub(r"[\s_]+karras$", "", name.strip(), flags=re.IGNORECASE)
-    return find("schedulers", plain), plain != name.strip()
+def find_scheduler(name: str) -> tuple[str, str | None]:
+    """The scheduler of this name, and the schedule type with which the name ends, as A1111's older ones such
+    as "DPM++ 2M Karras" do. ValueError if there is no such scheduler."""
+    plain, kind = split_scheduler(name)
+    return find("schedulers", plain), kind
+
+
+def split_scheduler(name: str) -> tuple[str, str | None]:
+    """A scheduler's name, and the schedule type with which it ends."""
+    words = re.fullmatch(r"(.*?)[\s_]+(karras|exponential|sgm[\s_]uniform)", name.strip(), re.IGNORECASE)
+    return (words[1], re.sub(r"\s", "_", words[2].lower())) if words else (name.strip(), None)
 
 
 def load(package: str, name: str) -> ModuleType:

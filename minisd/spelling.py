@@ -18,7 +18,7 @@ def as_written(message: str) -> str:
 ELSEWHERE = {
     "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "scale": "guidance_scale",
     "sampler": "scheduler", "sampler_name": "scheduler", "sampling_method": "scheduler",
-    "schedule_type": "use_karras_sigmas", "ddim_eta": "eta", "ddim_steps": "steps", "sampling_steps": "steps",
+    "ddim_eta": "eta", "ddim_steps": "steps", "sampling_steps": "steps",
     "negative": "negative_prompt", "n_iter": "num_images", "n_samples": "num_images",
     "batch_count": "num_images", "images_per_prompt": "num_images", "num_images_per_prompt": "num_images",
     "W": "width", "H": "height", "denoising_strength": "strength", "init_img": "image", "init_image": "image",

@@ -95,7 +95,7 @@ def test_a1111_texts_are_read():
     assert found == {
         "prompt": ["masterpiece, (a cat:1.2), <lora:toy:0.8>,\nsitting"],
         "negative_prompt": ["lowres, bad anatomy"],
-        "steps": ["28"], "scheduler": ["DPM++ 2M"], "use_karras_sigmas": ["True"], "guidance_scale": ["6.5"],
+        "steps": ["28"], "scheduler": ["DPM++ 2M"], "schedule_type": ["karras"], "guidance_scale": ["6.5"],
         "seed": ["3517023455"], "width": ["512"], "height": ["768"], "strength": ["0.55"],
         "clip_skip": ["2"],
     }  # fmt: skip
@@ -104,9 +104,38 @@ def test_a1111_texts_are_read():
 
 
 def test_older_a1111_texts_name_the_schedule_with_the_sampler():
-    text = "x\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x512"
-    found = infotext.flags(text)[0]
-    assert (found["scheduler"], found["use_karras_sigmas"]) == (["DPM++ 2M"], ["True"])
+    for name, kind in (("Karras", "karras"), ("Exponential", "exponential")):
+        text = f"x\nSteps: 20, Sampler: DPM++ 2M SDE {name}, CFG scale: 7, Seed: 1, Size: 512x512"
+        found = infotext.flags(text)[0]
+        assert (found["scheduler"], found["schedule_type"]) == (["DPM++ 2M SDE"], [kind])
+
+
+@pytest.mark.parametrize(
+    "kind, word", [("karras", "Karras"), ("exponential", "Exponential"), ("sgm_uniform", "SGM Uniform")]
+)
+@pytest.mark.parametrize(
+    "name, sampler", [("dpmpp_3m_sde", "DPM++ 3M SDE"), ("unipc", "UniPC"), ("heun", "Heun")]
+)
+def test_samplers_and_levels_go_by_a1111_s_names(name, sampler, kind, word):
+    settings = Settings(width=64, height=64, scheduler=name, schedule_type=kind)
+    text = infotext.write("x", 1, "m", settings)
+    assert f"Sampler: {sampler}, Schedule type: {word}," in text
+    found, _, ignored = infotext.flags(text)
+    again = Settings(scheduler=found["scheduler"][0], schedule_type=found["schedule_type"][0])
+    assert (again.scheduler, again.schedule_type, ignored) == (name, kind, [])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"scheduler": "DPM++ 2M Karras", "schedule_type": "uniform"}, "uniform excludes --scheduler, whose"),
+        ({"use_karras_sigmas": True, "schedule_type": "exponential"}, "--use_karras_sigmas excludes"),
+        ({"use_karras_sigmas": False, "schedule_type": "karras"}, "--no-use_karras_sigmas excludes"),
+    ],
+)
+def test_flags_that_say_two_things(flags, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**flags)
 
 
 def test_a_text_without_a_last_line_is_a_prompt():

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 RESEARCH = ROOT / "docs" / "research"
 PART = str(RESEARCH / "part_of_unet.py")
-HEUN = str(RESEARCH / "heun.py")
+DPM2 = str(RESEARCH / "dpm2.py")
 RAN = "raise SystemExit('it ran')\n"  # which nothing here catches but a failing test
 
 
@@ -69,9 +69,9 @@ def test_the_scheduler():
         )
         return list(scheduler.sample(problem))[-1]
 
-    registry.admit(HEUN)
-    exact, heun = last(euler, 1000), registry.load("schedulers", HEUN)
-    assert (last(heun, 50) - exact).norm() < 0.5 * (last(euler, 50) - exact).norm()
+    registry.admit(DPM2)
+    exact, dpm2 = last(euler, 1000), registry.load("schedulers", DPM2)
+    assert (last(dpm2, 50) - exact).norm() < 0.5 * (last(euler, 50) - exact).norm()
 
 
 def test_the_method(tmp_path):
@@ -149,26 +149,26 @@ def test_the_commands(command, tmp_path):
     status, out, _ = command("train.py", "--method", PART, "--help")
     assert status == 0 and "--train_modules" in out and "Part of the UNet" in out
     argv = ["--data", ROOT / "cat", "--max_train_steps", 1, "--output_dir", tmp_path / "out"]
-    argv += ["--num_validation_images", 1, "--validation_scheduler", HEUN]
+    argv += ["--num_validation_images", 1, "--validation_scheduler", DPM2]
     status, _, err = command("train.py", "--method", PART, *argv)
     assert status == 0, err
     recorded = json.loads((tmp_path / "out" / "options.json").read_text())
-    assert recorded["method"] == PART and recorded["code"] == {n: registry.digest(n) for n in (PART, HEUN)}
+    assert recorded["method"] == PART and recorded["code"] == {n: registry.digest(n) for n in (PART, DPM2)}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--method part_of_unet.py" in card and str(ROOT) not in card
     drawing = ["--prompt", "3d emoji of a cat", "--steps", 3, "--output"]
-    status, _, err = command("sample.py", "--scheduler", HEUN, *drawing, tmp_path / "a.png")
+    status, _, err = command("sample.py", "--scheduler", DPM2, *drawing, tmp_path / "a.png")
     assert status == 0, err
     text = infotext.read(tmp_path / "a.png")
-    assert "Sampler: Heun" in text and f"Sampler digest: {registry.digest(HEUN)[:12]}" in text
+    assert "Sampler: DPM2" in text and f"Sampler digest: {registry.digest(DPM2)[:12]}" in text
     again = ["sample.py", "--like", tmp_path / "a.png", "--output", tmp_path / "b.png"]
     status, _, err = command(*again)
-    assert status == 2 and "drawn by a scheduler from a file, Heun: name it by --scheduler" in err
-    status, _, err = command(*again, "--scheduler", HEUN)
+    assert status == 2 and "drawn by a scheduler from a file, DPM2: name it by --scheduler" in err
+    status, _, err = command(*again, "--scheduler", DPM2)
     assert status == 0 and "differ" not in err, err
     assert open_image(tmp_path / "a.png").tobytes() == open_image(tmp_path / "b.png").tobytes()
     other = tmp_path / "other.py"
-    other.write_text(Path(HEUN).read_text() + "# changed\n")
+    other.write_text(Path(DPM2).read_text() + "# changed\n")
     status, _, err = command(*again, "--scheduler", other, "--overwrite")
     assert status == 0 and "the image will differ, as it was drawn by another scheduler" in err
 

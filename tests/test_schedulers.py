@@ -1,11 +1,13 @@
 """The schedulers on a toy network: pinned values, and what each has to hold."""
 
+import math
+
 import pytest
 import torch
 
 from minisd import registry
 from minisd.noise import NoiseSchedule, randn
-from minisd.schedulers import ddim, ddpm, dpmpp_2m, euler, lcm, pndm
+from minisd.schedulers import ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, lcm, pndm
 from minisd.schedulers._problem import InitImage
 from tests.helpers import SD, drawn, seeded, toy
 
@@ -155,14 +157,14 @@ def test_an_initial_image_must_leave_a_step():
 
 
 @pytest.mark.parametrize("name", registry.names("schedulers"))
-@pytest.mark.parametrize("karras", [False, True], ids=["", "karras"])
-def test_noise_depends_on_the_seed_alone(name, karras):
+@pytest.mark.parametrize("levels", ["uniform", "karras", "exponential", "sgm_uniform"])
+def test_noise_depends_on_the_seed_alone(name, levels):
     """A sample of a batch is what it is alone, and what is random comes from its generator only."""
     scheduler = registry.load("schedulers", name)
 
     def draw(*seeds):
         generators = seeded(*seeds)
-        settings = {"clip_sample": False, "use_karras_sigmas": karras}
+        settings = {"clip_sample": False, "schedule_type": levels}
         return drawn(scheduler, 6, randn((4, 2, 2), generators), generators, **settings)[-1]
 
     together = draw(1, 2, 3)
@@ -182,7 +184,10 @@ def test_noise_depends_on_the_seed_alone(name, karras):
         ("euler_ancestral", True),
         ("dpmpp_2m", False),
         ("dpmpp_2m_sde", True),
+        ("dpmpp_3m_sde", True),
         ("dpmpp_sde", True),
+        ("heun", False),
+        ("unipc", False),
         ("lcm", True),
     ],
 )
@@ -207,7 +212,7 @@ def test_runge_kutta_needs_four_steps():
     assert len(drawn(pndm, 9, torch.ones(1, 4, 2, 2), init_image=init)) == 4
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde"])
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde"])
 def test_ancestral_noise_keeps_the_level(name):
     """Where the network knows that x_0 is 0, x is noise of the level's size after every step, with new noise
     and without; and with new noise it forgets what it began with."""
@@ -234,6 +239,49 @@ def test_ancestral_noise_keeps_the_level(name):
         assert sizes == sorted(sizes, reverse=True)
 
 
+def test_third_order_sde_equals_k_diffusion():
+    """The formulas of its sample_dpmpp_3m_sde, for x = x_0 + sigma noise, on our levels and noise."""
+    schedule, n, eta = NoiseSchedule(**SD), 8, 0.6
+    table = ((1 - schedule.alphas_cumprod.double()) / schedule.alphas_cumprod).sqrt()
+    sigmas = [math.exp(math.log(table[-1]) + i / (n - 1) * math.log(table[0] / table[-1])) for i in range(n)]
+    generators, own, denoised, h = seeded(7), seeded(7), {}, {}
+    x = randn((4, 3, 3), generators).double() * math.hypot(sigmas[0], 1)  # theirs begins with sigma times it
+    got = drawn(
+        dpmpp_3m_sde, n, randn((4, 3, 3), own), own, lambda x, t: x.tanh(),
+        schedule_type="exponential", eta=eta,
+    )  # fmt: skip
+    for i, (sigma, after) in enumerate(zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
+        denoised[i] = x - sigma * (x / math.hypot(sigma, 1)).tanh()
+        if after == 0:
+            x = denoised[i]
+        else:
+            h[i] = math.log(sigma / after)
+            wide = h[i] * (eta + 1)
+            x = math.exp(-wide) * x - math.expm1(-wide) * denoised[i]
+            phi_2 = math.expm1(-wide) / wide + 1
+            if i == 1:
+                x = x + phi_2 * (denoised[1] - denoised[0]) / (h[0] / h[1])
+            if i >= 2:
+                r0, r1 = h[i - 1] / h[i], h[i - 2] / h[i]
+                d1_0, d1_1 = (denoised[i] - denoised[i - 1]) / r0, (denoised[i - 1] - denoised[i - 2]) / r1
+                d1, d2 = d1_0 + (d1_0 - d1_1) * r0 / (r0 + r1), (d1_0 - d1_1) / (r0 + r1)
+                x = x + phi_2 * d1 - (phi_2 / wide - 0.5) * d2
+            x = x + randn((4, 3, 3), generators) * after * math.sqrt(-math.expm1(-2 * h[i] * eta))
+        assert (got[i] * math.hypot(after, 1) - x).abs().max() <= 1e-5 * x.abs().max()
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "unipc"])
+def test_sgm_uniform(name):
+    """Timesteps that divide those of training evenly, whatever the spacing in the model's file: the first is
+    the last of training, and the last one a step above 0."""
+    seen = []
+    scheduler = registry.load("schedulers", name)
+    drawn(scheduler, 4, start(), seeded(0), lambda x, t: seen.append(t) or x, schedule_type="sgm_uniform",
+          **LEADING)  # fmt: skip
+    exact = [999, 749.25, 499.5, 249.75]
+    assert seen == (exact if name == "euler" else [999, 749, 500, 250])
+
+
 @pytest.mark.parametrize(
     "name, found",
     [
@@ -241,6 +289,10 @@ def test_ancestral_noise_keeps_the_level(name):
         ("DPM++ 2M", "dpmpp_2m"),
         ("dpm++ 2m sde", "dpmpp_2m_sde"),
         ("DPM++ SDE", "dpmpp_sde"),
+        ("DPM++ 3M SDE", "dpmpp_3m_sde"),
+        ("UniPC", "unipc"),
+        ("Heun", "heun"),
+        ("UniPCMultistepScheduler", "unipc"),
         ("PLMS", "pndm"),
         ("LCM", "lcm"),
         ("DDIM", "ddim"),

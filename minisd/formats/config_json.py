@@ -105,6 +105,7 @@ SIZE = Spelling("a whole number above zero", _size)
 WHOLE = Spelling("a whole number", partial(_size, least=0))
 NUMBER = Spelling("a number above zero", _number)
 SIZES = Spelling("whole numbers above zero", lambda value, levels: _list(value, _size), list)
+WHOLES = Spelling("whole numbers", lambda value, levels: value and _list(value, partial(_size, least=0)))
 NUMBERS = Spelling("numbers above zero", lambda value, levels: _list(value, _number))
 PER_LEVEL = Spelling(
     "a whole number above zero, or one for each level",
@@ -345,19 +346,20 @@ SCHEDULER = {
     "variance_type": _choice("fixed_small", "fixed_large"), "final_sigmas_type": _choice("zero", "sigma_min"),
     "lower_order_final": FLAG, "euler_at_final": FLAG, "original_inference_steps": SIZE,
     "timestep_scaling": NUMBER,
-    "solver_type": _choice("midpoint", "heun", "logrho", "bh1", "bh2"),  # the last three count as midpoint
+    "solver_type": _choice("midpoint", "heun", "logrho", "bh1", "bh2"),  # others than its own: its default
+    "use_exponential_sigmas": FLAG, "disable_corrector": WHOLES,
     # Supported at their defaults only, as they change the result. The scheduler determines the algorithm.
     "algorithm_type": _choice("dpmsolver++", "sde-dpmsolver++", "deis", "data_prediction"),
     "solver_order": _choice(2), "interpolation_type": _choice("linear"), "timestep_type": _choice("discrete"),
     "lambda_min_clipped": _choice(-math.inf), "sigma_min": _choice(None), "sigma_max": _choice(None),
     "predict_epsilon": _choice(True), "thresholding": _choice(False), "use_lu_lambdas": _choice(False),
-    "use_exponential_sigmas": _choice(False), "use_beta_sigmas": _choice(False),
+    "use_beta_sigmas": _choice(False), "predict_x0": _choice(True), "solver_p": _choice(None),
     "use_flow_sigmas": _choice(False), "use_dynamic_shifting": _choice(False),
+    "shift_terminal": _choice(None),
     # Harmless: the settings of thresholding and flow matching, and of solvers that minisd does not have.
     **dict.fromkeys((
-        "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "shift_terminal",
-        "skip_prk_steps", "noise_sampler_seed", "tensor_format", "predict_x0", "disable_corrector",
-        "solver_p", "predictor_order", "corrector_order", "tau_func",
+        "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "skip_prk_steps",
+        "noise_sampler_seed", "tensor_format", "predictor_order", "corrector_order", "tau_func",
     ), ANYTHING),
 }  # fmt: skip
 

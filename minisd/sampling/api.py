@@ -76,8 +76,8 @@ class PixelModel(Generates, PixelDiffusion):
     """The model without text, with methods to generate images."""
 
     flags = {
-        "steps", "scheduler", "use_karras_sigmas", "eta", "width", "height", "seed", "num_images",
-        "batch_size", "model", "revision", "variant", "cache_dir", "device", "kernels", "dtype",
+        "steps", "scheduler", "schedule_type", "use_karras_sigmas", "eta", "width", "height", "seed",
+        "num_images", "batch_size", "model", "revision", "variant", "cache_dir", "device", "kernels", "dtype",
         "like", "csv", "output", "preview",
     }  # fmt: skip
 

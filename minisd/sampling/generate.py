@@ -194,9 +194,9 @@ def configured(sd: Model, settings: Settings) -> tuple[ModuleType, dict[str, obj
         if getattr(settings, side) % sd.downscale:
             raise ValueError(f"--{side} {getattr(settings, side)}: a positive multiple of {sd.downscale}")
     scheduler = registry.load("schedulers", settings.scheduler)
-    flags = {"eta": settings.eta, "use_karras_sigmas": settings.use_karras_sigmas}
+    flags = {name: getattr(settings, name) for name in ("eta", "use_karras_sigmas", "schedule_type")}
     flags = {name: value for name, value in flags.items() if value is not None}
-    for name in flags.keys() - scheduler.SETTINGS.keys():
+    for name in [name for name in flags if name not in scheduler.SETTINGS]:
         raise ValueError(f"--{name} has no effect with --scheduler {settings.scheduler}")
     # Latents have no fixed range to be clipped to, even if the model's file says so.
     clipping = {} if sd.is_pixels else {"clip_sample": False}

@@ -113,9 +113,9 @@ def flags(text: str) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
     options = {key_of(f): f for f in fields(Sample)}
     for key, value in pairs:
         f = options.get(key)
-        if key == "Sampler" and value.endswith(" Karras"):  # older texts have both in one
-            value = value.removesuffix(" Karras")
-            values["use_karras_sigmas"] = ["True"]
+        if key == "Sampler":
+            value, kind = registry.split_scheduler(value)
+            values |= {"schedule_type": [kind]} if kind else {}  # older texts have both in one
         if key == "Size" and (size := re.fullmatch(r"(\d+)x(\d+)", value)):
             values["width"], values["height"] = [size[1]], [size[2]]
         elif f and value in (words := f.metadata.get("words", {value: value})):

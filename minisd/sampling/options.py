@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,13 +29,18 @@ class Settings(Group):
     scheduler: str = flag(
         "ddim", "by its name in A1111, diffusers or", listing="schedulers", infotext="Sampler"
     )
-    use_karras_sigmas: bool | None = flag(
+    schedule_type: Literal["uniform", "karras", "exponential", "sgm_uniform"] | None = flag(
         None,
-        "noise levels of Karras et al., for euler and dpmpp; by default those of the model's scheduler",
-        also=("karras",),
+        "spacing of the noise levels, for euler, heun, dpmpp and unipc; by default as the model's file says",
         infotext="Schedule type",
-        words={"Karras": True, "Uniform": False},
+        words={
+            "Uniform": "uniform",
+            "Karras": "karras",
+            "Exponential": "exponential",
+            "SGM Uniform": "sgm_uniform",
+        },  # fmt: skip
     )
+    use_karras_sigmas: bool | None = unwritten(None, "--schedule_type karras, or uniform", also=("karras",))
     guidance_scale: float = flag(7.5, "classifier-free guidance; none at 1 or less", infotext="CFG scale")
     negative_prompt: str = unwritten("", "what the images should not show")
     plain_prompt: bool = flag(
@@ -67,10 +73,17 @@ class Settings(Group):
 
     def check(self):
         self.positive("steps", "clip_skip", "negative_clip_skip")
-        self.scheduler, karras = registry.find_scheduler(self.scheduler)
-        contrary = karras and self.use_karras_sigmas is False
-        require(not contrary, "--no-use_karras_sigmas excludes a --scheduler whose name ends in Karras")
-        self.use_karras_sigmas = karras or self.use_karras_sigmas
+        self.scheduler, kind = registry.find_scheduler(self.scheduler)
+        karras = {True: "karras", False: "uniform", None: None}[self.use_karras_sigmas]
+        asked = [
+            (f"--{'' if self.use_karras_sigmas else 'no-'}use_karras_sigmas", karras),
+            (f"--schedule_type {self.schedule_type}", self.schedule_type),
+            (f"--scheduler, whose name ends in {kind}", kind),
+        ]
+        asked = [(flag, value) for flag, value in asked if value]
+        for (one, value), (other, another) in pairwise(asked):
+            require(value == another, f"{one} excludes {other}")
+        self.schedule_type = asked[0][1] if asked else None
         require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
         require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
         for name in ("width", "height"):

@@ -8,15 +8,19 @@ from torch import Tensor
 
 from minisd.schedulers._problem import TIMESTEPS, Problem
 
-SIGMAS = TIMESTEPS | {"timestep_spacing": "linspace", "use_karras_sigmas": False}  # the settings read here
+SIGMAS = TIMESTEPS | {
+    "timestep_spacing": "linspace", "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "schedule_type": None,
+}  # fmt: skip  # the settings read here; schedule_type is the flag, the others are diffusers'
 
 
 class SigmaSchedule:
     """The sigmas (steps + 1,) and the timesteps (steps,) of a scheduler.
 
-    With `use_karras_sigmas`, the sigmas are evenly spaced in sigma^(1/7) from the first to the last (Karras
-    et al. 2022, arXiv 2206.00364, equation 5), or with `entire` over the whole range of training. The `final`
-    sigma, after the last step, is 0 ("zero") or that of timestep 0 ("sigma_min").
+    With the schedule type "karras", the sigmas are evenly spaced in sigma^(1/7) from the first to the last
+    (Karras et al. 2022, arXiv 2206.00364, equation 5), with "exponential" in log sigma, or with `entire` over
+    the whole range of training. With "sgm_uniform", the timesteps divide that range evenly, the last step
+    included. The `final` sigma, after the last step, is 0 ("zero") or that of timestep 0 ("sigma_min").
     """
 
     def __init__(self, problem: Problem, timesteps: Tensor, *, final: str = "zero", entire: bool = False):
@@ -24,13 +28,21 @@ class SigmaSchedule:
         bars = problem.schedule.alphas_cumprod.double()
         bars = torch.where(bars > 0, bars, 2.0**-24)  # where there is no signal, sigma would be infinite
         self.table = ((1 - bars) / bars).sqrt()  # (num_train_timesteps,), ascending
+        settings, count = problem.settings, len(timesteps)
+        kinds = [name for name in ("karras", "exponential") if settings[f"use_{name}_sigmas"]]
+        self.kind = settings["schedule_type"] or (kinds[0] if kinds else "uniform")
+        if self.kind == "sgm_uniform":
+            timesteps = problem.schedule.inference_timesteps(count + 1, "linspace", 0)[:-1]
         low = timesteps.long().clamp(max=len(bars) - 2)
         sigmas = self.table[low].lerp(self.table[low + 1], timesteps - low)
         self.timesteps = timesteps.tolist()
-        if problem.settings["use_karras_sigmas"]:
+        if self.kind in ("karras", "exponential"):
             first, last = (self.table[-1], self.table[0]) if entire else (sigmas[0], sigmas[-1])
-            ramp = torch.linspace(0, 1, len(timesteps), dtype=torch.float64)
-            sigmas = (first ** (1 / 7)).lerp(last ** (1 / 7), ramp) ** 7
+            ramp = torch.linspace(0, 1, count, dtype=torch.float64)
+            if self.kind == "karras":
+                sigmas = (first ** (1 / 7)).lerp(last ** (1 / 7), ramp) ** 7
+            else:
+                sigmas = first.log().lerp(last.log(), ramp).exp()
             self.timesteps = [self.timestep(sigma) for sigma in sigmas.tolist()]
         self.sigmas = [*sigmas.tolist(), {"zero": 0.0, "sigma_min": self.table[0].item()}[final]]
 
@@ -52,6 +64,37 @@ class SigmaSchedule:
         """The network's x_0 for x = x_0 + sigma noise; the network is given x / sqrt(sigma^2 + 1)."""
         bar = torch.tensor(1 / (sigma**2 + 1), dtype=torch.float64)
         return self.problem.predict(x * bar.sqrt(), t, bar)[0]
+
+
+class MultistepSchedule(SigmaSchedule):
+    """The same for the multistep solvers, with x = signal x_0 + noise times standard normal noise, where
+    signal^2 + noise^2 = 1; `signal` and `noise` are (steps + 1,). Except with the spacing "trailing", the
+    last timestep of the spacing is the end of the last step."""
+
+    def __init__(self, problem: Problem):
+        count = problem.steps + (problem.settings["timestep_spacing"] != "trailing")
+        timesteps = problem.timesteps(count).round()[: problem.steps]
+        super().__init__(problem, timesteps, final=problem.settings["final_sigmas_type"], entire=True)
+        self.bars = [1 / (sigma**2 + 1) for sigma in self.sigmas]
+        self.signal = [math.sqrt(bar) for bar in self.bars]
+        self.noise = [math.sqrt(1 - bar) for bar in self.bars]
+        self.timesteps = [*map(round, self.timesteps)]
+
+    def begin(self) -> tuple[Tensor, range]:
+        return self.problem.begin(self.signal[:-1], self.noise[:-1])
+
+    def denoised(self, x: Tensor, step: int) -> Tensor:
+        """The network's x_0 for x at the start of `step`."""
+        bar = torch.tensor(self.bars[step], dtype=torch.float64)
+        return self.problem.predict(x, self.timesteps[step], bar)[0]
+
+    def ratio(self, step: int) -> float:
+        """exp(-h) of a step."""
+        return self.sigmas[step + 1] / self.sigmas[step]
+
+    def h(self, step: int) -> float:
+        """The length of a step in log(signal / noise)."""
+        return -math.log(self.ratio(step)) if self.ratio(step) > 0 else math.inf
 
 
 def ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
