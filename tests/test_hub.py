@@ -243,6 +243,18 @@ def test_what_is_fetched_once_is_then_read_offline(hub, tmp_path):
     assert answers[3][1].startswith("some/binary is not in the cache and cannot be fetched (")
 
 
+def test_a_model_that_has_moved(hub, tmp_path, monkeypatch):
+    (new,) = resolver.MOVED.values()
+    monkeypatch.setitem(REPOSITORIES, new, REPOSITORIES["some/sd"])
+    asked = [(old, {}) for old in resolver.MOVED]
+    ((ok, path),) = resolve(hub, tmp_path, *asked)
+    assert ok and new.replace("/", "--") in path
+    assert resolve(hub, tmp_path, *asked, offline=True) == [(ok, path)]
+    monkeypatch.delitem(REPOSITORIES, new)
+    ((ok, message),) = resolve(hub, tmp_path / "other", *asked)
+    assert not ok and message == f"{new} is neither a path nor a public model on the hub"
+
+
 def test_only_what_loading_needs(hub, tmp_path):
     rest = PLAIN - {f"{UNET}.safetensors"}
     expected = [

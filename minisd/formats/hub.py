@@ -1,6 +1,7 @@
 """Models by path, or by id on the Hugging Face hub, from where they are fetched and cached."""
 
 import re
+import sys
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from minisd.formats import diffusers
 from minisd.formats.parts import PARTS
 
 CONFIG = "config.json"  # at the top of a repository that holds one network
+# Models that old guides name, and where they are now.
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 TIMEOUT = 10  # seconds to wait for the hub before the cache is used
 
 
@@ -34,7 +37,13 @@ def resolve(
     if not is_id(name):
         hint = "" if "/" in name else "; an id on the hub has the form org/name"
         raise ValueError(f"{name} does not exist{hint}")
-    return _fetch(name, revision or "main", variant, cache_dir)
+    try:
+        return _fetch(name, revision or "main", variant, cache_dir)
+    except ValueError:
+        if name not in MOVED:
+            raise
+    print(f"{name} is no longer on the hub: using {MOVED[name]}", file=sys.stderr)
+    return _fetch(MOVED[name], revision or "main", variant, cache_dir)
 
 
 def is_id(name: str) -> bool:
