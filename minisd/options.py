@@ -302,11 +302,15 @@ class Captions(Dataset):
     random_flip: bool = flag(False, "flip images with probability 1/2")
     image_interpolation_mode: INTERPOLATIONS = flag("lanczos", "how to resize")
     caption_dropout: float = flag(0.0, "probability of an empty caption; guidance needs some")
+    shuffle_caption: bool = flag(False, "shuffle the parts of a caption, between commas, each time")
+    keep_tokens: int = flag(0, "number of parts that --shuffle_caption leaves at the beginning")
     train_text_encoder: bool = flag(False, "train the text encoder as well")
     bucket: bool = flag(False, "batch by aspect ratio instead of cropping to squares")
 
     def check(self):
         self.probabilities("caption_dropout")
+        self.not_negative("keep_tokens")
+        require(self.shuffle_caption or not self.keep_tokens, "--keep_tokens is for --shuffle_caption")
 
 
 class Average(Group):

@@ -111,6 +111,23 @@ def test_one_of_several_captions_is_drawn(source):
     assert Counter(only(data, 0, s).prompt for s in range(200)).keys() == {"one", "two"}
 
 
+def test_captions_are_shuffled(source):
+    """By the sample's generator alone, and not the first parts; crops and flips may be others."""
+    tags = source.with_prompt("x").records.with_texts(text=["a cat,  red, blue,green"] * len(source))
+    tagged = replace(source, records=tags)
+    data = Captioned(tagged, resolution=8, shuffle_after=1)
+    drawn = [only(data, 0, seed).prompt for seed in range(40)]
+    assert all(prompt.startswith("a cat, ") for prompt in drawn) and len({*drawn}) == 6
+    assert {", ".join(sorted(prompt.split(", "))) for prompt in drawn} == {"a cat, blue, green, red"}
+    assert drawn == [only(data, 0, seed).prompt for seed in range(40)]
+    assert only(Captioned(tagged, resolution=8), 0).prompt == "a cat,  red, blue,green"
+    for first in (3, 7):
+        with pytest.raises(
+            ValueError, match=f"--shuffle_caption: no caption has two parts, .* after {first}"
+        ):
+            Captioned(tagged, resolution=8, shuffle_after=first)
+
+
 def test_pictures_without_text(source):
     data = Captioned(source, resolution=8, caption_column=None)
     assert {only(data, i).prompt for i in range(6)} == {""}

@@ -26,6 +26,7 @@ from minisd.data.crop import Box, View
 from minisd.data.records import ABSENT
 from minisd.data.source import Source
 from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from minisd.options import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,10 @@ class Captioned:
     nearest to its aspect ratio (sides are multiples of `step` pixels), and the centre is cut out.
 
     Records without a caption get `prompt` (one of several is drawn); with caption_column=None all records do.
-    A caption is dropped with probability `caption_dropout`. `pair_column` holds a second image of each
-    record. ValueError, naming the flag, for a missing column or a pair with different aspect ratios.
+    A caption is dropped with probability `caption_dropout`. Its parts between commas are shuffled, but for
+    the first `shuffle_after`, unless that is None. `pair_column` holds a second image of each record.
+    ValueError, naming the flag, for a missing column, a pair with different aspect ratios, or captions
+    without anything to shuffle.
     """
 
     IMAGE_FLAG, CAPTION_FLAG, PAIR_FLAG = "--image_column", "--caption_column", ""
@@ -61,6 +64,7 @@ class Captioned:
         squash: bool = False,
         interpolation: str = "bilinear",
         caption_dropout: float = 0.0,
+        shuffle_after: int | None = None,
         caption_column: str | None = "text",
         image_column: str = "image",
         pair_column: str | None = None,
@@ -80,7 +84,11 @@ class Captioned:
             self.pair_column = source.pair_column(pair_column, self.image_column, flag=self.PAIR_FLAG)
         self.epoch = source.epoch  # the record at each index
         self.flips = (False, True) if random_flip else (False,)
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.shuffle_after = caption_dropout, shuffle_after
+        if shuffle_after is not None:
+            parts = (text.count(",") + 1 for text in self.source.all_captions(self.caption_column))
+            problem = f"--shuffle_caption: no caption has two parts, divided by commas, after {shuffle_after}"
+            require(max(parts, default=0) > shuffle_after + 1, problem)
         self.resampling = Image.Resampling[interpolation.upper().removesuffix("_EXACT")]  # as torchvision
         self.center_crop = center_crop or bucket
         originals = source.records.sizes[self.image_column]
@@ -109,6 +117,8 @@ class Captioned:
         prompt = self.prompt
         if self.caption_column is not None:
             prompt = self.source.caption(record, self.caption_column, generator)
+        if self.shuffle_after is not None:
+            prompt = shuffled(prompt, self.shuffle_after, generator)
         dropped = self.caption_dropout and noise.chance(self.caption_dropout, generator)
         return "" if dropped else prompt
 
@@ -160,6 +170,13 @@ class Captioned:
             counts = sorted(Counter(self.buckets).items())
             text += "\n  buckets: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in counts)
         return text
+
+
+def shuffled(caption: str, first: int, generator: torch.Generator) -> str:
+    """A caption with its parts between commas in another order, but for the `first` ones."""
+    parts = [part.strip() for part in caption.split(",")]
+    order = torch.randperm(max(0, len(parts) - first), generator=generator).tolist()
+    return ", ".join([*parts[:first], *(parts[first + i] for i in order)])
 
 
 class ConceptPictures(Captioned):

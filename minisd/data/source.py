@@ -125,6 +125,11 @@ class Source:
         text = self.records.texts[column][number]
         return text if isinstance(text, str) else noise.choice(text, generator)
 
+    def all_captions(self, column: str) -> list[str]:
+        """All texts of all records."""
+        texts = self.records.texts[column]
+        return [text for entry in texts for text in ([entry] if isinstance(entry, str) else entry)]
+
     def with_prompt(self, prompt: str | Sequence[str], column: str = "text") -> Source:
         """The same records, with `prompt` as the text of those without one."""
         texts = self.records.texts.get(column, [ABSENT] * len(self))

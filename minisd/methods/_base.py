@@ -147,6 +147,7 @@ class Method:
             step = self.sd.vae.config.downscale * 2**halvings
             captions = {
                 "prompt": prompt, "caption_column": o.caption_column, "caption_dropout": o.caption_dropout,
+                "shuffle_after": o.keep_tokens if o.shuffle_caption else None,
                 "interpolation": o.image_interpolation_mode, "bucket": o.bucket, "step": step,
             }  # fmt: skip
         views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
