@@ -352,8 +352,10 @@ def like(path: Path, given: Mapping[str, object]) -> tuple[dict[str, list[str]],
             raise ValueError(f"{e}; or choose one by --scheduler") from None
     if ignored:
         notices.append(f"--like {path}: ignored (unsupported): {', '.join(ignored)}")
-    if about.get("RNG") != "CPU":
-        notices.append(f"--like {path}: the image will differ, as its noise was not drawn on a CPU like ours")
+    if "RNG" not in about:
+        notices.append(
+            f"--like {path}: does not say whose noise it has: taken to be a GPU's (--rng cpu if not)"
+        )
     if "prompt_file" in given:
         del flags["prompt"]
     return flags, notices

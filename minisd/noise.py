@@ -171,9 +171,39 @@ def generator(*names: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def randn(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+class Philox:
+    """The normal random numbers that torch draws on an Nvidia GPU, computed on the CPU: Philox4x32-10 (Salmon
+    et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the sine of a Box-Muller transform.
+
+    The key is the seed; the counter of element i is i, and the number of the draw. So it is on a GPU up to as
+    many elements as it runs threads at once, which are more than images have latents.
+    """
+
+    def __init__(self, seed: int):
+        self.seed, self.draws = seed, 0
+
+    def randn(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal `shape`, in fp32; the next draw is another."""
+        low = 0xFFFFFFFF  # the lower half of 64 bits
+        elements = torch.arange(math.prod(shape))
+        zeros, keys = torch.zeros_like(elements), (self.seed & low, self.seed >> 32 & low)
+        words = [zeros + self.draws, zeros, elements, zeros]
+        for _ in range(10):
+            first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57  # modulo 2^64
+            words = [
+                second >> 32 & low ^ words[1] ^ keys[0], second & low,
+                first >> 32 & low ^ words[3] ^ keys[1], first & low,
+            ]  # fmt: skip
+            keys = keys[0] + 0x9E3779B9 & low, keys[1] + 0xBB67AE85 & low
+        self.draws += 1
+        radius, angle = ((word.double() + 0.5) / 2**32 for word in words[:2])  # uniform, neither 0 nor 1
+        return ((-2 * radius.log()).sqrt() * (2 * math.pi * angle).sin()).float().view(shape)
+
+
+def randn(shape: tuple[int, ...], generators: list[torch.Generator | Philox]) -> Tensor:
     """Standard normal (b, *shape) in fp32 on the CPU, sample i from generators[i]."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    draws = (g.randn(shape) if isinstance(g, Philox) else torch.randn(shape, generator=g) for g in generators)
+    return torch.stack([*draws])
 
 
 def chance(probability: float, generator: torch.Generator) -> bool:

@@ -97,7 +97,7 @@ def test_a1111_texts_are_read():
         "negative_prompt": ["lowres, bad anatomy"],
         "steps": ["28"], "scheduler": ["DPM++ 2M"], "schedule_type": ["karras"], "guidance_scale": ["6.5"],
         "seed": ["3517023455"], "width": ["512"], "height": ["768"], "strength": ["0.55"],
-        "clip_skip": ["2"],
+        "clip_skip": ["2"], "rng": ["nv"],
     }  # fmt: skip
     assert about["Lora hashes"] == "toy: 4c9bb6a4e9f5, other: 123456789abc"
     assert ignored == ["Model hash", "Hires upscale", "Lora hashes"]
@@ -159,7 +159,12 @@ def test_like_takes_what_the_command_line_leaves_open(tmp_path, capsys):
     out = capsys.readouterr().err.splitlines()
     assert [line for line in out if "Hires upscale, Lora hashes" in line and str(file) in line]
     assert [line for line in out if "Lora hashes, Denoising strength" in line]  # no picture to begin with
-    assert [line for line in out if "CPU" in line]
+    assert job.options.rng == "nv" and [line for line in out if "--rng cpu" in line]
+    other = save(
+        tmp_path / "b.png", A1111.replace("DPM++ 2M", "DDIM").replace(", Version", ", RNG: CPU, Version")
+    )
+    argv = ["--like", str(other), "--model", "m", "--schedule_type", "uniform"]
+    assert cli.parse_sample(argv)[0].options.rng == "cpu"
     (job,) = cli.parse_sample(["--like", str(file), "--model", "m", "--prompt", "b", "c"])
     assert job.options.prompt == ["b", "c"] and job.options.negative_prompt == "lowres, bad anatomy"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisd import registry
-from minisd.noise import NoiseSchedule, randn
+from minisd.noise import NoiseSchedule, Philox, randn
 from minisd.schedulers import ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, lcm, pndm
 from minisd.schedulers._problem import InitImage
 from tests.helpers import SD, drawn, seeded, toy
@@ -237,6 +237,22 @@ def test_ancestral_noise_keeps_the_level(name):
             assert like == sorted(like, reverse=True) and like[-1] < 0.1
         sizes = [state.std().item() for state in states]
         assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_noise_of_a_gpu():
+    """The numbers that A1111 has published for seed 0."""
+    expected = [
+        [-0.92466259, -0.42534415, -2.6438457, 0.14518388],
+        [-0.12086647, -0.57972564, -0.62285122, -0.32838709],
+        [-1.07454231, -0.36314407, -1.67105067, 2.26550497],
+    ]  # fmt: skip
+    generator = Philox(0)
+    assert torch.allclose(generator.randn((3, 4)), torch.tensor(expected), rtol=0, atol=1e-6)
+    again = torch.cat([generator.randn((100, 100)), Philox(2**32).randn((100, 100))])
+    assert abs(again.mean()) < 0.02 and again.std() == pytest.approx(1, abs=0.02)
+    parts = torch.stack([*again.chunk(2), Philox(0).randn((100, 100))]).flatten(1)
+    assert (torch.corrcoef(parts) - torch.eye(3)).abs().max() < 0.05  # other draws, and the seed's upper half
+    assert torch.equal(randn((2, 3), [Philox(3), Philox(4)])[1], Philox(4).randn((2, 3)))
 
 
 def test_third_order_sde_equals_k_diffusion():

@@ -76,7 +76,7 @@ class PixelModel(Generates, PixelDiffusion):
     """The model without text, with methods to generate images."""
 
     flags = {
-        "steps", "scheduler", "schedule_type", "use_karras_sigmas", "eta", "width", "height", "seed",
+        "steps", "scheduler", "schedule_type", "use_karras_sigmas", "eta", "rng", "width", "height", "seed",
         "num_images", "batch_size", "model", "revision", "variant", "cache_dir", "device", "kernels", "dtype",
         "like", "csv", "output", "preview",
     }  # fmt: skip

@@ -21,7 +21,7 @@ from minisd import graph, ops, registry
 from minisd.data import images
 from minisd.models import controlnet
 from minisd.models.layers import CachedContext
-from minisd.noise import randn
+from minisd.noise import Philox, randn
 from minisd.options import require
 from minisd.sampling import prompt
 from minisd.sampling.options import Settings
@@ -239,7 +239,8 @@ def denoise(
         branches = branches_of(sd, prompts, settings, init_images, masks)
         start = init_image(sd, settings, init_images, masks)
         denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (start.first_step if start else 0))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        seeded = Philox if settings.rng == "nv" else lambda seed: torch.Generator().manual_seed(seed)
+        generators = [seeded(seed) for seed in seeds]
         height, width = settings.height // sd.downscale, settings.width // sd.downscale
         noise = randn((sd.channels, height, width), generators) if noise is None else noise
         given = {"schedule": sd.schedule, "steps": settings.steps, "generators": generators}

@@ -14,7 +14,7 @@ from minisd.options import TINY, default_of, require
 from minisd.sampling.options import Sample, Settings
 
 FIRST = "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model"  # in this order
-ALWAYS = "Steps", "Sampler", "CFG scale"  # others only where they are not the default
+ALWAYS = "Steps", "Sampler", "CFG scale", "RNG"  # others only where they are not the default
 NEGATIVE = "Negative prompt: "
 MOST = 1000  # parameters
 # A key's length is bounded: a search for its colon to the end of the line from every letter takes too long.
@@ -42,7 +42,7 @@ def write(
     module = registry.load("schedulers", settings.scheduler)
     pairs[1] = "Sampler", getattr(module, "A1111", Path(settings.scheduler).name)
     pairs += [("Sampler digest", own)] if (own := digest(settings.scheduler)) else []
-    pairs += [("RNG", "CPU"), ("Version", "minisd"), *([("Kernels", kernels)] if kernels else [])]
+    pairs += [("Version", "minisd"), *([("Kernels", kernels)] if kernels else [])]
     negative = settings.negative_prompt
     prompts = f"{prompt}\n{NEGATIVE}{negative}" if negative else prompt
     last = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs)
@@ -120,6 +120,8 @@ def flags(text: str) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
             values["width"], values["height"] = [size[1]], [size[2]]
         elif f and value in (words := f.metadata.get("words", {value: value})):
             values.setdefault(f.name, []).append(str(words[value]))
-        elif key not in ("Model", "RNG", "Version", "Kernels", "Prompts", "Sampler digest"):
+        elif key not in ("Model", "Version", "Kernels", "Prompts", "Sampler digest"):
             ignored.append(key)
+    if not any(key == "RNG" for key, _ in pairs):
+        values["rng"] = ["nv"]  # A1111's default is that of a GPU
     return values, dict(pairs), ignored

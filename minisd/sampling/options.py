@@ -59,6 +59,12 @@ class Settings(Group):
     )
     lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
     eta: float | None = flag(None, "noise per step, from 0 to 1; by default the scheduler's", infotext="Eta")
+    rng: Literal["cpu", "nv"] = flag(
+        "cpu",
+        "whose noise: that of torch on a CPU, or on an Nvidia GPU (nv), as A1111 has it; on any device",
+        infotext="RNG",
+        words={"CPU": "cpu", "NV": "nv"},
+    )
     width: int | None = unwritten(None, SIDE)
     height: int | None = unwritten(None, SIDE)
     strength: float | None = flag(

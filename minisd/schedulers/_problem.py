@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minisd.device import send
-from minisd.noise import NoiseSchedule, randn
+from minisd.noise import NoiseSchedule, Philox, randn
 
 # Settings that `Problem` reads, with diffusers' defaults; parts of the schedulers' SETTINGS.
 TIMESTEPS = {"timestep_spacing": "leading", "steps_offset": 0}
@@ -35,7 +35,7 @@ class Problem:
     noise: Tensor  # (b, c, h, w), standard normal
     schedule: NoiseSchedule
     steps: int
-    generators: list[torch.Generator]  # one per sample, for the noise that is added during sampling
+    generators: list[torch.Generator | Philox]  # one per sample, for the noise that is added during sampling
     settings: dict[str, Any]  # see `read_settings`
     init_image: InitImage | None = None
     levels: list[tuple[float, float]] = field(init=False)  # signal and sigma, before and after each step
