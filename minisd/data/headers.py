@@ -25,41 +25,38 @@ from minisd.terminal import BRIEF
 
 FEW = 100  # images, up to which all are decoded
 PROCESSES_FROM = 2000  # headers, from which Python's lock costs more than to start processes
-PART = 256  # headers that a process reads at a time
-ENTRY = np.dtype([("key", "<u8"), ("width", "<u4"), ("height", "<u4"), ("whole", "?")])
+PART = 1024  # images that a process looks at, at a time
+# A file's size and time in ns, its image's size, and whether it was decoded. A width of 0: nothing is known.
+ENTRY = np.dtype([("bytes", "<i8"), ("time", "<i8"), ("width", "<u4"), ("height", "<u4"), ("whole", "?")])
+Pictures = Sequence[str | Cell]
 
 
 def sizes(
-    pictures: Sequence[str | Cell], location: str, *, whole: bool, fresh: bool, max_pixels: int
+    pictures: Pictures, location: str, *, whole: bool, fresh: bool, max_pixels: int
 ) -> list[Size | str]:
     """(width, height) in pixels of each image, after EXIF rotation, or what is wrong with it: with `whole`,
     also what only decoding shows. What is remembered of the location is not used if `fresh`."""
     whole = whole or len(pictures) <= FEW
-    memory = _Memory(location, pictures)
-    if fresh or not memory.pays:
-        known = np.zeros(len(pictures), ENTRY)
-    else:
-        known = memory.recall()
-    known["key"][known["width"].astype(np.int64) * known["height"] > max_pixels] = 0  # to be refused
-    if whole:
-        known["key"][~known["whole"]] = 0
-    missing = np.flatnonzero(known["key"] == 0).tolist()
-    read = dict(zip(missing, _read([pictures[i] for i in missing], whole, max_pixels), strict=True))
-    for i, size in read.items():
-        if isinstance(size, tuple):
-            known[i] = memory.keys[i], *size, whole
-    if read and memory.pays:
-        memory.store(known)
+    pays = len(pictures) > FEW and isinstance(pictures[0], str)
+    memory = _Memory(location, pictures) if pays else None
+    known = np.zeros(len(pictures), ENTRY) if fresh or memory is None else memory.recall()
+    usable = known["width"].astype(np.int64) * known["height"] <= max_pixels  # else it is to be refused
+    known["width"][~(usable & (known["whole"] | (not whole)))] = 0
+    entries, problems = _look(pictures, known, whole, max_pixels)
+    if memory and (entries != known).any():
+        memory.store(entries)
     one: dict[Size, Size] = {}  # equal sizes are one object
-    pairs = zip(known["width"].tolist(), known["height"].tolist(), strict=True)
+    pairs = zip(entries["width"].tolist(), entries["height"].tolist(), strict=True)
     found: list[Size | str] = [one.setdefault(pair, pair) for pair in pairs]
-    for i, size in read.items():
-        found[i] = one.setdefault(size, size) if isinstance(size, tuple) else size
+    for i, problem in problems.items():
+        found[i] = problem
     return found
 
 
-def _read(pictures: list[str | Cell], whole: bool, max_pixels: int) -> list[Size | str]:
-    """The sizes or problems of images, read in parallel."""
+def _look(
+    pictures: Pictures, known: np.ndarray, whole: bool, max_pixels: int
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The entries of images, and the problems of some, found in parallel."""
     workers = min(32, os.cpu_count() or 1)
     forks = "fork" in multiprocessing.get_all_start_methods()
     pool: type[Executor] | partial = ThreadPoolExecutor
@@ -67,65 +64,83 @@ def _read(pictures: list[str | Cell], whole: bool, max_pixels: int) -> list[Size
         ours = {"mp_context": multiprocessing.get_context("fork"), "initializer": _ignore_interrupts}
         pool = partial(ProcessPoolExecutor, **ours)
     part = max(1, min(PART, len(pictures) // (4 * workers)))
-    parts = [pictures[start : start + part] for start in range(0, len(pictures), part)]
-    found = []
+    starts = range(0, len(pictures), part)
+    parts = [[values[start : start + part] for start in starts] for values in (pictures, known)]
+    entries, problems = [], {}
     bar = tqdm(desc="checking", total=len(pictures), disable=len(pictures) < 2 * FEW, **BRIEF)
     with images.unlimited(), bar, pool(workers) as executor:
-        for sizes in executor.map(partial(_read_part, whole=whole, max_pixels=max_pixels), parts):
-            found += sizes
-            bar.update(len(sizes))
-    return found
+        look = partial(_look_at_part, whole=whole, max_pixels=max_pixels)
+        for start, (found, wrong) in zip(starts, executor.map(look, *parts), strict=True):
+            entries.append(found)
+            problems |= {start + i: problem for i, problem in wrong.items()}
+            bar.update(len(found))
+    return np.concatenate(entries), problems
 
 
 def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
 
 
-def _read_part(pictures: list[str | Cell], whole: bool, max_pixels: int) -> list[Size | str]:
-    found: list[Size | str] = []
-    for picture in pictures:
+def _look_at_part(
+    pictures: Pictures, known: np.ndarray, *, whole: bool, max_pixels: int
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The known entries of images whose files are as they were, and those of the others, which are read."""
+    # First: of a file that changes while it is read, the next start finds another time.
+    status = np.array([_status(picture) for picture in pictures], np.int64)  # (n, 2)
+    entries, problems = known.copy(), {}
+    same = (known["bytes"] == status[:, 0]) & (known["time"] == status[:, 1]) & (known["width"] > 0)
+    for i in np.flatnonzero(~same).tolist():
         try:
-            found.append(images.read_size(picture, whole=whole, max_pixels=max_pixels))
+            size = images.read_size(pictures[i], whole=whole, max_pixels=max_pixels)
+            entries[i] = *status[i], *size, whole
         except ValueError as e:
-            found.append(str(e))
-    return found
+            entries[i], problems[i] = 0, str(e)
+    return entries, problems
+
+
+def _status(picture: str | Cell) -> tuple[int, int]:
+    """Size and time of an image's file; zeros if it has none."""
+    try:
+        status = os.stat(picture)
+    except (OSError, ValueError, TypeError):
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 class _Memory:
-    """The sizes of a location's images in the user's cache, each under a key of its file's path, size and
-    time. `keys` (n,) are those of the images; 0 is none."""
+    """What the user's cache has on the images of a location: an entry for each, then their paths."""
 
-    def __init__(self, location: str, pictures: Sequence[str | Cell]):
+    def __init__(self, location: str, pictures: Sequence[str]):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minisd" / "sizes"
         self.path = cache / hashlib.sha256(os.path.abspath(location).encode(errors="replace")).hexdigest()
-        self.pays = len(pictures) > FEW and isinstance(pictures[0], str)
-        self.keys = np.fromiter(map(_key, pictures) if self.pays else [0] * len(pictures), np.uint64)
+        self.names = "\0".join(pictures).encode(errors="surrogatepass")
 
     def recall(self) -> np.ndarray:
         """The entry of each image, (n,), zeros where none is known."""
-        found, known = np.zeros(len(self.keys), ENTRY), np.zeros(0, ENTRY)
+        names = self.names.split(b"\0")
+        found, content = np.zeros(len(names), ENTRY), b""
         with suppress(OSError):
             content = self.path.read_bytes()
-            body = content[32:]
-            if hashlib.sha256(body).digest() == content[:32]:  # else it is damaged
-                known = np.frombuffer(body, ENTRY)
-        if len(known):
-            places = np.searchsorted(known["key"], self.keys).clip(max=len(known) - 1)  # (n,)
-            hits = (known["key"][places] == self.keys) & (self.keys != 0)
-            found[hits] = known[places[hits]]
+        if _digest(content[32:]) != content[:32]:  # damaged, or of another version
+            return found
+        count = int.from_bytes(content[32:40], "little")
+        end = 40 + count * ENTRY.itemsize
+        known = np.frombuffer(content[40:end], ENTRY)
+        if content[end:] == self.names:
+            return known.copy()
+        places = {name: i for i, name in enumerate(content[end:].split(b"\0"))}
+        pairs = [(i, place) for i, name in enumerate(names) if (place := places.get(name)) is not None]
+        if pairs:
+            here, there = zip(*pairs, strict=True)
+            found[[*here]] = known[[*there]]
         return found
 
     def store(self, entries: np.ndarray) -> None:
         """Remember these entries in place of the earlier ones, if the disk allows it."""
-        body = np.sort(entries[entries["key"] != 0], order="key").tobytes()
+        body = len(entries).to_bytes(8, "little") + entries.tobytes() + self.names
         with suppress(ValueError):
-            files.write_bytes(self.path, hashlib.sha256(body).digest() + body)
+            files.write_bytes(self.path, _digest(body) + body)
 
 
-def _key(path: str | Cell) -> int:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError, TypeError):
-        return 0
-    about = f"{path}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape")
-    return int.from_bytes(hashlib.blake2b(about, digest_size=8).digest(), "little")
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(repr(ENTRY).encode() + body).digest()

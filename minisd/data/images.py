@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
 from torch import Tensor
 
 from minisd import files, reading
+from minisd.data import quick
 from minisd.options import MAX_PIXELS, require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -86,6 +87,9 @@ def read_size(path: str | Cell, *, whole: bool, max_pixels: int | None) -> tuple
     ValueError as for `open_image`, without `whole` only for what is wrong with the header."""
     if whole:
         return open_image(path, max_pixels=max_pixels).size
+    size = quick.size(path, MOST) if isinstance(path, str) else None
+    if size and (max_pixels is None or size[0] * size[1] <= max_pixels):
+        return size
     with _opened(path, None, max_pixels, header=True) as image:
         # Not image.getexif(), which decodes a PNG. A TIFF's size is already that after rotation.
         orientation = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation)

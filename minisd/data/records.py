@@ -100,6 +100,6 @@ class Records(Sequence):
         """The columns that a record has and its values, sorted, for each record."""
         pairs = [zip(itertools.repeat(column), values) for column, values in sorted(columns.items())]
         rows = zip(*pairs, strict=False) if pairs else itertools.repeat((), len(self))
-        if not any(value is ABSENT for values in columns.values() for value in values):
+        if not any(ABSENT in values for values in columns.values()):
             return map(list, rows)
         return ([pair for pair in row if pair[1] is not ABSENT] for row in rows)
