@@ -23,7 +23,7 @@ from minisd.options import require
 from minisd.sampling import infotext
 
 BATCH, RESAMPLES = 16, 1000  # images, or prompts, at once; means of the bootstrap
-SHEETS = "-grid.png", "preview.png"  # what sample.py leaves beside its images
+SHEETS = "-grid.png", "-heat.png", "preview.png"  # what sample.py leaves beside its images
 
 
 def load(flag: str, source: str, device: str) -> tuple[torch.nn.Module, Callable]:

@@ -4,7 +4,7 @@
     python docs/research/heat_maps.py "a cat on a chair" cat chair --model v1-5-pruned-emaonly.safetensors
 
 Writes heat_maps.png: the image, and for each word the mean over steps, layers and heads of how much a place
-attends to it, each map scaled to its own maximum.
+attends to it, each map scaled to its own maximum. As `sample.py --heatmap` does.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from PIL import Image
 import minisd
 from minisd.data.images import grid
 from minisd.options import TINY
+from minisd.sampling.heat import overlay
 
 SIDE = 32  # of the maps
 
@@ -37,12 +38,6 @@ def heat_maps(sd, prompt: str, words: list[str], **flags) -> tuple[Image.Image, 
     mean = torch.stack([s.value for s in seen]).mean(dim=0)  # (s, h, w)
     maps = torch.stack([mean[row].mean(dim=0) for row in rows])  # (words, h, w)
     return image, maps / maps.amax(dim=(1, 2), keepdim=True)
-
-
-def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """The image, dark where the map is low."""
-    mask = Image.fromarray((heat * 255).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(image, image.point(lambda value: value // 5), mask)
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:

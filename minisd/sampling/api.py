@@ -13,6 +13,7 @@ from torch import Tensor
 from minisd.data import images
 from minisd.formats import diffusers, hub
 from minisd.sampling import generate
+from minisd.sampling.edit import edit
 from minisd.sampling.invert import invert
 from minisd.sampling.options import Drawing
 from minisd.sampling.pixel_diffusion import PixelDiffusion
@@ -69,7 +70,7 @@ class Model(Generates, StableDiffusion):
     """The assembled model, with methods to generate images."""
 
     flags = None  # it takes them all
-    predict, invert = generate.predict, invert
+    predict, invert, edit = generate.predict, invert, edit
 
 
 class PixelModel(Generates, PixelDiffusion):

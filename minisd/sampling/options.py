@@ -157,7 +157,18 @@ class Drawing(Settings):
         return list(zip(*(v * count if len(v) == 1 else v for v in values), strict=True))
 
 
-class Loading(Model):
+class Editing(Group):
+    """Concepts to erase, in closed form"""
+
+    erase_concepts: list[str] = flag([], "prompts that the model should draw as --guide_concepts")
+    guide_concepts: list[str] = flag(
+        [], "prompts to draw instead: one for all, or one for each; '' by default"
+    )
+    preserve_concepts: list[str] = flag([], "prompts that should stay as they are, the more the better")
+    lamb: float = flag(0.5, "how much all else should stay as it is")
+
+
+class Loading(Editing, Model):
     """Adapters, device and precision"""
 
     adapter: list[str] = flag([], "PATH or PATH:SCALE of an adapter, or of a training run's output folder")
@@ -180,10 +191,13 @@ class Sample(Drawing, Loading):
     like: Path | None = unwritten(None, "take the settings of this PNG where no flag is given")
     csv: Path | None = unwritten(None, "a table whose header names flags: images of each row, and a sheet")
     export: Path | None = unwritten(
-        None, "write the model with --adapter merged in, to a folder or .safetensors file; needs no --prompt"
+        None,
+        "write the model with --adapter merged in, and concepts erased, to a folder or .safetensors file; "
+        "needs no --prompt",
     )
     output: Path = unwritten(Path("samples"), "folder for the images, or the name of a .png file")
     overwrite: bool = unwritten(False, "replace the files that --output and --export name, if they are there")
+    heatmap: list[str] = unwritten([], "words of the prompt: beside each image, a PNG of where they act")
     preview: int | None = unwritten(None, "steps between previews, written to preview.png in that folder")
 
     def check(self):
@@ -191,7 +205,10 @@ class Sample(Drawing, Loading):
         draws = self.prompt or self.prompt_file
         require(draws or self.export or self.may_lack_text(), NO_PROMPT)
         require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
-        self.positive("preview")
+        self.positive("preview", "lamb")
+        for name in () if self.erase_concepts else ("guide_concepts", "preserve_concepts", "lamb"):
+            given = getattr(self, name) != default_of(self.__dataclass_fields__[name])
+            require(not given, f"--{name} needs --erase_concepts")
         image = self.output.suffix.lower() in (".jpg", ".jpeg", ".webp")
         require(not image, f"--output {self.output}: a folder, or the name of a .png file")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
@@ -205,7 +222,8 @@ class Sample(Drawing, Loading):
         """The flag and the path of each file that is there, and that this run would write."""
         named = [("export", self.export)] if self.export else []
         if is_png(self.output) and (self.prompt or self.prompt_file or not self.export):
-            numbered = re.compile(re.escape(self.output.stem) + r"-\d+" + re.escape(self.output.suffix))
+            end = ("(-heat)?" if self.heatmap else "") + re.escape(self.output.suffix)
+            numbered = re.compile(re.escape(self.output.stem) + r"(-\d+)?" + end)
             beside = sorted(p for p in self.output.parent.glob("*") if numbered.fullmatch(p.name))
             named += [("output", path) for path in (self.output, *beside)]
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from tqdm import tqdm
 from minisd import files, ops, registry
 from minisd.data import images
 from minisd.device import DTYPES, configure, usable
-from minisd.sampling import infotext, sweep
+from minisd.sampling import heat, infotext, sweep
+from minisd.sampling.edit import edit
 from minisd.sampling.input_images import InputImages
-from minisd.sampling.options import Drawing, Job, Loading, is_png, refuse_unused, split_scale
+from minisd.sampling.options import Drawing, Job, Loading, Sample, is_png, refuse_unused, split_scale
 from minisd.sampling.prompt import Prompt, lora_names, parse_all
 
 if TYPE_CHECKING:
@@ -57,8 +59,9 @@ class Request:
         }
 
 
-def load(options: Loading) -> Model | PixelModel:
-    """Load the model and attach its adapters. ValueError, naming the flag, if one has no effect on it."""
+def load(options: Sample) -> Model | PixelModel:
+    """Load the model, attach its adapters and erase concepts. ValueError, naming the flag, if one has no
+    effect on it."""
     from minisd.sampling import api  # which takes Request from here
 
     configure(options)
@@ -71,6 +74,10 @@ def load(options: Loading) -> Model | PixelModel:
     for adapter in options.adapter:
         for line in model.attach(*split_scale(adapter)):
             print(f"{adapter}: {line}", file=sys.stderr)
+    if options.erase_concepts:
+        prompts = options.erase_concepts, options.guide_concepts or [""], options.preserve_concepts
+        said = edit(model, *prompts, lamb=options.lamb, clip_skip=options.clip_skip)
+        print(f"concepts: {said}", file=sys.stderr)
     return model
 
 
@@ -107,12 +114,18 @@ def draw(
     if settings.preview:
         arguments |= {"on_preview": preview, "preview": settings.preview}
     steps = count * (settings.steps - settings.first_step)
-    with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar:
+    watching = nullcontext()
+    if settings.heatmap:
+        arguments["batch_size"], watching = 1, heat.mapped(model, prompts, settings.heatmap)
+    with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar, watching as heat_map:
         for i, image in enumerate(model.draw(**arguments, on_step=bar.update)):
             shown = replace(settings, **request.images.of(i, count)) if request.images else settings
             text = infotext.write(prompts[i].text, seeds[i], model.name, shown, model.flags, ops.digest())
             number = taken + i if several or count > 1 else None
-            yield save(image, text, output, seeds[i], number), image
+            path = save(image, text, output, seeds[i], number)
+            if heat_map:
+                images.save_png(heat_map(i, image), path.with_stem(f"{path.stem}-heat"))
+            yield path, image
 
 
 def save(image: Image.Image, text: str, output: Path, seed: int, number: int | None) -> Path:
@@ -140,6 +153,7 @@ def run(jobs: list[Job]) -> list[Path]:
             request = Request(options, options.read_prompts())
             # LoRAs are summed in the order in which they were attached: another one changes the last bits.
             needed = [*(getattr(options, f.name) for f in fields(Loading)), lora_names(request.prompts)]
+            needed += [options.erase_concepts and options.clip_skip]
             if needed != loaded:
                 model = None  # frees it before the next one is loaded
                 model, loaded = load(options), needed
