@@ -305,10 +305,16 @@ class Captions(Dataset):
     shuffle_caption: bool = flag(False, "shuffle the parts of a caption, between commas, each time")
     keep_tokens: int = flag(0, "number of parts that --shuffle_caption leaves at the beginning")
     train_text_encoder: bool = flag(False, "train the text encoder as well")
+    text_encoder_lr: float | None = flag(
+        None, "peak learning rate of the text encoder; by default --learning_rate"
+    )
     bucket: bool = flag(False, "batch by aspect ratio instead of cropping to squares")
 
     def check(self):
         self.probabilities("caption_dropout")
+        self.positive("text_encoder_lr")
+        wanted = self.text_encoder_lr is not None and not self.train_text_encoder
+        require(not wanted, "--text_encoder_lr is for --train_text_encoder")
         self.not_negative("keep_tokens")
         require(self.shuffle_caption or not self.keep_tokens, "--keep_tokens is for --shuffle_caption")
 

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "network_dim": "rank", "network_rank": "rank", "lora_rank": "rank", "network_alpha": "alpha",
     "lora_alpha": "alpha", "network_dropout": "lora_dropout", "network_weights": "init_lora",
     "save_model_as": "save_format", "lr": "learning_rate", "unet_lr": "learning_rate",
-    "text_encoder_lr": "learning_rate", "epochs": "num_train_epochs", "max_train_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs", "max_train_epochs": "num_train_epochs",
     "steps": "max_train_steps", "batch_size": "train_batch_size", "output_name": "output_dir",
     "lr_scheduler_num_cycles": "lr_num_cycles", "lr_scheduler_power": "lr_power",
     "max_data_loader_n_workers": "dataloader_num_workers", "min_snr_gamma": "snr_gamma",

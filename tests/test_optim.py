@@ -1,5 +1,6 @@
 """The optimizer beside torch's own."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -103,17 +104,51 @@ print(p.grad, p[0].item() < 1, "torch._dynamo" in sys.modules)
     assert done.stdout.split() == ["None", "True", "False"], done.stdout + done.stderr
 
 
-def test_eight_bits_resume(short_run, tmp_path):
-    """By bitsandbytes; its state holds a nested table, and a step that is no tensor."""
-    pytest.importorskip("bitsandbytes")
-    flags = ["--instance_prompt", "a cat", "--checkpointing_steps", 2, "--use_8bit_adam"]
+def resumed_and_whole(short_run, tmp_path, method, *flags):
+    """The folders of a run of four updates and of the same with a stop after two, once compared."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    o = short_run("dreambooth", *flags, max_train_steps=4, output_dir=whole)
-    assert train("dreambooth", o) == 0
+    o = short_run(method, "--checkpointing_steps", 2, *flags, max_train_steps=4, output_dir=whole)
+    assert train(method, o) == 0
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoint-4")
-    assert train("dreambooth", replace(o, output_dir=parts, resume_from_checkpoint="latest")) == 0
+    assert train(method, replace(o, output_dir=parts, resume_from_checkpoint="latest")) == 0
     for name in ("trained", "optimizer"):
         ends = [files.read(folder / "checkpoint-4" / f"{name}.safetensors") for folder in (whole, parts)]
         assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0] | ends[1])
-    assert any(v.dtype == torch.uint8 for v in ends[0].values())
+    assert (whole / "log.jsonl").read_text() == (parts / "log.jsonl").read_text()
+    return whole
+
+
+def test_eight_bits_resume(short_run, tmp_path):
+    """By bitsandbytes; its state holds a nested table, and a step that is no tensor."""
+    pytest.importorskip("bitsandbytes")
+    flags = "--instance_prompt", "a cat", "--use_8bit_adam"
+    whole = resumed_and_whole(short_run, tmp_path, "dreambooth", *flags)
+    end = files.read(whole / "checkpoint-4" / "optimizer.safetensors")
+    assert any(v.dtype == torch.uint8 for v in end.values())
+
+
+# A learning rate for the text encoder
+
+
+def test_a_learning_rate_for_the_text_encoder(short_run, tmp_path):
+    flags = ["--instance_prompt", "a cat", "--train_text_encoder", "--train_batch_size", 1, "--scale_lr"]
+    flags += ["--learning_rate", 1e-3, "--text_encoder_lr", 1e-5, "--lr_scheduler", "linear"]
+    flags += ["--lr_warmup_steps", 0]
+    whole = resumed_and_whole(short_run, tmp_path, "lora", *flags)
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in log if "lr" in line] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert all(line["text_encoder_lr"] == pytest.approx(line["lr"] / 100) for line in log if "lr" in line)
+    trained = files.read(whole / "checkpoint-2" / "trained.safetensors")
+    sizes = {
+        part: max(v.abs().max().item() for k, v in trained.items() if k.startswith(part) and "lora_B" in k)
+        for part in ("unet.", "text_encoder.")
+    }
+    assert sizes["text_encoder."] < 2.5e-5 and 5e-4 < sizes["unet."] < 2.5e-3  # Adam's steps are its rate
+
+
+def test_a_learning_rate_of_its_own_needs_the_text_encoder(short_run):
+    for flags, message in (((), "is for --train_text_encoder"), (("--train_text_encoder",), "positive")):
+        with pytest.raises(ValueError, match=f"--text_encoder_lr.*{message}"):
+            options = short_run("lora", *flags)
+            replace(options, text_encoder_lr=-1.0 if flags else 1e-5)

@@ -17,8 +17,11 @@ class AdamW:
     # So GradScaler sets `found_inf` to a tensor, 1 if this step is to change nothing, and waits for no GPU.
     _step_supports_amp_scaling, found_inf = True, None
 
-    def __init__(self, parameters: list[torch.nn.Parameter], *, lr: float, betas, eps: float, weight_decay):
-        self.param_groups = [{"params": parameters, "lr": lr}]
+    def __init__(self, parameters: list, *, lr: float, betas, eps: float, weight_decay):
+        """Of a list of parameters, or of groups of them, each with its "params" and further entries."""
+        groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+        self.param_groups = [{"lr": lr} | group for group in groups]
+        parameters = [p for group in groups for p in group["params"]]
         self.settings = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
         self.state: dict[torch.nn.Parameter, dict[str, Tensor]] = {}
         # Number of updates of each parameter, in one tensor: a single addition if all of them are updated.
@@ -35,13 +38,16 @@ class AdamW:
     @torch.no_grad()
     def step(self, clip_divisor: Tensor | None = None) -> None:
         """Move along the gradients, which are first divided by `clip_divisor`."""
-        group = self.param_groups[0]
-        numbers = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-        moved = [group["params"][i] for i in numbers]
-        if moved:
+        end = 0
+        for group in self.param_groups:
+            first, end = end, end + len(group["params"])
+            numbers = [i for i, p in enumerate(group["params"], first) if p.grad is not None]
+            moved = [group["params"][i - first] for i in numbers]
+            if not moved:
+                continue
             slots = [self.slot(p) for p in moved]
             steps, means, squares = ([slot[k] for slot in slots] for k in ("step", "exp_avg", "exp_avg_sq"))
-            counted = slice(None) if len(moved) == len(self.steps) else numbers
+            counted = slice(first, end) if len(moved) == end - first else numbers
             self.steps[counted] += 1 if self.found_inf is None else 1 - self.found_inf
             # The kernel runs over memory, so gradients need the strides of their parameters.
             gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
@@ -51,7 +57,7 @@ class AdamW:
             torch._fused_adamw_(moved, gradients, means, squares, [], steps, **further)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in self.param_groups[0]["params"]:
+        for p in self.each:
             p.grad = None
 
 
@@ -70,9 +76,7 @@ def eight_bit() -> type:
             return self.state[p]
 
         def step(self, clip_divisor: Tensor | None = None) -> None:
-            if clip_divisor is not None:
-                gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
-                torch._foreach_div_(gradients, clip_divisor)
+            divide(self, clip_divisor)
             for slot in self.state.values():
                 slot["step"] = int(slot["step"])
             super().step()
@@ -80,11 +84,32 @@ def eight_bit() -> type:
     return EightBit
 
 
-def adamw(parameters: list[torch.nn.Parameter], options: Optimizer) -> AdamW:
-    """The optimizer of the options."""
+def divide(optimizer: torch.optim.Optimizer, clip_divisor: Tensor | None) -> None:
+    """Divide the gradients of what an optimizer trains."""
+    if clip_divisor is not None:
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        torch._foreach_div_(gradients, clip_divisor)
+
+
+def adamw(parameters: list, options: Optimizer) -> AdamW:
+    """The optimizer of the options, for a list of parameters or of groups of them."""
     kind, o = eight_bit() if options.use_8bit_adam else AdamW, options
     adam = {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_epsilon, "weight_decay": o.adam_weight_decay}
     return kind(parameters, lr=o.learning_rate, **adam)
+
+
+def grouped(trained: dict[str, torch.nn.Parameter], options: Optimizer, scale: float) -> list[dict]:
+    """The groups of what trains, each with its peak learning rate, multiplied by `scale`, and the name of the
+    flag that sets it."""
+    groups = {"learning_rate": options.learning_rate}
+    if text_encoder_lr := getattr(options, "text_encoder_lr", None):
+        groups["text_encoder_lr"] = text_encoder_lr
+    flags = {
+        name: "text_encoder_lr" if text_encoder_lr and name.startswith("text_encoder.") else "learning_rate"
+        for name in trained
+    }
+    named = {flag: [p for name, p in trained.items() if flags[name] == flag] for flag in groups}
+    return [{"params": named[f], "flag": f, "peak": peak * scale} for f, peak in groups.items() if named[f]]
 
 
 def lr_factor(options: Optimizer, step: int, total: int, peak: float) -> float:

@@ -291,12 +291,12 @@ class Log:
         self.folder = folder
         shown = {"desc": name, "bar_format": BAR, "dynamic_ncols": True, "disable": not show}
         self.bar = tqdm(total=total, initial=step, **shown)
-        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.pending: list[tuple[int, Tensor, Tensor, dict[str, float]]] = []
         self.reported = time.monotonic()
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, rates: dict[str, float]) -> None:
         """Remember the values of an update, and advance the bar."""
-        self.pending.append((step, loss, grad_norm, lr))
+        self.pending.append((step, loss, grad_norm, rates))
         self.bar.update()
 
     def flush(self) -> None:
@@ -306,14 +306,15 @@ class Log:
         steps, losses, norms, rates = zip(*self.pending, strict=True)
         self.pending.clear()
         values = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), rates, strict=True)
-        for step, loss, norm, lr in values:
+        for step, loss, norm, lrs in values:
             if not math.isfinite(loss):
                 advice = self.folder.advice(step)
                 raise ValueError(f"the loss of update {step} is {loss}, which was not saved. {advice}")
-            self.folder.log(step, loss=loss, lr=lr, grad_norm=norm)
+            self.folder.log(step, loss=loss, **lrs, grad_norm=norm)
         if time.monotonic() - self.reported > REPORT_EVERY:
             report.write(self.folder.path)
             self.reported = time.monotonic()
+        lr = next(iter(lrs.values()))
         self.bar.set_postfix_str(f"loss {loss:.3g} lr {lr:.2g} {peak_memory()}", refresh=False)
 
 

@@ -14,6 +14,8 @@ from minisd.options import Average
 from minisd.training import optim
 from minisd.training.distributed import Processes
 
+LOGGED = {"learning_rate": "lr"}  # names in log.jsonl that are not those of the flags
+
 
 class Trainer:
     """Everything that an update changes. Of `total` updates, `step` are done, with `samples` images.
@@ -28,8 +30,7 @@ class Trainer:
         self.total = o.max_train_steps or o.num_train_epochs * self.updates_per_epoch
         self.step = self.samples = 0
         scale = self.images_per_update * method.lr_scale if o.scale_lr else 1
-        self.peak_lr = o.learning_rate * scale
-        self.optimizer = optim.adamw(self.parameters, o)
+        self.optimizer = optim.adamw(optim.grouped(trained, o, scale), o)
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
         self.ema = optim.EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
         self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
@@ -41,12 +42,13 @@ class Trainer:
         self.graphs = graph.Graphs()
         self.gradients: dict[nn.Parameter, Tensor] = {}  # those that the graphs compute
 
-    def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, float]:
+    def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Make one update from the next batches. Returns loss and gradient norm, over all processes, and the
-        learning rate."""
-        lr = self.peak_lr * optim.lr_factor(self.options, self.step, self.total, self.peak_lr)
+        learning rates, as they are logged."""
+        rates = {}
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            factor = optim.lr_factor(self.options, self.step, self.total, group["peak"])
+            group["lr"] = rates[LOGGED.get(group["flag"], group["flag"])] = group["peak"] * factor
         loss_sum = torch.zeros((), device=self.method.device)
         for _ in range(self.options.gradient_accumulation_steps):
             batch = next(batches)
@@ -64,7 +66,7 @@ class Trainer:
         self.samples += self.images_per_update
         if self.ema:
             self.ema.update(self.step)
-        return loss_sum, norm, lr
+        return loss_sum, norm, rates
 
     def _backward(self, inputs: dict) -> Tensor:
         """Add the gradients of a micro-batch to those of the update. Returns its share of the loss."""
