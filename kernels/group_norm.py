@@ -120,8 +120,7 @@ def split_kernel(
     part1 = tl.zeros((BLOCK_C,), tl.float32)
     part2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
-    last = tl.minimum(N, (split + 1) * split_rows)
-    for start in tl.range(split * split_rows, last, BLOCK_N, num_stages=2):  # the next tile is loaded early
+    for start in range(split * split_rows, tl.minimum(N, (split + 1) * split_rows), BLOCK_N):
         corner, at, ok = tile_at(b, start, first, N, C, stride_b, stride_n, stride_c, BLOCK_N, BLOCK_C)
         x = load_tile(x_ptr + corner, at, ok) + add
         if BACKWARD:

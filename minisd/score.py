@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minisd import cli, files, reading
 from minisd.data import images
+from minisd.device import usable
 from minisd.options import require
 from minisd.sampling import infotext
 
@@ -38,7 +39,7 @@ def load(flag: str, source: str, device: str) -> tuple[torch.nn.Module, Callable
         model, processor = (getattr(transformers, kind).from_pretrained(source, **local) for kind in kinds)
     except Exception as e:  # of whatever class
         raise ValueError(f"--{flag} {source}: {files.first_line(e)}") from None
-    return model.to(device).eval(), processor
+    return model.to(usable(device)).eval(), processor
 
 
 def parts(values: list) -> Iterator[list]:
@@ -135,7 +136,10 @@ def main() -> int:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the scores, of each image too, to it"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace --json if it is there")
     o, table = parser.parse_args(), {}
+    there = o.json and o.json.exists() and not o.overwrite
+    require(not there, f"--json {o.json} exists: --overwrite replaces it")
     for name, values in scores(o).items():
         low, high = interval(values)
         table[name] = {"mean": values.mean().item(), "low": low, "high": high, "values": values.tolist()}

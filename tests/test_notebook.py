@@ -96,7 +96,8 @@ def test_loading_is_as_said(model):
     loading = {*inspect.signature(minisd.sampling.api.Model.load).parameters}
     assert {"model", "device", "dtype", "revision", "variant", "cache_dir"} <= loading
     elsewhere = {f.name for f in fields(Sample)} - {f.name for f in [*fields(Drawing), *fields(Loading)]}
-    assert elsewhere == {"prompt_file", "like", "csv", "export", "output", "overwrite", "preview"}
+    files = {"prompt_file", "like", "csv", "export", "output", "overwrite", "heatmap", "preview"}
+    assert elsewhere == files
     assert minisd.load(model, device="cpu", dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
     code = "import sys, minisd; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -133,6 +133,7 @@ def test_the_interval_is_that_of_the_mean():
         (["drawn", "--dino", "dino"], "--dino needs --like"),
         (["drawn", "--like", "real", "--dino", "drawn"], "--dino drawn: "),
         (["none", "--clip", "clip"], "the folder none is no folder"),
+        (["drawn", "--json", "prompts.txt"], "--json prompts.txt exists: --overwrite replaces it"),
         (["drawn", "--clip", "clip", "--prompts", "prompts.txt"], "has 2 lines: one for each of the 3"),
     ],
 )  # fmt: skip
