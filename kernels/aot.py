@@ -43,8 +43,7 @@ def measure(arch: int, only: str = "", dtype: torch.dtype = torch.bfloat16) -> l
     for kernel, case in select(only, "timed", "compiled"):
         tensors, constants = case.inputs(dtype, "meta", randn=randn, weights=torch.float32)
         with L.record(arch) as recorded:
-            for version in (kernel, *kernel.variants):
-                version.launch(*tensors.values(), *constants.values())
+            kernel.launch(*tensors.values(), *constants.values())
         rows += [dict(arch=arch, shape=case.name) | resources(*call) for call in recorded]
     return rows
 
