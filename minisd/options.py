@@ -313,8 +313,8 @@ class Captions(Dataset):
     def check(self):
         self.probabilities("caption_dropout")
         self.positive("text_encoder_lr")
-        wanted = self.text_encoder_lr is not None and not self.train_text_encoder
-        require(not wanted, "--text_encoder_lr is for --train_text_encoder")
+        used = self.train_text_encoder or self.text_encoder_lr is None
+        require(used, "--text_encoder_lr is for --train_text_encoder")
         self.not_negative("keep_tokens")
         require(self.shuffle_caption or not self.keep_tokens, "--keep_tokens is for --shuffle_caption")
 

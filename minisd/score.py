@@ -105,9 +105,8 @@ def prompts_of(paths: list[Path], file: Path | None) -> list[str] | None:
         return None
 
 
-def scores(o: argparse.Namespace) -> dict[str, Tensor]:
+def scores(paths: list[Path], o: argparse.Namespace) -> dict[str, Tensor]:
     """The scores by name, with a value for each image, (n,)."""
-    paths = listed(o.images, "the folder")
     like, prompts, found = o.like and listed(o.like, "--like"), prompts_of(paths, o.prompts), {}
     require(o.clip or o.dino, "give --clip, --dino or both")
     require(like or not o.dino, "--dino needs --like")
@@ -140,12 +139,13 @@ def main() -> int:
     o, table = parser.parse_args(), {}
     there = o.json and o.json.exists() and not o.overwrite
     require(not there, f"--json {o.json} exists: --overwrite replaces it")
-    for name, values in scores(o).items():
+    paths = listed(o.images, "the folder")
+    for name, values in scores(paths, o).items():
         low, high = interval(values)
         table[name] = {"mean": values.mean().item(), "low": low, "high": high, "values": values.tolist()}
         print(f"{name:6} {table[name]['mean']:7.4f}  from {low:.4f} to {high:.4f}, {len(values)} images")
     if o.json:
-        names = [path.name for path in listed(o.images, "the folder")]
+        names = [path.name for path in paths]
         files.write_json(o.json, {"clip": o.clip, "dino": o.dino, "images": names, **table})
     return 0
 

@@ -23,10 +23,10 @@ def sample(problem: Problem) -> Iterator[Tensor]:
     x, steps = schedule.begin()
     for step in steps:
         sigma, after = schedule.sigmas[step : step + 2]
-        slope = (x - schedule.predict(x, sigma, schedule.timesteps[step])) / sigma
+        slope = schedule.slope(x, sigma, schedule.timesteps[step])
         if after > 0:
             middle = math.sqrt(sigma * after)
             half = x + (middle - sigma) * slope
-            slope = (half - schedule.predict(half, middle, schedule.timestep(middle))) / middle
+            slope = schedule.slope(half, middle, schedule.timestep(middle))
         x = problem.keep(x + (after - sigma) * slope, step)
         yield x

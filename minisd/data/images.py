@@ -242,9 +242,10 @@ def label(text: str, width: int, height: int = 0) -> Image.Image:
     for part in re.split(r"(?<=[ _/,.:-])", " ".join(text.split())):  # where a line may end
         if lines[-1] and not fits(lines[-1] + part):
             lines.append("")
-        for character in part:
-            lines = lines if fits(lines[-1] + character) else [*lines, ""]
-            lines[-1] += character
+        for piece in [part] if fits(lines[-1] + part) else part:
+            if not fits(lines[-1] + piece):
+                lines.append("")
+            lines[-1] += piece
     height = max(height, 16 * len(lines) + 6)
     image = Image.new("RGB", (width, height), "white")
     top = (height - 16 * len(lines)) // 2

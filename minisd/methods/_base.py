@@ -323,19 +323,19 @@ class Method:
         from minisd.data import images
 
         prompts = self.validation_prompts or (self.training_prompts() if moment else [])
-        rows = []
+        about, rows = f"{moment}: " if moment else "", []
         for prompt, image in prompts:
             conditioning = [] if image is None else [images.to_pil(image)]
-            rows.append(
-                (f"{moment}: {prompt}" if moment else prompt, conditioning + self.samples(prompt, image))
-            )
+            rows.append((about + prompt, conditioning + self.samples(prompt, image)))
         return images.labelled_rows(rows) if rows else None
 
     def trained_on(self) -> list[Image]:
         """Some of the images that are trained on; none if there are none."""
         parts = getattr(self.data, "parts", (self.data,))  # with prior preservation, the instances come first
-        of = [(part.source, part.image_column) for part in parts[:1]]
-        return [source.open(i, column) for source, column in of for i in range(min(8, len(source)))]
+        if not parts:
+            return []
+        source, column = parts[0].source, parts[0].image_column
+        return [source.open(i, column) for i in range(min(8, len(source)))]
 
     def read_validation_prompts(self) -> Prompts:
         """The prompts to validate with, from the flags."""

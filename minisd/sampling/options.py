@@ -167,6 +167,12 @@ class Editing(Group):
     preserve_concepts: list[str] = flag([], "prompts that should stay as they are, the more the better")
     lamb: float = flag(0.5, "how much all else should stay as it is")
 
+    def check(self):
+        self.positive("lamb")
+        for name in () if self.erase_concepts else ("guide_concepts", "preserve_concepts", "lamb"):
+            given = getattr(self, name) != default_of(self.__dataclass_fields__[name])
+            require(not given, f"--{name} needs --erase_concepts")
+
 
 class Loading(Editing, Model):
     """Adapters, device and precision"""
@@ -205,10 +211,7 @@ class Sample(Drawing, Loading):
         draws = self.prompt or self.prompt_file
         require(draws or self.export or self.may_lack_text(), NO_PROMPT)
         require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
-        self.positive("preview", "lamb")
-        for name in () if self.erase_concepts else ("guide_concepts", "preserve_concepts", "lamb"):
-            given = getattr(self, name) != default_of(self.__dataclass_fields__[name])
-            require(not given, f"--{name} needs --erase_concepts")
+        self.positive("preview")
         image = self.output.suffix.lower() in (".jpg", ".jpeg", ".webp")
         require(not image, f"--output {self.output}: a folder, or the name of a .png file")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.

@@ -65,6 +65,10 @@ class SigmaSchedule:
         bar = torch.tensor(1 / (sigma**2 + 1), dtype=torch.float64)
         return self.problem.predict(x * bar.sqrt(), t, bar)[0]
 
+    def slope(self, x: Tensor, sigma: float, t: float) -> Tensor:
+        """dx / dsigma = (x - x_0) / sigma, by the prediction at this sigma and its timestep."""
+        return (x - self.predict(x, sigma, t)) / sigma
+
 
 class MultistepSchedule(SigmaSchedule):
     """The same for the multistep solvers, with x = signal x_0 + noise times standard normal noise, where

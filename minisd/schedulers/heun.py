@@ -19,10 +19,9 @@ def sample(problem: Problem) -> Iterator[Tensor]:
     x, steps = schedule.begin()
     for step in steps:
         sigma, after = schedule.sigmas[step : step + 2]
-        slope = (x - schedule.predict(x, sigma, schedule.timesteps[step])) / sigma
+        slope = schedule.slope(x, sigma, schedule.timesteps[step])
         if after > 0:
             end = x + (after - sigma) * slope
-            denoised = schedule.predict(end, after, schedule.timesteps[step + 1])
-            slope = (slope + (end - denoised) / after) / 2
+            slope = (slope + schedule.slope(end, after, schedule.timesteps[step + 1])) / 2
         x = problem.keep(x + (after - sigma) * slope, step)
         yield x

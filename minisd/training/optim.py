@@ -76,19 +76,14 @@ def eight_bit() -> type:
             return self.state[p]
 
         def step(self, clip_divisor: Tensor | None = None) -> None:
-            divide(self, clip_divisor)
+            if clip_divisor is not None:
+                parameters = [p for group in self.param_groups for p in group["params"]]
+                torch._foreach_div_([p.grad for p in parameters if p.grad is not None], clip_divisor)
             for slot in self.state.values():
                 slot["step"] = int(slot["step"])
             super().step()
 
     return EightBit
-
-
-def divide(optimizer: torch.optim.Optimizer, clip_divisor: Tensor | None) -> None:
-    """Divide the gradients of what an optimizer trains."""
-    if clip_divisor is not None:
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        torch._foreach_div_(gradients, clip_divisor)
 
 
 def adamw(parameters: list, options: Optimizer) -> AdamW:
@@ -99,17 +94,13 @@ def adamw(parameters: list, options: Optimizer) -> AdamW:
 
 
 def grouped(trained: dict[str, torch.nn.Parameter], options: Optimizer, scale: float) -> list[dict]:
-    """The groups of what trains, each with its peak learning rate, multiplied by `scale`, and the name of the
-    flag that sets it."""
-    groups = {"learning_rate": options.learning_rate}
-    if text_encoder_lr := getattr(options, "text_encoder_lr", None):
-        groups["text_encoder_lr"] = text_encoder_lr
-    flags = {
-        name: "text_encoder_lr" if text_encoder_lr and name.startswith("text_encoder.") else "learning_rate"
-        for name in trained
-    }
-    named = {flag: [p for name, p in trained.items() if flags[name] == flag] for flag in groups}
-    return [{"params": named[f], "flag": f, "peak": peak * scale} for f, peak in groups.items() if named[f]]
+    """The groups of what trains, each with its peak learning rate, multiplied by `scale`, and the name under
+    which the rate is logged."""
+    own = getattr(options, "text_encoder_lr", None)
+    text = [p for name, p in trained.items() if own and name.startswith("text_encoder.")]
+    rest = [p for name, p in trained.items() if not own or not name.startswith("text_encoder.")]
+    groups = ("lr", options.learning_rate, rest), ("text_encoder_lr", own, text)
+    return [{"params": ps, "logged": name, "peak": peak * scale} for name, peak, ps in groups if ps]
 
 
 def lr_factor(options: Optimizer, step: int, total: int, peak: float) -> float:

@@ -231,7 +231,8 @@ class RunFolder(AbstractContextManager):
 
     def result_sheet(self, method: Method) -> Image.Image:
         """What was trained on, what the model drew before, and what it draws after from the same noise."""
-        sheets = [images.labelled_rows([("trained on", shown)]) for shown in [method.trained_on()] if shown]
+        shown = method.trained_on()
+        sheets = [images.labelled_rows([("trained on", shown)])] if shown else []
         if (before := self.path / BEFORE).is_file():
             sheets.append(images.open_image(before))
         return images.stack([*sheets, method.preview("after")])

@@ -14,8 +14,6 @@ from minisd.options import Average
 from minisd.training import optim
 from minisd.training.distributed import Processes
 
-LOGGED = {"learning_rate": "lr"}  # names in log.jsonl that are not those of the flags
-
 
 class Trainer:
     """Everything that an update changes. Of `total` updates, `step` are done, with `samples` images.
@@ -48,7 +46,7 @@ class Trainer:
         rates = {}
         for group in self.optimizer.param_groups:
             factor = optim.lr_factor(self.options, self.step, self.total, group["peak"])
-            group["lr"] = rates[LOGGED.get(group["flag"], group["flag"])] = group["peak"] * factor
+            group["lr"] = rates[group["logged"]] = group["peak"] * factor
         loss_sum = torch.zeros((), device=self.method.device)
         for _ in range(self.options.gradient_accumulation_steps):
             batch = next(batches)
