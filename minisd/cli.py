@@ -379,7 +379,7 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may be no valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with terminal.shared():
+        with terminal.interruptible(), terminal.shared():
             status = main()
         sys.exit(status)
     except (ValueError, OSError, OverflowError) as e:

@@ -1,10 +1,12 @@
-"""What a command writes to the terminal: lines go above a progress bar, never into it. Standard library only.
+"""What a command writes to the terminal, where lines go above a progress bar, never into it, and its Ctrl-C.
+Standard library only.
 
 A bar is what tqdm writes after a carriage return. Where stderr is no terminal but a file, a bar is a line
 every few seconds and one at its end.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -73,6 +75,29 @@ def shared() -> Iterator[None]:
             yield
         finally:
             sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside the `with`, what gets out after a SIGINT is a KeyboardInterrupt, whatever it was: code in C or
+    Rust that is interrupted may raise an error of its own instead. Another handler than Python's stays."""
+    heard, ours = [], signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def hear(number: int, frame) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    if ours:
+        signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    except BaseException as e:
+        if heard:
+            raise KeyboardInterrupt from e
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def complain(prog: str, message: str) -> int:

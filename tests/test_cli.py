@@ -1,7 +1,9 @@
 """The command line: every flag of the field's script, and one clear line for every mistake."""
 
+import contextlib
 import ctypes
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,6 +13,7 @@ import pytest
 
 from minisd import cli, registry
 from minisd.sampling.options import split_scale
+from minisd.training import loop
 from tests.conftest import ROOT
 
 # Flags of the field's script for each method: those of old with their defaults, and those that came later.
@@ -137,3 +140,24 @@ threading.Thread(target=lambda: print(torch.ones(2**26, dtype=torch.uint8).sum()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("signals, code", [((), 2), ((signal.SIGINT,), 130), ((signal.SIGTERM,) * 2, 130)])
+def test_an_interrupt_that_a_library_swaps_for_an_error(signals, code, capsys):
+    """As safetensors and pickle do with a signal's exception; in training, the second one stops at once."""
+
+    def main():
+        try:
+            with loop.stop_signals() if len(signals) == 2 else contextlib.nullcontext():
+                for number in signals:
+                    signal.raise_signal(number)
+        except KeyboardInterrupt as e:
+            raise ValueError("not readable") from e
+        raise ValueError("not readable")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        cli.run("x.py", main)
+    assert end.value.code == code and signal.getsignal(signal.SIGINT) is before
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == ("x.py: interrupted" if signals else "x.py: error: not readable")

@@ -209,6 +209,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     def receive(number: int, frame) -> None:
         if received:
+            if callable(earlier := before[signal.SIGINT]):
+                earlier(signal.SIGINT, frame)  # see `terminal.interruptible`
             raise KeyboardInterrupt
         received.append(number)
         print("stopping after this update; a second signal stops at once", file=sys.stderr)
