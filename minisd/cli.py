@@ -30,21 +30,14 @@ WORDS = {"None": "none", "": "none", "False": "no", "True": "yes"}  # how defaul
 
 def names_of(cls: type) -> dict[str, Field]:
     """The field of each flag name, aliases included."""
-    return {name: f for f in fields(cls) for name in (f.name, *_metadata(cls, f.name).get("also", ()))}
+    return {name: f for f in fields(cls) for name in (f.name, *f.metadata.get("also", ()))}
 
 
-def _metadata(cls: type, name: str) -> Mapping:
-    """Help and aliases from the nearest class with any: redeclaring a field changes its default alone."""
-    declared = (c.__dict__.get("__dataclass_fields__", {}).get(name) for c in cls.__mro__)
-    return next((f.metadata for f in declared if f and "help" in f.metadata), {})
-
-
-def _help(cls: type, f: Field) -> str:
+def _help(f: Field) -> str:
     """The help of a flag, with its default unless the text describes that."""
-    metadata, default = _metadata(cls, f.name), default_of(f)
-    text = metadata.get("help", "")
-    if "listing" in metadata:
-        text += f" one of: {', '.join(registry.names(metadata['listing']))}; or FILE.py, one of your own"
+    text, default = f.metadata.get("help", ""), default_of(f)
+    if listing := f.metadata.get("listing"):
+        text += f" one of: {', '.join(registry.names(listing))}; or FILE.py, one of your own"
     if isinstance(default, list):
         default = " ".join(map(str, default)) or None
     if default is not MISSING and not (default is None and "default" in text):
@@ -52,7 +45,7 @@ def _help(cls: type, f: Field) -> str:
     return text.replace("%", "%%")
 
 
-def _add_flag(group, cls: type, f: Field, hint) -> None:
+def _add_flag(group, f: Field, hint) -> None:
     # Flags that are not given stay out of the namespace: the dataclass has the defaults.
     default = default_of(f)
     kwargs = {"dest": f.name, "required": default is MISSING, "default": argparse.SUPPRESS}
@@ -72,8 +65,8 @@ def _add_flag(group, cls: type, f: Field, hint) -> None:
         kwargs |= {"type": {float: finite, int: bounded}.get(hint, hint), "metavar": hint.__name__.upper()}
     if kwargs.get("type") in (str, Path):
         kwargs["type"] = functools.partial(_expand, kwargs["type"])
-    names = (f.name, *_metadata(cls, f.name).get("also", ()))
-    group.add_argument(*(f"--{name}" for name in names), help=_help(cls, f), **kwargs)
+    names = (f.name, *f.metadata.get("also", ()))
+    group.add_argument(*(f"--{name}" for name in names), help=_help(f), **kwargs)
 
 
 def _expand(kind: type, text: str) -> str | Path:
@@ -175,7 +168,7 @@ class Parser(argparse.ArgumentParser):
     def read_own(self, argv: list[str], cls: type) -> dict[str, object]:
         """As `read`, of the command line itself, which alone may name files of code."""
         values = self.read(argv)
-        for name in [name for name in values if "listing" in _metadata(cls, name)]:
+        for name in [name for name in values if "listing" in cls.__dataclass_fields__[name].metadata]:
             try:
                 registry.admit(values[name])
             except ValueError as e:
@@ -214,7 +207,7 @@ def parser_of(cls: type, prog: str, description: str, kind: type[Parser] = Parse
         group = parser.add_argument_group((owner.__doc__ or owner.__name__).partition("\n")[0])
         for f in fields(cls):
             if owners[f.name] is owner:
-                _add_flag(group, cls, f, hints[f.name])
+                _add_flag(group, f, hints[f.name])
     return parser
 
 

@@ -52,7 +52,7 @@ def test_every_flag_has_help_and_shows_its_default():
     for cls in [cli.Sample, *(cli.options_of(m) for m in registry.names("methods"))]:
         for action in cli.parser_of(cls, "x", "")._actions[1:]:
             assert action.help and ("default" in action.help or action.required), action.dest
-        assert all(cli._metadata(cls, f.name).get("help") for f in fields(cls))
+        assert all(f.metadata.get("help") for f in fields(cls))
 
 
 def test_the_names_of_a_flag_mean_the_same():
@@ -90,7 +90,7 @@ TI = ["--method", "textual_inversion", "--model", "m", "--data", "d"]
             [*TI, "--gradient_accumulation_steps", "8000000"],
             "128,000,000 images in an update, by --train_batch_size",
         ),
-        ([*TI, "--resolution", "500"], "--resolution must be a multiple of 8"),
+        ([*TI, "--resolution", "500"], "--resolution must be a positive multiple of 8"),
         ([*TI, "--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         ([*TI, "--flip_p", "2"], "--flip_p must be from 0 to 1"),
         ([*TI, "--validation_scheduler", "eulr"], "did you mean 'euler'?"),
@@ -161,3 +161,14 @@ def test_an_interrupt_that_a_library_swaps_for_an_error(signals, code, capsys):
     assert end.value.code == code and signal.getsignal(signal.SIGINT) is before
     err = capsys.readouterr().err
     assert err.splitlines()[-1] == ("x.py: interrupted" if signals else "x.py: error: not readable")
+
+
+@pytest.mark.parametrize("name", ["lora_dropout", "learning_rate", "text_encoder_lr", "caption_dropout"])
+def test_bounds_hold_in_python_too(name):
+    """NaN is within none; and a method that redeclares a flag keeps its bounds."""
+    options = cli.options_of("lora")
+    flags = {"data": Path("x"), "train_text_encoder": True}
+    assert getattr(options(**flags, **{name: 0.5}), name) == 0.5
+    for wrong in (float("nan"), -0.5):
+        with pytest.raises(ValueError, match=f"--{name} must be"):
+            options(**flags, **{name: wrong})

@@ -357,7 +357,7 @@ def test_home_folders_everywhere(tmp_path, monkeypatch):
         paths = [f for f in fields(cls) if "Path" in str(f.type)]
         assert paths
         for f in paths:
-            for name in (f.name, *cli._metadata(cls, f.name).get("also", ())):
+            for name in (f.name, *f.metadata.get("also", ())):
                 value = parser.read([*required, f"--{name}=~/x y"])[f.name]
                 assert value == (tmp_path / "x y" if isinstance(value, Path) else [tmp_path / "x y"])
 

@@ -83,7 +83,7 @@ def test_mistakes(sd):
         ({"stepps": 3}, TypeError, "there is no 'stepps'; did you mean 'steps'"),
         ({"device": "cpu"}, TypeError, "there is no 'device'"),
         ({"steps": 0}, ValueError, "--steps must be positive"),
-        ({"width": 30}, ValueError, "--width 30"),
+        ({"width": 30}, ValueError, "--width must be a positive multiple of 8"),
         ({"mask": "x.png"}, ValueError, "--mask needs --image"),
         ({"image": "nowhere.png"}, ValueError, "nowhere.png"),
     ]:

@@ -148,7 +148,7 @@ def test_a_learning_rate_for_the_text_encoder(short_run, tmp_path):
 
 
 def test_a_learning_rate_of_its_own_needs_the_text_encoder(short_run):
-    for flags, message in (((), "is for --train_text_encoder"), (("--train_text_encoder",), "positive")):
+    for flags, message in (((), "needs --train_text_encoder"), (("--train_text_encoder",), "positive")):
         with pytest.raises(ValueError, match=f"--text_encoder_lr.*{message}"):
             options = short_run("lora", *flags)
             replace(options, text_encoder_lr=-1.0 if flags else 1e-5)

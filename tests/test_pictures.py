@@ -422,7 +422,7 @@ def test_masks_may_be_transparent(model, files):
     ("--controlnet a --control_image b --control_start 0.5 --control_end 0.5", "0.5 must be below"),
     ("--controlnet a --control_image b --control_end 1.5", "--control_end 1.5"),
     ("--controlnet a --control_image b --control_preprocess cany", "cany"),
-    ("--width 36", "--width 36: a positive multiple of 8"),
+    ("--width 36", "--width must be a positive multiple of 8"),
 ])  # fmt: skip
 def test_mistakes(model, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:

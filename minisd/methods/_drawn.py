@@ -2,7 +2,7 @@
 
 from minisd.methods._base import Captioned, Tensor
 from minisd.methods._reference import Reference
-from minisd.options import Model, Optimizer, Precision, Run, Validation, flag, require
+from minisd.options import Count, Model, Optimizer, Precision, Run, Side, Validation, flag, require
 
 
 class Drawn(Validation, Optimizer, Precision, Model, Run):
@@ -11,15 +11,11 @@ class Drawn(Validation, Optimizer, Precision, Model, Run):
     And the groups of all methods that start from a Stable Diffusion model and need no images.
     """
 
-    resolution: int = flag(512, "side of the images in pixels, a multiple of 8")
-    ddim_steps: int = flag(50, "steps of an image, at one of which, drawn at random, each sample stops")
+    resolution: Side = flag(512, "side of the images in pixels, a multiple of 8")
+    ddim_steps: Count = flag(50, "steps of an image, at one of which, drawn at random, each sample stops")
     start_guidance: float = flag(3.0, "guidance scale of drawing")
     max_train_steps: int | None = flag(1000)
     train_batch_size: int = flag(1)
-
-    def check(self):
-        self.check_resolution()
-        self.positive("ddim_steps")
 
 
 class DrawnLatents(Reference):

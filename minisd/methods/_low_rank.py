@@ -5,14 +5,14 @@ from typing import Literal
 
 from minisd import reading
 from minisd.methods._base import Method, StableDiffusion
-from minisd.options import Group, flag
+from minisd.options import Count, Group, Positive, flag
 
 
 class Updates(Group):
     """Low-rank updates"""
 
-    rank: int | None = flag(None, "rank of the updates; 4 by default")
-    alpha: float | None = flag(None, "an update is scaled by alpha / rank; by default the rank")
+    rank: Count | None = flag(None, "rank of the updates; 4 by default")
+    alpha: Positive | None = flag(None, "an update is scaled by alpha / rank; by default the rank")
     target_modules: list[str] = flag(
         [],
         "attention (default), feed_forward, projections, resnet, or ends of names such as attn2.to_k",
@@ -21,9 +21,6 @@ class Updates(Group):
     save_format: Literal["diffusers", "diffusers-0.16", "kohya"] = flag(
         "diffusers", "diffusers-0.16 is what that release reads; kohya what A1111 and ComfyUI read"
     )
-
-    def check(self):
-        self.positive("rank", "alpha")
 
 
 class LowRank(Method):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from minisd.methods._base import Captioned, Method, Source
-from minisd.options import Captions, Group, flag, require
+from minisd.options import Captions, Count, Group, flag, require
 from minisd.terminal import BRIEF
 
 
@@ -14,15 +14,12 @@ class Prior(Group):
     with_prior_preservation: bool = flag(False, "train on images of the class as well")
     class_data_dir: Path | None = flag(None, "folder of class images; missing ones are generated")
     class_prompt: str | None = flag(None, "prompt of the class images")
-    num_class_images: int = flag(100, "number of class images")
+    num_class_images: Count = flag(100, "number of class images")
     prior_loss_weight: float = flag(1.0, "weight of the prior loss")
-    sample_batch_size: int = flag(4, "batch size for generating class images")
+    sample_batch_size: Count = flag(4, "batch size for generating class images")
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = flag(
         None, "precision of generating class images; fp16 on a GPU and fp32 elsewhere by default"
     )
-
-    def check(self):
-        self.positive("num_class_images", "sample_batch_size")
 
     def check_class(self) -> None:
         """ValueError if the class, or the folder of its images, is needed but not given."""
@@ -33,6 +30,7 @@ class Prior(Group):
 class Subject(Captions, Prior):
     """Subject"""
 
+    EXCLUDES = {"with_prior_preservation": "bucket", "pre_compute_text_embeddings": "train_text_encoder"}
     instance_prompt: str | None = flag(None, "prompt of images without a caption, with a rare word in it")
     # For DeepFloyd IF, in diffusers' example scripts.
     pre_compute_text_embeddings: bool = flag(False, "accepted: a frozen encoder sees a prompt once anyway")
@@ -43,8 +41,6 @@ class Subject(Captions, Prior):
 
     def check(self):
         self.check_class()
-        self.exclusive("with_prior_preservation", "bucket")
-        self.exclusive("pre_compute_text_embeddings", "train_text_encoder")
 
 
 class PriorPreservation(Method):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from minisd.methods._base import Method, Module, Parameters, StableDiffusion, Tensor
 from minisd.methods._low_rank import LowRank, Updates
-from minisd.options import default_of, flag, require
+from minisd.options import flag, require
 
 
 class Tuned(Updates):
@@ -18,8 +18,7 @@ class Tuned(Updates):
 
     def check(self):
         for name in ("rank", "alpha", "target_modules", "save_format") if self.train == "full" else ():
-            given = getattr(self, name) != default_of(self.__dataclass_fields__[name])
-            require(not given, f"--{name} is of low-rank updates, and --train full has none")
+            require(not self.is_given(name), f"--{name} is of low-rank updates, and --train full has none")
 
 
 class Reference(LowRank):

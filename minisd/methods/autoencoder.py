@@ -6,15 +6,26 @@ from functools import partial
 from pathlib import Path
 
 from minisd.methods._base import Image, Method, Parameters, StableDiffusion, Tensor
-from minisd.options import Average, Dataset, Model, Optimizer, Precision, Run, ValidationImages, flag, require
+from minisd.options import (
+    Average,
+    Dataset,
+    Model,
+    Optimizer,
+    Precision,
+    Run,
+    ValidationImages,
+    Weight,
+    flag,
+    require,
+)
 
 
 class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, Run):
     """Autoencoder"""
 
-    kl_weight: float = flag(2e-5, "weight of the mean KL divergence; 1e-3 kills channels of a small model")
-    gradient_weight: float = flag(0.5, "weight of the absolute error of differences between adjacent pixels")
-    l2_weight: float = flag(0.5, "weight of the squared error; that of the absolute error is 1")
+    kl_weight: Weight = flag(2e-5, "weight of the mean KL divergence; 1e-3 kills channels of a small model")
+    gradient_weight: Weight = flag(0.5, "weight of the absolute error of differences between adjacent pixels")
+    l2_weight: Weight = flag(0.5, "weight of the squared error; that of the absolute error is 1")
     rescale_latents: bool = flag(
         False, "finally scale latents to a mean square of 1, after which a UNet has to be trained anew"
     )
@@ -25,7 +36,6 @@ class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, R
     output_dir: Path = flag(Path("sd-model-autoencoder"))
 
     def check(self):
-        self.not_negative("kl_weight", "gradient_weight", "l2_weight")
         require(not self.compile, "--compile is for UNets, and this method trains none")
 
 

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
-from minisd.options import Dataset, Training, flag, require
+from minisd.options import Dataset, Probability, Training, flag, require
 
 
 class Options(Dataset, Training):
@@ -18,7 +18,7 @@ class Options(Dataset, Training):
     image_column: str = flag("image", "column of the images")
     conditioning_image_column: str = flag("conditioning_image", "column of the conditioning images")
     caption_column: str = flag("text", "column of the captions; of several, one is drawn each time")
-    proportion_empty_prompts: float = flag(0.0, "probability of an empty caption; 0.5 in the paper")
+    proportion_empty_prompts: Probability = flag(0.0, "probability of an empty caption; 0.5 in the paper")
     validation_image: list[str] = flag([], "conditioning images to validate with", free=True)
     validation_prompt: list[str] = flag([], "their prompts; a single image or prompt goes with all others")
     tracker_project_name: str = flag("train_controlnet", "wandb's project")
@@ -27,7 +27,6 @@ class Options(Dataset, Training):
     output_dir: Path = flag(Path("controlnet-model"))
 
     def check(self):
-        self.probabilities("proportion_empty_prompts")
         images, prompts = len(self.validation_image), len(self.validation_prompt)
         fitting = images == prompts or images and prompts and 1 in (images, prompts)
         counts = f"--validation_image has {images} and --validation_prompt {prompts}"

@@ -13,6 +13,7 @@ CHANNELS = 4  # of the latents
 class Options(Prior, Training):
     """Custom Diffusion"""
 
+    EXCLUDES = {"data": "concepts_list"}
     FEWEST = 100
     data: Path | None = flag(None)
     instance_prompt: str | None = flag(None, "prompt of the images, with the new word in it")
@@ -41,7 +42,6 @@ class Options(Prior, Training):
     def check(self):
         one = self.data is not None and self.instance_prompt is not None
         require(one or bool(self.concepts_list), "give --data and --instance_prompt, or --concepts_list")
-        self.exclusive("data", "concepts_list")
         if not self.concepts_list:
             self.check_class()
         if self.modifier_token:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from minisd.methods._base import Parameters, StableDiffusion, Tensor
 from minisd.methods._drawn import Drawn, DrawnLatents
-from minisd.options import flag, require
+from minisd.options import Positive, flag, require
 
 
 class Options(Drawn):
@@ -17,12 +17,11 @@ class Options(Drawn):
         "cross-attention (ESD-x), for what goes when it is named; noxattn: all but that and the timestep's "
         "layers (ESD-u), for what goes unnamed, too; full: all",
     )
-    negative_guidance: float = flag(1.0, "eta: how far to go from the concept")
+    negative_guidance: Positive = flag(1.0, "eta: how far to go from the concept")
     learning_rate: float = flag(1e-5)
     output_dir: Path = flag(Path("erased-model"))
 
     def check(self):
-        self.positive("negative_guidance")
         require(all(map(str.strip, self.erase)), "--erase: an empty prompt leaves the model as it is")
 
 

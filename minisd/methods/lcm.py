@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minisd.methods._base import Tensor
 from minisd.methods._reference import Reference, Tuned
-from minisd.options import Captions, Training, flag, require
+from minisd.options import Captions, Positive, Training, flag, require
 
 
 class Options(Captions, Tuned, Training):
@@ -12,7 +12,7 @@ class Options(Captions, Tuned, Training):
 
     w_min: float = flag(5.0, "least weight w of the guidance that is distilled: --guidance_scale is 1 + w")
     w_max: float = flag(15.0, "largest w; it is drawn for each image between the two")
-    huber_c: float = flag(0.001, "c of the pseudo-Huber distance sqrt(d^2 + c^2) - c")
+    huber_c: Positive = flag(0.001, "c of the pseudo-Huber distance sqrt(d^2 + c^2) - c")
     train_text_encoder: bool = flag(
         False, "refused: the guidance that is distilled is that of one text encoder", refused=True
     )
@@ -22,7 +22,6 @@ class Options(Captions, Tuned, Training):
     output_dir: Path = flag(Path("lcm-model"))
 
     def check(self):
-        self.positive("huber_c")
         require(-1 <= self.w_min <= self.w_max, "--w_min must be from -1 to --w_max")
 
 

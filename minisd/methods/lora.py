@@ -7,7 +7,7 @@ from typing import Any
 from minisd.methods._base import Parameters, StableDiffusion
 from minisd.methods._low_rank import LowRank, Updates
 from minisd.methods._prior import PriorPreservation, Subject
-from minisd.options import Training, flag, require
+from minisd.options import Rate, Training, flag, require
 
 
 def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
@@ -19,11 +19,12 @@ def by_kind(captioned: Any, dreambooth: Any, help: str) -> Any:
 class Options(Updates, Subject, Training):
     """LoRA"""
 
+    NEEDS = {"instance_prompt": "with_prior_preservation"}
     FEWEST = 200
     instance_prompt: str | None = flag(None, "prompt of images without a caption; trains as DreamBooth")
     train_text_encoder: bool = flag(False, "train updates of the text encoder as well")
     rank: int | None = flag(None, "rank of the updates; 4 by default, or that of --init_lora")
-    lora_dropout: float = flag(0.0, "dropout probability of the updates' inputs")
+    lora_dropout: Rate = flag(0.0, "dropout probability of the updates' inputs")
     init_lora: Path | None = flag(None, "initial LoRA file, which sets layers, ranks and alphas")
     learning_rate: float | None = by_kind(1e-4, 5e-4, "peak learning rate; ")
     train_batch_size: int | None = by_kind(16, 4, "images in a forward pass on one device; ")
@@ -41,8 +42,6 @@ class Options(Updates, Subject, Training):
                 setattr(self, f.name, f.metadata["by_kind"][dreambooth])
         if self.validation_steps is None and self.validation_epochs is None:
             self.validation_epochs = 50 if dreambooth else 1
-        prior = self.with_prior_preservation
-        require(dreambooth or not prior, "--with_prior_preservation needs --instance_prompt")
         require(not dreambooth or self.data, "--instance_prompt needs --data, a folder of images")
         for name in ("rank", "alpha", "target_modules"):
             both = self.init_lora and getattr(self, name)
@@ -50,7 +49,6 @@ class Options(Updates, Subject, Training):
         other = self.init_lora or self.train_text_encoder or self.target_modules not in ([], ["attention"])
         other = other and self.save_format == "diffusers-0.16"
         require(not other, "--save_format diffusers-0.16 is for all of the UNet's attention, no more")
-        require(0 <= self.lora_dropout < 1, "--lora_dropout must be from 0 to below 1")
 
 
 class LoRA(LowRank, PriorPreservation):

@@ -6,7 +6,7 @@ from pathlib import Path
 from minisd.methods._base import Parameters, StableDiffusion, Tensor
 from minisd.methods._drawn import Drawn, DrawnLatents
 from minisd.methods._low_rank import Updates
-from minisd.options import flag, require
+from minisd.options import Positive, flag, require
 
 
 class Options(Updates, Drawn):
@@ -15,7 +15,7 @@ class Options(Updates, Drawn):
     target_prompt: str = flag(help="what the property is of, such as 'a person'")
     positive_prompt: str = flag(help="the same with much of the property: 'an old person'")
     negative_prompt: str = flag(help="the same with little of it, or its contrary: 'a young person'")
-    eta: float = flag(1.0, "strength of the property at scale 1")
+    eta: Positive = flag(1.0, "strength of the property at scale 1")
     gradient_checkpointing: bool = flag(
         False, "refused: what is computed again in the backward would have another scale", refused=True
     )
@@ -23,7 +23,6 @@ class Options(Updates, Drawn):
     output_dir: Path = flag(Path("slider-lora"))
 
     def check(self):
-        self.positive("eta")
         both = "--positive_prompt and --negative_prompt"
         require(
             self.positive_prompt != self.negative_prompt, f"{both} are the same, so there is no direction"

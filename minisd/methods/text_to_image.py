@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from minisd.methods._base import Method, Parameters, Prompts, StableDiffusion, Tensor
-from minisd.options import Average, Captions, Training, flag, require
+from minisd.options import Average, Captions, Training, flag
 
 
 class Options(Captions, Average, Training):
     """Text to image"""
 
+    NEEDS = {"dream_training": "dream_detail_preservation"}
     validation_prompts: list[str] = flag([], "prompts to generate images for during training", free=True)
     non_ema_revision: str | None = flag(None, "load the UNet from this revision of a hub id")
     tracker_project_name: str = flag("text2image-fine-tune", "project of the trackers")
@@ -19,10 +20,6 @@ class Options(Captions, Average, Training):
     validation_steps: int | None = flag(None)
     validation_epochs: int | None = flag(5)
     output_dir: Path = flag(Path("sd-model-finetuned"))
-
-    def check(self):
-        used = self.dream_training or self.dream_detail_preservation == 1
-        require(used, "--dream_detail_preservation needs --dream_training")
 
 
 class TextToImage(Method):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from minisd import reading
 from minisd.methods._base import Device, Method, Parameters, Prompts, StableDiffusion
-from minisd.options import Training, flag
+from minisd.options import Count, Number, Probability, Training, flag
 
 
 class Options(Training):
@@ -14,11 +14,11 @@ class Options(Training):
     SUBFOLDERS = "none"
     placeholder_token: str | None = flag(None, "the new token; by default <FOLDER>, after the name of --data")
     initializer_token: str | None = flag(None, "the word to start from; by default the folder's name")
-    num_vectors: int = flag(1, "number of embedding vectors of the token")
+    num_vectors: Count = flag(1, "number of embedding vectors of the token")
     learnable_property: Literal["object", "style"] = flag("object", "what is learned; decides the prompts")
-    repeats: int = flag(100, "times that each image occurs in an epoch")
-    flip_p: float = flag(0.5, "probability of flipping an image; 0 for asymmetric things such as text")
-    save_steps: int = flag(500, "save learned_embeds-steps-N every this many updates; 0 never", free=True)
+    repeats: Count = flag(100, "times that each image occurs in an epoch")
+    flip_p: Probability = flag(0.5, "probability of flipping an image; 0 for asymmetric things such as text")
+    save_steps: Number = flag(500, "save learned_embeds-steps-N every this many updates; 0 never", free=True)
     no_safe_serialization: bool = flag(False, "write .bin instead of .safetensors")
     only_save_embeds: bool = flag(True, "save the token only, without the model")
     save_as_full_pipeline: bool = flag(False, "also save the whole model, with the token in it")
@@ -28,11 +28,6 @@ class Options(Training):
     max_train_steps: int | None = flag(5000)
     max_grad_norm: float = flag(0.0)
     output_dir: Path = flag(Path("text-inversion-model"))
-
-    def check(self):
-        self.positive("num_vectors", "repeats")
-        self.probabilities("flip_p")
-        self.not_negative("save_steps")
 
 
 class TextualInversion(Method):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from minisd.methods._base import Image, Method, Parameters, PixelDiffusion, Tensor
-from minisd.options import LR_SCHEDULERS, Average, Dataset, Diffusion, Optimizer, Precision, Run, flag
+from minisd.options import LR_SCHEDULERS, Average, Count, Dataset, Diffusion, Optimizer, Precision, Run, flag
 from minisd.terminal import BRIEF
 
 
@@ -16,15 +16,15 @@ class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     image_column: str = flag("image", "column of the images")
     random_flip: bool = flag(False, "flip images with probability 1/2")
     preserve_input_precision: bool = flag(False, "refused: images have 8 bits a channel", refused=True)
-    ddpm_num_steps: int = flag(1000, "number of timesteps of the noise schedule")
-    ddpm_num_inference_steps: int = flag(1000, "number of denoising steps of a generated image", free=True)
+    ddpm_num_steps: Count = flag(1000, "number of timesteps of the noise schedule")
+    ddpm_num_inference_steps: Count = flag(1000, "number of denoising steps of a generated image", free=True)
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = flag(
         "linear", "shape of the noise schedule"
     )
     prediction_type: Literal["epsilon", "sample"] = flag("epsilon", "what the network learns to predict")
-    eval_batch_size: int = flag(16, "number of images generated each time", free=True)
-    save_images_epochs: int = flag(10, "generate images every this many epochs", free=True)
-    save_model_epochs: int = flag(10, "save the model every this many epochs", free=True)
+    eval_batch_size: Count = flag(16, "number of images generated each time", free=True)
+    save_images_epochs: Count = flag(10, "generate images every this many epochs", free=True)
+    save_model_epochs: Count = flag(10, "save the model every this many epochs", free=True)
     cache_dir: str | None = flag(None, "folder for files downloaded from the hub", free=True)
     resolution: int = flag(64)
     train_batch_size: int = flag(16)
@@ -37,8 +37,6 @@ class Options(Dataset, Average, Optimizer, Diffusion, Precision, Run):
     output_dir: Path = flag(Path("ddpm-model-64"))
 
     def check(self):
-        self.positive("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size")
-        self.positive("save_images_epochs", "save_model_epochs")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise ValueError("--ddpm_num_inference_steps must not be more than --ddpm_num_steps")
 

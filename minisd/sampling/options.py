@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisd import reading, registry
-from minisd.options import GRAPH, KERNELS, MAX_PIXELS, Group, Model, default_of, flag, require
+from minisd.options import (
+    GRAPH,
+    KERNELS,
+    MAX_PIXELS,
+    Count,
+    Group,
+    Model,
+    Positive,
+    Probability,
+    Side,
+    default_of,
+    flag,
+    require,
+)
 
 NO_PROMPT = "give --prompt or --prompt_file"
 unwritten = partial(flag, infotext=None)
@@ -25,7 +38,7 @@ SIDE = "in pixels, a multiple of 8; by default that of --image or --control_imag
 class Settings(Group):
     """Sampling"""
 
-    steps: int = flag(50, "number of denoising steps", also=("num_inference_steps",), infotext="Steps")
+    steps: Count = flag(50, "number of denoising steps", also=("num_inference_steps",), infotext="Steps")
     scheduler: str = flag(
         "ddim", "by its name in A1111, diffusers or", listing="schedulers", infotext="Sampler"
     )
@@ -49,24 +62,26 @@ class Settings(Group):
         infotext="Emphasis",
         words={"None": True},
     )
-    clip_skip: int = flag(
+    clip_skip: Count = flag(
         1,
         "layer of the text encoder, counted from the last one; of the negative prompt too, as in A1111",
         infotext="Clip skip",
     )
-    negative_clip_skip: int | None = flag(
+    negative_clip_skip: Count | None = flag(
         None, "that of the negative prompt, if it differs from the default --clip_skip; 1 is as in diffusers"
     )
     lora_dir: Path | None = flag(None, "folder of the LoRAs that prompts name by <lora:NAME:SCALE>")
-    eta: float | None = flag(None, "noise per step, from 0 to 1; by default the scheduler's", infotext="Eta")
+    eta: Probability | None = flag(
+        None, "noise per step, from 0 to 1; by default the scheduler's", infotext="Eta"
+    )
     rng: Literal["cpu", "nv"] = flag(
         "cpu",
         "whose noise: that of torch on a CPU, or on an Nvidia GPU (nv), as A1111 has it; on any device",
         infotext="RNG",
         words={"CPU": "cpu", "NV": "nv"},
     )
-    width: int | None = unwritten(None, SIDE)
-    height: int | None = unwritten(None, SIDE)
+    width: Side | None = unwritten(None, SIDE)
+    height: Side | None = unwritten(None, SIDE)
     strength: float | None = flag(
         None,
         "fraction of the steps that redraw --image; by default 1 with --mask or a model that takes images as "
@@ -78,7 +93,6 @@ class Settings(Group):
     )
 
     def check(self):
-        self.positive("steps", "clip_skip", "negative_clip_skip")
         self.scheduler, kind = registry.find_scheduler(self.scheduler)
         karras = {True: "karras", False: "uniform", None: None}[self.use_karras_sigmas]
         asked = [
@@ -91,10 +105,6 @@ class Settings(Group):
             require(value == another, f"{one} excludes {other}")
         self.schedule_type = asked[0][1] if asked else None
         require(not (self.plain_prompt and self.lora_dir), "--plain_prompt takes no LoRA from --lora_dir")
-        require(self.eta is None or 0 <= self.eta <= 1, "--eta must be from 0 to 1")
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            require(side is None or side > 0 and side % 8 == 0, f"--{name} {side}: a positive multiple of 8")
         require(self.strength is None or 0 < self.strength <= 1, "--strength must be above 0, and at most 1")
         left = self.steps - self.first_step
         require(left > 0, f"--strength {self.strength} leaves none of the {self.steps} steps")
@@ -108,17 +118,23 @@ class Settings(Group):
 class Drawing(Settings):
     """Images"""
 
+    NEEDS = {
+        "image": "strength mask image_guidance_scale",
+        "controlnet": "control_preprocess control_start control_end guess_mode",
+    }
     prompt: list[str] = unwritten([], "what the images should show; one image for each prompt")
     seed: int = flag(
         0, "seed of the first image, or -1 to draw one; the next one has seed + 1, and so on", infotext="Seed"
     )
-    num_images: int = unwritten(1, "number of images for each prompt")
-    batch_size: int | None = unwritten(None, "images generated at once; by default 4 on a GPU and 1 on a CPU")
+    num_images: Count = unwritten(1, "number of images for each prompt")
+    batch_size: Count | None = unwritten(
+        None, "images generated at once; by default 4 on a GPU and 1 on a CPU"
+    )
     image: list[Path] = flag(
         [], "initial images (img2img), or images to edit: one for all, one for each, or a folder"
     )
     mask: list[Path] = flag([], "redraw only where this is white (inpainting): one for all, or one for each")
-    max_pixels: int = unwritten(MAX_PIXELS, "refuse input images with more pixels than this")
+    max_pixels: Count = unwritten(MAX_PIXELS, "refuse input images with more pixels than this")
     controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
     control_image: list[Path] = flag([], "conditioning images, one for each --controlnet")
     control_preprocess: list[Literal["canny", "none"]] = flag(
@@ -133,19 +149,14 @@ class Drawing(Settings):
     guess_mode: bool = flag(False, "apply ControlNets to the conditional branch only, and less to details")
 
     def check(self):
-        self.positive("num_images", "batch_size", "max_pixels")
         self.seed = random.randrange(2**32) if self.seed == -1 else self.seed
-        for name in ("strength", "mask", "image_guidance_scale"):
-            require(getattr(self, name) in (None, []) or self.image, f"--{name} needs --image")
         guided = self.image_guidance_scale is None or self.guidance_scale > 1
         require(guided, f"--image_guidance_scale has no effect at --guidance_scale {self.guidance_scale:g}")
         nets, images = len(self.controlnet), len(self.control_image)
         require(nets == images, f"{nets} --controlnet and {images} --control_image: give one for each")
         for name in ("control_preprocess", "control_start", "control_end"):
             count = len(getattr(self, name))
-            require(nets or not count, f"--{name} needs --controlnet")
             require(count in (0, 1, nets), f"{count} --{name} and {nets} --controlnet: one, or one for each")
-        require(nets or not self.guess_mode, "--guess_mode needs --controlnet")
         for _, start, end in self.control_ranges():
             problem = f"--control_start {start:g} must be below --control_end {end:g}, and both from 0 to 1"
             require(0 <= start < end <= 1, problem)
@@ -160,18 +171,13 @@ class Drawing(Settings):
 class Editing(Group):
     """Concepts to erase, in closed form"""
 
+    NEEDS = {"erase_concepts": "guide_concepts preserve_concepts lamb"}
     erase_concepts: list[str] = flag([], "prompts that the model should draw as --guide_concepts")
     guide_concepts: list[str] = flag(
         [], "prompts to draw instead: one for all, or one for each; '' by default"
     )
     preserve_concepts: list[str] = flag([], "prompts that should stay as they are, the more the better")
-    lamb: float = flag(0.5, "how much all else should stay as it is")
-
-    def check(self):
-        self.positive("lamb")
-        for name in () if self.erase_concepts else ("guide_concepts", "preserve_concepts", "lamb"):
-            given = getattr(self, name) != default_of(self.__dataclass_fields__[name])
-            require(not given, f"--{name} needs --erase_concepts")
+    lamb: Positive = flag(0.5, "how much all else should stay as it is")
 
 
 class Loading(Editing, Model):
@@ -193,6 +199,7 @@ class Loading(Editing, Model):
 class Sample(Drawing, Loading):
     """Input and output"""
 
+    EXCLUDES = {"prompt": "prompt_file"}
     prompt_file: Path | None = unwritten(None, "a text file with a prompt on each line")
     like: Path | None = unwritten(None, "take the settings of this PNG where no flag is given")
     csv: Path | None = unwritten(None, "a table whose header names flags: images of each row, and a sheet")
@@ -204,14 +211,12 @@ class Sample(Drawing, Loading):
     output: Path = unwritten(Path("samples"), "folder for the images, or the name of a .png file")
     overwrite: bool = unwritten(False, "replace the files that --output and --export name, if they are there")
     heatmap: list[str] = unwritten([], "words of the prompt: beside each image, a PNG of where they act")
-    preview: int | None = unwritten(None, "steps between previews, written to preview.png in that folder")
+    preview: Count | None = unwritten(None, "steps between previews, written to preview.png in that folder")
 
     def check(self):
-        self.exclusive("prompt", "prompt_file")
         draws = self.prompt or self.prompt_file
         require(draws or self.export or self.may_lack_text(), NO_PROMPT)
         require(not (self.export and self.csv), "--export writes one model: it cannot go with --csv")
-        self.positive("preview")
         image = self.output.suffix.lower() in (".jpg", ".jpeg", ".webp")
         require(not image, f"--output {self.output}: a folder, or the name of a .png file")
         # Allowed with --export alone; the tiny model's defaults set steps and guidance_scale.
