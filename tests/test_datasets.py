@@ -158,7 +158,7 @@ def test_cover_and_center():
 class Fixed:
     """Places 0 to n - 1, one view each."""
 
-    buckets = None
+    buckets = masks = None
 
     def __init__(self, n, name):
         self.n, self.name = n, name

@@ -47,7 +47,8 @@ class Captioned:
 
     Records without a caption get `prompt` (one of several is drawn); with caption_column=None all records do.
     A caption is dropped with probability `caption_dropout`. Its parts between commas are shuffled, but for
-    the first `shuffle_after`, unless that is None. `pair_column` holds a second image of each record.
+    the first `shuffle_after`, unless that is None. `pair_column` holds a second image of each record. If
+    `masked`, the extra "mask", (1, h, w) in [0, 1], is the view of the image in the column "mask".
     ValueError, naming the flag, for a missing column, a pair with different aspect ratios, or captions
     without anything to shuffle.
     """
@@ -71,6 +72,7 @@ class Captioned:
         prompt: str | Sequence[str] | None = None,
         bucket: bool = False,
         step: int = 64,
+        masked: bool = False,
     ):
         self.prompt = prompt or ""
         self.described = source  # without the prompts
@@ -82,6 +84,7 @@ class Captioned:
         self.image_column = source.column(image_column, flag=self.IMAGE_FLAG, of="pictures")
         if pair_column is not None:
             self.pair_column = source.pair_column(pair_column, self.image_column, flag=self.PAIR_FLAG)
+        self.masks = source.pair_column("mask", self.image_column, flag="--masked_loss") if masked else None
         self.epoch = source.epoch  # the record at each index
         self.flips = (False, True) if random_flip else (False,)
         self.caption_dropout, self.shuffle_after = caption_dropout, shuffle_after
@@ -146,7 +149,9 @@ class Captioned:
 
     def extras(self, view: View) -> dict[str, Tensor]:
         """Further tensors of a view, by name."""
-        return {}
+        if self.masks is None:
+            return {}
+        return {"mask": self.tensor(view, self.masks).mean(dim=0, keepdim=True) / 2 + 0.5}
 
     def identity(self, view: View) -> str:
         """All that the pixels of a view depend on, as a text."""
@@ -242,7 +247,7 @@ class Prior:
     each index. An epoch is as long as the longer of the two.
 
     The weights of the losses are 2 and 2 * `weight`, so that the mean over both examples is the instance's
-    loss plus `weight` times that of the class.
+    loss plus `weight` times that of the class. If the instances have masks, all of a class's image counts.
     """
 
     buckets = None
@@ -272,7 +277,8 @@ class Prior:
         return self.parts[view.part].pixels(view)
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        return self.parts[view.part].extras(view)
+        whole = {"mask": torch.ones(1, *view.shape[::-1])} if self.parts[0].masks else {}
+        return whole | self.parts[view.part].extras(view)
 
     def identity(self, view: View) -> str:
         return self.parts[view.part].identity(view)

@@ -93,6 +93,8 @@ class Method:
             examples, held_out = examples.split(o.validation_split, o.seed)
             held_out = self.dataset(held_out)
         self.data = self.dataset(examples)
+        if "mask" in examples.columns and not getattr(o, "masked_loss", True):
+            print("the data has masks, which do not count without --masked_loss")
         return self.data, held_out
 
     def loss(self, batch: dict) -> Tensor:
@@ -149,6 +151,7 @@ class Method:
                 "prompt": prompt, "caption_column": o.caption_column, "caption_dropout": o.caption_dropout,
                 "shuffle_after": o.keep_tokens if o.shuffle_caption else None,
                 "interpolation": o.image_interpolation_mode, "bucket": o.bucket, "step": step,
+                "masked": o.masked_loss,
             }  # fmt: skip
         views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
         return Captioned(source, image_column=o.image_column, **views, **captions)
@@ -191,7 +194,18 @@ class Method:
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
         """The mean squared error of each sample, in fp32: (b, c, h, w) -> (b,)."""
-        return (pred.float() - target.float()).square().flatten(1).mean(dim=1)
+        return self.mean((pred.float() - target.float()).square(), batch)
+
+    def mean(self, errors: Tensor, batch: dict) -> Tensor:
+        """The mean of each sample's errors, (b, c, h, w) -> (b,). If it has a "mask" (b, 1, H, W) of greys in
+        [0, 1], this, averaged over the area of each latent pixel, is their weight."""
+        from torch.nn.functional import interpolate
+
+        if "mask" not in batch:
+            return errors.flatten(1).mean(dim=1)
+        mask = interpolate(batch["mask"], errors.shape[2:], mode="area")  # (b, 1, h, w)
+        counted = mask.flatten(1).mean(dim=1).clamp(min=1e-6)  # a crop may be black
+        return (errors * mask).flatten(1).mean(dim=1) / counted
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
         """The weight of each sample's error, (b,), by --snr_gamma."""

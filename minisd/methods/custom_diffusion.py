@@ -110,10 +110,7 @@ class CustomDiffusion(PriorPreservation):
 
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
         """The mean squared error within the mask, (b,)."""
-        mask = batch["mask"]  # (b, 1, h, w)
-        squares = ((pred.float() - target.float()).square() * mask).flatten(1).sum(dim=1)
-        channels = 1 if self.options.cd_loss == "reference" else CHANNELS
-        return squares / (channels * mask.flatten(1).sum(dim=1))
+        return super().errors(pred, target, batch) * (CHANNELS if self.options.cd_loss == "reference" else 1)
 
     def training_prompts(self) -> Prompts:
         return [(concept.instance_prompt, None) for concept in self.concepts]

@@ -77,4 +77,4 @@ class LCM(Reference):
     def errors(self, pred: Tensor, target: Tensor, batch: dict) -> Tensor:
         """The pseudo-Huber distance of each sample, in fp32: (b, c, h, w) -> (b,)."""
         c = self.options.huber_c
-        return (((pred - target).square() + c**2).sqrt() - c).flatten(1).mean(dim=1)
+        return self.mean(((pred - target).square() + c**2).sqrt() - c, batch)
