@@ -156,7 +156,9 @@ class Parser(argparse.ArgumentParser):
             kinds = ["tiny"] if tiny else kinds_of(cls, command)
             chosen = presets.flags(cls, kinds, values) if values.get("preset") else {}
             if tiny:
-                values = {"model": str(TINY), **tiny_defaults(cls, command), **chosen, **values}
+                known, excluded = tiny_defaults(cls, command), cls.excluded(values)
+                known = {name: value for name, value in known.items() if name not in excluded}
+                values = {"model": str(TINY), **known, **chosen, **values}
             options = cls(**chosen | values)
         except ValueError as e:
             self.error(str(e))
@@ -168,7 +170,8 @@ class Parser(argparse.ArgumentParser):
     def read_own(self, argv: list[str], cls: type) -> dict[str, object]:
         """As `read`, of the command line itself, which alone may name files of code."""
         values = self.read(argv)
-        for name in [name for name in values if "listing" in cls.__dataclass_fields__[name].metadata]:
+        declared = {name: cls.__dataclass_fields__[name].metadata for name in values}
+        for name in [name for name in values if {"listing", "code"} & declared[name].keys()]:
             try:
                 registry.admit(values[name])
             except ValueError as e:

@@ -9,6 +9,7 @@ Options inherits the groups it uses, adds its own flags, and may redeclare a fie
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +35,8 @@ Probability = Annotated[float, lambda x: 0 <= x <= 1, "be from 0 to 1"]
 def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] = (), **metadata: Any) -> Any:
     """A dataclass field that is a command-line flag, required if it has no default. `also` are further
     spellings. In `metadata`, `free=True` allows a resumed run to change the flag, `refused=True` makes every
-    use of it an error, and `infotext` is its key in the parameters of an image."""
+    use of it an error, `code=True` takes it from the command line alone, and `infotext` is its key in the
+    parameters of an image."""
     if help:
         metadata |= {"help": help, "also": also}
     if isinstance(default, list):
@@ -71,7 +73,7 @@ class Group:
     checked, then NEEDS and EXCLUDES, and then the `check` of each class in the MRO runs, subclasses first."""
 
     NEEDS = {}  # those that need a flag, by its name, with blanks between them
-    EXCLUDES = {}  # that which a flag excludes, by its name
+    EXCLUDES = {}  # those that a flag excludes, likewise
 
     def __init_subclass__(cls):
         for name, f in vars(cls).items():
@@ -91,16 +93,22 @@ class Group:
             if value is not None and "bounds" in about:
                 holds, words = about["bounds"]
                 require(holds(value), f"--{f.name} must {words}")
+        given = [f.name for f in fields(self) if self.is_given(f.name)]
+        for name, one in self.excluded(given).items():
+            require(name not in given, f"--{one} and --{name} exclude each other")
         for cls in type(self).__mro__:
             for other, names in vars(cls).get("NEEDS", {}).items():
-                given = [name for name in names.split() if self.is_given(name)]
-                used = getattr(self, other) not in (None, False, [])
-                require(used or not given, f"--{given and given[0]} needs --{other}")
-            for one, other in vars(cls).get("EXCLUDES", {}).items():
-                both = self.is_given(one) and self.is_given(other)
-                require(not both, f"--{one} and --{other} exclude each other")
+                lacking = getattr(self, other) in (None, False, [])
+                for name in filter(self.is_given, names.split() if lacking else ()):
+                    raise ValueError(f"--{name} needs --{other}")
             if "check" in cls.__dict__:
                 cls.check(self)
+
+    @classmethod
+    def excluded(cls, given: Collection[str]) -> dict[str, str]:
+        """The flags that the given ones exclude, each with the one that does."""
+        pairs = [pair for c in cls.__mro__ for pair in vars(c).get("EXCLUDES", {}).items()]
+        return {name: one for one, names in pairs if one in given for name in names.split()}
 
     def is_given(self, name: str) -> bool:
         """Whether a flag is not at its default."""
@@ -181,6 +189,12 @@ LR_SCHEDULERS = Literal[
 class Optimizer(Group):
     """Optimizer"""
 
+    NEEDS = {"optimizer": "optimizer_args"}
+    EXCLUDES = {"optimizer": "use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon"}
+    optimizer: str | None = flag(
+        None, "a class instead of AdamW, such as torch.optim.SGD", also=("optimizer_type",), code=True
+    )
+    optimizer_args: list[str] = flag([], "arguments of --optimizer, NAME=VALUE, such as momentum=0.9")
     learning_rate: Positive = flag(1e-5, "peak learning rate")
     use_8bit_adam: bool = flag(False, "keep AdamW's state in 8 bits, with bitsandbytes")
     scale_lr: bool = flag(False, "multiply the learning rate by the number of images per update")

@@ -20,14 +20,25 @@ from minisd import reading
 HERE = Path(__file__).parent
 NEEDED = {"methods": ("Options",), "schedulers": ("SETTINGS", "sample")}  # what a file from outside defines
 _admitted: dict[str, str] = {}  # the source of each, by its path as it was given
+_classes: set[str] = set()  # MODULE.CLASS that was admitted
 
 
 def admit(name: str) -> None:
-    """Read the file `name` if it is a path that ends in .py: from here on it stands for a module. To be
-    called with what the user typed, and never with a name from a file, which may be a stranger's. ValueError
-    if the file cannot be read."""
+    """Read the file `name` if it is a path that ends in .py: from here on it stands for a module. Another
+    name may be a MODULE.CLASS, which may then be imported. To be called with what the user typed, and never
+    with a name from a file, which may be a stranger's. ValueError if the file cannot be read."""
     if name.endswith(".py"):
         _admitted[name] = reading.text(Path(name))
+    else:
+        _classes.add(name)
+
+
+def find_class(path: str) -> Any:
+    """What MODULE.CLASS names in an installed package. ValueError if it was not admitted."""
+    module, _, name = path.rpartition(".")
+    if path not in _classes:
+        raise ValueError("it is code, and runs only if the command line names it")
+    return getattr(importlib.import_module(module), name)
 
 
 def digest(name: str) -> str | None:

@@ -213,7 +213,7 @@ def ti_ours(model: str, data: Path, side: int) -> Callable[[], None]:
     stream = Stream(method.datasets()[0], 0)
     cache_latents(stream, method.sd.encode_images, 1, Processes())
     source = batches(stream, first=0, count=1000, batch_size=1)
-    optimizer = optim.adamw(parameters, options)
+    optimizer = optim.new(parameters, options)
 
     def step() -> None:
         method.loss(next(source)).backward()

@@ -137,6 +137,8 @@ def test_every_flag_of_noise_and_loss_counts(method, options, capsys):
 
 # Beside each flag's value, what else has to be given for it to count.
 OPTIMIZER = {
+    "optimizer": ("torch.optim.SGD", {}),
+    "optimizer_args": (["momentum=0.9"], {"optimizer": "torch.optim.SGD"}),
     "learning_rate": (1e-3, {}),
     "scale_lr": (True, {}),
     "lr_scheduler": ("linear", {}),
@@ -169,6 +171,7 @@ def trained_value(o) -> float:
 def test_every_flag_of_the_optimizer_counts(name, options):
     if name == "use_8bit_adam":
         return  # test_optim.py: what is in its state
+    registry.admit("torch.optim.SGD")
     value, further = OPTIMIZER[name]
     o = options("textual_inversion", max_grad_norm=0.0, **{"lr_warmup_steps": 0} | further)
     assert trained_value(o) != trained_value(replace(o, **{name: value}))

@@ -1,6 +1,7 @@
 """The optimizer beside torch's own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minisd import files
+from minisd import cli, files, registry
+from minisd.options import TINY
 from minisd.training import optim
 from tests.conftest import ROOT
 from tests.method_helpers import train
@@ -126,6 +128,117 @@ def test_eight_bits_resume(short_run, tmp_path):
     whole = resumed_and_whole(short_run, tmp_path, "dreambooth", *flags)
     end = files.read(whole / "checkpoint-4" / "optimizer.safetensors")
     assert any(v.dtype == torch.uint8 for v in end.values())
+
+
+class Drifting(torch.optim.Optimizer):
+    """Keeps in its groups a number that its updates change, as Prodigy does, and counts by a number."""
+
+    def __init__(self, params, lr, slope=1.0):
+        super().__init__(params, {"lr": lr, "d": 1.0, "slope": slope, "limit": float("inf")})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                slot = self.state[p]
+                slot["count"] = slot.get("count", 0) + 1
+                slot["sum"] = slot.get("sum", torch.zeros_like(p)) + p.grad
+                group["d"] += group["slope"] * p.grad.abs().mean().item() / 3
+                p.data.sub_(slot["sum"] * group["lr"] * group["d"] / slot["count"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["torch.optim.SGD", "--optimizer_args", "momentum=0.9", "nesterov=True"],
+        ["torch.optim.SGD"],
+        ["torch.optim.Adam", "--optimizer_args", "betas=.5,.9", "fused=True"],
+        ["transformers.Adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False"],
+        ["tests.test_optim.Drifting", "--optimizer_args", "slope=0.5"],
+    ],
+    ids=lambda flags: flags[0] + str(len(flags)),
+)
+def test_other_optimizers_resume(short_run, tmp_path, flags):
+    flags = ["--instance_prompt", "a cat", "--learning_rate", 1e-2, "--use_ema", "--optimizer_type", *flags]
+    whole = resumed_and_whole(short_run, tmp_path, "dreambooth", *flags)
+    first, last = (files.read(whole / f"checkpoint-{n}" / "trained.safetensors") for n in (2, 4))
+    assert any(not torch.equal(first[k], last[k]) for k in first)
+
+
+def test_plain_sgd_is_torch_s(short_run, tmp_path):
+    """With the gradient clipped, and the rate of the schedule."""
+    registry.admit("torch.optim.SGD")
+    o = replace(short_run("lora", "--instance_prompt", "a cat"), optimizer="torch.optim.SGD")
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.new([p], o)
+    p.grad = torch.full((3,), 2.0)
+    optimizer.step(optim.clip_divisor(optim.grad_norm([p]), 1.0))
+    torch.testing.assert_close(p.detach(), 1 - o.learning_rate * torch.full((3,), 3**-0.5))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["Prodigy"], "--optimizer Prodigy: give MODULE.CLASS, such as torch.optim.SGD"),
+        (["nowhere.Prodigy"], "--optimizer nowhere.Prodigy: No module named 'nowhere'"),
+        (["torch.optim.Sgd"], "--optimizer torch.optim.Sgd: module 'torch.optim' has no attribute 'Sgd'"),
+        (["torch.nn.Linear"], "--optimizer torch.nn.Linear: it is no torch.optim.Optimizer whose"),
+        (["torch.optim.LBFGS"], "--optimizer torch.optim.LBFGS: it is no torch.optim.Optimizer whose"),
+        (["torch.optim.SGD", "--optimizer_args", "momentun=1"], "SGD: .*unexpected keyword .* 'momentun'"),
+        (
+            ["torch.optim.SGD", "--optimizer_args", "momentum=-1"],
+            "torch.optim.SGD: Invalid momentum value: -1",
+        ),
+        (
+            ["torch.optim.SGD", "--optimizer_args", "nesterov=true"],
+            "--optimizer_args nesterov=true: give NAME",
+        ),
+        (["torch.optim.SGD", "--adam_beta1", "0.5"], "--optimizer and --adam_beta1 exclude each other"),
+        (["torch.optim.SGD", "--use_8bit_adam"], "--optimizer and --use_8bit_adam exclude each other"),
+    ],
+)
+def test_optimizers_that_are_none(command, cat, tmp_path, flags, message):
+    """Before a model is loaded."""
+    argv = [
+        "--method",
+        "textual_inversion",
+        "--data",
+        cat,
+        "--model",
+        "nowhere",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    status, _, err = command("train.py", *argv, "--optimizer", *flags)
+    assert status == 2 and re.search(message, err) and len(err.splitlines()) == 1, err
+    status, _, err = command("train.py", *argv, "--optimizer_args", "momentum=1")
+    assert status == 2 and "--optimizer_args needs --optimizer" in err
+
+
+def test_an_optimizer_is_code(command, cat, tmp_path):
+    """A file of flags may be a stranger's; but its arguments are none."""
+    (tmp_path / "flags.toml").write_text('optimizer = "antigravity.SGD"\noptimizer_args = ["momentum=0.9"]')
+    argv = [
+        "--method",
+        "textual_inversion",
+        "--data",
+        cat,
+        "--model",
+        "nowhere",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    status, _, err = command("train.py", *argv, "--config", tmp_path / "flags.toml")
+    assert status == 2 and "--optimizer antigravity.SGD: it is code, and runs only if the command" in err
+    assert "antigravity" not in sys.modules
+    status, _, err = command(
+        "train.py", *argv, "--config", tmp_path / "flags.toml", "--optimizer", "torch.optim.SGD"
+    )
+    assert status == 2 and "nowhere" in err
+
+
+def test_the_tiny_model_s_own_flags_of_adam_give_way():
+    _, o = cli.parse_train(["--method", "textual_inversion", "--data", "x", "--optimizer", "torch.optim.SGD"])
+    assert o.optimizer == "torch.optim.SGD" and o.model == str(TINY)
 
 
 # A learning rate for the text encoder

@@ -52,8 +52,9 @@ class LowRank(Method):
         o, kind = self.options, self.sd.schedule.prediction_type
         side, title = f"{o.resolution}x{o.resolution}", reading.real(o.output_dir).name
         recorded = {
-            "output_name": title, "sd_model_name": self.sd.name, "resolution": side, "optimizer": "AdamW",
-            "batch_size_per_device": o.train_batch_size, "num_epochs": o.num_train_epochs,
+            "output_name": title, "sd_model_name": self.sd.name, "resolution": side,
+            "optimizer": o.optimizer or "AdamW", "batch_size_per_device": o.train_batch_size,
+            "num_epochs": o.num_train_epochs,
             "min_snr_gamma": getattr(o, "snr_gamma", None), "clip_skip": None, "seed": o.seed,
             "learning_rate": o.learning_rate, "text_encoder_lr": getattr(o, "text_encoder_lr", None),
             "lr_scheduler": o.lr_scheduler,

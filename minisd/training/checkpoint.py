@@ -15,9 +15,11 @@ from torch import Tensor
 
 from minisd import files, reading
 from minisd.options import require
+from minisd.training.optim import Outside
 from minisd.training.step import Trainer
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+NUMBERS = {float: torch.float64, int: torch.int64, bool: torch.bool}  # as tensors without dimensions
 KINDS = {"step": int, "samples": int, "scaler": dict, "options": dict}  # what state.json holds at least
 
 
@@ -38,10 +40,23 @@ def verdicts(folder: Path) -> dict[str, str]:
     return reading.read_json(folder / STATE).get("conditions", {}).get("kernels", {})
 
 
+def places(trainer: Trainer) -> dict[str, dict]:
+    """What the optimizer keeps: by what trains, and another than AdamW also by the number of a group, where
+    settings that stay are left out."""
+    optimizer = trainer.optimizer
+    state = {name: optimizer.state.get(p, {}) for name, p in trainer.trained.items()}
+    for i, group in enumerate(optimizer.param_groups if isinstance(optimizer, Outside) else ()):
+        state[str(i)] = {k: v for k, v in group.items() if isinstance(v, Tensor)}
+        state[str(i)] |= {
+            k: v for k, v in group.items() if type(v) in NUMBERS and v != optimizer.defaults.get(k)
+        }
+    return state
+
+
 def slots(trainer: Trainer) -> dict[str, Tensor]:
-    """The optimizer's state as NAME|KEY, and the averages as NAME|average."""
-    state = {name: trainer.optimizer.state.get(p, {}) for name, p in trainer.trained.items()}
-    tensors = {f"{name}|{k}": torch.as_tensor(v) for name, slot in state.items() for k, v in slot.items()}
+    """The optimizer's state as NAME|KEY, numbers with 64 bits, and the averages as NAME|average."""
+    state = ((f"{name}|{k}", v) for name, slot in places(trainer).items() for k, v in slot.items())
+    tensors = {key: torch.as_tensor(v, dtype=NUMBERS.get(type(v))) for key, v in state if v is not None}
     if trainer.ema:
         averages = zip(trainer.trained, trainer.ema.average, strict=True)
         tensors |= {f"{name}|average": average for name, average in averages}
@@ -108,8 +123,11 @@ def restore(trainer: Trainer, folder: Path) -> None:
     saved = {name: files.read(folder / name) for name in (TRAINED, OPTIMIZER)}
     updated = {key.rpartition("|")[0] for key in saved[OPTIMIZER] if not key.endswith("|average")}
     require(updated or not numbers["step"], f"{folder / OPTIMIZER} has no state of an optimizer")
-    for name in updated & trained.keys():
-        trainer.optimizer.slot(trained[name])
+    if isinstance(trainer.optimizer, Outside):
+        fill(trainer, saved[OPTIMIZER])
+    else:
+        for name in updated & trained.keys():
+            trainer.optimizer.slot(trained[name])
     here = {TRAINED: trained, OPTIMIZER: slots(trainer)}
     for file in saved:
         fits = layout(saved[file]) == layout(here[file])
@@ -120,3 +138,16 @@ def restore(trainer: Trainer, folder: Path) -> None:
     trainer.step, trainer.samples = numbers["step"], numbers["samples"]
     if numbers["scaler"]:
         trainer.scaler.load_state_dict(numbers["scaler"])
+
+
+def fill(trainer: Trainer, saved: Mapping[str, Tensor]) -> None:
+    """Give another optimizer than AdamW its saved state. As in torch, a count is on the CPU, unless fused."""
+    optimizer, known, place = trainer.optimizer, places(trainer), trainer.parameters[0].device
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for key, value in saved.items():
+        name, _, part = key.rpartition("|")
+        if part != "average" and name in known:
+            p, count = trainer.trained.get(name), not value.ndim
+            slot = optimizer.param_groups[int(name)] if p is None else optimizer.state[p]
+            tensor = value.to("cpu" if count and not fused else place, copy=True)
+            slot[part] = value.item() if count and value.dtype in NUMBERS.values() else tensor

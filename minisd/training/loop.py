@@ -14,7 +14,7 @@ from minisd.data.order import Stream, batches, collate
 from minisd.device import configure
 from minisd.methods._base import Method
 from minisd.options import TINY, Data, Model, Run, Training, free_flags
-from minisd.training import check_data, checkpoint, distributed, latents, model_card, report, trackers
+from minisd.training import check_data, checkpoint, distributed, latents, model_card, optim, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
 from minisd.training.step import Trainer
@@ -36,6 +36,7 @@ def start(folder: RunFolder) -> int:
 def saving(o: Run) -> list[str]:
     """The flags that would save memory, with values, as far as they are not used: docs/scale.md."""
     able = {f.name for f in fields(o) if not f.metadata.get("refused")}
+    able -= {"use_8bit_adam"} if o.optimizer else set()
     off = [n for n in ("gradient_checkpointing", "use_8bit_adam") if n in able and not getattr(o, n)]
     off += ["offload_ema"] if getattr(o, "use_ema", False) and not o.offload_ema else []
     off += ["mixed_precision bf16"] if o.mixed_precision == "no" else []
@@ -67,6 +68,7 @@ def run(method: Method, folder: RunFolder) -> int:
     flags = {name: value for name, value in folder.recorded.items() if name not in agreed}
     has = earlier is None or (earlier / checkpoint.STATE).is_file()
     processes.require_same(flags=flags, checkpoint=has)
+    optim.new([torch.zeros(1, requires_grad=True)], options)
     method.read()
     ops.pin(checkpoint.verdicts(earlier) if earlier else {}, processes.first_to_ask)
     torch.manual_seed(options.seed)

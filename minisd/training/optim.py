@@ -1,5 +1,6 @@
 """The optimizer, its learning rate schedule, gradient clipping, and the average of what it trains."""
 
+import ast
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from minisd.options import Average, Optimizer
+from minisd import registry
+from minisd.files import first_line
+from minisd.options import Average, Optimizer, require
 
 
 class AdamW:
@@ -61,36 +64,47 @@ class AdamW:
             p.grad = None
 
 
-def eight_bit() -> type:
-    """bitsandbytes' AdamW, as AdamW is here. ValueError if it is not installed."""
+class Outside:
+    """What a class of torch.optim.Optimizer, as the second base, needs besides for the loop."""
+
+    def step(self, clip_divisor: Tensor | None = None) -> None:
+        """As AdamW's."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if clip_divisor is not None and gradients:
+            torch._foreach_div_(gradients, clip_divisor)
+        super().step()
+
+
+def new(parameters: list, options: Optimizer) -> AdamW | Outside:
+    """The optimizer of the options, for a list of parameters or of groups of them. ValueError, naming the
+    flag, for a class or an argument that is none."""
+    o, path, flag = options, options.optimizer, f"--optimizer {options.optimizer}"
+    args = {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_epsilon, "weight_decay": o.adam_weight_decay}
+    if o.use_8bit_adam:
+        path, flag = "bitsandbytes.optim.AdamW8bit", "--use_8bit_adam (pip install 'minisd[8bit]')"
+        registry.admit(path)
+    elif not path:
+        return AdamW(parameters, lr=o.learning_rate, **args)
+    else:
+        args = dict(map(argument, o.optimizer_args))
     try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ValueError("--use_8bit_adam: not installed (pip install 'minisd[8bit]')") from None
-
-    class EightBit(AdamW8bit):
-        def slot(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
-            if not self.state[p]:
-                self.init_state(self.param_groups[0], p, 0, 0)
-                self.state[p]["step"] = torch.tensor(0)  # to copy into; a number again in `step`
-            return self.state[p]
-
-        def step(self, clip_divisor: Tensor | None = None) -> None:
-            if clip_divisor is not None:
-                parameters = [p for group in self.param_groups for p in group["params"]]
-                torch._foreach_div_([p.grad for p in parameters if p.grad is not None], clip_divisor)
-            for slot in self.state.values():
-                slot["step"] = int(slot["step"])
-            super().step()
-
-    return EightBit
+        require("." in path, "give MODULE.CLASS, such as torch.optim.SGD")
+        kind = registry.find_class(path)
+        fits = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+        fits = fits and kind is not torch.optim.LBFGS and not hasattr(kind, "eval")  # of schedule-free ones
+        require(fits, "it is no torch.optim.Optimizer whose step() is all that an update needs")
+        return type(kind.__name__, (Outside, kind), {})(parameters, lr=o.learning_rate, **args)
+    except Exception as e:  # of the class
+        raise ValueError(f"{flag}: {first_line(e)}") from e
 
 
-def adamw(parameters: list, options: Optimizer) -> AdamW:
-    """The optimizer of the options, for a list of parameters or of groups of them."""
-    kind, o = eight_bit() if options.use_8bit_adam else AdamW, options
-    adam = {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_epsilon, "weight_decay": o.adam_weight_decay}
-    return kind(parameters, lr=o.learning_rate, **adam)
+def argument(text: str) -> tuple[str, object]:
+    """Name and value of NAME=VALUE, a value of Python. ValueError, naming the flag, if it is none."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"--optimizer_args {text}: give NAME=VALUE, such as nesterov=True") from None
 
 
 def grouped(trained: dict[str, torch.nn.Parameter], options: Optimizer, scale: float) -> list[dict]:

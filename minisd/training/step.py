@@ -28,7 +28,7 @@ class Trainer:
         self.total = o.max_train_steps or o.num_train_epochs * self.updates_per_epoch
         self.step = self.samples = 0
         scale = self.images_per_update * method.lr_scale if o.scale_lr else 1
-        self.optimizer = optim.adamw(optim.grouped(trained, o, scale), o)
+        self.optimizer = optim.new(optim.grouped(trained, o, scale), o)
         self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
         self.ema = optim.EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
         self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
