@@ -20,6 +20,7 @@ from torch import Tensor
 from minisd import cli, files, reading
 from minisd.data import images
 from minisd.device import usable
+from minisd.formats import hub
 from minisd.options import require
 from minisd.sampling import infotext
 
@@ -29,16 +30,8 @@ SHEETS = "-grid.png", "-heat.png", "preview.png"  # what sample.py leaves beside
 
 def load(flag: str, source: str, device: str) -> tuple[torch.nn.Module, Callable]:
     """The model in a folder, or of a hub id, and the processor of its inputs. ValueError, naming the flag."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     kinds = ("CLIPModel", "CLIPProcessor") if flag == "clip" else ("AutoModel", "AutoImageProcessor")
-    local = {"local_files_only": Path(source).is_dir()}
-    try:
-        model, processor = (getattr(transformers, kind).from_pretrained(source, **local) for kind in kinds)
-    except Exception as e:  # of whatever class
-        raise ValueError(f"--{flag} {source}: {files.first_line(e)}") from None
+    model, processor = hub.pretrained(kinds, source, flag)
     return model.to(usable(device)).eval(), processor
 
 

@@ -148,7 +148,7 @@ def test_a_loop_of_links_is_no_runtime_error():
 def test_transformers_is_imported_in_one_place():
     """And not to draw a picture: it takes longer than that."""
     users = [module_of(p) for p in SOURCES if any(n.startswith("transformers") for n in imported(p))]
-    assert users == ["minisd.models.tokenizer", "minisd.score"]
+    assert users == ["minisd.formats.hub", "minisd.models.tokenizer"]
     code = (
         "import sys; from minisd import options; from minisd.sampling import stable_diffusion as s; "
         "print(s.StableDiffusion.load(options.TINY).tokenizer.encode('cat'), 'transformers' in sys.modules)"

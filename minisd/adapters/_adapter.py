@@ -30,12 +30,14 @@ class Adapter:
     """The contents of one file, checked against the model.
 
     An update is a module that is called with a layer and its input, and returns what it adds to the output.
-    It has a `scale`, a `lora_bias` or None, and `delta()`, the change of the weight.
+    It has a `scale`, a `lora_bias` or None, and `delta()`, the change of the weight. One that is no change of
+    weights has a `scale` and a `layer_class`, which the layer becomes.
     """
 
     description: str  # one line for the user
     tokens: dict[str, Tensor]  # new token -> its embeddings (n, d)
     updates: dict[str, nn.Module] = field(default_factory=dict)  # native name of a layer -> its update
+    image_prompt: nn.Module | None = None  # of an IP-Adapter: what takes the image that it needs
 
 
 @dataclass(kw_only=True)

@@ -158,8 +158,9 @@ def put(module: nn.Module, updates: Mapping[str, nn.Module]) -> None:
     """Add an update to each of the named layers."""
     for name, update in updates.items():
         layer = module.get_submodule(name)
-        if not isinstance(layer, Updated):
-            layer.__class__ = UpdatedLinear if isinstance(layer, nn.Linear) else UpdatedConv2d
+        if not hasattr(layer, "updates"):
+            kind = UpdatedLinear if isinstance(layer, nn.Linear) else UpdatedConv2d
+            layer.__class__ = getattr(update, "layer_class", kind)
             layer.updates = nn.ModuleList()
         layer.updates.append(update)
 

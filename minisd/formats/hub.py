@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,24 @@ def is_id(name: str) -> bool:
     """Whether a model's name that is no path is an id on the hub, and not the path of a missing file."""
     named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name
     return bool(named) and Path(name).suffix not in (files.SAFETENSORS, *files.PICKLES)
+
+
+def pretrained(kinds: Sequence[str], source: str, flag: str) -> list:
+    """Objects of these classes of transformers, from a folder, a hub id or a hub id and a folder in it.
+    ValueError, naming the flag."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    local, name, inside = Path(source).is_dir(), source, {}
+    if not local and source.count("/") > 1:
+        owner, repository, inside["subfolder"] = source.split("/", 2)
+        name = f"{owner}/{repository}"
+    try:
+        loaders = [getattr(transformers, kind).from_pretrained for kind in kinds]
+        return [load(name, local_files_only=local, **inside) for load in loaders]
+    except Exception as e:  # of whatever class
+        raise ValueError(f"--{flag} {source}: {files.first_line(e)}") from None
 
 
 def _fetch(model: str, revision: str, variant: str | None, cache_dir: str | Path | None) -> Path:

@@ -1,8 +1,9 @@
 """The parts of a Stable Diffusion in memory: what every format is read into and written from."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,16 @@ class _NoInit(TorchFunctionMode):
 
 def build(part: str, config: Config, source: Path | str) -> nn.Module:
     """Build a part's network on the meta device. ValueError, naming `source`, if that fails."""
+    return on_meta(partial(MODULES[part], config), f"{source}: no {part} can be built from its config")
+
+
+def on_meta(make: Callable[[], nn.Module], problem: str) -> nn.Module:
+    """make(), a network on the meta device. ValueError, which begins with `problem`, if that fails."""
     try:
         with torch.device("meta"), _NoInit():
-            return MODULES[part](config)
+            return make()
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
-        reason = files.first_line(error)
-        raise ValueError(f"{source}: no {part} can be built from its config: {reason}") from error
+        raise ValueError(f"{problem}: {files.first_line(error)}") from error
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:

@@ -69,11 +69,20 @@ class DownBlock(Block):
         if level < len(channels) - 1:
             self.downsamplers.append(Downsample(c_out, pad_end_only=config.pad_end_only))
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, context: Context = None) -> list[Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        temb: Tensor | None = None,
+        context: Context = None,
+        feature: Tensor | None = None,
+    ) -> list[Tensor]:
+        """`feature` (b, c_out, h, w) is added to the last layer's output."""
         outputs = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, temb, context)
             outputs.append(x)  # (b, c_out, h, w)
+        if feature is not None:
+            outputs[-1] = x = x + feature
         for downsample in self.downsamplers:
             outputs.append(downsample(x))  # (b, c_out, h / 2, w / 2)
         return outputs

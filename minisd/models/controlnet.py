@@ -12,7 +12,7 @@ from minisd.models.layers import Context, Conv1x1, move
 from minisd.models.unet import EncoderConfig, UNet, UNetEncoder
 
 HINT_CHANNELS = (16, 32, 96, 256)
-Residuals = dict[str, Tensor | list[Tensor]]  # down_residuals and mid_residual, keywords of the UNet
+Residuals = dict[str, Tensor | list[Tensor]]  # keywords of the UNet
 
 
 @dataclass(kw_only=True)
@@ -78,6 +78,10 @@ class ControlNet(UNetEncoder):
             nn.init.zeros_(conv.bias)
         return self
 
+    def prepare(self, hint: Tensor) -> Tensor:
+        """What sampling computes of the conditioning image once."""
+        return hint
+
     def forward(
         self,
         noisy_latents: Tensor,
@@ -89,7 +93,9 @@ class ControlNet(UNetEncoder):
     ) -> Residuals:
         """Return the UNet's keywords `down_residuals` and `mid_residual`, times `scale`; with `guess` also
         times a factor that rises geometrically from 0.1 at the first skip to 1 in the middle. The first three
-        arguments are the UNet's; `hint` (b, 3, 8h, 8w) is in [0, 1]. ValueError if its size does not fit."""
+        arguments are the UNet's, of which it may take fewer channels; `hint` (b, 3, 8h, 8w) is in [0, 1].
+        ValueError if its size does not fit."""
+        noisy_latents = noisy_latents[:, : self.config.in_channels]
         hint = self.controlnet_cond_embedding(hint)  # (b, c0, h, w)
         if hint.shape[-2:] != noisy_latents.shape[-2:]:
             raise ValueError(
@@ -104,14 +110,14 @@ class ControlNet(UNetEncoder):
 
 
 def total(residuals: list[Residuals], rows: int) -> Residuals:
-    """The sum of the residuals of several ControlNets. Where a ControlNet ran for only the last of the `rows`
-    samples, its residuals for the first ones are zero."""
+    """The sum of the residuals of several networks. Where one ran for only the last of the `rows` samples,
+    its residuals for the first ones are zero."""
 
-    def add(tensors: Sequence[Tensor]) -> Tensor:
-        whole = [t if len(t) == rows else F.pad(t, (0, 0, 0, 0, 0, 0, rows - len(t), 0)) for t in tensors]
+    def add(values: Sequence[Tensor | list[Tensor]]) -> Tensor | list[Tensor]:
+        if isinstance(values[0], list):
+            return [add(tensors) for tensors in zip(*values, strict=True)]
+        whole = [t if len(t) == rows else F.pad(t, (0, 0, 0, 0, 0, 0, rows - len(t), 0)) for t in values]
         return sum(whole[1:], start=whole[0])  # (rows, c, h, w)
 
-    return {
-        "down_residuals": [add(t) for t in zip(*(r["down_residuals"] for r in residuals), strict=True)],
-        "mid_residual": add([r["mid_residual"] for r in residuals]),
-    }
+    names = dict.fromkeys(name for r in residuals for name in r)
+    return {name: add([r[name] for r in residuals if name in r]) for name in names}

@@ -169,7 +169,11 @@ class Attention(nn.Module):
             q, k, v = self.to_q(x), context.project(self.to_k), context.project(self.to_v)
         else:
             q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)  # (b, n, d), (b, s, d) twice
-        return self.to_out(multi_head(q, k, v, self.num_heads))  # (b, n, d)
+        return self.to_out(self.attend(q, k, v, context))  # (b, n, d)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attention of q (b, n, d) to k and v (b, m, d), to which an adapter may add."""
+        return multi_head(q, k, v, self.num_heads)  # (b, n, d)
 
 
 class GEGLU(nn.Module):

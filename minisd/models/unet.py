@@ -65,10 +65,15 @@ class UNetEncoder(nn.Module):
                 module.gradient_checkpointing = True
 
     def encode(
-        self, noisy_latents: Tensor, timesteps: Tensor, context: Context, hint: Tensor | None = None
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        context: Context,
+        hint: Tensor | None = None,
+        features: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Return the middle's output, the skips from first to last, and temb with its SiLU applied. `hint`
-        (b, c0, h, w) is added to the output of conv_in."""
+        (b, c0, h, w) is added to the output of conv_in, and `features` to those of the levels."""
         # Time: sinusoids in fp32, then the MLP. The SiLU of all ResnetBlocks is applied to temb once.
         temb = self.sinusoids(timesteps).to(noisy_latents.dtype)  # (b, c0)
         temb = F.silu(self.time_embedding.linear_1(temb))  # (b, temb_dim)
@@ -77,8 +82,8 @@ class UNetEncoder(nn.Module):
         # Down
         x = self.conv_in(noisy_latents)  # (b, c0, h, w)
         skips = [x if hint is None else x + hint]
-        for block in self.down_blocks:
-            skips += block(skips[-1], temb, context)
+        for i, block in enumerate(self.down_blocks):
+            skips += block(skips[-1], temb, context, features[i] if features else None)
 
         # Middle
         return self.mid_block(skips[-1], temb, context), skips, temb
@@ -117,10 +122,12 @@ class UNet(UNetEncoder):
         *,
         down_residuals: list[Tensor] | None = None,
         mid_residual: Tensor | None = None,
+        features: list[Tensor] | None = None,
     ) -> Tensor:
         """(b, in_channels, h, w) at timesteps (b,), context (b, s, d) -> pred (b, out_channels, h, w). A
-        ControlNet's residuals are added to the skips and to the middle's output."""
-        x, skips, temb = self.encode(noisy_latents, timesteps, context)
+        ControlNet's residuals are added to the skips and to the middle's output, a T2I-Adapter's features
+        (b, c, h, w) to the output of each level on the way down."""
+        x, skips, temb = self.encode(noisy_latents, timesteps, context, features=features)
         if down_residuals is not None:
             skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
         if mid_residual is not None:

@@ -5,7 +5,7 @@ Classifier-free guidance is Ho and Salimans 2022 (arXiv 2207.12598).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, groupby
 from types import ModuleType
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Watch = Callable[[Tensor], None]  # is called with the predicted x_0 in each step
 Images = Tensor | None  # (b, c, height, width)
+ImagePrompt = Mapping[nn.Module, Tensor]  # of sampling/image_prompt.py
+NO_IMAGE: ImagePrompt = {}
 
 
 class Branch(NamedTuple):
@@ -48,7 +50,7 @@ class Branch(NamedTuple):
 
 @dataclass(kw_only=True)
 class Control:
-    """A ControlNet, its conditioning images, its scale, and the steps in which it acts."""
+    """A ControlNet or T2I-Adapter, its conditioning images, its scale, and the steps in which it acts."""
 
     network: nn.Module
     hint: Tensor  # (b, 3, H, W) in [0, 1]
@@ -113,17 +115,25 @@ def branches_of(
 class Denoiser:
     """denoise(x, t): the weighted sum of all branches, computed in one batch. x and the result are fp32.
 
+    The last branch is that with the prompt, and has the image of `image_prompt`; the others have none.
     ControlNets act on every branch, or with `guess` on the last one. The caller counts `step`, from 0 up to
     `steps`: the ControlNets' `start` and `end` refer to these.
     """
 
     def __init__(
-        self, unet: nn.Module, branches: list[Branch], controls: Sequence[Control] = (), steps: int = 1
+        self,
+        unet: nn.Module,
+        branches: list[Branch],
+        controls: Sequence[Control] = (),
+        steps: int = 1,
+        image_prompt: ImagePrompt = NO_IMAGE,
     ):
         self.unet = unet
         self.weights = [branch.weight for branch in branches]
         states = torch.cat([branch.context for branch in branches])  # (branches * b, s, d)
-        self.context = CachedContext(states).fill(unet)
+        last = len(branches[-1].context)
+        rows = [1] * (len(states) - last) + [0] * last
+        self.context = CachedContext(states, {to: both[rows] for to, both in image_prompt.items()}).fill(unet)
         channels = [branch.channels for branch in branches if branch.channels is not None]
         self.channels = torch.cat(channels) if channels else None  # (branches * b, c, h, w)
         self.controls = []  # each with its hints and contexts, (branches * b, ...) or, to guess, (b, ...)
@@ -131,7 +141,7 @@ class Denoiser:
             copies = 1 if control.guess else len(branches)
             hint = torch.cat([control.hint.to(states)] * copies)
             context = CachedContext(states[-len(hint) :]).fill(control.network)  # text comes last
-            self.controls.append((replace(control, hint=hint), context))
+            self.controls.append((replace(control, hint=control.network.prepare(hint)), context))
         self.step, self.steps = 0, steps
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
@@ -158,8 +168,8 @@ class Denoiser:
         """The UNet's predictions for all branches, with the sum of the ControlNets' residuals."""
         residuals = []
         for control, text in controls:
-            rows, channels = slice(-len(control.hint), None), control.network.config.in_channels
-            seen = inputs[rows, :channels], timesteps[rows], text, control.hint
+            rows = slice(-len(text.states), None)
+            seen = inputs[rows], timesteps[rows], text, control.hint
             residuals.append(control.network(*seen, control.scale, control.guess))
         residuals = controlnet.total(residuals, len(inputs)) if residuals else {}
         return [self.unet(inputs, timesteps, context, **residuals)]
@@ -214,6 +224,7 @@ def denoise(
     masks: Tensor | None = None,
     noise: Tensor | None = None,
     controls: Sequence[Control] = (),
+    image_prompt: ImagePrompt = NO_IMAGE,
     watch: Watch | None = None,
 ) -> Iterator[Tensor]:
     """Yield the latents (b, 4, h, w), or a model's pixels, after each step. Image i depends on prompts[i] and
@@ -222,8 +233,9 @@ def denoise(
 
     `init_images` (b, 3, height, width) in [-1, 1] are the images to start from, or for instruct-pix2pix to
     edit; they are redrawn where `masks` (b, 1, height, width) are 1, and kept where they are 0. Each control
-    has a hint for each image. `noise` (b, 4, h, w) replaces that of the seeds. `watch` is called with the
-    predicted x_0 in each step. All prompts must name the same LoRAs.
+    has a hint for each image. `image_prompt`, for all images, is what `image_prompt.project` returns. `noise`
+    (b, 4, h, w) replaces that of the seeds. `watch` is called with the predicted x_0 in each step. All
+    prompts must name the same LoRAs.
     """
 
     def predict(x: Tensor, t: float) -> Tensor:
@@ -238,7 +250,8 @@ def denoise(
     with prompt.loras_on(sd, prompts[0].loras, settings.lora_dir):
         branches = branches_of(sd, prompts, settings, init_images, masks)
         start = init_image(sd, settings, init_images, masks)
-        denoiser = Denoiser(sd.unet, branches, controls, settings.steps - (start.first_step if start else 0))
+        steps = settings.steps - (start.first_step if start else 0)
+        denoiser = Denoiser(sd.unet, branches, controls, steps, image_prompt)
         seeded = Philox if settings.rng == "nv" else lambda seed: torch.Generator().manual_seed(seed)
         generators = [seeded(seed) for seed in seeds]
         height, width = settings.height // sd.downscale, settings.width // sd.downscale
@@ -262,13 +275,15 @@ def pictures(
     masks: Tensor | None = None,
     noise: Tensor | None = None,
     controls: Sequence[Control] = (),
+    image_prompt: ImagePrompt = NO_IMAGE,
     on_step: Callable[[int], None] = lambda n: None,
     on_preview: Callable[[list[Image.Image]], None] | None = None,
     preview: int = 1,
 ) -> Iterator[Image.Image]:
-    """Yield one image for each pair of prompt and seed. `init_images`, `masks`, `noise` and `controls`
-    are as in `denoise`, with one for each image. `on_step(n)` is called after each step of a batch of n
-    images, and `on_preview` with previews of them at every `preview`-th run of the network."""
+    """Yield one image for each pair of prompt and seed. `init_images`, `masks`, `noise`, `controls` and
+    `image_prompt` are as in `denoise`, all but the last with one for each image. `on_step(n)` is called after
+    each step of a batch of n images, and `on_preview` with previews of them at every `preview`-th run of the
+    network."""
 
     def show(predicted: Tensor) -> None:
         if next(runs) % preview == 0:
@@ -281,7 +296,7 @@ def pictures(
         runs = count(1)
         of_part = {name: tensor[part] for name, tensor in inputs.items()}
         of_part["controls"] = [replace(control, hint=control.hint[part]) for control in controls]
-        of_part["watch"] = show if on_preview else None
+        of_part |= {"image_prompt": image_prompt, "watch": show if on_preview else None}
         for x in denoise(sd, prompts[part], seeds[part], settings, **of_part):
             on_step(len(x))
         for one in x:

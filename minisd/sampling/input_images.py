@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minisd.data import images
 from minisd.data.canny import canny
+from minisd.models.controlnet import ControlNet
 from minisd.options import require
 from minisd.sampling.generate import Control
 from minisd.sampling.options import Drawing, split_scale
@@ -85,6 +86,8 @@ class InputImages:
             hint = share([images.to_tensor(image) / 2 + 0.5], count)
             acting = {"scale": scale, "start": start, "end": end, "guess": settings.guess_mode}
             control = Control(network=sd.controlnet(source), hint=hint, **acting)
+            guesses = not settings.guess_mode or isinstance(control.network, ControlNet)
+            require(guesses, f"--guess_mode is for ControlNets, and {source} is a T2I-Adapter")
             problem = f"--control_start {start:g} to --control_end {end:g} has none of the {steps} steps"
             require(any(control.acts(step, steps) for step in range(steps)), problem)
             controls.append(control)

@@ -120,6 +120,7 @@ class Drawing(Settings):
 
     NEEDS = {
         "image": "strength mask image_guidance_scale",
+        "image_prompt": "image_encoder",
         "controlnet": "control_preprocess control_start control_end guess_mode",
     }
     prompt: list[str] = unwritten([], "what the images should show; one image for each prompt")
@@ -135,7 +136,17 @@ class Drawing(Settings):
     )
     mask: list[Path] = flag([], "redraw only where this is white (inpainting): one for all, or one for each")
     max_pixels: Count = unwritten(MAX_PIXELS, "refuse input images with more pixels than this")
-    controlnet: list[str] = flag([], "ControlNets, PATH or PATH:SCALE, each with its --control_image")
+    image_prompt: list[Path] = flag(
+        [], "images as prompts, one for each IP-Adapter among --adapter", also=("ip_adapter_image",)
+    )
+    image_encoder: str | None = flag(
+        None,
+        "what sees --image_prompt, a CLIPVisionModelWithProjection of transformers: a folder or hub id; by "
+        "default the folder image_encoder beside the adapter",
+    )
+    controlnet: list[str] = flag(
+        [], "ControlNets or T2I-Adapters, PATH or PATH:SCALE, each with its --control_image"
+    )
     control_image: list[Path] = flag([], "conditioning images, one for each --controlnet")
     control_preprocess: list[Literal["canny", "none"]] = flag(
         [], "canny takes the edges of --control_image; one for all, or one for each; none by default"

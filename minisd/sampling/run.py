@@ -18,9 +18,9 @@ from tqdm import tqdm
 from minisd import files, ops, registry
 from minisd.data import images
 from minisd.device import DTYPES, configure, usable
-from minisd.sampling import heat, infotext, sweep
+from minisd.sampling import heat, image_prompt, infotext, sweep
 from minisd.sampling.edit import edit
-from minisd.sampling.input_images import InputImages
+from minisd.sampling.input_images import InputImages, opened
 from minisd.sampling.options import Drawing, Job, Loading, Sample, is_png, refuse_unused, split_scale
 from minisd.sampling.prompt import Prompt, lora_names, parse_all
 
@@ -39,6 +39,7 @@ class Request:
         if options.scheduler.endswith(".py"):  # which may not run
             registry.load("schedulers", options.scheduler)
         self.images = InputImages(options) if options.image or options.controlnet else None
+        self.image_prompts = [opened(path, max_pixels=options.max_pixels) for path in options.image_prompt]
         texts = self.images.prompts(texts) if self.images else texts
         self.prompts = [prompt for prompt in parse_all(texts, options) for _ in range(options.num_images)]
 
@@ -50,12 +51,14 @@ class Request:
             self.images.complete(settings, model)
         settings.width = settings.width or model.default_size
         settings.height = settings.height or model.default_size
+        asked = self.image_prompts, settings.image_encoder
         return {
             "prompts": self.prompts,
             "seeds": [settings.seed + i for i in range(count)],
             "settings": settings,
             "batch_size": settings.batch_size or (1 if model.device.type == "cpu" else 4),
             **(self.images.tensors(model, settings, count) if self.images else {}),
+            **({"image_prompt": image_prompt.project(model, *asked)} if self.image_prompts else {}),
         }
 
 

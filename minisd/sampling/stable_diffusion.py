@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from minisd import files, reading, registry
-from minisd.adapters import _adapter, controlnet, lora, token_embedding
+from minisd.adapters import _adapter, controlnet, lora, t2i_adapter, token_embedding
 from minisd.adapters._adapter import Attached
 from minisd.device import send
 from minisd.formats import diffusers, hub, single_file
 from minisd.formats.parts import PARTS, PIPELINES, PipelineParts, build, fill
 from minisd.models.controlnet import ControlNet
 from minisd.models.layers import move
+from minisd.models.t2i_adapter import T2IAdapter
 from minisd.models.text import TextEncoder
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import UNet
@@ -47,7 +48,8 @@ class StableDiffusion:
         self.source: Path | None = None  # the folder or file that it was loaded from
         self.cache_dir: str | None = None  # for files from the hub
         self.attached: dict[Path, Attached] = {}
-        self.controlnets: dict[str, ControlNet] = {}  # loaded so far, by path or hub id
+        self.controlnets: dict[str, ControlNet | T2IAdapter] = {}  # loaded so far, by path or hub id
+        self.image_encoders: dict[str, torch.nn.Module] = {}  # of transformers, loaded so far
         self.downscale = vae.config.downscale  # pixels per latent along a side
         self.channels = vae.config.latent_channels
         self.default_size = unet.config.sample_size * self.downscale  # side of the training images, in pixels
@@ -181,13 +183,17 @@ class StableDiffusion:
             raise ValueError(f"{name} is {is_what}: {known}")
         self.attached[matches[0]].rescale(scale, text_scale, str(name))
 
-    def controlnet(self, source: str) -> ControlNet:
-        """The ControlNet in a folder, a single file or a hub id, loaded once. ValueError, naming the source,
-        if there is none, or if it does not fit this UNet."""
+    def controlnet(self, source: str) -> ControlNet | T2IAdapter:
+        """The ControlNet or T2I-Adapter in a folder, a single file or a hub id, loaded once. ValueError,
+        naming the source, if there is none, or if it does not fit this UNet."""
         if source not in self.controlnets:
-            dtype = self.unet.conv_in.weight.dtype
-            network = controlnet.load(source, device=self.device, dtype=dtype, cache_dir=self.cache_dir)
-            controlnet.check(network, self.unet.config, source)
+            dtype, path = self.unet.conv_in.weight.dtype, hub.resolve(source, cache_dir=self.cache_dir)
+            if t2i_adapter.matches(tensors := t2i_adapter.tensors_in(path)):
+                network = t2i_adapter.load(tensors, self.unet.config, self.downscale, source)
+                network = move(network, self.device, dtype).eval().requires_grad_(False)
+            else:
+                network = controlnet.load(path, device=self.device, dtype=dtype)
+                controlnet.check(network, self.unet.config, source)
             self.controlnets[source] = network
         return self.controlnets[source]
 
@@ -224,6 +230,9 @@ class StableDiffusion:
             f"a model is a {files.SAFETENSORS} file, or a folder": path.suffix in files.PICKLES,
             "it is the model itself": self.source and reading.real(path) == reading.real(self.source),
             "it is one of the adapters": reading.real(path) in adapters,
+            "an IP-Adapter stays a file of its own, beside the model": any(
+                adapter.image_prompt for attached in self.attached.values() for adapter in attached.adapters
+            ),
             f"a single file has no place for {tokens}; a folder has": single and tokens,
             "it holds other things than a model": foreign,
         }.items():
@@ -258,7 +267,7 @@ def refuse_adapter(path: Path) -> None:
             break
     else:
         return
-    flag = "--controlnet" if kind is controlnet else "--adapter"
+    flag = "--controlnet" if kind in (controlnet, t2i_adapter) else "--adapter"
     raise ValueError(f"{path} is no model: sample.py takes it by {flag}, beside the --model")
 
 
