@@ -1,6 +1,7 @@
 """IP-Adapter and T2I-Adapter: they equal diffusers, and are refused where they do not fit."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd import graph
-from minisd.adapters import lora, t2i_adapter
+from minisd.adapters import ip_adapter, lora, t2i_adapter
+from minisd.formats import hub, parts
+from minisd.formats.diffusers import save_part
 from minisd.models import controlnet, unet
 from minisd.sampling import image_prompt
-from minisd.sampling.generate import Settings, pictures
+from minisd.sampling.generate import Denoiser, Settings, pictures, text_branches
 from tests.helpers import TINY_UNET, assert_close, diffusers_unet, same_weights
+from tests.method_helpers import shake
 from tests.picture_helpers import photo, psnr
 from tests.test_graph import StandIn
 
@@ -85,13 +89,15 @@ def folder(model, tmp_path_factory):
     return folder
 
 
-def theirs(model, folder, kinds, scales, images, settings, seed=3, **controls):
+def theirs(model, folder, kinds, scales, images, settings, further=None, **given):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     parts = {"image_encoder": CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")}
     parts["feature_extractor"] = CLIPImageProcessor(size=32, crop_size=32)
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, **parts)
+    parts |= further or {}
+    kind = parts.pop("kind", StableDiffusionPipeline)
+    pipe = kind.from_pretrained(model, safety_checker=None, **parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     files = [nested(load_file(folder / f"{kind}.safetensors")) for kind in kinds]
@@ -100,7 +106,7 @@ def theirs(model, folder, kinds, scales, images, settings, seed=3, **controls):
     return pipe(
         "a cat", negative_prompt="ugly", width=40, height=32, num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale, ip_adapter_image=images,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(3), **given,
     ).images[0]  # fmt: skip
 
 
@@ -143,6 +149,29 @@ def test_the_encoder_s_input_is_clip_s(size):
     assert_close(image_prompt.clip_pixels(photo(1, size), 32), expected, 1e-6)
     with pytest.raises(ValueError, match="--image_prompt: 1x101 is too narrow"):
         image_prompt.clip_pixels(Image.new("RGB", (1, 101)), 32)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["basic", "plus", "full"])
+def test_predictions_equal_diffusers(model, folder, kind):
+    """The UNet's, for an image and for none, with guidance."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    unet._load_ip_adapter_weights([nested(load_file(folder / f"{kind}.safetensors"))])
+    sd, g = minisd.load(model), torch.Generator().manual_seed(2)
+    sd.attach(folder / f"{kind}.safetensors")
+    (adapter,) = (a for attached in sd.attached.values() for a in attached.adapters)
+    states = image_prompt.embed(sd, adapter.image_prompt, photo(0), None).detach()  # image, none
+    x, context = torch.randn(1, 4, 8, 12, generator=g), torch.randn(2, 77, WIDTH, generator=g)
+    branches = text_branches(context[1:], context[:1], 3.0)
+    with torch.no_grad():
+        ours = Denoiser(sd.unet, branches, image_prompt=image_prompt.project(sd, [photo(0)]))(x, 500)
+        added = {"image_embeds": [states.flip(0)[:, None]]}
+        preds = unet(x.repeat(2, 1, 1, 1), 500, context, added_cond_kwargs=added).sample
+        plain = Denoiser(minisd.load(model).unet, branches)(x, 500)
+    assert_close(ours, preds[:1] + 3 * (preds[1:] - preds[:1]), 2e-5)
+    assert (ours - plain).abs().max() > 0.01
 
 
 FLAGS = {"prompt": "a cat", "steps": 3, "width": 32, "height": 32, "image_prompt": photo(0)}
@@ -258,6 +287,56 @@ def test_what_does_not_fit_is_refused(model, folder, tmp_path):
         sd.generate(**FLAGS, image_encoder=str(folder / "image_encoder"))
     with pytest.raises(ValueError, match="x.safetensors is no model: sample.py takes it by --adapter"):
         minisd.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parity
+def test_with_a_controlnet_it_equals_diffusers(model, folder, tmp_path):
+    """The ControlNet sees the text alone."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    sd, hint = minisd.load(model), photo(1, (40, 32))
+    network = controlnet.ControlNet.from_unet(sd.unet, downscale=4)
+    shake(network, 0.1)
+    save_part(tmp_path / "net", network)
+    kind, more = StableDiffusionControlNetPipeline, {"image": hint, "controlnet_conditioning_scale": 0.8}
+    with_net = {"kind": kind, "controlnet": ControlNetModel.from_pretrained(tmp_path / "net")}
+    expected = theirs(model, folder, ["basic"], [0.7], [photo(0)], SETTINGS, with_net, **more)
+    sd.attach(folder / "basic.safetensors", 0.7)
+    flags = {"width": 40, "height": 32, "steps": 6, "negative_prompt": "ugly", "guidance_scale": 5.0}
+    flags |= {"seed": 3, "image_prompt": photo(0)}
+    steered = {"controlnet": f"{tmp_path / 'net'}:0.8", "control_image": hint}
+    (drawn,) = sd.generate("a cat", **flags, **steered)
+    assert psnr(drawn, expected) >= 60
+    assert psnr(drawn, sd.generate("a cat", **flags)[0]) < 45
+
+
+def test_the_numbers_of_sd15():
+    """As published: 1 to 31, of which the last is the middle's."""
+    with torch.device("meta"), parts._NoInit():
+        sd = SimpleNamespace(unet=unet.UNet(unet.SD15), device=torch.device("meta"))
+        widths = [320] * 2 + [640] * 2 + [1280] * 5 + [640] * 3 + [320] * 3 + [1280]
+        tensors = {f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight": torch.empty(width, 768)
+                   for i, width in enumerate(widths) for kind in "kv"}  # fmt: skip
+        shapes = {
+            "proj.weight": (3072, 1024),
+            "proj.bias": (3072,),
+            "norm.weight": (768,),
+            "norm.bias": (768,),
+        }
+        tensors |= {f"image_proj.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    updates = ip_adapter.read(sd, tensors, {}, "ip-adapter_sd15.safetensors").updates
+    assert len(updates) == 16 and list(updates)[-1].startswith("unet.mid_block.")
+
+
+def test_an_encoder_in_a_folder_of_a_repository(monkeypatch):
+    import transformers
+
+    def found(name, **more):
+        return name, more.get("subfolder"), more["local_files_only"]
+
+    monkeypatch.setattr(transformers.CLIPVisionModelWithProjection, "from_pretrained", found)
+    for source, expected in (("a/b", ("a/b", None, False)), ("a/b/c/d", ("a/b", "c/d", False))):
+        assert hub.pretrained(["CLIPVisionModelWithProjection"], source, "image_encoder") == [expected]
 
 
 # T2I-Adapter
