@@ -52,9 +52,10 @@ def train(
     method: str, *, on_update: Callable[[int, dict[str, float]], None] | None = None, **flags
 ) -> RunData | None:
     """Train as train.py does, by the same flags, and return the run: its folder, `path`, which `load` or
-    `attach` takes, its `options`, and the rows of its `log`; None with --check_data. `on_update(step,
-    values)` hears of each update (loss, lr, grad_norm; on a GPU of ten at a time) and of held-out losses.
-    ValueError, naming the flag, as in train.py. A signal counts once the run has saved a checkpoint."""
+    `attach` takes, its `options`, and the rows of its `log`; None with --check_data or --plan.
+    `on_update(step, values)` hears of each update (loss, lr, grad_norm; on a GPU of ten at a time) and of
+    held-out losses. ValueError, naming the flag, as in train.py. A signal counts once the run has saved a
+    checkpoint."""
     from minisd import keywords
 
     options = keywords.options(method, flags)

@@ -18,6 +18,7 @@ commands:
   score    score images by CLIP and DINO, against other images and prompts
   compare  write a page that shows runs side by side
   check    report on the data of a training command, and train nothing
+  plan     report what memory a training command takes, and train nothing
 
 minisd COMMAND --help lists the flags of a command, and minisd --version prints the version."""
 
@@ -67,18 +68,23 @@ def check(prog: str = "minisd check") -> int:
     return train(prog, "--check_data")
 
 
+def plan(prog: str = "minisd plan") -> int:
+    """Report what memory a training command takes, and return the exit status."""
+    return train(prog, "--plan")
+
+
 def main() -> None:
     """Run the command that the first argument names."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
     if name in MODULES:
         runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
-    elif command := {f.__name__: f for f in (train, sample, compare, check)}.get(name):
+    elif command := {f.__name__: f for f in (train, sample, compare, check, plan)}.get(name):
         prog = f"minisd {name}"
         cli.run(prog, lambda: command(prog))
     elif name in ("-h", "--help", "--version"):
         print(f"minisd {__version__}" if name == "--version" else USAGE)
     else:
-        known = f"train, sample, {', '.join(MODULES)}, compare, check"
+        known = f"train, sample, {', '.join(MODULES)}, compare, check, plan"
         sys.exit(terminal.complain("minisd", f"no command {name}; there are {known}"))
 
 

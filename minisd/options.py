@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, dataclass_transform, get_args
 
 from minisd import registry
+from minisd.spelling import bytes_in
 
 TINY = registry.HERE / "tiny"  # the tiny model that comes with the package
 MAX_PIXELS = 89_478_485  # of an image that is read: Pillow's own limit
@@ -30,6 +31,7 @@ Positive = Annotated[float, lambda x: x > 0, "be positive"]
 Weight = Annotated[float, lambda x: x >= 0, "not be negative"]
 Rate = Annotated[float, lambda x: 0 <= x < 1, "be from 0 to below 1"]
 Probability = Annotated[float, lambda x: 0 <= x <= 1, "be from 0 to 1"]
+Memory = Annotated[str, bytes_in, "be an amount such as 8GB or 800MB"]
 
 
 def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] = (), **metadata: Any) -> Any:
@@ -242,6 +244,7 @@ GRAPH = Literal["auto", "on", "off"]
 class Precision(Group):
     """Speed and memory"""
 
+    NEEDS = {"plan": "memory"}
     device: str | None = flag(None, "cuda, cpu, mps, ...; by default cuda if there is a GPU", free=True)
     kernels: KERNELS = flag("auto", "what computes attention and norms; auto: what is fastest", free=True)
     graph: GRAPH = flag("auto", "run updates as CUDA graphs; auto: where that gives the same bits", free=True)
@@ -255,6 +258,10 @@ class Precision(Group):
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
     )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    plan: bool = flag(
+        False, "report what memory an update takes, and train nothing; --device cuda needs no GPU", free=True
+    )
+    memory: Memory | None = flag(None, "find the flags that fit into this, such as 8GB", free=True)
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "accepted: attention never stores the whole score matrix"

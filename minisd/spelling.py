@@ -2,6 +2,7 @@
 
 import re
 
+UNITS = {"MB": 2**20, "GB": 2**30}
 SPELLED: dict[str, str] = {}  # how the command line that was parsed last spells its flags, by name
 
 
@@ -12,6 +13,12 @@ def as_written(message: str) -> str:
         return f"--{match[1]}{SPELLED[match[2]]}" if match[2] in SPELLED else match[0]
 
     return re.sub(r"(?<![\w-])--(no-|)(\w+)(?:/--\w+)*", spelled, message)
+
+
+def bytes_in(amount: str) -> float:
+    """The bytes in an amount such as 8GB or 800 MB; 0 if it is none."""
+    found = re.fullmatch(r"(\d+\.?\d*) *(MB|GB)", amount.upper())
+    return float(found[1]) * UNITS[found[2]] if found else 0.0
 
 
 # What A1111, kohya's scripts and CompVis's call our flags, where no flag of ours is spelled so.

@@ -198,8 +198,8 @@ def test_what_to_do_when_memory_runs_out(tmp_path, command, monkeypatch):
     argv = ["--method", "text_to_image", "--data", photos(tmp_path / "photos", "1.png")]
     (tmp_path / "photos" / "1.txt").write_text("a cat")
     argv += ["--output_dir", tmp_path / "out", "--overwrite", "--num_validation_images", 1]
-    saving = ["--gradient_checkpointing", "--use_8bit_adam", "--offload_ema", "--mixed_precision bf16"]
-    saving += ["--train_batch_size 1 --gradient_accumulation_steps 16"]
+    saving = ["--mixed_precision bf16", "--use_8bit_adam", "--offload_ema"]
+    saving += ["--train_batch_size 1 --gradient_accumulation_steps 16", "--gradient_checkpointing"]
     used = ["--gradient_checkpointing", "--mixed_precision", "bf16", "--train_batch_size", 1]
     for error in errors:
         monkeypatch.setattr("minisd.training.loop.run", lambda *rest, e=error: (_ for _ in ()).throw(e))

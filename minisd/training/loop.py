@@ -24,25 +24,41 @@ def start(folder: RunFolder) -> int:
     """Train as the folder's options say. Returns the exit status, as `train`."""
     configure(folder.options)  # before CUDA starts
     kind = registry.load_class("methods", folder.recorded["method"])
+    if folder.options.plan:
+        from minisd.training import plan  # which imports torch's compiler
+
+        return plan.report(kind, folder.options)
     try:
         return train(kind(folder.options, distributed.device(folder.options.device)), folder)
     except (MemoryError, RuntimeError) as e:
         if "memory" not in f"{type(e).__name__} {e}".lower():
             raise
-        unused = ", ".join(saving(folder.options)) or "a smaller --resolution alone is left"
+        few = (spelled(flags) for flags in saving(folder.options) if flags.get("train_batch_size", 1) == 1)
+        unused = ", ".join(few) or "a smaller --resolution alone is left"
         raise MemoryError(f"{files.first_line(e)} (what saves memory and is not used: {unused})") from e
 
 
-def saving(o: Run) -> list[str]:
-    """The flags that would save memory, with values, as far as they are not used: docs/scale.md."""
+def saving(o: Run) -> Iterator[dict[str, object]]:
+    """Flags that would save memory and are not used, with their values: those first that cost the least time,
+    docs/scale.md."""
     able = {f.name for f in fields(o) if not f.metadata.get("refused")}
     able -= {"use_8bit_adam"} if o.optimizer else set()
-    off = [n for n in ("gradient_checkpointing", "use_8bit_adam") if n in able and not getattr(o, n)]
-    off += ["offload_ema"] if getattr(o, "use_ema", False) and not o.offload_ema else []
-    off += ["mixed_precision bf16"] if o.mixed_precision == "no" else []
+    if o.mixed_precision == "no":
+        yield {"mixed_precision": "bf16"}
+    off = [n for n in ("use_8bit_adam", "offload_ema") if n in able and not getattr(o, n)]
+    yield from ({name: True} for name in off if name != "offload_ema" or o.use_ema)
     images = o.train_batch_size * o.gradient_accumulation_steps
-    fewer = f"train_batch_size 1 --gradient_accumulation_steps {images}"
-    return [f"--{flag}" for flag in [*off, *([fewer] if o.train_batch_size > 1 else [])]]
+    for size in range(o.train_batch_size - 1, 0, -1):
+        if o.train_batch_size % size == 0:
+            yield {"train_batch_size": size, "gradient_accumulation_steps": images // size}
+    if "gradient_checkpointing" in able and not o.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+
+
+def spelled(*changes: dict[str, object]) -> str:
+    """Changes of flags as they are written."""
+    flags = (flag for change in changes for flag in change.items())
+    return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in flags)
 
 
 def train(method: Method, folder: RunFolder) -> int:
