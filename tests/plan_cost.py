@@ -12,9 +12,12 @@ what Python and libraries take is not.
 import argparse
 import gc
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
