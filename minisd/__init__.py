@@ -36,15 +36,16 @@ __version__ = "0.1.0"
 
 
 def load(model: str | Path, **options) -> Model | PixelModel:
-    """Load the model in a folder, a file or a hub id; by default on the GPU and in fp16 if there is one.
+    """Load the model in a folder, a file or a hub id; by default on the GPU and in fp16 if there is one, else
+    in bf16 on a CPU that multiplies in it.
     `options` are those of StableDiffusion.load."""
     import torch
 
+    from minisd.device import precision
     from minisd.sampling import api
 
     options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = torch.device(options["device"]).type == "cuda"
-    options.setdefault("dtype", torch.float16 if on_gpu else torch.float32)
+    options.setdefault("dtype", precision("auto", torch.device(options["device"])))
     return api.load(model, **options)
 
 

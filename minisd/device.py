@@ -60,6 +60,14 @@ def unchanged() -> Iterator[None]:
             torch.cuda.set_device(gpu)
 
 
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that --dtype names; "auto": fp16 on a GPU, bf16 on a CPU that multiplies in it, or fp32."""
+    if name == "auto":
+        fast = {"cuda": "fp16", "cpu": "bf16" if ops.has_fast_bf16() else "fp32"}
+        name = fast.get(device.type, "fp32")
+    return DTYPES[name]
+
+
 def usable(name: str) -> torch.device:
     """The device of that name. ValueError, naming the flag, if this machine or this torch has none."""
     try:

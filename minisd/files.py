@@ -1,13 +1,16 @@
 """Files and folders: tensors are read lazily, and everything is written whole or not at all."""
 
+import ctypes
 import json
 import math
+import mmap
 import os
 import re
 import secrets
 import shutil
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,6 +79,21 @@ def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, s
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
+
+
+def let_go(tensors: Iterable[Tensor]) -> None:
+    """Free the memory of those tensors that are mapped from a file and unchanged since: it is read again when
+    they are used. The others stay, as do all on other systems than Linux."""
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/maps") as lines:
+        mapped = [line.split()[0].split("-") for line in lines if " /" in line]
+    ranges = [(int(start, 16), int(end, 16)) for start, end in mapped]
+    libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+    for t in tensors:
+        start, end = -(-t.data_ptr() // page) * page, (t.data_ptr() + t.nbytes) // page * page  # whole pages
+        if any(first <= start < end <= last for first, last in ranges):
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _head(path: Path) -> bytes:

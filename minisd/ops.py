@@ -7,6 +7,7 @@ kernel can run; "torch" never uses kernels. They are imported when first needed,
 Shapes: b batch, c channels, h w height and width, n tokens, nh heads, hd head width, d width.
 """
 
+import functools
 import hashlib
 import os
 import sys
@@ -148,6 +149,21 @@ def _known(call: tuple, compiling: bool, index: int | None) -> str | None:
 _known._dynamo_marked_constant = True
 
 
+@functools.cache
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies in bf16, by AVX-512 or AMX, and oneDNN's own limit allows it. Others
+    emulate it, slower than fp32. Older releases of torch cannot be asked."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    allowed = any(name in limit for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10"))
+    return allowed and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def fast_bf16(x: Tensor) -> bool:
+    """Whether x is in bf16 on a CPU that multiplies in it."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_fast_bf16()
+
+
 # ------------------------------ The ops
 
 watcher = None  # of sampling/watch.py: is given q, k and v, and may return the result
@@ -167,12 +183,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
         if kernel := _kernel("attention", q, k, v):
             return kernel(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, nh, n, hd)
-    # On a CPU the backward of torch's own attention is slow in bf16; this trains a small model a third faster
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256:
+    # On a CPU the backward of torch's own attention is slow in bf16; this trains a small model a third
+    # faster. Its scores are rounded, and the result errs several times as much.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256 and torch.is_grad_enabled():
         scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).float()
         if causal:
             scores = scores + torch.full(scores.shape[2:], float("-inf")).triu(1)
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+    if fast_bf16(q):  # a tenth faster
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)  # (b, n, nh, hd)
 
 
@@ -189,7 +208,7 @@ def group_norm(
     last = x.is_contiguous(memory_format=torch.channels_last)
     x = F.group_norm(x, num_groups, weight, bias, eps)
     x = x.contiguous(memory_format=torch.channels_last) if last else x  # on a GPU torch returns NCHW
-    return F.silu(x) if silu else x
+    return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # fp32 on every CPU, unless a test asks for bf16
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
 PAIRED = "controlnet", "instruct_pix2pix"  # whose data are pairs of images

@@ -45,7 +45,7 @@ def test_script(model, script, command, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--prompt", "x", "--width", "30"], "--width 30"),
+        (["--prompt", "x", "--width", "30"], "--width must"),
         (["--prompt", "x", "--scheduler", "ddimm"], "ddim"),
         (["--prompt", "x", "--adapter", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--prompt", "x", "--steps", "0"], "--steps"),

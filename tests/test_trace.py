@@ -19,7 +19,7 @@ def test_a_picture_passes_few_files():
     command = [sys.executable, str(ROOT / "tests" / "trace_picture.py"), str(ROOT)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = [list(map(int, pair)) for pair in re.findall(r": (\d+) files, (\d+) hops", out)]
-    most = [(28, 117), (18, 33)]
+    most = [(28, 106), (18, 33)]
     assert len(counts) == 2
     assert all(
         c <= m for pair, bounds in zip(counts, most, strict=True) for c, m in zip(pair, bounds, strict=True)

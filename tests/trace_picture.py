@@ -4,7 +4,8 @@
 
 draws with the tiny model in the box and counts, by sys.setprofile, up to the first UNet.forward: the files of
 the project that are entered, and the hops, where a function of one file calls into another. A function that
-calls into the same file again, or in a loop, hops once. What runs while a module is imported does not count.
+calls into the same file again, or in a loop, hops once. What runs while a module is imported does not count,
+nor what torch calls by itself.
 
 The second count takes three things as one step each, where the call counts and not what it leads to: reading
 the command line (`parse_sample`), loading the model (`load` in sampling/run.py), and a network's forward.
@@ -36,7 +37,7 @@ def trace(root: Path) -> tuple[set[Hop], set[Hop]]:
         return str(Path(name).relative_to(root)) if name.startswith(project) else None
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if event != "call" or not file(frame):
+        if event != "call" or not file(frame) or frame.f_code.co_name == "__torch_function__":
             return
         callers = []  # the project's functions above this one, the nearest first
         above = frame.f_back

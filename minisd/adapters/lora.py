@@ -23,7 +23,7 @@ from minisd import files
 from minisd.adapters import _lycoris, token_embedding
 from minisd.adapters._adapter import NETWORK_NAMES, Adapter
 from minisd.formats import lora_names
-from minisd.models.layers import conv1x1
+from minisd.models.layers import conv1x1, conv3x3
 
 if TYPE_CHECKING:
     from minisd.sampling.stable_diffusion import StableDiffusion
@@ -138,6 +138,8 @@ class UpdatedConv2d(Updated, nn.Conv2d):
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kernel_size == (1, 1):
             return conv1x1(x, weight, bias)
+        if self.kernel_size == (3, 3) and self.stride == (1, 1):
+            return conv3x3(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models import unet
-from minisd.models.layers import Context, Conv1x1, move
+from minisd.models.layers import Context, Conv1x1, Conv3x3, move
 from minisd.models.unet import EncoderConfig, UNet, UNetEncoder
 
 HINT_CHANNELS = (16, 32, 96, 256)
@@ -34,12 +34,12 @@ class HintNetwork(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], c_out: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.conv_in = Conv3x3(3, channels[0])
         self.blocks = nn.ModuleList()
         for narrow, wide in zip(channels, channels[1:], strict=False):
-            self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
+            self.blocks.append(Conv3x3(narrow, narrow))
             self.blocks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
-        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
+        self.conv_out = Conv3x3(channels[-1], c_out)
 
     def forward(self, hint: Tensor) -> Tensor:
         x = self.conv_in(hint)  # (b, channels[0], 8h, 8w)

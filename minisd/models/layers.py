@@ -19,9 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd import ops
-
-CHANNELS_LAST_DEVICES = {"cuda"}  # where `move` changes the layout
+from minisd import files, ops
 
 
 class GroupNorm(nn.GroupNorm):
@@ -63,6 +61,41 @@ class Conv1x1(nn.Conv2d):
         return conv1x1(x, self.weight, self.bias)
 
 
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve x (b, c_in, h, w) with weight (c_out, c_in, 3, 3), padded by 1: (b, c_out, h, w). Few pixels
+    in bf16 on a CPU are convolved as a matrix product: torch's convolution reorders all weights at every
+    call, which takes longer there than to multiply by them."""
+    b, c_in, h, w = x.shape
+    if not ops.fast_bf16(x) or 8 * b * h * w > len(weight) or torch.is_grad_enabled():
+        return F.conv2d(x, weight, bias, padding=1)
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (b, h + 2, w + 2, c_in)
+    along = x.stride()
+    patches = x.as_strided((b, h, w, 3, 3, c_in), (*along[:3], *along[1:]))
+    rows = patches.reshape(b * h * w, -1)  # (b h w, 9 c_in)
+    y = F.linear(rows, weight.permute(0, 2, 3, 1).reshape(len(weight), -1), bias)  # (b h w, c_out)
+    return y.view(b, h, w, -1).permute(0, 3, 1, 2)  # (b, c_out, h, w)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution padded by 1, by `conv3x3`: (b, c_in, h, w) -> (b, c_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int, device: str | None = None):
+        super().__init__(c_in, c_out, 3, padding=1, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3x3(x, self.weight, self.bias)
+
+
+def conv3x3_of_doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`conv3x3` of x (b, c_in, h, w) with each pixel doubled along both sides: (b, c_out, 2 h, 2 w). Of the
+    nine weights those that meet the same pixel are summed first, which makes it a transposed convolution of
+    4x4 and stride 2, with 16 products for a pixel instead of 36."""
+    for side in (2, 3):
+        first, middle, last = weight.unbind(side)
+        weight = torch.stack([last, middle + last, first + middle, first], side)  # (c_out, c_in, 4, 4)
+    return F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, padding=1)
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, *, shift: int = 0, sines_first: bool = False) -> Tensor:
     """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(dim/2 - shift)), (b, dim) in fp32, of timesteps (b,):
     Vaswani et al. 2017, section 3.5, with the cosines first as in SD. The published DDPM weights have a shift
@@ -81,10 +114,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, *, groups: int, eps: float, temb_dim: int | None = None):
         super().__init__()
         self.norm1 = GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv3x3(c_in, c_out)
         self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None
         self.norm2 = GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = Conv3x3(c_out, c_out)
         self.conv_shortcut = Conv1x1(c_in, c_out) if c_in != c_out else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -98,18 +131,19 @@ def fused_qkv(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
     """Apply each layer to x (b, n, d); in one matrix product, if the layers are plain and `to_channels_last`
     has put their weights into one piece of memory."""
     weights = [layer.weight for layer in layers]
-    if torch.compiler.is_compiling() or not all(map(_is_plain, layers)) or not _in_one_piece(weights):
+    plain = all(_is_plain(layer) and layer.bias is None for layer in layers)
+    if torch.compiler.is_compiling() or not plain or not _in_one_piece(weights):
         return [layer(x) for layer in layers]
     widths = [len(w) for w in weights]
     whole = weights[0].as_strided((sum(widths), x.shape[-1]), (x.shape[-1], 1))  # (d_q + d_k + d_v, d)
     return F.linear(x, whole).split(widths, dim=-1)
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer has no bias, no gradient, no hooks, and no adapter that has an effect."""
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer has no gradient, no hooks, and no adapter that has an effect."""
     has_hooks = layer._forward_hooks or layer._forward_pre_hooks
-    no_adapter = type(layer) is nn.Linear or getattr(layer, "idle", False)
-    return no_adapter and layer.bias is None and not (layer.weight.requires_grad or has_hooks)
+    no_adapter = type(layer) in (nn.Linear, Conv3x3) or getattr(layer, "idle", False)
+    return no_adapter and not (layer.weight.requires_grad or has_hooks)
 
 
 def _in_one_piece(weights: list[Tensor]) -> bool:
@@ -262,15 +296,21 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        b, c, h, w = x.shape
+        size = size or (2 * h, 2 * w)
+        doubles = (
+            size == (2 * h, 2 * w) and b * h * w >= c
+        )  # of fewer pixels the sums take longer than they save
+        if doubles and ops.fast_bf16(x) and _is_plain(self.conv) and not torch.is_grad_enabled():
+            return conv3x3_of_doubled(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (b, c, *size)
 
 
 def to_channels_last(network: nn.Module) -> nn.Module:
-    """Lay out the weights in memory for a GPU; names, shapes and values stay. A convolution with a
+    """Lay out the weights in memory for speed; names, shapes and values stay. A convolution with a
     channels-last weight returns channels-last, in which pixels become tokens without a copy. The three
     weights of a self-attention share one piece of memory, for `fused_qkv`."""
     network.to(memory_format=torch.channels_last)
@@ -284,6 +324,24 @@ def to_channels_last(network: nn.Module) -> nn.Module:
 
 
 def move(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Move a network to a device, in the fast memory layout there: channels-last gains nothing on a CPU."""
-    network = network.to(device, dtype)
-    return to_channels_last(network) if torch.device(device).type in CHANNELS_LAST_DEVICES else network
+    """Move a network to a device, in the fast memory layout there. Where its weights are copied from a file,
+    the file's pages leave the memory."""
+    copied, size = [], 0
+    for parameter in network.parameters():
+        before = parameter.data
+        after = before.to(device, dtype)
+        if is_fast_in_channels_last(after) and after.ndim == 4:
+            after = after.contiguous(memory_format=torch.channels_last)
+        parameter.data = after
+        if after is not before:
+            copied, size = [*copied, before], size + before.nbytes
+        if size > 2**28:
+            files.let_go(copied)
+            copied, size = [], 0
+    files.let_go(copied)
+    return to_channels_last(network) if is_fast_in_channels_last(after) else network
+
+
+def is_fast_in_channels_last(weight: Tensor) -> bool:
+    """Whether convolutions by this weight are faster in channels-last: not in fp32 on a CPU."""
+    return weight.device.type == "cuda" or ops.fast_bf16(weight)

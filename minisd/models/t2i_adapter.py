@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models.controlnet import Residuals
-from minisd.models.layers import Context, Conv1x1
+from minisd.models.layers import Context, Conv1x1, Conv3x3
 
 LUMA = 0.299, 0.587, 0.114  # of red, green and blue in a grey image
 
@@ -28,8 +28,8 @@ class ReluBlock(nn.Module):
 
     def __init__(self, c: int, light: bool):
         super().__init__()
-        self.block1 = nn.Conv2d(c, c, 3, padding=1)
-        self.block2 = nn.Conv2d(c, c, 3, padding=1) if light else Conv1x1(c, c)
+        self.block1 = Conv3x3(c, c)
+        self.block2 = Conv3x3(c, c) if light else Conv1x1(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block2(F.relu(self.block1(x)))
@@ -57,7 +57,7 @@ class T2IAdapter(nn.Module):
         super().__init__()
         self.config, channels = config, config.channels
         c_in = config.hint_channels * config.downscale**2
-        self.conv_in = None if config.light else nn.Conv2d(c_in, channels[0], 3, padding=1)
+        self.conv_in = None if config.light else Conv3x3(c_in, channels[0])
         widths = [c_in if config.light else channels[0], *channels]
         self.body = nn.ModuleList(Level(*pair, config) for pair in zip(widths, channels, strict=False))
 

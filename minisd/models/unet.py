@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.models.blocks import Block, DownBlock, LevelsConfig, MidBlock, UpBlock
-from minisd.models.layers import Context, GroupNorm, SpatialTransformer, timestep_embedding
+from minisd.models.layers import Context, Conv3x3, GroupNorm, SpatialTransformer, timestep_embedding
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class UNetEncoder(nn.Module):
         super().__init__()
         self.config = config
         c = config.block_out_channels[0]
-        self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, c)
         linear_1, linear_2 = nn.Linear(c, config.temb_dim), nn.Linear(config.temb_dim, config.temb_dim)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
         self.down_blocks = nn.ModuleList(
@@ -102,13 +102,13 @@ class UNet(UNetEncoder):
             for level in reversed(levels)
         )
         self.conv_norm_out = GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(c, config.out_channels)
 
     def widen(self, in_channels: int) -> None:
         """Add input channels with weights of zero, so that the output stays the same (Brooks et al. 2022,
         arXiv 2211.09800, section 3.2)."""
         old, more = self.conv_in, in_channels - self.config.in_channels
-        self.conv_in = nn.Conv2d(in_channels, old.out_channels, 3, padding=1, device="meta")
+        self.conv_in = Conv3x3(in_channels, old.out_channels, device="meta")
         weight = F.pad(old.weight.detach(), (0, 0, 0, 0, 0, more))  # (c0, in_channels, 3, 3), same layout
         self.conv_in.weight = nn.Parameter(weight)
         self.conv_in.bias = old.bias

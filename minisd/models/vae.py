@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minisd.models.blocks import DownBlock, LevelsConfig, MidBlock, UpBlock
-from minisd.models.layers import GroupNorm, SelfAttention2d
+from minisd.models.layers import Conv3x3, GroupNorm, SelfAttention2d
 
 
 @dataclass(kw_only=True)
@@ -48,12 +48,12 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         first, last = config.block_out_channels[0], config.block_out_channels[-1]
-        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, first)
         levels = range(len(config.block_out_channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config, partial(_attention, config))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, last, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(last, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv3x3(last, 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (b, c0, 8h, 8w)
@@ -70,11 +70,11 @@ class Decoder(nn.Module):
         super().__init__()
         first, last = config.block_out_channels[0], config.block_out_channels[-1]
         levels = reversed(range(len(config.block_out_channels)))
-        self.conv_in = nn.Conv2d(config.latent_channels, last, 3, padding=1)
+        self.conv_in = Conv3x3(config.latent_channels, last)
         self.mid_block = MidBlock(config, partial(_attention, config))
         self.up_blocks = nn.ModuleList(UpBlock(config, level, has_skips=False) for level in levels)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, first, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(first, config.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))  # (b, c_last, h, w)

@@ -203,7 +203,9 @@ class Loading(Editing, Model):
         False, "the same command gives the same bytes on the same GPU; --kernels auto is then torch"
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
-        "auto", "precision; auto is fp16 on a GPU, fp32 on a CPU, and for --export that of the model's files"
+        "auto",
+        "precision; auto is fp16 on a GPU, bf16 on a CPU that multiplies in it, else fp32, and for --export "
+        "that of the model's files",
     )
 
 

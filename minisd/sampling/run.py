@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minisd import files, ops, registry
 from minisd.data import images
-from minisd.device import DTYPES, configure, usable
+from minisd.device import DTYPES, configure, precision, usable
 from minisd.sampling import heat, image_prompt, infotext, sweep
 from minisd.sampling.edit import edit
 from minisd.sampling.input_images import InputImages, opened
@@ -69,7 +69,13 @@ def load(options: Sample) -> Model | PixelModel:
 
     configure(options)
     device = usable(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES.get(options.dtype, torch.float16 if device.type == "cuda" else torch.float32)
+    # An image whose text names no precision was drawn in that of any CPU.
+    dtype = precision("fp32" if options.like and device.type == "cpu" else "auto", device)
+    dtype = DTYPES.get(options.dtype, dtype)
+    if options.dtype == "auto" and dtype == torch.bfloat16:
+        print(
+            "precision: bf16, which this CPU computes fastest (--dtype fp32 for more digits)", file=sys.stderr
+        )
     model = api.load(options.model, device=device, dtype=dtype, **options.loading())
     refuse_unused(options, model)
     if options.compile:
@@ -114,6 +120,8 @@ def draw(
         folder = output.parent if is_png(output) else output
         images.save_png(images.grid(drawn), folder / "preview.png")
 
+    if settings.dtype == "auto" and model.unet.conv_in.weight.dtype == torch.bfloat16:
+        settings.dtype = "bf16"  # which --like finds in the image
     if settings.preview:
         arguments |= {"on_preview": preview, "preview": settings.preview}
     steps = count * (settings.steps - settings.first_step)

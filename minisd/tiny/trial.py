@@ -16,6 +16,7 @@ from PIL import Image
 
 from minisd import cli, registry
 from minisd.data import images
+from minisd.device import precision
 from minisd.options import TINY
 from minisd.sampling.generate import Settings, pictures
 from minisd.sampling.stable_diffusion import StableDiffusion
@@ -119,7 +120,7 @@ class Trial:
         return self.train(model=self.path, num_validation_images=1, **flags)
 
     def load(self, path: Path | None = None) -> StableDiffusion:
-        return StableDiffusion.load(path or self.path)
+        return StableDiffusion.load(path or self.path, dtype=precision("auto", torch.device("cpu")))
 
     def draw(self, sd: StableDiffusion, prompts: list[str], seed: int = 0, sampling: dict | None = None,
              **further) -> list[Image.Image]:  # fmt: skip
