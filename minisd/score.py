@@ -10,7 +10,7 @@ the images (Efron 1979). A hub id is downloaded, as it was asked for; a folder i
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,43 +35,31 @@ def load(flag: str, source: str, device: str) -> tuple[torch.nn.Module, Callable
     return model.to(usable(device)).eval(), processor
 
 
-def parts(values: list) -> Iterator[list]:
-    """At most BATCH values at once."""
-    return (values[start : start + BATCH] for start in range(0, len(values), BATCH))
-
-
-def unit(vectors: list[Tensor]) -> Tensor:
-    """Batches of vectors as one (n, d), each of length 1, in fp32 on the CPU."""
-    return F.normalize(torch.cat(vectors).float().cpu(), dim=1)
-
-
 @torch.no_grad()
+def embeddings(of: Callable, model: torch.nn.Module, processor: Callable, values: list) -> Tensor:
+    """The embeddings (n, d) by `of_images` or `of_texts`, each of length 1, in fp32 on the CPU."""
+    parts = (values[start : start + BATCH] for start in range(0, len(values), BATCH))
+    return F.normalize(torch.cat([of(model, processor, part) for part in parts]).float().cpu(), dim=1)
+
+
 def of_images(model: torch.nn.Module, processor: Callable, paths: list[Path]) -> Tensor:
-    """The embeddings (n, d) of images: CLIP's projected ones; of another model the last state of the first
-    token, which is DINO's class token."""
-    found = []
-    for part in parts(paths):
-        inputs = processor(images=[*map(images.open_image, part)], return_tensors="pt").to(model.device)
-        if hasattr(model, "get_image_features"):
-            found.append(model.visual_projection(model.vision_model(**inputs).pooler_output))
-        else:
-            found.append(model(**inputs).last_hidden_state[:, 0])
-    return unit(found)
+    """CLIP's projected embeddings; of another model the last state of the first token, which is DINO's class
+    token."""
+    inputs = processor(images=[*map(images.open_image, paths)], return_tensors="pt").to(model.device)
+    if hasattr(model, "get_image_features"):
+        return model.visual_projection(model.vision_model(**inputs).pooler_output)
+    return model(**inputs).last_hidden_state[:, 0]
 
 
-@torch.no_grad()
 def of_texts(model: torch.nn.Module, processor: Callable, texts: list[str]) -> Tensor:
-    """CLIP's embeddings (n, d) of prompts, cut off after its length."""
-    found = []
-    for part in parts(texts):
-        inputs = processor(text=part, return_tensors="pt", padding=True, truncation=True).to(model.device)
-        found.append(model.text_projection(model.text_model(**inputs).pooler_output))
-    return unit(found)
+    """CLIP's embeddings of prompts, cut off after its length."""
+    inputs = processor(text=texts, return_tensors="pt", padding=True, truncation=True).to(model.device)
+    return model.text_projection(model.text_model(**inputs).pooler_output)
 
 
-def interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
+def interval(values: Tensor) -> tuple[float, float]:
     """The bounds between which 95 % of the means lie of as many values, drawn with repetition."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     low, high = torch.quantile(values.double()[drawn].mean(dim=1), torch.tensor([0.025, 0.975]).double())
     return low.item(), high.item()
@@ -108,12 +96,12 @@ def scores(paths: list[Path], o: argparse.Namespace) -> dict[str, Tensor]:
     for flag, source in (("clip", o.clip), ("dino", o.dino)):
         if source:
             model, processor = load(flag, source, o.device)
-            own = of_images(model, processor, paths)  # (n, d)
+            own = embeddings(of_images, model, processor, paths)  # (n, d)
             if like:
-                others = of_images(model, processor, like)  # (m, d)
+                others = embeddings(of_images, model, processor, like)  # (m, d)
                 found["CLIP-I" if flag == "clip" else "DINO"] = (own @ others.T).mean(dim=1)
             if prompts and flag == "clip":
-                found["CLIP-T"] = (own * of_texts(model, processor, prompts)).sum(dim=1)
+                found["CLIP-T"] = (own * embeddings(of_texts, model, processor, prompts)).sum(dim=1)
     return found
 
 

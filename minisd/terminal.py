@@ -25,9 +25,6 @@ class Terminal:
     def __init__(self):
         self.bar, self.said, self.open = "", 0.0, False  # `open`: a line above the bar has not ended yet
 
-    def wrap(self, stream: TextIO) -> "Stream":
-        return Stream(self, stream)
-
 
 class Stream:
     """A text stream that shares the last line with a bar."""
@@ -70,7 +67,7 @@ def shared() -> Iterator[None]:
     """Inside the `with`, stdout and stderr leave the bars whole."""
     terminal, before = Terminal(), (sys.stdout, sys.stderr)
     with open(os.devnull, "w") as nowhere:  # instead of those that are closed, which are None
-        sys.stdout, sys.stderr = (terminal.wrap(stream or nowhere) for stream in before)
+        sys.stdout, sys.stderr = (Stream(terminal, stream or nowhere) for stream in before)
         try:
             yield
         finally:

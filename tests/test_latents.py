@@ -123,7 +123,7 @@ def test_damaged_files_are_not_used(data, model, tmp_path, monkeypatch, capsys):
     four.write_bytes(content)
     spoilt, count = cached(data, model, tmp_path / "c", *flags)
     with pytest.raises(ValueError, match=f"^--latents_dir: {four} is damaged"):
-        list(spoilt.moments.values())
+        [spoilt.moments[view] for view in spoilt.dataset.views()]
 
 
 def test_what_latents_depend_on(data, model, tmp_path):

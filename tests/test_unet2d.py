@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from minisd.formats import config_json, diffusers, parts
 from minisd.models import unet2d
 from minisd.models.layers import timestep_embedding
+from minisd.sampling.generate import Settings, denoise
 from minisd.sampling.pixel_diffusion import PixelDiffusion, scheduler_config
 from minisd.sampling.stable_diffusion import StableDiffusion
 from tests import method_helpers
@@ -200,7 +201,9 @@ def test_it_draws_the_same_as_diffusers(saved, tmp_path, kind, law):
     model.save(tmp_path / "model")
     pipe = DDPMPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
-    drawn = model.sample([torch.Generator().manual_seed(s) for s in (3, 4)], 20)
+    settings = Settings(steps=20, scheduler="ddpm")
+    settings.width = settings.height = model.default_size
+    *_, drawn = denoise(model, ["", ""], (3, 4), settings)
     generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
     expected = pipe(batch_size=2, generator=generators, num_inference_steps=20).images
     for a, b in zip(drawn, expected, strict=True):

@@ -2,7 +2,8 @@
 
 A kind is a module beside this one with two functions. `matches(tensors)` says whether a file's tensors are of
 this kind. `read(sd, tensors, metadata, source)` returns an Adapter without changing the model; it raises
-ValueError, naming the file, if anything in it does not fit the model.
+ValueError, naming the file, if anything in it does not fit the model. A kind that is used with a conditioning
+image, and not attached, has its name as CONTROL instead of `read`.
 """
 
 from __future__ import annotations
@@ -89,4 +90,6 @@ def read(sd: StableDiffusion, file: Path) -> Adapter:
         kind = registry.match("adapters", tensors)
     except ValueError:
         raise ValueError(f"{file} is no adapter of a known kind; it holds {first_names(tensors)}") from None
+    if control := getattr(kind, "CONTROL", None):
+        raise ValueError(f"{file} is a {control}: give it as --controlnet, with its --control_image")
     return kind.read(sd, tensors, metadata, file)

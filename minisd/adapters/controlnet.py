@@ -3,11 +3,8 @@
 A ControlNet needs a conditioning image, so it is not attached: sampling takes it together with that image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,19 +15,11 @@ from minisd.models.controlnet import ControlNet
 from minisd.models.layers import move
 from minisd.models.unet import UNetConfig
 
-if TYPE_CHECKING:
-    from minisd.sampling.stable_diffusion import StableDiffusion
+CONTROL = "ControlNet"
 
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(single_file.CONTROLNET_NAMES) for name in tensors)
-
-
-def read(
-    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
-) -> NoReturn:
-    """Raise a ValueError that says how a ControlNet is used."""
-    raise ValueError(f"{source} is a ControlNet: give it as --controlnet, with its --control_image")
 
 
 def load(

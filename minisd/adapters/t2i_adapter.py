@@ -5,13 +5,10 @@ blocks are in `body.LEVEL.resnets`. The authors number all blocks in a row, `bod
 those of light adapters in `body.LEVEL.body`. The shapes say what network it is.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
@@ -21,22 +18,13 @@ from minisd.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from minisd.models.unet import UNetConfig
 from minisd.options import require
 
-if TYPE_CHECKING:
-    from minisd.sampling.stable_diffusion import StableDiffusion
-
+CONTROL = "T2I-Adapter"
 PREFIX = "adapter."
 BLOCK = re.compile(r"(?:adapter\.)?body\.(\d+)\.(?:body\.|resnets\.)?(?:\d+\.)?block1\.weight")
 
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:
     return any(BLOCK.fullmatch(name) for name in tensors)
-
-
-def read(
-    sd: StableDiffusion, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Path
-) -> NoReturn:
-    """Raise a ValueError that says how a T2I-Adapter is used."""
-    raise ValueError(f"{source} is a T2I-Adapter: give it as --controlnet, with its --control_image")
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:

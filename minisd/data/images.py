@@ -106,17 +106,19 @@ def _opened(
     if is_file:
         reading.check_regular(path, MOST)
     try:
-        file = path
-        if not (is_file and header):
+        if is_file and header:
+            file = open(path, "rb")
+        else:
             whole = Path(path).read_bytes() if is_file else path.read_bytes() if content is None else content
             require(whole, "it is empty")
             file = io.BytesIO(whole)
-        if is_heic(file):
-            read_heic()
-        with unlimited(), Image.open(file) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError
-            yield image
+        with file, unlimited():
+            if file.read(12)[4:] in HEIC_BRANDS:
+                read_heic()
+            with Image.open(file) as image:
+                if max_pixels is not None and image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError
+                yield image
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture") from None
     except Image.DecompressionBombError:
@@ -135,14 +137,6 @@ def unlimited() -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-
-
-def is_heic(file: Path | str | io.BytesIO) -> bool:
-    """Whether a file is HEIC by how it begins."""
-    if not isinstance(file, io.BytesIO):
-        with open(file, "rb") as opened:
-            return opened.read(12)[4:] in HEIC_BRANDS
-    return file.getbuffer()[4:12] in HEIC_BRANDS
 
 
 @functools.cache

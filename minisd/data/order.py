@@ -9,7 +9,7 @@ processes together), because a round holds images of one bucket.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +89,7 @@ class Stream:
     def __init__(self, dataset: Captioned | Prior, seed: int):
         self.dataset = dataset
         self.seed = seed
-        self.moments: Mapping[View, tuple[Tensor, Tensor]] = {}  # mean, std of a view's latents
+        self.moments: Any = {}  # view -> mean, std of its latents; see training/latents.py
         self.arrange(1)
 
     def arrange(self, size: int) -> None:

@@ -60,9 +60,7 @@ class Records(Sequence):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int | slice) -> "Record | Records":
-        if isinstance(index, slice):
-            return self.take(range(len(self))[index])
+    def __getitem__(self, index: int) -> Record:
         name, repeats = self.names[index], self.repeats[index]
         pictures, texts, sizes = (
             {column: entries[index] for column, entries in columns.items() if entries[index] is not ABSENT}

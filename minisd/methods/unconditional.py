@@ -84,14 +84,16 @@ class Unconditional(Method):
     def preview(self, moment: str = "") -> Image | None:
         """Generated images, from the same noise every time; none before training, which would take many steps
         for noise."""
-        import torch
         from tqdm import tqdm
 
         from minisd.data import images
+        from minisd.sampling.generate import Settings, pictures
 
         if moment == "before":
             return None
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
-        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        settings = Settings(steps=steps, scheduler="ddpm")
+        settings.width = settings.height = self.sd.default_size  # of a model of one's own any number
         with tqdm(total=count * steps, desc="drawing", **BRIEF) as bar, self.autocast():
-            return images.grid([images.to_pil(p) for p in self.sd.sample(generators, steps, bar.update)])
+            drawing = {"batch_size": count, "on_step": bar.update}
+            return images.grid(list(pictures(self.sd, [""] * count, range(count), settings, **drawing)))

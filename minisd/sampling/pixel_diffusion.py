@@ -1,6 +1,6 @@
 """The pixel-space model: a UNet without text encoder and VAE, and its noise schedule (arXiv 2006.11239)."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,6 @@ from minisd.models.layers import move
 from minisd.models.unet2d import DDPM, UNet2D
 from minisd.noise import NoiseSchedule
 from minisd.options import require
-from minisd.sampling import generate
-from minisd.sampling.options import Settings
 
 
 class PixelDiffusion:
@@ -77,18 +75,6 @@ class PixelDiffusion:
     def decode(self, pixels: Tensor) -> Tensor:
         """The pixels (b, c, h, w): there is nothing to decode."""
         return pixels
-
-    def sample(
-        self, generators: list[torch.Generator], steps: int, on_step: Callable[[int], None] = lambda n: None
-    ) -> Tensor:
-        """Generate one image for each generator, by DDPM: (b, c, h, w), about [-1, 1]. `on_step(b)` is called
-        after each step."""
-        settings = Settings(steps=steps, scheduler="ddpm")
-        settings.width = settings.height = self.default_size
-        seeds = [generator.initial_seed() for generator in generators]
-        for x in generate.denoise(self, [""] * len(seeds), seeds, settings):
-            on_step(len(x))
-        return x
 
 
 def scheduler_config(**changes) -> dict:

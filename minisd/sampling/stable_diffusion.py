@@ -267,7 +267,7 @@ def refuse_adapter(path: Path) -> None:
             break
     else:
         return
-    flag = "--controlnet" if kind in (controlnet, t2i_adapter) else "--adapter"
+    flag = "--controlnet" if hasattr(kind, "CONTROL") else "--adapter"
     raise ValueError(f"{path} is no model: sample.py takes it by {flag}, beside the --model")
 
 

@@ -27,7 +27,7 @@ from minisd.data import images
 from minisd.formats import config_json
 from minisd.models.unet2d import UNet2DConfig
 from minisd.options import TINY
-from minisd.sampling.generate import Control
+from minisd.sampling.generate import Control, Settings, pictures
 from minisd.sampling.pixel_diffusion import PixelDiffusion
 from minisd.tiny import bank, measures, tuned, unseen
 from minisd.tiny.concepts import UNSEEN
@@ -243,9 +243,8 @@ def unconditional(t: Trial) -> None:
         save_model_epochs=10000,
     )
     new = PixelDiffusion.load(out)
-    drawn = [
-        images.to_pil(p) for p in new.sample([torch.Generator().manual_seed(i) for i in range(count)], 50)
-    ]
+    settings = Settings(steps=50, scheduler="ddpm", width=side, height=side)
+    drawn = [*pictures(new, [""] * count, range(count), settings, batch_size=count)]
     noise = [images.to_pil(torch.randn(3, side, side, generator=torch.Generator().manual_seed(i)))
              for i in range(count)]  # fmt: skip
     mean = images.to_pil(torch.stack([images.to_tensor(image) for image in things]).mean(dim=0))

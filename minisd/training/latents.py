@@ -7,7 +7,7 @@ killed run leaves those that it had finished, and two that write at the same tim
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def cache(stream: Stream, method: Method, processes: Processes, folder: Path) ->
     stored = Stored(place / vae_digest(method), {view: stream.dataset.identity(view) for view in views})
     for share, world in ((processes.rank, processes.world), (0, 1)):
         # The second time only what is missing still: of processes that do not share the folder.
-        missing = [view for i, view in enumerate(views) if i % world == share and not stored.has(view)]
+        missing = [view for i, view in enumerate(views) if i % world == share and view not in stored]
         encoded = ((view, sd.encode_images(stream.dataset.pixels(view)[None])) for view in missing)
         shown = processes.first and bool(missing)
         write(stored, tqdm(encoded, "encoding images", len(missing), disable=not shown, **BRIEF))
@@ -96,7 +96,7 @@ def vae_digest(method: Method) -> str:
     return sha.hexdigest()[: 2 * DIGEST]
 
 
-class Stored(Mapping):
+class Stored:
     """Mean and deviation of views, read from the files of a folder when they are used, mapped into memory.
     `identities` are texts with all that the pixels of each view depend on."""
 
@@ -113,10 +113,6 @@ class Stored(Mapping):
                 if time.time() - path.stat().st_mtime > STALE:
                     path.unlink()
         self.look()
-
-    def has(self, view: View) -> bool:
-        """Whether the latents of a view are in one of the files."""
-        return self.keys_of[view] in self.places
 
     def look(self) -> None:
         """Take note of the files that are new in the folder, and pass over damaged ones."""
@@ -145,14 +141,8 @@ class Stored(Mapping):
         name = hashlib.sha256(b"".join(shard)).hexdigest()[: 2 * DIGEST]
         files.write(self.folder / f"{name}.safetensors", tensors, {"index": _index(tensors)})
 
-    def __len__(self) -> int:
-        return len(self.keys_of)
-
-    def __iter__(self) -> Iterator[View]:
-        return iter(self.keys_of)
-
-    def __contains__(self, view: object) -> bool:
-        return view in self.keys_of
+    def __contains__(self, view: View) -> bool:
+        return self.keys_of.get(view) in self.places
 
     def __getitem__(self, view: View) -> tuple[Tensor, Tensor]:
         """ValueError, naming the file, if the values are not those that were written."""
