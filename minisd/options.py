@@ -47,7 +47,6 @@ def flag(default: Any = MISSING, help: str | None = None, also: tuple[str, ...] 
 
 
 def default_of(f: Field) -> object:
-    """A flag's default."""
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 

@@ -126,8 +126,6 @@ class Updated(nn.Module):
 
 
 class UpdatedLinear(Updated, nn.Linear):
-    """A linear layer with updates."""
-
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 

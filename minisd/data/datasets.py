@@ -116,7 +116,6 @@ class Captioned:
         return [Example(view=view, prompt=prompt)]
 
     def draw_prompt(self, record: int, generator: torch.Generator) -> str:
-        """Draw the prompt of a record."""
         prompt = self.prompt
         if self.caption_column is not None:
             prompt = self.source.caption(record, self.caption_column, generator)
@@ -126,7 +125,6 @@ class Captioned:
         return "" if dropped else prompt
 
     def draw_flip(self, generator: torch.Generator) -> bool:
-        """Draw whether an image is flipped."""
         return noise.choice(self.flips, generator)
 
     def fixed_box(self, record: int) -> Box | None:
@@ -135,7 +133,6 @@ class Captioned:
         return crop.center(size, shape) if self.center_crop or size == shape else None
 
     def views(self) -> list[View] | None:
-        """All possible views; None if crops are random."""
         records = sorted(range(len(self.shapes)), key=lambda r: self.shapes[r])  # those of a bucket together
         boxes = [self.fixed_box(r) for r in records]
         if None in boxes:
@@ -148,13 +145,11 @@ class Captioned:
         return self.tensor(view, self.image_column)
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        """Further tensors of a view, by name."""
         if self.masks is None:
             return {}
         return {"mask": self.tensor(view, self.masks).mean(dim=0, keepdim=True) / 2 + 0.5}
 
     def identity(self, view: View) -> str:
-        """All that the pixels of a view depend on, as a text."""
         picture = self.source.identity(view.record, self.image_column)
         how = type(self).__name__, self.center_crop, self.resampling.name
         return repr((picture, how, view.flipped, view.size, view.box))

@@ -286,7 +286,6 @@ def verified(
 
 
 def join(sources: Sequence[Source]) -> Source:
-    """The records of several sources as one source."""
     lists = ("skipped", "hidden", "left_out", "bad")
     joined = {name: tuple(entry for s in sources for entry in getattr(s, name)) for name in lists}
     records = Records(record for s in sources for record in s.records)

@@ -65,7 +65,6 @@ class PixelDiffusion:
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
-        """The networks by name."""
         return {"unet": self.unet}
 
     @property

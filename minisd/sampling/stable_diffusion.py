@@ -96,7 +96,6 @@ class StableDiffusion:
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
-        """The networks by name."""
         return {part: getattr(self, part) for part in PARTS}
 
     @property

@@ -135,7 +135,6 @@ def lr_factor(options: Optimizer, step: int, total: int, peak: float) -> float:
 
 
 def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The global norm of the gradients."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
