@@ -335,7 +335,7 @@ def move(network: nn.Module, device: torch.device | str, dtype: torch.dtype | No
         parameter.data = after
         if after is not before:
             copied, size = [*copied, before], size + before.nbytes
-        if size > 2**28:
+        if size > 2**26:
             files.let_go(copied)
             copied, size = [], 0
     files.let_go(copied)

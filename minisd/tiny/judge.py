@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from minisd import cli, registry
+from minisd import cli
 from minisd.data import images
 from minisd.formats import config_json
 from minisd.models.unet2d import UNet2DConfig
@@ -169,7 +169,7 @@ def controlnet(t: Trial) -> None:
     tested = [pair(n) for n in clear[:16]]
     prompts, hints = [p["text"] for p in tested], [p["conditioning_image"] for p in tested]
     shapes = [images.to_tensor(h)[0] > 0 for h in hints]
-    control = registry.load("adapters", "controlnet").load(out, device="cpu", dtype=torch.float32)
+    control = base.controlnet(str(out))
     hint = torch.stack([images.to_tensor(h) for h in hints]) / 2 + 0.5
     before = t.draw(base, prompts)
     after = t.draw(base, prompts, controls=[Control(network=control, hint=hint)])
