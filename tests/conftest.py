@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # fp32 on every CPU, unless a test asks for bf16
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
-PAIRED = "controlnet", "instruct_pix2pix"  # whose data are pairs of images
+PAIRED = "controlnet", "dpo", "instruct_pix2pix"  # whose data are pairs of images
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "minisd" / "tokenizer"
 
@@ -165,6 +165,7 @@ def short_run(model, cat, captioned, tmp_path, monkeypatch):
         if method in PAIRED:
             data = method_helpers.make_pairs(tmp_path / "pairs")
         common = ["--data", data] if "data" in kind.__dataclass_fields__ else []
+        common += ["--rejected_image_column", "source"] if method == "dpo" else []
         common += ["--output_dir", tmp_path / "out", "--resolution", 32]
         if method == "unconditional":
             config_json.write(tmp_path, "unet2d", TINY_PIXELS)

@@ -50,6 +50,7 @@ OWN = {
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", "a cat",
                 "--ddim_steps", "5"],
     "instruct_pix2pix": ["--data", "pairs"],
+    "dpo": ["--data", "pairs", "--rejected_image_column", "source", "--center_crop", *DISK],
     "text_to_image": ["--data", "captioned", "--random_flip", "--center_crop", *DISK],
     "dreambooth": ["--data", "cat", *CLASSES],
     "custom_diffusion": ["--data", "cat", *CLASSES],

@@ -131,12 +131,14 @@ def shake(module: torch.nn.Module, size: float = 0.05) -> None:
             p.add_(size * torch.randn(p.shape, generator=generator).to(p))
 
 
-def assert_gradients(trained: dict, theirs: torch.nn.Module, prefix: str, rename=lambda name: name) -> None:
-    """Each within 1e-4 of its own largest value, or of a ten-thousandth of the largest of all."""
+def assert_gradients(
+    trained: dict, theirs: torch.nn.Module, prefix: str, rename=lambda name: name, within=1e-4
+) -> None:
+    """Each `within` so much of its own largest value, or of a ten-thousandth of the largest of all."""
     expected = {prefix + rename(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     floor = 1e-4 * max(g.abs().max() for g in expected.values())
     ours = {n: p.grad for n, p in trained.items() if n.startswith(prefix)}
     assert ours and ours.keys() == expected.keys()
     for name, gradient in ours.items():
         error = (gradient - expected[name]).abs().max() / max(expected[name].abs().max(), floor)
-        assert error <= 1e-4, f"{name} is off by {error:.1e}"
+        assert error <= within, f"{name} is off by {error:.1e}"

@@ -1,6 +1,9 @@
 """Methods whose loss asks the model before training: their mathematics, written out with diffusers' UNet."""
 
 import copy
+import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ import torch.nn.functional as F
 
 from minisd.adapters import lora
 from minisd.schedulers.lcm import consistency
-from tests.method_helpers import assert_gradients, built, encode, pipeline, theirs_of
+from minisd.training.distributed import Processes
+from minisd.training.latents import cache_latents
+from tests.method_helpers import Stream, assert_gradients, built, encode, new, pipeline, theirs_of
 
 pytestmark = pytest.mark.parity
 SHAPE = (4, 8, 8)
@@ -107,6 +112,104 @@ def test_the_whole_unet_is_saved(options, tmp_path):
     saved = StableDiffusion.load(tmp_path / "full").unet.conv_in.weight
     assert torch.equal(saved, trained["unet.conv_in.weight"])
     assert "UNet" not in m.describe()
+
+
+# --- Preferences -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_dpo(model, options, train, kind):
+    """Equation 14. Before the first update it is log 2, with a quarter of --beta_dpo times the gradient of
+    the difference of the errors."""
+    flags = ["--train", train, "--prediction_type", kind, "--no-cache_latents", "--beta_dpo", 300]
+    m, trained, batch = built("dpo", options("dpo", *flags), count=3)
+    pipe = pipeline(model)
+    theirs, noise = theirs_of(pipe, m, batch), m.draw("noise", batch, SHAPE)
+    for same in (theirs.timesteps, noise):
+        assert torch.equal(same[:3], same[3:]) and len(same.unique(dim=0)) == 3
+    assert not torch.equal(batch["pixels"][:3], batch["pixels"][3:])
+
+    def errors(unet):
+        return theirs.mse(unet(theirs.noisy, theirs.timesteps, theirs.context).sample)
+
+    start = copy.deepcopy(pipe.unet).requires_grad_(True)
+    before = errors(start)
+    loss = m.loss(batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    (300 / 4 * (before[:3] - before[3:]).mean()).backward(inputs=list(start.parameters()), retain_graph=True)
+    if train == "full":
+        assert_gradients(trained, start, "unet.", within=1e-3)  # two errors nearly cancel
+    for p in trained.values():
+        p.grad = None
+
+    policy = trained_further(m, trained, pipe)
+    loss = m.loss(batch)
+    loss.backward()
+    change = errors(policy) - before.detach()
+    expected = (1 + (300 / 2 * (change[:3] - change[3:])).exp()).log().mean()
+    expected.backward()
+    assert abs(expected.item() - math.log(2)) > 1e-3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    if train == "full":
+        assert_gradients(trained, policy, "unet.", within=1e-3)
+    (now,) = m.predict_before(theirs.noisy, theirs.timesteps, theirs.context)
+    with torch.no_grad():
+        assert torch.allclose(
+            now, pipe.unet(theirs.noisy, theirs.timesteps, theirs.context).sample, atol=1e-5
+        )
+
+
+def labelled(folder, *labels) -> None:
+    """Give the pairs of a folder these labels."""
+    file = folder / "prompt.json"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"label_0": label} for row, label in zip(rows, labels, strict=True)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("cached", ["--cache_latents", "--no-cache_latents"])
+def test_labels_say_which_image_is_preferred(options, tmp_path, cached):
+    """0 swaps a pair, and 0.5 leaves it out."""
+    o = options("dpo", "--center_crop", "--label_column", "label_0", cached)
+    m = new("dpo", replace(o, label_column=None))
+    m.setup()
+    plain = m.datasets()[0]
+    labelled(tmp_path / "pairs", 1, 0, 0.5, "1.0")
+    m = new("dpo", o)
+    m.setup()
+    data = m.datasets()[0]
+    assert len(plain) == 4 and len(data) == 3 and len(data.views()) == 6
+    stream = Stream(data, 0)
+    if cached == "--cache_latents":
+        cache_latents(stream, lambda pixels: (pixels, pixels), 2, Processes())
+    shown = {pair[0]["prompt"]: pair for pair in (stream[i] for i in range(3))}
+    assert shown.keys() == {"shape 0", "shape 1", "shape 3"}
+    for i in range(4):
+        first, second = plain.examples(i, torch.Generator())
+        images = [plain.pixels(example.view) for example in (first, second)]
+        for part, sample in enumerate(shown.get(first.prompt, [])):
+            seen = sample.get("mean", sample.get("pixels"))
+            assert torch.equal(seen, images[1 - part if first.prompt == "shape 1" else part])
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ((1, 0, 2, 1), "--label_column label_0: source2.png has 2, not 0, 0.5 or 1"),
+        ((0.5,) * 4, "--label_column label_0: .* has no pair with a preferred image"),
+        (None, "--label_column label_0: .* has no such column, but source, target, prompt"),
+    ],
+)
+def test_wrong_labels(options, tmp_path, labels, message):
+    o = options("dpo", "--label_column", "label_0")
+    if labels:
+        labelled(tmp_path / "pairs", *labels)
+    m = new("dpo", o)
+    m.setup()
+    with pytest.raises(ValueError, match=message):
+        m.datasets()
 
 
 # --- Erasing -----------------------------------------------------------------------------------------------

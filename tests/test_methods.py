@@ -35,6 +35,7 @@ NEEDS = {
     "autoencoder": ["--center_crop", "--random_flip", "--rescale_latents"],
     "custom_diffusion": ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>"]
     + ["--initializer_token", "dog", "--hflip"],
+    "dpo": ["--center_crop", "--random_flip"],
     "erase": ["--erase", "a cat", "--ddim_steps", "5"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat"]
     + ["--negative_prompt", "a small cat", "--ddim_steps", "5"],

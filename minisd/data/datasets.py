@@ -142,7 +142,11 @@ class Captioned:
 
     def pixels(self, view: View) -> Tensor:
         """(3, h, w) in [-1, 1]."""
-        return self.tensor(view, self.image_column)
+        return self.tensor(view, self.column(view))
+
+    def column(self, view: View) -> str:
+        """The column that a view is of."""
+        return self.image_column
 
     def extras(self, view: View) -> dict[str, Tensor]:
         if self.masks is None:
@@ -150,7 +154,7 @@ class Captioned:
         return {"mask": self.tensor(view, self.masks).mean(dim=0, keepdim=True) / 2 + 0.5}
 
     def identity(self, view: View) -> str:
-        picture = self.source.identity(view.record, self.image_column)
+        picture = self.source.identity(view.record, self.column(view))
         how = type(self).__name__, self.center_crop, self.resampling.name
         return repr((picture, how, view.flipped, view.size, view.box))
 
@@ -235,6 +239,54 @@ class EditPairs(Captioned):
 
     def extras(self, view: View) -> dict[str, Tensor]:
         return {"original": self.tensor(view, self.pair_column)}
+
+
+class Preferences(Captioned):
+    """Diffusion-DPO's pairs: at each index the preferred image and, as another part, the rejected one in
+    `pair_column`, cropped and flipped in the same way and with the same prompt.
+
+    With `label_column`, the image in `pair_column` is the preferred one where that is 0, and pairs with 0.5
+    are left out. ValueError, naming --label_column, for other values, or if none is left.
+    """
+
+    PAIR_FLAG = "--rejected_image_column"
+
+    def __init__(self, source: Source, *, image_column: str, label_column: str | None, **kwargs: Any):
+        self.second = set()  # the numbers of the records whose second image is the preferred one
+        if label_column is not None:
+            about, column = f"--label_column {label_column}", source.records.texts.get(label_column)
+            require(
+                column is not None,
+                f"{about}: {source.name} has no such column, but {', '.join(source.columns)}",
+            )
+            labels = [
+                _label(value, f"{about}: {name}")
+                for name, value in zip(source.records.names, column, strict=True)
+            ]
+            kept = [i for i, label in enumerate(labels) if label != 0.5]
+            require(kept, f"{about}: {source.name} has no pair with a preferred image")
+            source = replace(source, records=source.records.take(kept))
+            self.second = {n for n, i in enumerate(kept) if labels[i] == 0}
+        super().__init__(source, image_column=image_column, **kwargs)
+
+    def examples(self, index: int, generator: torch.Generator) -> list[Example]:
+        (example,) = super().examples(index, generator)
+        return [replace(example, view=replace(example.view, part=part)) for part in (0, 1)]
+
+    def views(self) -> list[View] | None:
+        views = super().views()
+        return views and [replace(view, part=part) for view in views for part in (0, 1)]
+
+    def column(self, view: View) -> str:
+        swapped = view.record in self.second
+        return self.pair_column if swapped != bool(view.part) else self.image_column
+
+
+def _label(value: Any, about: str) -> float:
+    """0, 0.5 or 1, from a number or its text. ValueError, beginning with `about`, for anything else."""
+    known = {"0": 0.0, "0.0": 0.0, "0.5": 0.5, "1": 1.0, "1.0": 1.0}
+    require(str(value) in known, f"{about} has {value!r}, not 0, 0.5 or 1")
+    return known[str(value)]
 
 
 class Prior:

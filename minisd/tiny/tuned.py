@@ -10,7 +10,7 @@ from PIL import Image
 from minisd.sampling.edit import edit as edit_model
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.tiny import measures
-from minisd.tiny.data import plain
+from minisd.tiny.data import captions, plain
 from minisd.tiny.metrics import ground_of
 from minisd.tiny.pictures import on
 from minisd.tiny.trial import OTHERS, Trial, called
@@ -97,4 +97,33 @@ def sliders(t: Trial) -> None:
     t.measure_shapes(["cat"] * 8 + others, drawn[0], drawn[1])
 
 
-TRIALS = lcm, erase, edit, sliders
+def dpo(t: Trial) -> None:
+    """Of a prompt that names no style, the model draws things in 3d or flat; the flat ones are preferred."""
+    names, base, new = t.known("dpo"), t.load(), t.load()
+
+    def prompt(name: str) -> str:
+        return captions("", plain(name))[5]
+
+    kinds = {"": "flat", "rejected_image": "3d"}
+    pairs = [{c: on(t.bank[n, s]) for c, s in kinds.items()} | {"text": prompt(n)} for n in names[16:]]
+    t.rows += [(f"{style} things", [pair[column] for pair in pairs[:8]]) for column, style in kinds.items()]
+    new.attach(t.train_model(data=t.write("pairs", pairs)))
+    styles, tested = t.styles(base, ("3d", "flat")), names[:16]
+    lineups = [[t.lineup(t.bank[n, s], n, s) for s in kinds.values()] for n in tested]
+    for seed in (300, 400):
+        before, after = drawn = [t.draw(sd, [prompt(n) for n in tested], seed) for sd in (base, new)]
+        t.rows += [("before", before[:8]), ("after", after[:8])]
+        scores = [styles.score(d, "flat") for d in drawn]
+        won, label = (scores[1] > scores[0]).float().mean(), f"things not taught, seeds from {seed}"
+        t.measure(f"{label}: win rate", 0.5, 0.5, won, 0.7, more=True)
+        shares = [styles.share(d, "flat") for d in drawn]
+        t.measure(f"{label}: share that is flat", shares[0], 0.5, shares[1], 0.8, more=True)
+        seen = [
+            sum(any(line.recognised([image]) for line in own) for own, image in zip(lineups, d, strict=True))
+            for d in drawn
+        ]
+        shown = [count / len(tested) for count in seen]
+        t.measure(f"{label}: share that shows the thing", shown[0], 0, shown[1], 0.75, more=True)
+
+
+TRIALS = lcm, erase, edit, sliders, dpo
