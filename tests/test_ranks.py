@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -191,3 +192,35 @@ def test_nonsense_of_the_launcher(environment, flags, tmp_path, monkeypatch, com
     assert status == 2 and len(error.splitlines()) == 1
     assert [name for name in ("WORLD_SIZE", "RANK", "did not join") if name in error], error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_never_answers(monkeypatch, capfd):
+    """As torch's does where the killed process 0 has left a worker that holds the connection."""
+    from minisd.training import distributed
+
+    class Store:
+        asked = 0
+
+        def set(self, key, value):
+            pass
+
+        def multi_get(self, keys):
+            self.asked += 1
+            if self.asked > 3:
+                threading.Event().wait()
+            return [f"{self.asked} host".encode()] * len(keys)
+
+    monkeypatch.setattr(distributed, "BEAT", 0.01)
+    monkeypatch.setattr(distributed, "MISSED", 5)
+    processes = distributed.Processes()
+    processes.rank, processes.world, statuses = 1, 2, []
+
+    def leave(status):
+        statuses.append(status)
+        processes.ended.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    threading.Thread(target=processes._watch, args=[Store()], daemon=True).start()
+    processes._guard()
+    assert statuses == [1] and processes.heard == 3
+    assert "process 0 has not answered" in capfd.readouterr().err

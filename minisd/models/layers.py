@@ -326,20 +326,21 @@ def to_channels_last(network: nn.Module) -> nn.Module:
 def move(network: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
     """Move a network to a device, in the fast memory layout there. Where its weights are copied from a file,
     the file's pages leave the memory."""
-    copied, size = [], 0
-    for parameter in network.parameters():
-        before = parameter.data
-        after = before.to(device, dtype)
-        if is_fast_in_channels_last(after) and after.ndim == 4:
-            after = after.contiguous(memory_format=torch.channels_last)
-        parameter.data = after
-        if after is not before:
-            copied, size = [*copied, before], size + before.nbytes
-        if size > 2**26:
+    like = torch.empty(0, device=device, dtype=dtype or next(network.parameters()).dtype)
+    last = is_fast_in_channels_last(like)
+    how = {"memory_format": torch.channels_last} if last else {}
+    copied = []
+    for module in network.modules():
+        before = [p.data for p in module.parameters(recurse=False)]
+        if before:
+            module.to(device, dtype, **how)
+        after = module.parameters(recurse=False)
+        copied += [b for b, p in zip(before, after, strict=True) if p.data_ptr() != b.data_ptr()]
+        if sum(t.nbytes for t in copied) > 2**26:
             files.let_go(copied)
-            copied, size = [], 0
+            copied = []
     files.let_go(copied)
-    return to_channels_last(network) if is_fast_in_channels_last(after) else network
+    return to_channels_last(network) if last else network
 
 
 def is_fast_in_channels_last(weight: Tensor) -> bool:

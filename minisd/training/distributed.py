@@ -67,7 +67,7 @@ class Processes:
         if self.rank >= self.world:
             raise ValueError(f"the launcher's RANK {self.rank} is not below its WORLD_SIZE {self.world}")
         self.first = self.rank == 0  # the process that writes
-        self.ended = threading.Event()
+        self.ended, self.heard = threading.Event(), 0  # the latest beat at which all were heard
         if self.world > 1:
             try:
                 self._join()
@@ -84,6 +84,7 @@ class Processes:
         backend = "nccl" if self.kind == "cuda" else "gloo"
         # Before the group is made, which waits long for a process that has ended in between.
         threading.Thread(target=self._watch, args=[beats], daemon=True).start()
+        threading.Thread(target=self._guard, daemon=True).start()
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=STEP)
         self.control = dist.new_group(backend="gloo", timeout=WORK)
         self.answers = dist.PrefixStore("answers", store)
@@ -119,6 +120,7 @@ class Processes:
                 store.set(f"sign {self.rank}", f"{beat} {socket.gethostname()}")
                 signs = store.multi_get([f"sign {rank}" for rank in range(self.world)])  # waits for the first
                 missed = [n + 1 if a == b else 0 for n, a, b in zip(missed, before, signs, strict=True)]
+                self.heard = beat
                 if self.ended.wait(BEAT):
                     return
             lost = missed.index(max(missed))
@@ -126,6 +128,19 @@ class Processes:
             reason = f"process {lost} on {host} has given no sign of life for {MISSED * BEAT:.0f} seconds"
         except RuntimeError as e:
             reason = f"the connection to torchrun or process 0 is lost: {first_line(e)}"
+        self._lose(reason)
+
+    def _guard(self) -> None:
+        """End this process if `_watch` waits without limit: torch's store does so for a process 0 that was
+        killed, as long as a worker that it forked holds the connection."""
+        heard = missed = 0
+        while missed < 2 * MISSED + (0 if heard else JOIN.total_seconds() / BEAT):
+            if self.ended.wait(BEAT):
+                return
+            heard, missed = self.heard, missed + 1 if self.heard == heard else 0
+        self._lose(f"process 0 has not answered for {missed * BEAT:.0f} seconds")
+
+    def _lose(self, reason: str) -> None:
         if not self.ended.is_set():
             print(f"\ntrain.py: error: {reason}; process {self.rank} ends", file=sys.stderr, flush=True)
             os._exit(1)
