@@ -185,7 +185,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, nh, n, hd)
     # On a CPU the backward of torch's own attention is slow in bf16; this trains a small model a third
     # faster. Its scores are rounded, and the result errs several times as much.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256 and torch.is_grad_enabled():
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256:
         scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).float()
         if causal:
             scores = scores + torch.full(scores.shape[2:], float("-inf")).triu(1)

@@ -117,6 +117,23 @@ def test_a_convolution_of_few_pixels_is_a_product(fast, c_in, c_out, side):
     assert ours <= 2 * torchs
 
 
+def test_its_gradients(fast):
+    x, weight, bias = operands(24, 256, 4)
+    dy = torch.randn(2, 256, 4, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def gradients(convolve, dtype=torch.bfloat16):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        return torch.autograd.grad(convolve(*inputs), inputs, dy.to(dtype))
+
+    def convolve(x, weight, bias):
+        return F.conv2d(x, weight, bias, padding=1)
+
+    found = gradients(layers.conv3x3), gradients(convolve), gradients(convolve, torch.float64)
+    for each in zip(*found, strict=True):
+        ours, torchs = errors(*each)
+        assert ours <= 2 * torchs + 1e-3
+
+
 @pytest.mark.parametrize("side", [8, 13])
 def test_doubling_and_convolving_at_once(fast, side):
     """It errs at most twice as much as torch does one after the other, and an adapter or a hook stops it."""
