@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,10 +81,10 @@ def read_with_metadata(path: Path | str) -> tuple[dict[str, Tensor], dict[str, s
         raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
 
 
-def let_go(tensors: Iterable[Tensor]) -> None:
+def let_go(tensors: Collection[Tensor]) -> None:
     """Free the memory of those tensors that are mapped from a file and unchanged since: it is read again when
     they are used. The others stay, as do all on other systems than Linux."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not tensors:
         return
     with open("/proc/self/maps") as lines:
         mapped = [line.split()[0].split("-") for line in lines if " /" in line]

@@ -175,6 +175,12 @@ def test_plain_sgd_is_torch_s(short_run, tmp_path):
     torch.testing.assert_close(p.detach(), 1 - o.learning_rate * torch.full((3,), 3**-0.5))
 
 
+def nowhere(cat, folder) -> list:
+    """The command line of a run whose model is missing."""
+    flags = {"method": "textual_inversion", "data": cat, "model": "nowhere", "output_dir": folder / "o"}
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -198,16 +204,7 @@ def test_plain_sgd_is_torch_s(short_run, tmp_path):
 )
 def test_optimizers_that_are_none(command, cat, tmp_path, flags, message):
     """Before a model is loaded."""
-    argv = [
-        "--method",
-        "textual_inversion",
-        "--data",
-        cat,
-        "--model",
-        "nowhere",
-        "--output_dir",
-        tmp_path / "o",
-    ]
+    argv = nowhere(cat, tmp_path)
     status, _, err = command("train.py", *argv, "--optimizer", *flags)
     assert status == 2 and re.search(message, err) and len(err.splitlines()) == 1, err
     status, _, err = command("train.py", *argv, "--optimizer_args", "momentum=1")
@@ -217,16 +214,7 @@ def test_optimizers_that_are_none(command, cat, tmp_path, flags, message):
 def test_an_optimizer_is_code(command, cat, tmp_path):
     """A file of flags may be a stranger's; but its arguments are none."""
     (tmp_path / "flags.toml").write_text('optimizer = "antigravity.SGD"\noptimizer_args = ["momentum=0.9"]')
-    argv = [
-        "--method",
-        "textual_inversion",
-        "--data",
-        cat,
-        "--model",
-        "nowhere",
-        "--output_dir",
-        tmp_path / "o",
-    ]
+    argv = nowhere(cat, tmp_path)
     status, _, err = command("train.py", *argv, "--config", tmp_path / "flags.toml")
     assert status == 2 and "--optimizer antigravity.SGD: it is code, and runs only if the command" in err
     assert "antigravity" not in sys.modules

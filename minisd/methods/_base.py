@@ -139,11 +139,11 @@ class Method:
         return trained
 
     def dataset(
-        self, source: Source, prompt: str | None = None, kind: str = "Captioned", **more
+        self, source: Source, prompt: str | None = None, kind: type[Captioned] | None = None, **more
     ) -> Captioned:
         """The examples of a source: images, with captions if there are flags for these; `prompt` is that of
-        images without a caption. `kind` is the class of the dataset, which takes `more`."""
-        from minisd.data import datasets
+        images without a caption. `kind` is another class of the dataset, which takes `more`."""
+        from minisd.data.datasets import Captioned
 
         o, captions = self.options, {"caption_column": None}
         if isinstance(o, Captions):
@@ -156,7 +156,7 @@ class Method:
                 "masked": o.masked_loss,
             }  # fmt: skip
         views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
-        return getattr(datasets, kind)(source, image_column=o.image_column, **views, **captions, **more)
+        return (kind or Captioned)(source, image_column=o.image_column, **views, **captions, **more)
 
     def inputs(self, batch: dict) -> dict:
         """A batch of the data with its noise, timesteps and text, its tensors on the device."""

@@ -29,9 +29,11 @@ class DPO(Reference):
     one, against that of the frozen model, by more than the rejected one's: no reward is trained."""
 
     def dataset(self, source):
+        from minisd.data.datasets import Preferences
+
         o = self.options
         columns = {"pair_column": o.rejected_image_column, "label_column": o.label_column}
-        return super().dataset(source, kind="Preferences", **columns)
+        return super().dataset(source, kind=Preferences, **columns)
 
     def generators(self, name: str, batch: dict) -> list:
         """Those of the first images of the pairs, and the same for the second ones."""

@@ -131,8 +131,8 @@ def fused_qkv(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
     """Apply each layer to x (b, n, d); in one matrix product, if the layers are plain and `to_channels_last`
     has put their weights into one piece of memory."""
     weights = [layer.weight for layer in layers]
-    plain = all(_is_plain(layer) and layer.bias is None for layer in layers)
-    if torch.compiler.is_compiling() or not plain or not _in_one_piece(weights):
+    plain = not torch.compiler.is_compiling() and all(_is_plain(n) and n.bias is None for n in layers)
+    if not plain or not _in_one_piece(weights):
         return [layer(x) for layer in layers]
     widths = [len(w) for w in weights]
     whole = weights[0].as_strided((sum(widths), x.shape[-1]), (x.shape[-1], 1))  # (d_q + d_k + d_v, d)

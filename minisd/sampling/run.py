@@ -70,9 +70,9 @@ def load(options: Sample) -> Model | PixelModel:
     configure(options)
     device = usable(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # An image whose text names no precision was drawn in that of any CPU.
-    dtype = precision("fp32" if options.like and device.type == "cpu" else "auto", device)
-    dtype = DTYPES.get(options.dtype, dtype)
-    if options.dtype == "auto" and dtype == torch.bfloat16:
+    name = "fp32" if (options.dtype, device.type) == ("auto", "cpu") and options.like else options.dtype
+    dtype = precision(name, device)
+    if name == "auto" and dtype == torch.bfloat16:
         print(
             "precision: bf16, which this CPU computes fastest (--dtype fp32 for more digits)", file=sys.stderr
         )
