@@ -60,10 +60,17 @@ def unchanged() -> Iterator[None]:
             torch.cuda.set_device(gpu)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bf16, rather than by way of fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or ops.has_fast_bf16()
+
+
 def precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype that --dtype names; "auto": fp16 on a GPU, bf16 on a CPU that multiplies in it, or fp32."""
     if name == "auto":
-        fast = {"cuda": "fp16", "cpu": "bf16" if ops.has_fast_bf16() else "fp32"}
+        fast = {"cuda": "fp16", "cpu": "bf16" if has_bf16(device) else "fp32"}
         name = fast.get(device.type, "fp32")
     return DTYPES[name]
 

@@ -3,27 +3,32 @@
     git clone https://github.com/huggingface/diffusers
     python tests/cost_methods.py --scripts diffusers/examples
     python tests/cost_methods.py --before CHECKOUT              beside another commit of minisd instead
+    python tests/cost_methods.py --bf16 --full --side 256 --batch 1 --steps 16 --first 6 --turns 1
 
-Both get the same flags, model, data and batch, each in a process of its own, in turns. Steps are timed where
-the tool's own bar passes them, so that neither starting nor saving counts; start is the time until the first.
-The peak is the process's resident memory, all of it: what was imported too. The ratio of the CPU's time is
-what a machine that others use does not change.
+Both get the same flags, model, data and batch, each in a process of its own, in turns; with --bf16, for
+all methods, minisd in bf16 beside minisd in fp32. --full is SD v1.5's widths, not a tenth. Steps are timed
+where the tool's own bar passes them, so that neither starting nor saving counts; start is the time until the
+first. The peak is the process's resident memory, all of it: what was imported too. The ratio of the CPU's
+time is what a machine that others use does not change.
 """
 
 import argparse
+import fcntl
 import os
 import re
+import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = 13  # the step from which on time counts: by then memory and oneDNN have what they need
 
-# By method, with what is special about it: the script's path in diffusers/examples; the flags.
+# By method, with what is special about it: the script's path in diffusers/examples, or nothing; the flags.
 MODEL = "--pretrained_model_name_or_path=model --max_train_steps={steps}"
 UNCONDITIONAL = "unconditional_image_generation/train_unconditional.py"
 PIXELS = (
@@ -62,11 +67,22 @@ METHODS = {
         "instruct_pix2pix/train_instruct_pix2pix.py",
         f"{MODEL} --train_data_dir=edits --random_flip --conditioning_dropout_prob=0.05 --seed=0",
     ),
+    "lcm": ("", f"{MODEL} --train_data_dir=captioned --center_crop"),
+    "dpo": (
+        "",
+        f"{MODEL} --train_data_dir=edits --rejected_image_column=input_image --image_column=edited_image "
+        "--caption_column=edit_prompt --center_crop",
+    ),
+    "erase": ("", f"{MODEL} --erase=cat --ddim_steps=10"),
+    "sliders": (
+        "",
+        f"{MODEL} --target_prompt=cat --positive_prompt=big --negative_prompt=small --ddim_steps=10",
+    ),
 }
 
 
-def make(folder: Path, pictures: int, side: int) -> None:
-    """A small Stable Diffusion with random weights, a pixel UNet's config, and `pictures` in four layouts."""
+def make(folder: Path, pictures: int, side: int, full: bool) -> None:
+    """A Stable Diffusion with random weights, a pixel UNet's config, and `pictures` in four layouts."""
     import json
     from dataclasses import replace
 
@@ -84,8 +100,9 @@ def make(folder: Path, pictures: int, side: int) -> None:
         "text_encoder": replace(text.SD15, hidden_size=64, intermediate_size=256, num_layers=4, num_heads=4),
     }
     torch.manual_seed(0)
+    wide = {"unet": unet.SD15, "vae": vae.SD15, "text_encoder": text.SD15}
     pipeline = PipelineParts(
-        **{part: MODULES[part](config) for part, config in small.items()},
+        **{part: MODULES[part](config) for part, config in (wide if full else small).items()},
         scheduler=SD1_SCHEDULER,
         tokenizer=TOKENIZER,
         pipeline_class="StableDiffusionPipeline",
@@ -123,22 +140,34 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(command: list[str], folder: Path, steps: int) -> dict[str, float]:
+def heard(terminal: int) -> bytes:
+    """What a terminal's process has written, or nothing if it has ended."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
+
+
+def measure(name: str, command: list[str], folder: Path, steps: int, skip: int) -> dict[str, float]:
     """Steps a second, by the clock and by the CPU's time, seconds until the first one, and peak in MB."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "0", "PYTHONUNBUFFERED": "1"}
     begun, said, marks = time.perf_counter(), b"", {}
-    child = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while part := os.read(child.stderr.fileno(), 65536):
+    terminal, theirs = os.openpty()  # into a file a bar is a line every few seconds
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    child = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    while part := heard(terminal):
         said += part
         for line in re.split(rb"[\r\n]", said)[-20:]:
-            done = re.search(rb"\b(\d+)/%d \[" % steps, line)
-            if done and not line.startswith(b"encoding"):  # a bar of ours that may be as long
+            done = re.search(rb"\b(\d+)/%d\b" % steps, line)
+            if done and line.lstrip().startswith((name.encode(), b"Steps", b"Epoch")):  # no other bar
                 marks.setdefault(int(done[1]), (time.perf_counter(), cpu(child.pid)))
+    os.close(terminal)
     status, usage = os.wait4(child.pid, 0)[1:]
     child.returncode = status
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{said.decode(errors='replace')[-3000:]}")
-    first = min(n for n in marks if n >= FIRST)
+    first = min(n for n in marks if n >= skip)
     count = steps - first
     wall, used = (b - a for a, b in zip(marks[first], marks[steps], strict=True))
     start = marks[min(n for n in marks if n)][0] - begun
@@ -150,9 +179,14 @@ def main() -> None:
     peer = parser.add_mutually_exclusive_group(required=True)
     peer.add_argument("--scripts", type=Path, help="the folder examples of diffusers")
     peer.add_argument("--before", type=Path, help="checkout of another commit, to compare with that")
+    peer.add_argument("--bf16", action="store_true", help="bf16 beside fp32")
+    parser.add_argument("--full", action="store_true", help="SD v1.5's widths: 4 GB of disk, 16 GB of memory")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=113)
+    parser.add_argument(
+        "--first", type=int, default=13, help="step from which time counts; by then memory is settled"
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--side", type=int, default=64)
     args = parser.parse_args()
@@ -160,7 +194,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         code = f"import pathlib; from tests.cost_methods import make; make(pathlib.Path({name!r}), "
-        code += f"{args.steps * args.batch}, {args.side})"
+        code += f"{args.steps * args.batch}, {args.side}, {args.full})"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         report(args, folder)
 
@@ -168,25 +202,29 @@ def main() -> None:
 def report(args, folder: Path) -> None:
     threads = os.environ["OMP_NUM_THREADS"]
     print(f"{args.side}x{args.side}, batch {args.batch}, {threads} threads, {time.strftime('%Y-%m-%d')}\n")
-    peer = "before" if args.before else "diffusers"
+    peer = "before" if args.before else "fp32" if args.bf16 else "diffusers"
     print(f"| method | steps/s | {peer} | ratio | of CPU time | peak MB | {peer} | ratio | start s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for row in args.methods:
         script, flags = METHODS[row]
-        method = row.partition(",")[0]
+        if args.scripts and not script:
+            continue
         common = flags.format(steps=args.steps).split()
         common += [f"--resolution={args.side}", f"--train_batch_size={args.batch}"]
-        tools = {"minisd": [str(ROOT / "train.py"), "--method", method]}
-        if args.before:
-            tools[peer] = [str(args.before.resolve() / "train.py"), "--method", method]
-        else:
+        method = row.partition(",")[0]
+        ours = ["train.py", "--method", method]
+        tools = {"minisd": [str(ROOT / ours[0]), *ours[1:], *["--mixed_precision=bf16"] * args.bf16]}
+        if args.scripts:
             tools[peer] = [str(args.scripts / script)]
+        else:
+            tools[peer] = [str((args.before or ROOT).resolve() / ours[0]), *ours[1:]]
         seen: dict[str, list[dict]] = {tool: [] for tool in tools}
         for turn in range(args.turns):
             for tool in tools if turn % 2 else reversed(tools):
                 own = [f"--output_dir={folder / f'{row}-{tool}-{turn}'}"]
                 command = [sys.executable, *tools[tool], *common, *own]
-                seen[tool].append(measure(command, folder, args.steps))
+                seen[tool].append(measure(method, command, folder, args.steps, args.first))
+                shutil.rmtree(folder / own[0].partition("=")[2], ignore_errors=True)
         ours, theirs = ({k: statistics.median(s[k] for s in seen[t]) for k in seen[t][0]} for t in tools)
         print(
             f"| {row} | {ours['wall']:.2f} | {theirs['wall']:.2f} | {ours['wall'] / theirs['wall']:.2f} "

@@ -17,6 +17,7 @@ from minisd import cli, files, ops, registry
 from minisd.models import layers
 from minisd.options import TINY
 from minisd.sampling import infotext, run
+from tests import method_helpers
 from tests.conftest import ROOT
 from tests.helpers import mostly_slow
 from tests.picture_helpers import psnr
@@ -170,3 +171,14 @@ def resident(*_) -> float:
     """MB of this process in memory."""
     with open("/proc/self/smaps_rollup") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) / 1024
+
+
+@pytest.mark.parametrize(
+    "native, flag, said",
+    [(True, "no", "multiplies in bf16: --mixed"), (False, "bf16", "takes longer"), (False, "no", "")],
+)
+def test_training_says_which_precision_is_faster(native, flag, said, short_run, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "has_fast_bf16", lambda: native)
+    method_helpers.train("lora", short_run("lora", "--instance_prompt", "x", "--mixed_precision", flag))
+    out = capsys.readouterr().out
+    assert said in out and ("bf16" in out) == bool(said)

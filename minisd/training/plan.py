@@ -226,9 +226,9 @@ def report(kind: type[Method], options: Run) -> int:
         return meter.peak.total()
 
     chosen, least = (), tried()
-    # On a CPU bf16 costs time, and bitsandbytes does not run.
+    # bitsandbytes does not run on a CPU, and most of those take longer in bf16.
     able = [c for c in saving(options) if gpu or "use_8bit_adam" not in c]
-    able.sort(key=lambda c: not gpu and "mixed_precision" in c)
+    able.sort(key=lambda c: not gpu and not ops.has_fast_bf16() and "mixed_precision" in c)
     for change in able:
         if least > limit:
             more = *(c for c in chosen if c.keys() != change.keys()), change
