@@ -48,7 +48,7 @@ def flags(given: Mapping[str, object], own_precision: str | None) -> dict[str, o
         if given.get("gradient_accumulation_steps", int(steps)) != int(steps):
             raise ValueError(f"--gradient_accumulation_steps is not accelerate's {steps}")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if "mixed_precision" in given or precision == own_precision:
+    if "mixed_precision" in given or precision in ("no", own_precision):
         return values
     if own_precision is not None:
         _say(
