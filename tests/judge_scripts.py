@@ -148,7 +148,7 @@ def main() -> int:
         return 0
     print(f"| method | measure | before | needed | script | {' | '.join(f'seed {s}' for s in o.seeds)} |")
     print("|---" * (5 + len(o.seeds)) + "|", flush=True)
-    for method in o.methods or judge.TRIALS:
+    for method in o.methods or [m for m in judge.TRIALS if METHODS.get(m, ("",))[0]]:
         with contextlib.redirect_stdout(sys.stderr):
             judge.Trial = Uncaptioned if o.no_captions else trial.Trial
             runs = [
