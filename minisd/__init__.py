@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 
 def load(model: str | Path, **options) -> Model | PixelModel:
     """Load the model in a folder, a file or a hub id; by default on the GPU and in fp16 if there is one, else
-    in bf16 on a CPU that multiplies in it.
+    in bf16 on a CPU that is faster in it.
     `options` are those of StableDiffusion.load."""
     import torch
 

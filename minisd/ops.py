@@ -150,9 +150,9 @@ _known._dynamo_marked_constant = True
 
 
 @functools.cache
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies in bf16, by AVX-512 or AMX, and oneDNN's own limit allows it. Others
-    emulate it, slower than fp32. Older releases of torch cannot be asked."""
+def has_bf16() -> bool:
+    """Whether this CPU has instructions that multiply in bf16, of AVX-512 or AMX, and oneDNN's own limit
+    allows them. Others emulate it. Older releases of torch cannot be asked."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     allowed = any(name in limit for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10"))
@@ -161,7 +161,7 @@ def has_fast_bf16() -> bool:
 
 def fast_bf16(x: Tensor) -> bool:
     """Whether x is in bf16 on a CPU that multiplies in it."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_fast_bf16()
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_bf16()
 
 
 # ------------------------------ The ops

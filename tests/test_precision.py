@@ -1,4 +1,4 @@
-"""On a CPU that multiplies in bf16 images are drawn in it; on others nothing changes."""
+"""On a CPU that is faster in bf16 images are drawn in it; on others nothing changes."""
 
 import functools
 import math
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import minisd
-from minisd import cli, files, ops, registry
+from minisd import cli, device, files, ops, registry
 from minisd.models import layers
 from minisd.options import TINY
 from minisd.sampling import infotext, run
+from minisd.training import loop
 from tests import method_helpers
 from tests.conftest import ROOT
 from tests.helpers import mostly_slow
@@ -27,8 +28,24 @@ FLAGS = ["--prompt", "a cat", "--steps", "3", "--device", "cpu"]
 
 @pytest.fixture
 def fast(monkeypatch):
-    """A CPU that says that it multiplies in bf16. Every CPU gives the result."""
-    monkeypatch.setattr(ops, "has_fast_bf16", lambda: True)
+    """A CPU that says that it is fast in bf16. Every CPU gives the result."""
+    monkeypatch.setattr(ops, "has_bf16", lambda: True)
+    monkeypatch.setattr(device, "has_fast_bf16", lambda kind: True)
+
+
+@pytest.mark.parametrize("native, cost, faster", [(True, 2, True), (True, 0.5, False), (False, 2, False)])
+def test_the_instructions_alone_are_not_enough(native, cost, faster, monkeypatch):
+    """Fp32 costs `cost` times as much as bf16."""
+    clock, product = [0.0], torch.Tensor.__matmul__
+
+    def multiply(a, b):
+        clock[0] += cost if a.dtype == torch.float32 else 1
+        return product(a, b)
+
+    monkeypatch.setattr(ops, "has_bf16", lambda: native)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+    assert device.has_fast_bf16.__wrapped__("cpu") is faster
 
 
 def sample(*flags):
@@ -41,7 +58,7 @@ def pixels(path):
 
 
 def test_elsewhere_nothing_changes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(ops, "has_bf16", lambda: False)
     plain, given = (
         sample("--output", tmp_path / "a.png"),
         sample("--output", tmp_path / "b.png", "--dtype=fp32"),
@@ -60,15 +77,15 @@ def test_the_image_says_its_precision_and_is_drawn_again(fast, tmp_path, monkeyp
     again = sample("--like", low, "--output", tmp_path / "low2.png")
     assert np.array_equal(pixels(again), pixels(low)) and infotext.read(again) == infotext.read(low)
     with monkeypatch.context() as elsewhere:  # an image of another CPU says nothing
-        elsewhere.setattr(ops, "has_fast_bf16", lambda: False)
+        elsewhere.setattr(device, "has_fast_bf16", lambda kind: False)
         other = sample("--output", tmp_path / "other.png")
     assert np.array_equal(pixels(sample("--like", other, "--output", tmp_path / "o.png")), pixels(other))
 
 
-def test_a_cpu_that_multiplies_in_bf16(tmp_path):
+def test_a_cpu_that_is_fast_in_bf16(tmp_path):
     """This one, if it does: oneDNN's limit, which the other tests set, is lifted."""
     environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"}
-    asks = [sys.executable, "-c", "from minisd import ops; print(ops.has_fast_bf16())"]
+    asks = [sys.executable, "-c", "from minisd import device; print(device.has_fast_bf16('cpu'))"]
     if subprocess.run(asks, env=environment, capture_output=True, text=True, cwd=ROOT).stdout != "True\n":
         pytest.skip("this CPU does not")
     flags = [*FLAGS, "--output", str(tmp_path / "low.png")]
@@ -175,10 +192,10 @@ def resident(*_) -> float:
 
 @pytest.mark.parametrize(
     "native, flag, said",
-    [(True, "no", "multiplies in bf16: --mixed"), (False, "bf16", "takes longer"), (False, "no", "")],
+    [(True, "no", "fast in bf16: --mixed"), (False, "bf16", "takes longer"), (False, "no", "")],
 )
 def test_training_says_which_precision_is_faster(native, flag, said, short_run, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "has_fast_bf16", lambda: native)
+    monkeypatch.setattr(loop, "has_fast_bf16", lambda kind: native)
     method_helpers.train("lora", short_run("lora", "--instance_prompt", "x", "--mixed_precision", flag))
     out = capsys.readouterr().out
     assert said in out and ("bf16" in out) == bool(said)

@@ -204,7 +204,7 @@ class Loading(Editing, Model):
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = flag(
         "auto",
-        "precision; auto is fp16 on a GPU, bf16 on a CPU that multiplies in it, else fp32, and for --export "
+        "precision; auto is fp16 on a GPU, bf16 on a CPU that is faster in it, else fp32, and for --export "
         "that of the model's files",
     )
 

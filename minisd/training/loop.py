@@ -11,7 +11,7 @@ import torch
 
 from minisd import files, ops, registry
 from minisd.data.order import Stream, batches, collate
-from minisd.device import configure, has_bf16
+from minisd.device import configure, has_fast_bf16
 from minisd.methods._base import Method
 from minisd.options import TINY, Data, Model, Run, Training, free_flags
 from minisd.training import check_data, checkpoint, distributed, latents, model_card, optim, report, trackers
@@ -148,10 +148,10 @@ def describe(trainer: Trainer, held_out) -> str:
     tiny = isinstance(options, Model) and options.model == str(TINY)
     advice = f"\nso few updates teach hardly anything: --max_train_steps {options.FEWEST}, or more"
     more = advice if trainer.total < options.FEWEST and not tiny else ""
-    if options.mixed_precision == "bf16" and not has_bf16(device):
-        more += f"\n--mixed_precision bf16 takes longer here: this {device.type} does not multiply in it"
-    elif options.mixed_precision == "no" and device.type == "cpu" and has_bf16(device) and not tiny:
-        more += "\nthis CPU multiplies in bf16: --mixed_precision bf16 takes less time and memory"
+    if options.mixed_precision == "bf16" and not has_fast_bf16(device.type):
+        more += f"\n--mixed_precision bf16 takes longer here: this {device.type} is not made for it"
+    elif options.mixed_precision == "no" and device.type == "cpu" and has_fast_bf16(device.type) and not tiny:
+        more += "\nthis CPU is fast in bf16: --mixed_precision bf16 takes less time and memory"
     return f"{trainer.method.describe()}{held}\n{count:,} parameters train, {length}, {device}{more}"
 
 

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from minisd import files, ops
 from minisd.data import source
 from minisd.data.order import Stream, collate
+from minisd.device import has_fast_bf16
 from minisd.formats import config_json, diffusers, parts
 from minisd.methods._base import Method
 from minisd.options import Run, Training
@@ -228,7 +229,7 @@ def report(kind: type[Method], options: Run) -> int:
     chosen, least = (), tried()
     # bitsandbytes does not run on a CPU, and most of those take longer in bf16.
     able = [c for c in saving(options) if gpu or "use_8bit_adam" not in c]
-    able.sort(key=lambda c: not gpu and not ops.has_fast_bf16() and "mixed_precision" in c)
+    able.sort(key=lambda c: not gpu and not has_fast_bf16("cpu") and "mixed_precision" in c)
     for change in able:
         if least > limit:
             more = *(c for c in chosen if c.keys() != change.keys()), change
