@@ -66,7 +66,8 @@ def unchanged() -> Iterator[None]:
 @functools.cache
 def has_fast_bf16(kind: str) -> bool:
     """Whether devices of this kind compute faster in bf16 than in fp32. Of CPUs with the instructions some
-    multiply in bf16 at half the speed of fp32, others at twice that or more, which some hundredths of a second tell."""
+    multiply in bf16 at half the speed of fp32, others at twice that or more; to try takes some hundredths of
+    a second."""
     if kind != "cpu":
         return kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if not ops.has_bf16():
