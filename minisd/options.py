@@ -161,6 +161,9 @@ class Run(Group):
         100, "passes over the data, unless --max_train_steps is given", also=("num_epochs",), free=True
     )
     checkpointing_steps: Number = flag(500, "updates between checkpoints; 0 saves none", free=True)
+    background_checkpoints: bool = flag(
+        True, "write checkpoints while training goes on, from a copy in the CPU's memory", free=True
+    )
     checkpoints_total_limit: Count | None = flag(None, "number of checkpoints to keep", free=True)
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or 'latest'", free=True)
     report_to: Literal["none", "tensorboard", "wandb", "comet_ml", "all"] = flag(
@@ -256,6 +259,7 @@ class Precision(Group):
     mixed_precision: PRECISIONS | None = flag(
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
     )
+    reduce_dtype: Literal["fp32", "bf16"] = flag("fp32", "precision in which processes sum their gradients")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     plan: bool = flag(
         False, "report what memory an update takes, and train nothing; --device cuda needs no GPU", free=True

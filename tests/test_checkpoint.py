@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -359,6 +361,82 @@ def test_a_run_that_ended_before_its_first_checkpoint_leaves_one_log(finished, t
     assert train(METHOD, replace(o, resume_from_checkpoint="latest")) == 0
     steps = [json.loads(line)["step"] for line in (o.output_dir / "log.jsonl").open()]
     assert steps == [1, 2, 3, 4] and ends_like(o, finished)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Checkpoints are only written once this is set."""
+    released, write = threading.Event(), RunFolder._write_checkpoint
+
+    def wait_and_write(*args):
+        assert released.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(RunFolder, "_write_checkpoint", wait_and_write)
+    return released
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(finished, tmp_path, monkeypatch, slow):
+    """With the bytes of its update, though two more have been made; the next one waits for it."""
+    o, seen = replace(finished, output_dir=tmp_path / "run", checkpointing_steps=2), []
+    after_update = loop.after_update
+
+    def look(trainer, held_out, folder, log):
+        after_update(trainer, held_out, folder, log)
+        seen.append(sorted(p.name for p in o.output_dir.glob("checkpoint-*")))
+        if trainer.step == 4:
+            slow.set()
+
+    monkeypatch.setattr(loop, "after_update", look)
+    assert train(METHOD, o) == 0
+    assert seen == [[], [], [], []]
+    assert ends_like(o, finished)
+    for name in (TRAINED, OPTIMIZER):
+        one, other = (r.output_dir / "checkpoint-2" / name for r in (o, finished))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_checkpoints_that_training_waits_for(finished, tmp_path, slow):
+    """--no-background_checkpoints: nothing is copied."""
+    slow.set()
+    o = replace(finished, output_dir=tmp_path / "run", background_checkpoints=False)
+    assert train(METHOD, o) == 0
+    assert ends_like(o, finished)
+
+
+@pytest.mark.parametrize("name", ["slow disk", "fast disk"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(finished, tmp_path, monkeypatch, name, slow):
+    """After the next update, or at the end; nothing of it stays, and the folder is free."""
+    o = replace(finished, output_dir=tmp_path / "run", checkpointing_steps=2, max_train_steps=3)
+    update, write = Trainer.update, files.write
+
+    def then_write(self, batches):
+        values = update(self, batches)
+        if self.step == 3 and name == "fast disk":
+            slow.set(), wait([self.folder.writing])
+        return values
+
+    def full(path, *args):
+        if path.name == OPTIMIZER:
+            raise ValueError(f"cannot write {path}: No space left on device")
+        write(path, *args)
+
+    def save(folder, trainer, verdicts):
+        trainer.folder = folder
+        save_checkpoint(folder, trainer, verdicts)
+
+    save_checkpoint = RunFolder.save_checkpoint
+    monkeypatch.setattr(RunFolder, "save_checkpoint", save)
+    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(Trainer, "update", then_write)
+    if name == "slow disk":
+        monkeypatch.setattr(loop, "end", lambda *args, end=loop.end: (slow.set(), end(*args)))
+    with pytest.raises(ValueError, match=r"^cannot write .*checkpoint-2/optimizer.*: No space left") as error:
+        train(METHOD, o)
+    assert "\n" not in str(error.value)
+    assert not [*o.output_dir.glob("checkpoint-*"), *o.output_dir.glob(".*"), *o.output_dir.glob("unet")]
+    logged = [json.loads(line)["step"] for line in (o.output_dir / "log.jsonl").open()]
+    assert logged == ([1, 2, 3] if name == "slow disk" else [1, 2])
 
 
 # One writer

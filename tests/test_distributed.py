@@ -1,7 +1,9 @@
 """Two processes on one machine train what one process trains with twice the batch."""
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minisd.training import distributed
+from minisd.training import averaging, distributed
 from tests.conftest import ROOT
 from tests.method_helpers import options, train
 
@@ -45,6 +47,8 @@ def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
     with pytest.raises(ValueError, match="16 images in 4 updates, which are of 2 images here: start as many"):
         alone = "--train_batch_size", 1, "--resume_from_checkpoint", "latest", "--output_dir", two
         train(method, options(method, *flags, *alone))
+    with pytest.raises(ValueError, match="--reduce_dtype is for several processes"):
+        train(method, options(method, *flags, "--reduce_dtype", "bf16", "--output_dir", tmp_path / "none"))
     # Nor does AdamW mind a factor in all gradients, so their norms are compared.
     logs = ((out / "log.jsonl").read_text().splitlines() for out in (one, two))
     ours, theirs = ([json.loads(line)["grad_norm"] for line in log] for log in logs)
@@ -84,17 +88,69 @@ def test_a_lost_process_ends_the_run_and_it_goes_on(model, cat, tmp_path):
 
 def test_buckets(monkeypatch):
     """Each tensor is in one, in order; a bucket has one dtype, and at most so many bytes or one tensor."""
-    monkeypatch.setattr(distributed, "BUCKET", 100)
+    monkeypatch.setattr(averaging, "BUCKET", 100)
     sizes = [10, 10, 5, 100, 1, 2, 22, 25]
     tensors = [torch.zeros(n, dtype=torch.float64 if n == 2 else torch.float32) for n in sizes]
-    found = list(distributed.buckets(tensors))
+    found = list(averaging.buckets(tensors))
     assert [id(t) for bucket in found for t in bucket] == [id(t) for t in tensors]
     assert [[len(t) for t in bucket] for bucket in found] == [[10, 10, 5], [100], [1], [2], [22], [25]]
-    assert not list(distributed.buckets([]))
+    assert not list(averaging.buckets([]))
+
+
+def averaged(rank: int) -> None:
+    """In one of two processes, what two updates leave as gradients, in fp32 and in bf16."""
+    processes, loss = distributed.Processes(), torch.tensor(float(rank))
+    averaging.BUCKET = 4 * 40
+    for dtype in (torch.float32, torch.bfloat16):
+        names = ["first", "strided", "some", "none", "last"]
+        parameters = [torch.nn.Parameter(torch.ones(2, 3, 1, 4)) for _ in names]
+        parameters[1].data = parameters[1].data.contiguous(memory_format=torch.channels_last)
+        means, sent = averaging.Averaging(parameters, processes, dtype), []
+        count = functools.partial(lambda sent, means, p: sent.append(len(means.sent)), sent, means)
+        parameters[0].register_post_accumulate_grad_hook(count)
+        without = ["none"] if rank else ["none", "some"]
+        for update in range(2):
+            for p in parameters:
+                p.grad = None
+            draw = torch.Generator().manual_seed(10 * update + rank)
+            made = {n: torch.randn(2, 3, 1, 4, generator=draw) for n in names if n not in without}
+            for passed in range(2):
+                if passed:
+                    means.begin()
+                x = torch.ones(())
+                for n, p in zip(names, parameters, strict=True):
+                    x = x * 1.0 + (p * made[n]).sum() if n in made else x  # the first comes last in backward
+                x.backward()
+            assert means.finish(loss).item() == 0.5
+        everyone = processes.gather(made)
+        for n, p in zip(names, parameters, strict=True):
+            parts = [2 * theirs[n] for theirs in everyone if n in theirs]
+            assert (p.grad is None) == (not parts)
+            if parts:
+                assert torch.equal(p.grad, sum(part.to(dtype) for part in parts).float() / 2), n
+                assert p.grad.stride() == p.stride()
+        # Not before the last backward pass of an update, nor in the first one, which shows the order.
+        assert sent[:3] == [0, 0, 0] and sent[3] >= 1, sent
+    processes.close()
+
+
+def test_gradients_are_averaged_while_backward_runs(tmp_path):
+    """The means are exact, and have the strides of their parameters; a parameter without a gradient in one
+    process counts as 0 there, and one without any keeps none."""
+    code = "import sys; from tests.test_distributed import averaged; averaged(int(sys.argv[1]))"
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        env = ENV | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1])}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], env=env | {"RANK": str(rank)}, cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [p.wait(timeout=120) for p in both] == [0, 0]
 
 
 @pytest.mark.slow
 def test_averaging_in_buckets_takes_a_third(capsys):
+    """And during the backward pass, less than after it."""
     done = subprocess.run(
         [*TWO, str(ROOT / "tests" / "bucket_cost.py")], capture_output=True, text=True, env=ENV, timeout=600
     )
@@ -102,4 +158,6 @@ def test_averaging_in_buckets_takes_a_third(capsys):
     seen = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
         print(seen)
-    assert 30 < seen["MB"] < 40 and seen["seconds"]["buckets"] < seen["seconds"]["tensors"] / 3
+    seconds = seen["after backward"]
+    assert 30 < seen["MB"] < 40 and seconds["after"] < seconds["tensors"] / 3
+    assert seconds["during"] < seconds["after"]

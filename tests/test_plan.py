@@ -86,7 +86,7 @@ def test_it_needs_no_weights_and_no_gpu(tmp_path, command):
         for model in (tmp_path / "model", TINY)
     ]
     figures = [re.findall(r"\d+\.\d+", out) for _, out, _ in outs]
-    assert figures[0] == figures[1] and len(figures[0]) == 6
+    assert figures[0] == figures[1] and len(figures[0]) == 7
 
 
 def test_class_images_need_not_be_there(tmp_path):

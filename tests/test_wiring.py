@@ -252,7 +252,7 @@ def test_a_resumed_optimizer_has_the_layout_of_its_parameters(tmp_path):
     trainer = SimpleNamespace(
         trained=trained, optimizer=optimizer, scaler=scaler, ema=None, step=1, samples=1
     )
-    checkpoint.save(trainer, tmp_path, {})
+    checkpoint.State.of(trainer, copied=True).save(tmp_path, {})
     step(optimizer)
     expected = layer.weight.detach().clone()
 

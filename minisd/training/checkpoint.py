@@ -8,6 +8,7 @@ has the tensors and the digest of each file, and a digest of its own: only what 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,16 +24,31 @@ NUMBERS = {float: torch.float64, int: torch.int64, bool: torch.bool}  # as tenso
 KINDS = {"step": int, "samples": int, "scaler": dict, "options": dict}  # what state.json holds at least
 
 
-def save(trainer: Trainer, folder: Path, recorded: dict, conditions: dict | None = None) -> None:
-    """Write trained.safetensors, optimizer.safetensors with the optimizer's state as NAME|KEY and the average
-    as NAME|average, and state.json with the options, `recorded`, and the `conditions` of the run."""
-    content = {TRAINED: {name: p.detach() for name, p in trainer.trained.items()}, OPTIMIZER: slots(trainer)}
-    for name, tensors in content.items():
-        files.write(folder / name, tensors)
-    numbers = {"step": trainer.step, "samples": trainer.samples, "scaler": trainer.scaler.state_dict()}
-    listed = {n: {"sha256": digest(folder / n), "tensors": layout(t)} for n, t in content.items()}
-    state = numbers | {"conditions": conditions or {}, "options": recorded, "files": listed}
-    files.write_text(folder / STATE, json.dumps(state | {"sha256": own_digest(state)}, indent=2))
+@dataclass
+class State:
+    """What a checkpoint holds: the tensors of trained.safetensors by name, and of optimizer.safetensors the
+    optimizer's state as NAME|KEY and the average as NAME|average; and the numbers of state.json."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    numbers: dict
+
+    @classmethod
+    def of(cls, trainer: Trainer, *, copied: bool) -> "State":
+        """As it is now, or as it stays while training goes on if `copied`, to the CPU."""
+        tensors = {TRAINED: {name: p.detach() for name, p in trainer.trained.items()}}
+        tensors |= {OPTIMIZER: slots(trainer)}
+        if copied:
+            tensors = {f: {n: t.to("cpu", copy=True) for n, t in ts.items()} for f, ts in tensors.items()}
+        numbers = {"step": trainer.step, "samples": trainer.samples, "scaler": trainer.scaler.state_dict()}
+        return cls(tensors, numbers)
+
+    def save(self, folder: Path, recorded: dict, conditions: dict | None = None) -> None:
+        """Write the files, with the options, `recorded`, and the `conditions` of the run in state.json."""
+        for name, tensors in self.tensors.items():
+            files.write(folder / name, tensors)
+        listed = {n: {"sha256": digest(folder / n), "tensors": layout(t)} for n, t in self.tensors.items()}
+        state = self.numbers | {"conditions": conditions or {}, "options": recorded, "files": listed}
+        files.write_text(folder / STATE, json.dumps(state | {"sha256": own_digest(state)}, indent=2))
 
 
 def verdicts(folder: Path) -> dict[str, str]:

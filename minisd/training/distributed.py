@@ -7,12 +7,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from minisd import launcher
 from minisd.device import usable
@@ -21,7 +20,6 @@ from minisd.files import first_line
 JOIN = timedelta(minutes=5)  # until all processes have started
 STEP = timedelta(minutes=10)  # until all have the gradients of an update
 WORK = timedelta(hours=2)  # while one prepares data, draws, saves, or times kernels, and the others wait
-BUCKET = 25 * 2**20  # bytes of gradients that are averaged in one operation
 BEAT, MISSED = 2.0, 15  # seconds between a process's signs of life, and how many may be missing
 
 
@@ -43,19 +41,6 @@ def device(name: str | None = None) -> torch.device:
         chosen = torch.device(name if name and ":" in name else f"cuda:{number('LOCAL_RANK', 0)}")
         torch.cuda.set_device(chosen)
     return chosen
-
-
-def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield neighbouring tensors of one dtype together, of at most BUCKET bytes unless one alone has more."""
-    bucket, size = [], 0
-    for t in tensors:
-        if bucket and (size + t.nbytes > BUCKET or t.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(t)
-        size += t.nbytes
-    if bucket:
-        yield bucket
 
 
 class Processes:
@@ -144,25 +129,6 @@ class Processes:
         if not self.ended.is_set():
             print(f"\ntrain.py: error: {reason}; process {self.rank} ends", file=sys.stderr, flush=True)
             os._exit(1)
-
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes. They go in buckets, because an operation for
-        each would cost more than sending it; a bucket is filled while the one before is on its way."""
-        pending = None
-        for bucket in buckets(tensors) if self.world > 1 else ():
-            flat = torch.cat([t.reshape(-1) for t in bucket])
-            work = dist.all_reduce(flat, async_op=True)
-            self._unpack(pending)
-            pending = work, flat, bucket
-        self._unpack(pending)
-
-    def _unpack(self, pending: tuple[dist.Work, Tensor, list[Tensor]] | None) -> None:
-        """Wait for a bucket's sums, and write the means to its tensors."""
-        if pending:
-            work, flat, bucket = pending
-            work.wait()
-            parts = flat.div_(self.world).split([t.numel() for t in bucket])
-            torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
 
     def agree(self, number: int) -> int:
         """The largest `number` of all processes, so that they stop after the same update."""

@@ -13,7 +13,7 @@ from minisd import files, ops, registry
 from minisd.data.order import Stream, batches, collate
 from minisd.device import configure, has_fast_bf16
 from minisd.methods._base import Method
-from minisd.options import TINY, Data, Model, Run, Training, free_flags
+from minisd.options import TINY, Data, Model, Run, Training, free_flags, require
 from minisd.training import check_data, checkpoint, distributed, latents, model_card, optim, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
@@ -76,6 +76,8 @@ def train(method: Method, folder: RunFolder) -> int:
 def run(method: Method, folder: RunFolder) -> int:
     """As `train`, within the folder's lock."""
     options, processes = method.options, Processes(method.device.type)
+    summed = processes.world > 1 or not options.is_given("reduce_dtype")
+    require(summed, "--reduce_dtype is for several processes, which torchrun starts")
 
     # Start
     # Wrong flags and data are reported before a model is loaded. All do as the first process does.
@@ -177,6 +179,7 @@ def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> Non
     method, step, epoch = trainer.method, trainer.step, trainer.updates_per_epoch
     last = step == trainer.total
     ops.say_verdicts()
+    folder.written(wait=False)
     if method.device.type == "cpu" or is_due(step, 10) or last:
         log.flush()
     if is_due(step, method.save_interval(epoch)):
@@ -209,6 +212,7 @@ def held_out_loss(method: Method, held_out) -> float:
 def end(trainer: Trainer, folder: RunFolder, stopped: bool, repository: str | None) -> None:
     """Say how to continue a run that was stopped, or save the result of a complete one, and upload it to
     `repository` if that is not None."""
+    folder.written()
     if stopped:
         length = f"{trainer.step} of {trainer.total}"
         print(f"stopped at update {length}; --resume_from_checkpoint latest continues", file=sys.stderr)

@@ -49,6 +49,7 @@ class Meter(TorchDispatchMode):
         self.fake, self.faking = FakeTensorMode(allow_non_fake_inputs=True), True
         self.kinds: dict[int, str] = {}  # of the storages that are alive
         self.now, self.peak, self.flops, self.encoding = Counter(), Counter(), 0, False
+        self.copied = 0  # bytes of a checkpoint
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         with self.fake if self.faking else nullcontext():
@@ -100,7 +101,7 @@ def trace(kind: type[Method], options: Run, read: Callable, gpu: bool) -> Meter:
     passes, meter = options.gradient_accumulation_steps, Meter()
     plain = {"gradient_accumulation_steps": 1, "compile": False, "kernels": "torch", "graph": "off"}
     o = changed(options, plain)
-    if gpu and getattr(o, "offload_ema", False):
+    if offloaded := gpu and getattr(o, "offload_ema", False) and o.use_ema:
         o.use_ema = False
     method = kind(o, torch.device("cpu"))
     method.read = read
@@ -127,6 +128,7 @@ def trace(kind: type[Method], options: Run, read: Callable, gpu: bool) -> Meter:
             if passes == 1:  # otherwise the last of them is traced, which adds to gradients that are there
                 trainer.optimizer.zero_grad()
             meter.begin()
+            meter.copied = (1 + offloaded) * sum(p.nbytes for p in trained.values()) + meter.now[OPTIMIZER]
             trainer.update(iter([batch]))
     meter.flops *= passes
     meter.encoding = encoding.total() > meter.peak.total()
@@ -220,6 +222,8 @@ def report(kind: type[Method], options: Run) -> int:
         parts = ", ".join(f"{kind} {meter.peak[kind] / GB:.2f}" for kind in KINDS)
         parts += ", while images are encoded" if meter.encoding else ""
         work = f"{meter.flops / 1e12:.3g} TFLOP for {size} images"
+        if o.checkpointing_steps and o.background_checkpoints:
+            work += f"; a checkpoint's copy takes {meter.copied / GB:.2f} GB of CPU memory"
         print(
             f"{spelled(*changes) or 'these flags'}: {meter.peak.total() / GB:.2f} GB ({parts}), {work}",
             flush=True,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -43,11 +44,13 @@ class RunFolder(AbstractContextManager):
         self.lock: Lock | None = None
         self.asked: Path | None = None  # the checkpoint that the user named, which rotation leaves alone
         self.conditions: dict = {}  # see `conditions`
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # the checkpoint that is being written
         self.on_update = on_update
 
     def __exit__(self, *error: object) -> None:
-        """Close the trackers, and let other runs have the folder."""
+        """Let a checkpoint be finished, close the trackers, and let other runs have the folder."""
         try:
+            self.writer.shutdown()
             for tracker in self.trackers:
                 tracker.close()
         finally:
@@ -180,14 +183,30 @@ class RunFolder(AbstractContextManager):
         checkpoint.restore(trainer, path)
 
     def save_checkpoint(self, trainer: Trainer, verdicts: dict[str, str]) -> None:
-        """Write checkpoint-STEP, whole or not at all; then remove the oldest ones beyond the limit, but not
-        the one that the user named, nor later ones, of an earlier attempt."""
+        """Write checkpoint-STEP in a thread, from a copy of what trains, or without one, waiting for it, as
+        the options say. An error of its writing is raised by the next call of `written`."""
+        self.written()
         self.require_finite(trainer)
-        with files.new_folder(self.path / f"checkpoint-{trainer.step}") as folder:
-            kernels = {"kernels": verdicts} if verdicts else {}
-            checkpoint.save(trainer, folder, self.recorded, self.conditions | kernels)
-        limit = self.options.checkpoints_total_limit
-        ours = [p for p in self.checkpoints() if number(p) <= trainer.step]
+        state = checkpoint.State.of(trainer, copied=self.options.background_checkpoints)
+        conditions = self.conditions | ({"kernels": verdicts} if verdicts else {})
+        self.writing = self.writer.submit(self._write_checkpoint, state, conditions)
+        if not self.options.background_checkpoints:
+            self.written()
+
+    def written(self, *, wait: bool = True) -> None:
+        """Wait for the checkpoint that is being written, or only look at it unless `wait`. ValueError if that
+        failed."""
+        if self.writing and (wait or self.writing.done()):
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _write_checkpoint(self, state: checkpoint.State, conditions: dict) -> None:
+        """Write a checkpoint, whole or not at all; then remove the oldest ones beyond the limit, but not the
+        one that the user named, nor later ones, of an earlier attempt."""
+        step, limit = state.numbers["step"], self.options.checkpoints_total_limit
+        with files.new_folder(self.path / f"checkpoint-{step}") as folder:
+            state.save(folder, self.recorded, conditions)
+        ours = [p for p in self.checkpoints() if number(p) <= step]
         for path in ours[: -limit if limit else 0]:
             if reading.real(path) != self.asked:
                 files.remove(path)
@@ -203,6 +222,7 @@ class RunFolder(AbstractContextManager):
 
     def advice(self, step: int) -> str:
         """What to do after update `step` has failed."""
+        self.written()
         path, _ = self.newest_whole([p for p in self.checkpoints() if number(p) <= step])
         found = f"{path.name} is the last checkpoint with finite values" if path else "There is no checkpoint"
         return f"{found}. A lower --learning_rate, or --mixed_precision bf16 or no, may help"

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from minisd import graph, noise
+from minisd.device import DTYPES
 from minisd.methods._base import Method
 from minisd.models.unet import UNetEncoder
 from minisd.options import Average
 from minisd.training import optim
+from minisd.training.averaging import Averaging
 from minisd.training.distributed import Processes
 
 
@@ -37,6 +39,7 @@ class Trainer:
         for network in self.networks if o.compile else ():
             if isinstance(network, UNetEncoder):
                 network.compile(dynamic=False)
+        self.averaging = Averaging(self.parameters, processes, DTYPES[o.reduce_dtype])
         self.graphs = graph.Graphs()
         self.gradients: dict[nn.Parameter, Tensor] = {}  # those that the graphs compute
 
@@ -48,13 +51,16 @@ class Trainer:
             factor = optim.lr_factor(self.options, self.step, self.total, group["peak"])
             group["lr"] = rates[group["logged"]] = group["peak"] * factor
         loss_sum = torch.zeros((), device=self.method.device)
-        for _ in range(self.options.gradient_accumulation_steps):
+        for left in reversed(range(self.options.gradient_accumulation_steps)):
             batch = next(batches)
             # For dropout: each micro-batch has its own stream.
             seed = noise.generator(self.options.seed, "layers", batch["number"][0]).initial_seed()
             torch.manual_seed(seed)
-            loss_sum += self._backward(self.method.inputs(batch))
-        self.processes.average([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
+            inputs = self.method.inputs(batch)
+            if not left:
+                self.averaging.begin()
+            loss_sum += self._backward(inputs)
+        loss_sum = self.averaging.finish(loss_sum)
         self.scaler.unscale_(self.optimizer)
         norm = optim.grad_norm(self.parameters)
         self.scaler.step(self.optimizer, optim.clip_divisor(norm, self.options.max_grad_norm))
@@ -72,7 +78,10 @@ class Trainer:
             if p.grad is gradient:  # of the micro-batch before; a replay would overwrite it
                 p.grad = gradient.clone()
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        graphed = graph.wanted(self.method.device)
+        # The gradients of a graph come all at once, so that nothing of their averaging is hidden.
+        graphed = graph.wanted(self.method.device) and (
+            self.options.graph == "on" or not self.averaging.overlaps
+        )
         found = self.graphs(self.networks, self._gradients, tensors) if graphed else None
         if found is None:
             if not any(self.graphs.graphs.values()):
