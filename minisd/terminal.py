@@ -16,7 +16,8 @@ from typing import TextIO
 from minisd.spelling import as_written
 
 SECONDS = 10.0  # between two lines of a bar in a file
-BRIEF = {"leave": False, "position": 0, "dynamic_ncols": True}  # for tqdm: a bar that may cover a longer one
+# For tqdm: a bar that may cover a longer one. Of several processes the first has one.
+BRIEF = {"leave": False, "position": 0, "dynamic_ncols": True, "disable": os.environ.get("RANK", "0") != "0"}
 
 
 class Terminal:

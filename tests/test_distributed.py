@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from minisd.training import averaging, distributed
@@ -37,7 +39,8 @@ def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
     flags = ["--model", model, "--data", captioned if method == "text_to_image" else cat]
     flags += ["--resolution", 32, "--max_train_steps", 4, "--gradient_accumulation_steps", 2, "--scale_lr"]
     flags += ["--learning_rate", 1e-3, "--checkpointing_steps", 2, "--report_to", "none"]
-    flags += ["--num_validation_images", 1]
+    flags += ["--num_validation_images", 3]
+    flags += ["--validation_split", 2] if method == "text_to_image" else []
     flags += ["--center_crop", "--lr_scheduler", "linear", "--lr_warmup_steps", 1]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(method, options(method, *flags, "--train_batch_size", 2, "--output_dir", one)) == 0
@@ -50,9 +53,14 @@ def test_two_processes_equal_one(model, cat, captioned, tmp_path, method):
     with pytest.raises(ValueError, match="--reduce_dtype is for several processes"):
         train(method, options(method, *flags, "--reduce_dtype", "bf16", "--output_dir", tmp_path / "none"))
     # Nor does AdamW mind a factor in all gradients, so their norms are compared.
-    logs = ((out / "log.jsonl").read_text().splitlines() for out in (one, two))
-    ours, theirs = ([json.loads(line)["grad_norm"] for line in log] for log in logs)
-    assert theirs == pytest.approx(ours, rel=0.02)
+    logs = [list(map(json.loads, (out / "log.jsonl").open())) for out in (one, two)]
+    assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
+    shared = "grad_norm", "validation_loss"  # the processes share the held-out examples
+    ours, theirs = ([line[k] for line in log for k in shared if k in line] for log in logs)
+    assert theirs == pytest.approx(ours, rel=0.02) and len(ours) == (5 if method == "text_to_image" else 4)
+    # And the images.
+    first, second = (np.array(Image.open(out / "validation" / "step-000000.png"), int) for out in (one, two))
+    assert abs(first - second).max() <= 2 and first.std() > 5
     a, b = tensors(one), tensors(two)
     assert a.keys() == b.keys()
     begun = load_file(one / "checkpoint-2" / "trained.safetensors")
@@ -100,6 +108,8 @@ def test_buckets(monkeypatch):
 def averaged(rank: int) -> None:
     """In one of two processes, what two updates leave as gradients, in fp32 and in bf16."""
     processes, loss = distributed.Processes(), torch.tensor(float(rank))
+    assert processes.share(range(5), lambda own: [10 * i for i in own]) == [0, 10, 20, 30, 40]
+    assert processes.share(["one"], lambda own: [*own] if own else 1 / 0) == ["one"]
     averaging.BUCKET = 4 * 40
     for dtype in (torch.float32, torch.bfloat16):
         names = ["first", "strided", "some", "none", "last"]

@@ -71,7 +71,7 @@ def test_the_disk_gives_what_the_memory_gives(data, model, tmp_path, flags, caps
 
 def test_a_run_is_the_same_with_latents_on_disk(data, model, tmp_path):
     flags = ["--model", model, "--data", data, "--resolution", 32, *FIXED, "--dataloader_num_workers", 2]
-    flags += ["--checkpointing_steps", 2, "--num_validation_images", 1]
+    flags += ["--checkpointing_steps", 2, "--num_validation_images", 1, "--caption_dropout", 0.3]
     for name, more in (("memory", []), ("disk", ["--latents_dir", tmp_path / "latents"])):
         assert (
             train("text_to_image", options("text_to_image", *flags, *more, "--output_dir", tmp_path / name))
@@ -81,8 +81,10 @@ def test_a_run_is_the_same_with_latents_on_disk(data, model, tmp_path):
         assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "disk" / name).read_bytes()
 
 
-def files_of(folder):
-    return sorted(folder.rglob("*.safetensors"))
+def files_of(folder, dimensions=5):
+    """Those of latents, (n, 2, 4, h, w), or of contexts, (n, s, d)."""
+    paths = sorted(folder.rglob("*.safetensors"))
+    return [path for path in paths if load_file(path)["values"].ndim == dimensions]
 
 
 def test_what_a_killed_run_has_written_is_used(data, model, tmp_path, monkeypatch):
@@ -114,11 +116,11 @@ def test_damaged_files_are_not_used(data, model, tmp_path, monkeypatch, capsys):
         save_file(tensors, path, {"index": latents.files.read_with_metadata(path)[1]["index"]})
     capsys.readouterr()
     again, count = cached(data, model, tmp_path / "b", *flags)
-    assert count == 3 and capsys.readouterr().out.count("passing over latents: ") == 3
+    assert count == 3 and capsys.readouterr().out.count("passing over what was encoded: ") == 3
     same(whole, again)
     content = bytearray(four.read_bytes())  # a bit of the values, which come last or before the digests
-    moments = load_file(four)["moments"]
-    at = bytes(content).index(moments.numpy().tobytes())
+    values = load_file(four)["values"]
+    at = bytes(content).index(values.numpy().tobytes())
     content[at + 100] ^= 1
     four.write_bytes(content)
     spoilt, count = cached(data, model, tmp_path / "c", *flags)
@@ -137,6 +139,41 @@ def test_what_latents_depend_on(data, model, tmp_path):
     other.save(tmp_path / "other", {"vae"})
     assert cached(data, tmp_path / "other", tmp_path / "e", *flags)[1] == 10
     assert cached(data, model, tmp_path / "f", *flags)[1] == 0
+
+
+def contexts(data, model, out, *flags):
+    """Those of all captions, and the number of prompts that were encoded for the cache and later."""
+    where = ["--model", model, "--data", data, "--resolution", 32, "--output_dir", out]
+    m = new("text_to_image", options("text_to_image", *where, *FIXED, *flags))
+    m.setup()
+    stream, encode, count = Stream(m.datasets()[0], 0), m.sd.encode_text, []
+    m.sd.encode_text = lambda prompts: count.append(len(prompts)) or encode(prompts)
+    latents.cache(stream, m, Processes(), out)
+    m.contexts.clear()
+    cached = sum(count)
+    return m.text(["number 0", "", "number 3", "number 0"]), cached, sum(count) - cached
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_prompts_are_encoded_once(data, model, tmp_path, precision):
+    """If the text encoder is frozen and captions are not shuffled; their contexts have the same bits."""
+    flags = ["--mixed_precision", precision, "--caption_dropout", 0.5]
+    disk = "--latents_dir", tmp_path / "latents"
+    plain, *count = contexts(data, model, tmp_path / "a", *flags)
+    assert count == [0, 3]
+    for name, expected in (("b", 6), ("c", 0)):
+        stored, *count = contexts(data, model, tmp_path / name, *flags, *disk)
+        assert count == [expected, 0] and torch.equal(stored, plain) and stored.dtype == plain.dtype
+    assert len(files_of(tmp_path / "latents", 3)) == 1
+    again, *count = contexts(data, model, tmp_path / "d", "--mixed_precision", "no", *disk)
+    assert count == ([5, 1] if precision == "bf16" else [0, 0])
+    (data / "0.txt").write_text("one, two")
+    assert contexts(data, model, tmp_path / "e", *flags, *disk, "--shuffle_caption")[1:] == (0, 1)
+    other = StableDiffusion.load(model)
+    other.text_encoder.text_model.final_layer_norm.bias.data[0] += 1e-3
+    other.save(tmp_path / "other", {"text_encoder"})
+    assert contexts(data, tmp_path / "other", tmp_path / "f", *flags, *disk)[1] == 6
+    assert contexts(data, model, tmp_path / "g", *flags, *disk, "--train_text_encoder")[1:] == (0, 0)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one folder", "two folders"])

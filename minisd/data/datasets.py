@@ -7,6 +7,7 @@ A dataset has
     extras(view)                  further tensors of a view, by name
     identity(view)                all that the pixels of a view depend on, as a text
     views()                       all possible views, or None if crops are random
+    prompts()                     all possible prompts, or None if their parts are shuffled
     buckets                       the shape (w, h) at each index, or None if all images have one shape
 order.py decides the order of the examples in a run, and their generators.
 """
@@ -139,6 +140,14 @@ class Captioned:
             return None
         pairs = zip(records, boxes, strict=True)
         return [View(r, flipped, self.sizes[r], box) for r, box in pairs for flipped in self.flips]
+
+    def prompts(self) -> list[str] | None:
+        if self.shuffle_after is not None:
+            return None
+        captions = (
+            [self.prompt] if self.caption_column is None else self.source.all_captions(self.caption_column)
+        )
+        return [*dict.fromkeys([*captions, ""] if self.caption_dropout else captions)]
 
     def pixels(self, view: View) -> Tensor:
         """(3, h, w) in [-1, 1]."""
@@ -319,6 +328,10 @@ class Prior:
         if None in views:
             return None
         return [replace(view, part=i) for i, part in enumerate(views) for view in part]
+
+    def prompts(self) -> list[str] | None:
+        prompts = [part.prompts() for part in self.parts]
+        return None if None in prompts else [*dict.fromkeys(p for part in prompts for p in part)]
 
     def pixels(self, view: View) -> Tensor:
         return self.parts[view.part].pixels(view)

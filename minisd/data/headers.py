@@ -67,7 +67,8 @@ def _look(
     starts = range(0, len(pictures), part)
     parts = [[values[start : start + part] for start in starts] for values in (pictures, known)]
     entries, problems = [], {}
-    bar = tqdm(desc="checking", total=len(pictures), disable=len(pictures) < 2 * FEW, **BRIEF)
+    brief = BRIEF | ({"disable": True} if len(pictures) < 2 * FEW else {})
+    bar = tqdm(desc="checking", total=len(pictures), **brief)
     with images.unlimited(), bar, pool(workers) as executor:
         look = partial(_look_at_part, whole=whole, max_pixels=max_pixels)
         for start, (found, wrong) in zip(starts, executor.map(look, *parts), strict=True):

@@ -16,6 +16,7 @@ waits for the GPU, which can repeat all of it as a CUDA graph.
 """
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,9 @@ class Method:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.lr_scale = 1.0  # a further factor of --scale_lr
         self.contexts: dict[str, Tensor] = {}  # of the latest prompts that a frozen text encoder has seen
+        self.stored_contexts: Mapping[str, Tensor] = {}  # of those of the data: see training/latents.py
         self.read = functools.cache(self.read)
+        self.share = lambda items, function: function(items)  # among processes: see Processes.share
 
     # What the training loop calls
 
@@ -322,7 +325,12 @@ class Method:
         prompts of a batch are encoded together, unless the method `encodes_alone`."""
         import torch
 
+        from minisd.device import send
+
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.contexts]
+        stored = {p: send(self.stored_contexts[p], self.device) for p in new if p in self.stored_contexts}
+        self.contexts |= stored
+        new = [prompt for prompt in new if prompt not in stored]
         for part in [[prompt] for prompt in new] if self.encodes_alone else [new] * bool(new):
             with torch.no_grad(), self.autocast():
                 self.contexts |= zip(part, self.sd.encode_text(part).to(self.dtype), strict=True)
@@ -380,11 +388,16 @@ class Method:
 
         from minisd.sampling.generate import Settings, pictures
 
-        o, count = self.options, self.options.num_validation_images
+        o, steps = self.options, self.preview_steps
         chosen = {"guidance_scale": o.validation_guidance_scale, "scheduler": o.validation_scheduler}
-        chosen |= {"steps": self.preview_steps}
-        settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True, **chosen)
-        kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
-        seeds = [o.seed + i for i in range(count)]
-        with tqdm(total=count * settings.steps, desc="drawing", **BRIEF) as bar, self.autocast():
-            return list(pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update, **kwargs))
+        settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True, steps=steps, **chosen)
+
+        def draw(seeds: list[int]) -> list[Image]:
+            count = len(seeds)
+            kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
+            with tqdm(total=count * steps, desc="drawing", **BRIEF) as bar, self.autocast():
+                return list(
+                    pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update, **kwargs)
+                )
+
+        return self.share([o.seed + i for i in range(o.num_validation_images)], draw)

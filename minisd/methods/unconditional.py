@@ -91,9 +91,13 @@ class Unconditional(Method):
 
         if moment == "before":
             return None
-        count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
+        o, steps = self.options, self.options.ddpm_num_inference_steps
         settings = Settings(steps=steps, scheduler="ddpm")
         settings.width = settings.height = self.sd.default_size  # of a model of one's own any number
-        with tqdm(total=count * steps, desc="drawing", **BRIEF) as bar, self.autocast():
-            drawing = {"batch_size": count, "on_step": bar.update}
-            return images.grid(list(pictures(self.sd, [""] * count, range(count), settings, **drawing)))
+
+        def draw(seeds: range) -> list[Image]:
+            with tqdm(total=len(seeds) * steps, desc="drawing", **BRIEF) as bar, self.autocast():
+                drawing = {"batch_size": o.eval_batch_size, "on_step": bar.update}
+                return list(pictures(self.sd, [""] * len(seeds), seeds, settings, **drawing))
+
+        return images.grid(self.share(range(o.eval_batch_size), draw))

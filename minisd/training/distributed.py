@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -144,6 +144,12 @@ class Processes:
         values = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def share(self, items: Sequence, function: Callable[[Sequence], list]) -> list:
+        """function(items), which has a result for each of them; every process computes some."""
+        own = items[self.rank :: self.world]
+        found = self.gather(function(own) if own else [])
+        return [found[k % self.world][k // self.world] for k in range(len(items))]
 
     def require_same(self, **values: object) -> None:
         """ValueError in every process, saying who differs in what, unless all have the same values."""

@@ -90,6 +90,7 @@ def run(method: Method, folder: RunFolder) -> int:
     method.read()
     ops.pin(checkpoint.verdicts(earlier) if earlier else {}, processes.first_to_ask)
     torch.manual_seed(options.seed)
+    method.share = processes.share
     if processes.first:
         method.prepare()
     processes.wait()
@@ -106,7 +107,7 @@ def run(method: Method, folder: RunFolder) -> int:
         repository = trackers.create_repository(options)
         folder.start(trainer.step)
         print(describe(trainer, held_out))
-        folder.save_before(trainer, earlier)
+    folder.save_before(trainer, earlier)
     processes.wait()
     source = micro_batches(trainer, dataset)
 
@@ -117,7 +118,7 @@ def run(method: Method, folder: RunFolder) -> int:
             update = trainer.update(source)
             if processes.first:
                 log.add(trainer.step, *update)
-                after_update(trainer, held_out, folder, log)
+            after_update(trainer, held_out, folder, log)
             stop = processes.agree(sum(signals))  # a signal to any process, or 0
             if stop or is_due(trainer.step, options.checkpointing_steps):
                 log.flush()
@@ -130,8 +131,7 @@ def run(method: Method, folder: RunFolder) -> int:
 
     # End
     stopped = stop and trainer.step < trainer.total
-    if processes.first:
-        end(trainer, folder, stopped, repository)
+    end(trainer, folder, stopped, repository)
     processes.close()
     return 128 + stop if stopped else 0
 
@@ -175,51 +175,63 @@ def micro_batches(trainer: Trainer, dataset) -> Iterator[dict]:
 
 
 def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> None:
-    """Write the log, an intermediate result, held-out loss and validation images where they are due."""
+    """Write the log, an intermediate result, held-out loss and validation images where they are due. All
+    processes compute these, and the first writes."""
     method, step, epoch = trainer.method, trainer.step, trainer.updates_per_epoch
-    last = step == trainer.total
-    ops.say_verdicts()
+    first, last = trainer.processes.first, step == trainer.total
+    if first:
+        ops.say_verdicts()
     folder.written(wait=False)
     if method.device.type == "cpu" or is_due(step, 10) or last:
         log.flush()
-    if is_due(step, method.save_interval(epoch)):
+    if first and is_due(step, method.save_interval(epoch)):
         folder.require_finite(trainer)
         with trainer.averaged():
             method.save_intermediate(folder.path, step)
     if is_due(step, method.options.validation_interval(epoch)) or (last and held_out):
         log.flush()
         with trainer.averaged():
-            if held_out:
-                folder.log(step, validation_loss=held_out_loss(method, held_out))
+            loss = held_out_loss(method, held_out) if held_out else None
             image = None if last else method.preview()
-            if image is not None:
-                folder.save_image(step, "validation", image, f"validation/step-{step:06}.png")
-        report.write(folder.path)
+        if first and loss is not None:
+            folder.log(step, validation_loss=loss)
+        if first and image is not None:
+            folder.save_image(step, "validation", image, f"validation/step-{step:06}.png")
+        if first:
+            report.write(folder.path)
 
 
 @torch.no_grad()
 def held_out_loss(method: Method, held_out) -> float:
     """The mean loss of the held-out examples. Example k of n has the timestep (k + 1/2) / n of the schedule,
     and noise, crop and caption that depend on k alone."""
-    stream, count, losses = Stream(held_out, method.options.seed), len(held_out), []
+    stream, count = Stream(held_out, method.options.seed), len(held_out)
     total = method.sd.schedule.num_train_timesteps
-    for k in range(count):  # each alone, because their shapes may differ
-        fixed = {"number": f"held out {k}", "timestep": total * (2 * k + 1) // (2 * count)}
-        losses.append(method.loss(collate([[sample | fixed for sample in stream[k]]])))
-    return torch.stack(losses).mean().item()
+
+    def losses(numbers: range) -> list[float]:
+        found = []
+        for k in numbers:  # each alone, because their shapes may differ
+            fixed = {"number": f"held out {k}", "timestep": total * (2 * k + 1) // (2 * count)}
+            found.append(method.loss(collate([[sample | fixed for sample in stream[k]]])))
+        return torch.stack(found).tolist()
+
+    return torch.tensor(method.share(range(count), losses)).mean().item()
 
 
 def end(trainer: Trainer, folder: RunFolder, stopped: bool, repository: str | None) -> None:
     """Say how to continue a run that was stopped, or save the result of a complete one, and upload it to
-    `repository` if that is not None."""
+    `repository` if that is not None. All processes draw, and the first writes."""
     folder.written()
     if stopped:
         length = f"{trainer.step} of {trainer.total}"
-        print(f"stopped at update {length}; --resume_from_checkpoint latest continues", file=sys.stderr)
+        if trainer.processes.first:
+            print(f"stopped at update {length}; --resume_from_checkpoint latest continues", file=sys.stderr)
+        return
+    names = folder.save_result(trainer)
+    if not trainer.processes.first:
         return
     if ops.verdicts():
         files.write_json(folder.path / "kernels.json", ops.verdicts())
-    names = folder.save_result(trainer)
     names += model_card.write(trainer, folder, names, repository)
     report.write(folder.path)
     print(f"saved to {folder.path}; {folder.path / 'result.png'} and report.html show what it learned")

@@ -228,25 +228,34 @@ class RunFolder(AbstractContextManager):
         return f"{found}. A lower --learning_rate, or --mixed_precision bf16 or no, may help"
 
     def save_result(self, trainer: Trainer) -> list[str]:
-        """Write the result and the image of it; return the names of these files within the folder."""
-        self.require_finite(trainer)
+        """Write the result and the image of it, which all processes draw; return the names of these files
+        within the folder."""
+        first, names = trainer.processes.first, []
+        if first:
+            self.require_finite(trainer)
         with trainer.averaged():
-            with files.new_folder(self.path, keep=True) as fresh:
-                trainer.method.save(fresh)
-                names = sorted(p.relative_to(fresh).as_posix() for p in fresh.rglob("*") if p.is_file())
-            self.save_image(trainer.step, "result", self.result_sheet(trainer.method), "result.png")
+            if first:
+                with files.new_folder(self.path, keep=True) as fresh:
+                    trainer.method.save(fresh)
+                    names = sorted(p.relative_to(fresh).as_posix() for p in fresh.rglob("*") if p.is_file())
+            sheet = self.result_sheet(trainer.method)
+        if first:
+            self.save_image(trainer.step, "result", sheet, "result.png")
         return [*names, "result.png"]
 
     def save_before(self, trainer: Trainer, earlier: Path | None) -> None:
-        """Write what the model draws before the first update, or in a new folder take it from that of the
-        checkpoint `earlier`."""
+        """Write what the model draws before the first update, by all processes, or in a new folder take it
+        from that of the checkpoint `earlier`."""
         place, there = self.path / BEFORE, earlier and earlier.parent / BEFORE
+        first = trainer.processes.first
         if trainer.step == 0:
-            files.remove(place)
-            if image := trainer.method.preview("before"):
+            image = trainer.method.preview("before")
+            if first:
+                files.remove(place)
+            if first and image:
                 self.save_image(0, "validation", image, BEFORE)
             graph.forget()  # whose memory the updates need
-        elif not place.exists() and there and there.is_file():
+        elif first and not place.exists() and there and there.is_file():
             files.write_bytes(place, there.read_bytes())
 
     def result_sheet(self, method: Method) -> Image.Image:
