@@ -1,9 +1,9 @@
 """Gradients, averaged over the processes in buckets while the backward pass computes further ones.
 
-Not by DistributedDataParallel: it wraps the forward pass of one module, and a method's loss calls several or
-uses rows beside a frozen table. It also gives zeros to a parameter without a gradient, which AdamW would then
-move, and forms other buckets after its first update, so that a resumed run of more than two processes would
-sum in another order than one that was not interrupted.
+Not by DistributedDataParallel: that asks for a loss which is the forward pass of one module with all that
+trains, and for a walk through the graph in every pass where a parameter may be without a gradient. It also
+changes its buckets after the first update, so that a resumed run of more than two processes would sum in
+another order than one that was not interrupted.
 """
 
 from collections.abc import Iterator
