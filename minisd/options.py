@@ -161,9 +161,7 @@ class Run(Group):
         100, "passes over the data, unless --max_train_steps is given", also=("num_epochs",), free=True
     )
     checkpointing_steps: Number = flag(500, "updates between checkpoints; 0 saves none", free=True)
-    background_checkpoints: bool = flag(
-        True, "write checkpoints while training goes on, from a copy in the CPU's memory", free=True
-    )
+    background_checkpoints: bool = flag(True, "write them from a copy, while training goes on", free=True)
     checkpoints_total_limit: Count | None = flag(None, "number of checkpoints to keep", free=True)
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or 'latest'", free=True)
     report_to: Literal["none", "tensorboard", "wandb", "comet_ml", "all"] = flag(
@@ -394,10 +392,9 @@ class Training(Data, Validation, Optimizer, Diffusion, Precision, Model, Run):
     latents_memory: Weight = flag(8.0, "GB of latents in memory; more are in --output_dir", free=True)
 
     def check(self):
-        limited = self.latents_memory != type(self).latents_memory
         require(self.cache_latents or not self.latents_dir, "--latents_dir is for --cache_latents")
         if place := self.latents_dir:
             there = next(p for p in (place, *place.parents) if os.path.lexists(p))
             require(there.is_dir(), f"--latents_dir {place}: {there} is not a folder")
         used = self.cache_latents and not self.latents_dir
-        require(used or not limited, "--latents_memory is for latents in memory")
+        require(used or not self.is_given("latents_memory"), "--latents_memory is for latents in memory")

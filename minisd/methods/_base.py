@@ -325,12 +325,9 @@ class Method:
         prompts of a batch are encoded together, unless the method `encodes_alone`."""
         import torch
 
-        from minisd.device import send
-
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.contexts]
-        stored = {p: send(self.stored_contexts[p], self.device) for p in new if p in self.stored_contexts}
-        self.contexts |= stored
-        new = [prompt for prompt in new if prompt not in stored]
+        self.contexts |= self.send({p: self.stored_contexts[p] for p in new if p in self.stored_contexts})
+        new = [prompt for prompt in new if prompt not in self.contexts]
         for part in [[prompt] for prompt in new] if self.encodes_alone else [new] * bool(new):
             with torch.no_grad(), self.autocast():
                 self.contexts |= zip(part, self.sd.encode_text(part).to(self.dtype), strict=True)
@@ -393,11 +390,9 @@ class Method:
         settings = Settings(width=o.resolution, height=o.resolution, plain_prompt=True, steps=steps, **chosen)
 
         def draw(seeds: list[int]) -> list[Image]:
-            count = len(seeds)
-            kwargs = {} if image is None else self.sampling_kwargs(image.expand(count, -1, -1, -1))
-            with tqdm(total=count * steps, desc="drawing", **BRIEF) as bar, self.autocast():
-                return list(
-                    pictures(self.sd, [prompt] * count, seeds, settings, on_step=bar.update, **kwargs)
-                )
+            drawing = {} if image is None else self.sampling_kwargs(image.expand(len(seeds), -1, -1, -1))
+            with tqdm(total=len(seeds) * steps, desc="drawing", **BRIEF) as bar, self.autocast():
+                drawing |= {"on_step": bar.update}
+                return list(pictures(self.sd, [prompt] * len(seeds), seeds, settings, **drawing))
 
         return self.share([o.seed + i for i in range(o.num_validation_images)], draw)
