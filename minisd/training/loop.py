@@ -76,8 +76,7 @@ def train(method: Method, folder: RunFolder) -> int:
 def run(method: Method, folder: RunFolder) -> int:
     """As `train`, within the folder's lock."""
     options, processes = method.options, Processes(method.device.type)
-    summed = processes.world > 1 or not options.is_given("reduce_dtype")
-    require(summed, "--reduce_dtype is for several processes, which torchrun starts")
+    require(processes.world > 1 or options.reduce_dtype == "fp32", "--reduce_dtype is for several processes")
 
     # Start
     # Wrong flags and data are reported before a model is loaded. All do as the first process does.
