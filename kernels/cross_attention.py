@@ -120,7 +120,6 @@ BWD_TILES = {  # without a tile, attention.py's backward
 }
 case = attention.case
 
-
 KERNEL = Kernel(
     name="cross_attention", reference=attention.reference, unsupported=unsupported, dtypes=L.HALF,
     forward=forward, backward=backward, size_class=heads.size_class,

@@ -338,7 +338,7 @@ def case(
 KERNEL = Kernel(
     name="group_norm", reference=reference, unsupported=unsupported,
     forward=forward, backward=backward, size_class=size_class,
-    save=lambda inputs, outputs: (*inputs[:4], outputs[1], inputs[4], inputs[6]),
+    save=lambda inputs, outputs: (*inputs[:4], outputs[1], inputs[4], inputs[6]), constants=2,
     cases=[
         case("small, batch 3", 3, 64, 4, 4, 4),
         case("small, 10 channels a group", 1, 80, 4, 4, 8, eps=1e-6, silu=False, add=False),

@@ -18,7 +18,7 @@ from minisd.kernels.launch import as_tuple
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction  # Function without 5 us of Python in each call
 
-PLAIN, OPTIONAL = (Tensor, torch.nn.Parameter), (Tensor, type(None))
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Kernel:
     forward: Callable  # launcher; outputs after the first `differentiable` are for the backward alone
     backward: Callable  # launcher; takes the gradients of differentiable outputs, then what `save` returned
     save: Callable = lambda inputs, outputs: (*inputs, *outputs)  # tensors, then constants, for the backward
+    constants: int = 0  # the number of these constants
     gradients: Callable = lambda *results: results  # backward's results as one gradient per tensor parameter
     differentiable: int = 1  # number of outputs that the caller gets
     unsupported: Callable = lambda *arguments: ""  # why this kernel cannot run, or an empty string
@@ -80,41 +81,47 @@ class Kernel:
         pieces = dict(forward=staticmethod(self._forward), backward=staticmethod(self._backward))
         self._function = type(self.name, (_SingleLevelFunction,), pieces)
 
-    def __call__(self, *arguments):
-        """Return the differentiable output, or a tuple of them."""
+    def __call__(self, *arguments, key: tuple | None = None):
+        """Return the differentiable output, or a tuple of them. `key` is as in `launch.remembered`."""
         # Three ways to the same launchers: an operator costs 10 us more a call, autograd for it 80 us, and
         # autograd for plain tensors 10 us. There are 150 calls in a UNet.
         if torch.compiler.is_compiling() or type(arguments[0]) not in PLAIN:
             outputs = self.operator(*arguments)
-        elif torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments):
-            return self._function.apply(*arguments)
+        elif torch.is_grad_enabled() and any([getattr(a, "requires_grad", False) for a in arguments]):
+            return self._function.apply(*arguments, key)
         else:
-            outputs = self.forward(*arguments)
+            outputs = self.forward(*arguments, key=key)
         return self._shown(as_tuple(outputs))
 
     def _shown(self, outputs: tuple) -> Tensor | tuple[Tensor, ...]:
         return outputs[: self.differentiable] if self.differentiable > 1 else outputs[0]
 
     def _forward(self, ctx, *arguments):
-        outputs = as_tuple(self.forward(*arguments))
-        self._setup_context(ctx, arguments, outputs)
+        *arguments, key = arguments
+        outputs = as_tuple(self.forward(*arguments, key=key))
+        self._setup_context(ctx, arguments, outputs, key)
         return self._shown(outputs)
 
-    def _setup_context(self, ctx, inputs, output):
-        outputs = as_tuple(output)
+    def _setup_context(self, ctx, inputs, output, key: tuple | None = None):
+        outputs, ctx.key = as_tuple(output), key
         absent = [y for y in outputs[: self.differentiable] if not y.numel()]
         ctx.mark_non_differentiable(*absent, *outputs[self.differentiable :])
         ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient: each would be a launch
         saved = self.save(inputs, outputs)
-        ctx.constants = [value for value in saved if not isinstance(value, OPTIONAL)]
-        ctx.save_for_backward(*saved[: len(saved) - len(ctx.constants)])
+        tensors = len(saved) - self.constants
+        ctx.save_for_backward(*saved[:tensors])
+        ctx.constants = saved[tensors:]
 
     def _backward(self, ctx, *grads):
         # Under gradient checkpointing it is an error to read saved_tensors twice
-        arguments = (*grads[: self.differentiable], *ctx.saved_tensors, *ctx.constants)
+        tensors = (*grads[: self.differentiable], *ctx.saved_tensors)
         # The operator is what compilers trace, and what says that there is no second derivative
-        plain = type(arguments[self.differentiable]) in PLAIN and not torch.is_grad_enabled()
-        results = (self.backward if plain else self._backward_operator)(*arguments)
+        if type(tensors[self.differentiable]) in PLAIN and not torch.is_grad_enabled():
+            # The forward's key tells all but how autograd, and hooks of what is saved, lay out tensors
+            key = ctx.key and (ctx.key, *[t is not None and t.stride() for t in tensors])
+            results = self.backward(*tensors, *ctx.constants, key=key)
+        else:
+            results = self._backward_operator(*tensors, *ctx.constants)
         results = self.gradients(*as_tuple(results))
         return tuple([g if needed else None for g, needed in zip_longest(results, ctx.needs_input_grad)])
 

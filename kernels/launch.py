@@ -91,7 +91,6 @@ def dense(t: Tensor, like: Tensor | None = None) -> Tensor:
 
 # ------------------------------ The call
 
-
 _recording: tuple[int, list] | None = None  # a compute capability, and the calls recorded for it
 
 
@@ -185,14 +184,16 @@ def tape(arguments: tuple, made: list, launched: list, results: Tensor | tuple) 
 
 def remembered(launcher: Callable) -> Callable:
     """Make `launcher`, which sees no values of tensors, repeat its first call on tensors of the same shapes,
-    strides, types and device, with the same constants."""
+    strides, types and device, with the same constants. A caller that has a `key` of all these gives it."""
 
     @functools.wraps(launcher)
-    def call(*arguments):
+    def call(*arguments, key: tuple | None = None):
         if _recording is not None or getattr(_running, "notes", None):
             return launcher(*arguments)
-        key = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments]
-        key = (launcher, *key)
+        key = key or [
+            (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments
+        ]
+        key = launcher, *key
         if again := _tapes.get(key):
             results = again(arguments)
             return launcher(*arguments) if results is None else results

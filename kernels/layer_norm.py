@@ -148,8 +148,7 @@ def backward(
     """Return dx, which is also the gradient of the residual, and dweight and dbias in fp32."""
     s, d = s.contiguous(), s.shape[-1]
     dy = torch.zeros_like(s) if dy is None else dy.contiguous()
-    rows = s.numel() // d
-    block = tile(d)["BLOCK_N"]
+    rows, block = s.numel() // d, tile(d)["BLOCK_N"]
     flags = dict(HAS_RESIDUAL=dsum is not None, ROWS=max(1, 2048 // block))
     programs = min(PROGRAMS, L.cdiv(rows, flags["ROWS"]))
     dx, dweight, dbias = L.empty(s), *(L.empty(s, d, dtype=torch.float32) for _ in range(2))

@@ -37,8 +37,7 @@ def reason(error: Exception) -> str:
 def table(columns: dict[str, str], rows: list[dict]) -> list[str]:
     """Return lines of Markdown. A column has a heading and a format of a row. A row that lacks values has its
     "reason" in the first of their columns."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [line(columns, row) for row in rows]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(line(columns, row) for row in rows)]
 
 
 def line(columns: dict[str, str], row: dict) -> str:

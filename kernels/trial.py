@@ -35,6 +35,7 @@ class Spec(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    device: torch.device | None = None
 
 
 class Call(NamedTuple):

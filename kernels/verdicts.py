@@ -89,25 +89,26 @@ class Verdicts:
         of the run that goes on cannot."""
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         backward = torch._C._current_graph_task_id() != -1  # where checkpointing computes again
-        if why_not or capturing or backward:
-            return self.leave(call, why_not)
         call, start = Call(*call), time.monotonic()
-        if (k := key(call)) not in self.rows:
+        k = key(call)
+        if why_not or capturing or backward:
+            self._leave(k, why_not)
+        elif k not in self.rows:
             try:
                 if self.pinned.get(k, TORCH) != TORCH:
                     self.bench.check({c.name: c for c in candidates(call)}[self.pinned[k]], call)
             except torch.OutOfMemoryError:
                 pass  # it was right when the run began
             except Exception as error:
-                self.leave(call, report.reason(error))
+                self._leave(k, report.reason(error))
             self.rows[k] = self.pinned.get(k) or self.share(k, lambda: self._look_up(k, call))["choice"]
             self.seconds += time.monotonic() - start
-        return self._choose(call, k)
+        self.choices[tuple(call)] = choice = "" if why_not or self.rows[k] == TORCH else self.rows[k]
+        return choice
 
-    def leave(self, call: tuple, why_not: str = "") -> str:
-        """Leave a call that cannot be tried now to torch, for good, unless it has a verdict. ValueError if
+    def _leave(self, k: str, why_not: str) -> None:
+        """Leave a key that cannot be tried now to torch, for good, unless it has a verdict. ValueError if
         kernels can never compute it, which is `why_not`, and the run that goes on used one."""
-        k = key(Call(*call))
         pinned = self.pinned.get(k, TORCH)
         if why_not and pinned != TORCH:
             raise ValueError(
@@ -115,7 +116,6 @@ class Verdicts:
                 f"({why_not}); --kernels torch continues it without kernels, and with other last digits"
             )
         self.rows.setdefault(k, pinned)
-        return self._choose(call, k)
 
     def record(self) -> dict[str, str]:
         """Return the choices of this run by key."""
@@ -127,10 +127,6 @@ class Verdicts:
         won = Counter(k.split()[0] for k, choice in self.rows.items() if choice != TORCH)
         counts = ", ".join(f"{op} {won[op]} of {count}" for op, count in tried.items())
         return f"{counts} on {self.table.about['GPU']} (settled in {self.seconds:.1f} s)"
-
-    def _choose(self, call: tuple, k: str) -> str:
-        self.choices[tuple(call)] = choice = self.rows[k] if self.rows[k] != TORCH else ""
-        return choice
 
     def _look_up(self, k: str, call: Call) -> dict:
         """Return the row of the table, after a trial if there is none, or one that is not kept."""
@@ -232,5 +228,5 @@ def of(device: torch.device, pinned: dict[str, str], share: Callable | None) -> 
     about = dict(GPU=p.name, capability=f"{p.major}.{p.minor}", **versions, kernels=digest.hexdigest())
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisd" / "kernels"
-    path = cache / f"{re.sub('[^A-Za-z0-9]+', '-', p.name)}-{name}.json"
-    return Verdicts(Table(path, about), pinned, share)
+    name = f"{re.sub('[^A-Za-z0-9]+', '-', p.name)}-{name}.json"
+    return Verdicts(Table(cache / name, about), pinned, share)

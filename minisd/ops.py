@@ -99,40 +99,43 @@ def _say(line: str) -> None:
     _printed = line
 
 
-def _kernel(name: str, *arguments):
+def _kernel(name: str, *arguments) -> Callable | None:
     """Return the kernel that computes this, or None if torch does."""
     if _choice == "torch":
         return None
-    if _choice == "triton":
-        if reason := _load() or _kernels[name].why_not(*arguments):
-            raise ValueError(f"--kernels triton: {name.replace('_', ' ')} cannot run: {reason}")
-        return _kernels[name]
-    device, compiling = arguments[0].device.type, torch.compiler.is_compiling()
-    if device != _device or _missing:
+    device, compiling = arguments[0].device, torch.compiler.is_compiling()
+    if _choice == "auto" and (device.type != _device or _missing):
         if not compiling:
-            _say(f"torch, {_missing or f'the tensors are on {device}'}")
+            _say(f"torch, {_missing or f'the tensors are on {device.type}'}")
         return None
-    call = (name, tuple([_spec(a, compiling) if isinstance(a, Tensor) else a for a in arguments]),
-            torch.is_grad_enabled(), torch.is_autocast_enabled(device),
-            graph.wanted(arguments[0].device))  # fmt: skip
-    choice = _known(call, compiling, arguments[0].device.index)
-    if choice is None:
-        with torch.cuda.device_of(arguments[0]):
-            choice = _verdicts.decide(call, _kernels[name].why_not(*arguments))
-    return _kernels[choice] if choice else None
-
-
-def _spec(t: Tensor, compiling: bool) -> tuple:
-    shape, stride = t.shape, t.stride()
+    specs = [(a.shape, a.stride(), a.dtype, a.requires_grad, a.device) if isinstance(a, Tensor) else a
+             for a in arguments]  # fmt: skip
     if compiling:
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
+        specs = _guarded(specs)
+    modes = torch.is_grad_enabled(), torch.is_autocast_enabled(device.type), graph.wanted(device)
+    call = name, tuple(specs), *modes
+    choice = _known(call, device)
+    if choice is None:
+        choice = _decided(call, device, _kernels[name].why_not(*arguments))
+    if compiling or not choice:
+        return _kernels.get(choice)
+    return functools.partial(_kernels[choice], key=call)
 
-        # A verdict holds for these sizes alone
-        shape, stride = (tuple([guard_scalar(n) for n in sizes]) for sizes in (shape, stride))
-    return shape, stride, t.dtype, t.requires_grad
+
+def _guarded(specs: list) -> list:
+    """Let torch.compile make another graph for other sizes: a verdict holds for these alone."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    found = []
+    for a in specs:
+        if isinstance(a, tuple):
+            shape, stride = (tuple([guard_scalar(n) for n in sizes]) for sizes in a[:2])
+            a = shape, stride, *a[2:]
+        found.append(a)
+    return found
 
 
-def _known(call: tuple, compiling: bool, index: int | None) -> str | None:
+def _known(call: tuple, device: torch.device) -> str | None:
     """Return the name of the kernel, "" for torch, or None if that is to be decided."""
     global _verdicts
     if _verdicts is None:
@@ -140,13 +143,34 @@ def _known(call: tuple, compiling: bool, index: int | None) -> str | None:
             return ""
         from minisd.kernels.verdicts import of
 
-        _verdicts = of(torch.device(_device, index), _record, _share)
-    choice = _verdicts.choices.get(call)
-    return _verdicts.leave(call) if choice is None and compiling else choice
+        _verdicts = Forced() if _choice == "triton" else of(device, _record, _share)
+    return _verdicts.choices.get(call)
 
 
-# torch.compile calls it while it traces, once. The decorator that says so would import the compiler.
-_known._dynamo_marked_constant = True
+def _decided(call: tuple, device: torch.device, why_not: str) -> str:
+    with torch.cuda.device(-1 if device.index is None else device.index):
+        return _verdicts.decide(call, why_not)
+
+
+# torch.compile calls them while it traces, once. The decorator that says so would import the compiler.
+_known._dynamo_marked_constant = _decided._dynamo_marked_constant = True
+
+
+class Forced:
+    """The verdicts of "triton": a kernel, or an error that says why it cannot run."""
+
+    rows: dict = {}  # none is worth a line
+
+    def __init__(self):
+        self.choices: dict[tuple, str] = {}
+
+    def decide(self, call: tuple, why_not: str) -> str:
+        if why_not:
+            raise ValueError(f"--kernels triton: {call[0].replace('_', ' ')} cannot run: {why_not}")
+        return self.choices.setdefault(call, call[0])
+
+    def record(self) -> dict[str, str]:
+        return _record
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What the kernels cost the CPU: the 157 calls of one forward of SD v1.5, batch 2, 512 pixels.
+"""What the ops cost the CPU with kernels: the 157 calls of one forward of SD v1.5, batch 2, 512 pixels.
 
     python tests/host_time.py [--before CHECKOUT] [--rounds 30]
 
@@ -53,8 +53,8 @@ def shapes() -> Iterator[tuple]:
     yield "group_norm", 320, 64, False
 
 
-def arguments(op: str, c: int, side: int, add: bool = False) -> tuple[str, tuple]:
-    """The kernel of an op, and its arguments: leaves that require gradients."""
+def arguments(op: str, c: int, side: int, add: bool = False) -> tuple[str, tuple, dict]:
+    """The name of a function of minisd/ops.py, its arguments, and those by name."""
     import torch
 
     def empty(*shape, dtype=torch.bfloat16):
@@ -66,15 +66,16 @@ def arguments(op: str, c: int, side: int, add: bool = False) -> tuple[str, tuple
     b, n = 2, side * side
     if op == "group_norm":
         x = empty(b, c, side, side).to(memory_format=torch.channels_last)
-        return "group_norm", (x, *norm(), empty(b, c) if add else None, 32, 1e-5, True)
-    if op in ("norm", "add_norm"):
-        return "layer_norm", (empty(b, n, c), empty(b, n, c) if op == "add_norm" else None, *norm(), 1e-5)
+        return "group_norm", (x, 32, *norm(), 1e-5), dict(silu=True, add=empty(b, c) if add else None)
+    if op == "norm":
+        return "layer_norm", (empty(b, n, c), *norm(), 1e-5), {}
+    if op == "add_norm":
+        return "add_layer_norm", (empty(b, n, c), empty(b, n, c), *norm(), 1e-5), {}
     if op == "geglu":
-        return "geglu", (empty(b, n, 8 * c),)
+        return "geglu", (empty(b, n, 8 * c),), {}
     if op == "self":
-        qkv = [t.unflatten(-1, (8, c // 8)) for t in empty(b, n, 3 * c).chunk(3, -1)]
-        return "attention" if n > 128 else "cross_attention", tuple(qkv)
-    return "cross_attention", (empty(b, n, 8, c // 8), *(empty(b, 77, 8, c // 8) for _ in "kv"))
+        return "attention", tuple(t.unflatten(-1, (8, c // 8)) for t in empty(b, n, 3 * c).chunk(3, -1)), {}
+    return "attention", (empty(b, n, 8, c // 8), *(empty(b, 77, 8, c // 8) for _ in "kv")), {}
 
 
 # ------------------------------ One process for each checkout
@@ -116,17 +117,23 @@ def launch_nothing() -> None:
     torch.sum = lambda x, dim, **more: (real(tiny, 0, out=out), more["out"])[1]
 
 
-def calls() -> list[tuple[str, Callable, tuple]]:
-    """(op, kernel, arguments) of every call."""
+def calls() -> list[tuple[Callable, tuple, dict]]:
+    """(op, arguments, those by name) of every call, with leaves that require gradients."""
     import torch
-    from minisd.kernels.kernel import discover
 
-    kernels, found = discover(), []
-    for shape in shapes():
-        name, given = arguments(*shape)
-        given = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in given]
-        found.append((name, kernels[name], tuple(given)))
-    return found
+    from minisd import ops
+    from minisd.kernels import launch
+
+    def leaf(a: object) -> object:
+        return a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a
+
+    launch.why_not = lambda *tensors, dtypes: ""  # on a CPU
+    ops.choose("triton")
+    every = [arguments(*shape) for shape in shapes()]
+    return [
+        (getattr(ops, op), tuple(map(leaf, given)), {name: leaf(a) for name, a in more.items()})
+        for op, given, more in every
+    ]
 
 
 def modes() -> dict[str, Callable[[], object]]:
@@ -134,10 +141,10 @@ def modes() -> dict[str, Callable[[], object]]:
     import torch
 
     every = calls()
-    leaves = [t for *_, given in every for t in given if isinstance(t, torch.Tensor)]
+    leaves = [a for _, given, more in every for a in (*given, *more.values()) if isinstance(a, torch.Tensor)]
 
     def forward():
-        return [kernel(*given) for _, kernel, given in every]
+        return [op(*given, **more) for op, given, more in every]
 
     with torch.no_grad():
         ys = [y for out in forward() for y in (out if type(out) is tuple else (out,)) if y.numel()]

@@ -302,7 +302,8 @@ def test_checkpointing_computes_again_what_it_computed(monkeypatch, launches):
 
 @pytest.mark.parametrize("dynamic", mostly_slow([None, True], True))
 def test_auto_compiles_without_a_break(monkeypatch, launches, dynamic):
-    """With the verdicts of an eager call; what the compiler meets first is torch, and stays so."""
+    """With the verdicts of an eager call; what the compiler meets first is tried while it traces, as it is
+    with --compile from the first call on."""
     tried = gpu(monkeypatch, 0.5)
     eager = gradients(network, *inputs())
     count, keys = len(launches), len(tried)
@@ -310,9 +311,10 @@ def test_auto_compiles_without_a_break(monkeypatch, launches, dynamic):
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(gradients(compiled, *inputs()), eager)
     assert len(launches) == 2 * count
-    gradients(compiled, *inputs(5))
-    gradients(network, *inputs(5))
-    assert len(launches) == 2 * count and len(tried) == keys
+    first = gradients(compiled, *inputs(5))
+    assert len(launches) == 3 * count and len(tried) > keys
+    torch.testing.assert_close(first, gradients(network, *inputs(5)))
+    assert len(launches) == 4 * count and set(ops.verdicts()) == set(tried)
 
 
 def test_a_line_sums_up(monkeypatch, capsys):

@@ -172,7 +172,7 @@ def test_trials_end_with_the_budget(table, monkeypatch):
     assert len(table.read()) == 1  # the next process tries it
 
 
-def test_nothing_is_tried_in_a_backward_pass_or_for_a_compiler(table):
+def test_nothing_is_tried_in_a_backward_pass(table):
     fake = Fake(geglu=0.5)
     found = Verdicts(table, {}, bench=fake.bench)
     seen = []
@@ -189,8 +189,13 @@ def test_nothing_is_tried_in_a_backward_pass_or_for_a_compiler(table):
 
     Op.apply(torch.ones(1, requires_grad=True)).backward()
     assert seen == [""] and found.decide(geglu()) == "" and fake.trials == 0  # and so it stays
-    assert found.leave(geglu(1000)) == "" and found.decide(geglu(1000)) == ""
     assert table.read() == {}
+
+
+def test_a_call_that_no_kernel_can_compute_is_torch_s_whatever_its_key_has(table):
+    found = Verdicts(table, {}, bench=Fake(geglu=0.5).bench)
+    assert found.decide(geglu()) == "geglu"
+    assert found.decide(geglu(60), "an empty tensor") == "" and found.decide(geglu(61)) == "geglu"
 
 
 def test_a_graph_that_is_captured_meets_what_the_eager_call_decided(table, monkeypatch):
@@ -391,7 +396,7 @@ def test_a_run_goes_on_as_it_began(table):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no image"), Wrong("NaN")])
-def test_a_kernel_of_the_run_that_cannot_run_is_an_error(table, error):
+def test_a_kernel_of_the_run_that_cannot_run_is_an_error(table, error, monkeypatch):
     record = {verdicts.key(geglu()): "geglu"}
     found = Verdicts(table, record, bench=Fake(check=fail(error)).bench)
     for arguments in [(geglu(),), (geglu(), "no such GPU")]:
@@ -400,7 +405,9 @@ def test_a_kernel_of_the_run_that_cannot_run_is_an_error(table, error):
     gone = Verdicts(table, {verdicts.key(geglu()): "geglu_fast"}, bench=Fake().bench)
     with pytest.raises(ValueError, match="geglu_fast, which cannot run here"):
         gone.decide(geglu())
-    assert Verdicts(table, record, bench=Fake().bench).leave(geglu()) == "geglu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert Verdicts(table, record, bench=Fake().bench).decide(geglu()) == "geglu"
 
 
 def test_summary(table):

@@ -12,6 +12,7 @@ the command line (`parse_sample`), loading the model (`load` in sampling/run.py)
 """
 
 import contextlib
+import functools
 import io
 import sys
 import tempfile
@@ -31,10 +32,14 @@ def trace(root: Path) -> tuple[set[Hop], set[Hop]]:
     hops: set[Hop] = set()
     short: set[Hop] = set()
 
-    def file(frame: FrameType | None) -> str | None:
-        name = frame.f_code.co_filename if frame else ""
-        project = tuple(f"{root}/{part}" for part in ("sample.py", "minisd/", "kernels/"))
+    project = tuple(f"{root}/{part}" for part in ("sample.py", "minisd/", "kernels/"))
+
+    @functools.cache  # it is asked in every call of a function, torch's too
+    def file_of(name: str) -> str | None:
         return str(Path(name).relative_to(root)) if name.startswith(project) else None
+
+    def file(frame: FrameType | None) -> str | None:
+        return frame and file_of(frame.f_code.co_filename)
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         if event != "call" or not file(frame) or frame.f_code.co_name == "__torch_function__":
