@@ -141,6 +141,8 @@ class RunFolder(AbstractContextManager):
             self.asked, state = reading.real(path), checkpoint.check(path)
         earlier = state["options"]
         compared = earlier.keys() & self.recorded.keys() - free_flags(type(self.options))
+        if not getattr(self.options, "bucket", False):  # whose rounds are as large as these say
+            compared -= SHARES
         changed = sorted(k for k in compared if earlier[k] != self.recorded[k])
         if changed:
             flags = ("the code was another" if k == "code" else f"--{k} was {earlier[k]}" for k in changed)
@@ -160,8 +162,9 @@ class RunFolder(AbstractContextManager):
         return None, {}
 
     def restore(self, trainer: Trainer, path: Path) -> None:
-        """Continue from a checkpoint. ValueError if it is of other data or another number of processes, with
-        which the run would not be the one that was begun; other versions are only reported."""
+        """Continue from a checkpoint. ValueError if it is of other data or another number of images in an
+        update, with which the run would not be the one that was begun; other versions, and another number of
+        processes, are only reported."""
         state, now = reading.read_json(path / checkpoint.STATE), self.conditions
         then = state.get("conditions", now)
         if "conditions" not in state and trainer.processes.first:
@@ -169,7 +172,8 @@ class RunFolder(AbstractContextManager):
         if state["samples"] != state["step"] * trainer.images_per_update:
             raise ValueError(
                 f"{path} is of {state['samples']} images in {state['step']} updates, which are of "
-                f"{trainer.images_per_update} images here: start as many processes as then, or start over"
+                f"{trainer.images_per_update} images here: start as many processes as then, or give a "
+                "--train_batch_size that makes up for it"
             )
         if then["data"] != now["data"]:
             raise ValueError(
@@ -271,7 +275,8 @@ BEFORE = "validation/step-000000.png"
 REPORT_EVERY = 60.0  # seconds, and at each validation and checkpoint
 # Within 80 columns for every method; the bar gets what is left of them.
 BAR = "{desc} {n_fmt}/{total_fmt} {rate_noinv_fmt} {remaining} left{postfix} {bar}"
-VERSIONS = "minisd", "torch", "device"
+VERSIONS = "minisd", "torch", "device", "processes"
+SHARES = {"train_batch_size", "gradient_accumulation_steps"}  # how an update's images are shared out
 
 
 def machine(device: str) -> dict[str, str]:
