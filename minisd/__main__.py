@@ -19,6 +19,7 @@ commands:
   compare  write a page that shows runs side by side
   check    report on the data of a training command, and train nothing
   plan     report what memory a training command takes, and train nothing
+  index    make an index of more images than a list should hold, to train from
 
 minisd COMMAND --help lists the flags of a command, and minisd --version prints the version."""
 
@@ -73,18 +74,50 @@ def plan(prog: str = "minisd plan") -> int:
     return train(prog, "--plan")
 
 
+def index(prog: str = "minisd index") -> int:
+    """Make an index of images, print what is in it, and return the exit status."""
+    parser = cli.Parser(prog, description="Make an index of images, to train from.", allow_abbrev=False)
+    parser.add_argument(
+        "source", metavar="SRC", help="folder, or URL of one, of .tar or .parquet files or images"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the index")
+    parser.add_argument(
+        "--lanes", type=int, help="a multiple of the number of processes that will train from it"
+    )
+    parser.add_argument(
+        "--skip_bad_images", action="store_true", help="decode all, and leave out those that fail"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an index that is there (default: no)"
+    )
+    o = parser.parse_args()
+
+    from minisd.data import index, indexed
+    from minisd.data.source import Source
+
+    require(o.lanes is None or 0 < o.lanes <= indexed.LANES, f"--lanes must be from 1 to {indexed.LANES}")
+    out = o.out.expanduser()
+    free = not out.exists() or (o.overwrite and indexed.is_index(out))
+    require(free, f"{out} exists: --overwrite replaces it, if it is an index")
+    records, skipped = index.make(o.source, out, o.lanes, o.skip_bad_images)
+    print(Source(str(out), records, tuple(skipped)).summary())
+    _, lanes, window = records.lanes
+    print(f"  shards: {len(records.table.shards)}, in {lanes} lanes, {window} mixed at a time")
+    return 0
+
+
 def main() -> None:
     """Run the command that the first argument names."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
     if name in MODULES:
         runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
-    elif command := {f.__name__: f for f in (train, sample, compare, check, plan)}.get(name):
+    elif command := {f.__name__: f for f in (train, sample, compare, check, plan, index)}.get(name):
         prog = f"minisd {name}"
         cli.run(prog, lambda: command(prog))
     elif name in ("-h", "--help", "--version"):
         print(f"minisd {__version__}" if name == "--version" else USAGE)
     else:
-        known = f"train, sample, {', '.join(MODULES)}, compare, check, plan"
+        known = f"train, sample, {', '.join(MODULES)}, compare, check, plan, index"
         sys.exit(terminal.complain("minisd", f"no command {name}; there are {known}"))
 
 

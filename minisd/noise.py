@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROUNDS = 6  # of a Feistel network
+
 
 def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
     """The variance that each step adds, (steps,), for a `kind` that a config's beta_schedule can have."""
@@ -219,6 +221,22 @@ def choice(options: Sequence[Any], generator: torch.Generator) -> Any:
 def between(low: int, high: int, generator: torch.Generator) -> int:
     """An integer drawn from low to high, both included."""
     return torch.randint(low, high + 1, (), generator=generator).item()
+
+
+def permuted(index: int, length: int, *names: object) -> int:
+    """Where `index` is in a permutation of the integers below `length` that depends on `names` alone, without
+    a list of them: a Feistel network (Luby and Rackoff 1988), walked until it is back in the range (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains", method 2)."""
+    bits = max(1, (length - 1).bit_length() + 1 >> 1)
+    mask, key = (1 << bits) - 1, ",".join(map(str, names)).encode()[-64:]
+    while True:
+        for turn in range(ROUNDS):
+            left, right = index >> bits, index & mask
+            text = b"%d,%d" % (turn, right)
+            digest = hashlib.blake2b(text, digest_size=8, key=key).digest()
+            index = right << bits | left ^ int.from_bytes(digest, "little") & mask
+        if index < length:
+            return index
 
 
 def subset(total: int, count: int | None, generator: torch.Generator) -> list[int]:

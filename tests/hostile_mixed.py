@@ -1,12 +1,15 @@
-"""Hostile inputs for hostile.py: files given to the wrong flag, tokenizers, names of LoRAs, environments."""
+"""Hostile inputs for hostile.py: files given to the wrong flag, tokenizers, names of LoRAs, environments,
+indices."""
 
 import json
 import os
 import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+from minisd.data import index
 from tests.hostile_files import DRAW, ODD_JSON, TRAIN, Assets, Case, odd_value, special
 
 
@@ -111,9 +114,39 @@ def environment(rng: random.Random, assets: Assets, folder: Path) -> Case:
     return Case(f"{name}={value[:20]!r}", flags, program, environment={name: value})
 
 
+def image_index(rng: random.Random, assets: Assets, folder: Path) -> Case:
+    """An index with a damaged file, or one whose tar has changed since."""
+    data, out = folder / "data", folder / "index"
+    data.mkdir()
+    with tarfile.open(data / "0.tar", "w") as tar:
+        for path in sorted(assets.data.iterdir()):
+            tar.add(path, path.name)
+    index.make(str(data), out)
+    path = rng.choice([data / "0.tar", out / "rows", out / "texts", out / "index.json"])
+    content, kind = bytearray(path.read_bytes()), rng.choice(["cut", "byte", "gone", "special", "value"])
+    if kind == "value":
+        path = out / "index.json"
+        header = json.loads(path.read_text())
+        name = rng.choice([*header])
+        content = json.dumps(header | {name: odd_value(rng)}, indent=2).encode(errors="replace")
+    elif kind == "byte":
+        content[rng.randrange(min(len(content), 3000))] = rng.randrange(256)
+    elif kind == "cut":
+        content = content[: rng.choice([0, 1, 20, len(content) // 4])]
+    path.unlink()
+    if kind == "special":
+        special(rng.choice(["fifo", "folder", "loop", "device"]), path)
+    elif kind != "gone":
+        path.write_bytes(content)
+    flags = ["lora", "--model", assets.model, "--data", out, "--output_dir", folder / "out", *TRAIN]
+    refuse = kind in ("cut", "gone", "special")
+    return Case(f"{path.name}: {kind}", ["--method", *map(str, flags)], "train.py", refuse, leaves=True)
+
+
 KINDS: dict[str, Callable[[random.Random, Assets, Path], Case]] = {
     "files mixed up": mixed_up,
     "tokenizers": tokenizer,
     "names of LoRAs": lora_name,
     "environments": environment,
+    "indices": image_index,
 }

@@ -2,12 +2,13 @@
 
     python tests/start_cost.py                             1,000, 10,000 and 100,000 images of 1024x1024
     python tests/start_cost.py --counts 1000 --rounds 5    fewer images, the median of more rounds
+    python tests/start_cost.py --layouts index --counts 10000 10000000
 
 The images are hard links to four JPEGs in a temporary folder, with captions in metadata.jsonl, beside them in
 .txt files, or in the names of folders as kohya's scripts read them. The first start reads all headers, with
 nothing remembered; the second finds what the first has remembered. Each is a process of its own, in which the
 tiny model trains at 64 pixels and ends before its first update. CPU time is that of the process and of those
-that it started.
+that it started. The rows of an index are those of a tar with four images, over and over, in shards of 1,000.
 """
 
 import argparse
@@ -17,21 +18,26 @@ import resource
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
-LAYOUTS = ("jsonl", "txt", "kohya")
+PART = 1_000_000  # rows that are written at a time
+LAYOUTS = ("jsonl", "txt", "kohya", "index")
 
 
 def make(folder: Path, count: int, layout: str) -> None:
     """A folder of `count` images."""
-    import numpy as np
     from PIL import Image
 
     originals = folder.parent / "originals"
     originals.mkdir(exist_ok=True)
+    if layout == "index":
+        return make_index(folder, count)
     folder.mkdir()
     inside = folder / "2_thing" if layout == "kohya" else folder
     inside.mkdir(exist_ok=True)
@@ -47,6 +53,32 @@ def make(folder: Path, count: int, layout: str) -> None:
             (folder / f"{i:07}.txt").write_text(rows[-1]["text"])
     if layout == "jsonl":
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def make_index(folder: Path, count: int) -> None:
+    """An index of `count` rows."""
+    from minisd import files
+    from minisd.data import index
+
+    plain = folder.parent / f"{folder.name}-images"
+    make(plain, 4, "txt")
+    tar = plain / "tar" / "0.tar"
+    tar.parent.mkdir()
+    with tarfile.open(tar, "w") as file:
+        for path in sorted(plain.glob("*.*")):
+            file.add(path, path.name)
+    records, _ = index.make(str(tar.parent), folder)
+    rows, texts = (np.array(part) for part in (records.table.rows, records.table.texts))
+    with open(folder / "rows", "wb") as rows_file, open(folder / "texts", "wb") as texts_file:
+        for start in range(0, count, PART):
+            turns = min(PART, count - start) // 4
+            more = np.tile(rows, turns)
+            more["texts"] += np.repeat(np.arange(turns, dtype=np.uint64) + start // 4, 4) * len(texts)
+            rows_file.write(more.tobytes())
+            texts_file.write(np.tile(texts, turns).tobytes())
+    shards = [{"path": "0.tar", "rows": min(1000, count - start)} for start in range(0, count, 1000)]
+    header = records.table.header | {"shards": shards, "lanes": index.default_lanes(len(shards))}
+    files.write_json(folder / "index.json", header | {"captions": count})
 
 
 def measure(folder: Path, begun: float) -> dict[str, float]:

@@ -80,7 +80,7 @@ def test_kohya_s_folders(tmp_path):
         "3_sks dog/a.png": "own words",
         "3_sks dog/b.png": "sks dog",
     }
-    assert data.epoch == [0, 1, 1, 1, 2, 2, 2]
+    assert data.records.epoch == [0, 1, 1, 1, 2, 2, 2]
     assert len(Captioned(data, resolution=8)) == 7
     assert data.skipped == ("0_off: repeated 0 times",) and "7 in an epoch" in data.summary()
 

@@ -1,5 +1,7 @@
 """The geometry of resizing, cropping and aspect-ratio buckets."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Size = tuple[int, int]  # width, height
@@ -38,6 +40,13 @@ def center(size: Size, target: Size) -> Box:
     return left, top, left + target[0], top + target[1]
 
 
+@functools.lru_cache(1 << 16)
+def fitted(size: Size, shapes: tuple[Size, ...], squash: bool) -> tuple[Size, Size]:
+    """The size that an image is resized to, and that of its crop: the nearest of `shapes`."""
+    shape = nearest_shape(size, shapes)
+    return shape if squash else cover(size, shape), shape
+
+
 def bucket_shapes(resolution: int, step: int = 64) -> list[Size]:
     """The shapes of at most resolution^2 pixels with sides that are multiples of `step`, from half to twice
     the resolution: at 512, kohya's from 256 to 1024. ValueError if the resolution is below the step."""
@@ -53,6 +62,6 @@ def bucket_shapes(resolution: int, step: int = 64) -> list[Size]:
     return sorted(shapes)
 
 
-def nearest_shape(size: Size, shapes: list[Size]) -> Size:
+def nearest_shape(size: Size, shapes: Sequence[Size]) -> Size:
     """The bucket of an image: that of its own size, or else that with the nearest aspect ratio."""
     return size if size in shapes else min(shapes, key=lambda s: abs(size[0] / size[1] - s[0] / s[1]))

@@ -6,9 +6,10 @@ A dataset has
     pixels(view)                  the image (3, h, w) in [-1, 1] of a view, or None if there is none
     extras(view)                  further tensors of a view, by name
     identity(view)                all that the pixels of a view depend on, as a text
-    views()                       all possible views, or None if crops are random
+    views()                       all possible views, or None if crops are random, or it is an index
     prompts()                     all possible prompts, or None if their parts are shuffled
     buckets                       the shape (w, h) at each index, or None if all images have one shape
+    lanes                         of an index: what order.Lanes needs, or None
 order.py decides the order of the examples in a run, and their generators.
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from minisd import noise
 from minisd.data import crop, images
-from minisd.data.crop import Box, View
+from minisd.data.crop import Box, Size, View
 from minisd.data.records import ABSENT
 from minisd.data.source import Source
 from minisd.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
@@ -86,22 +87,21 @@ class Captioned:
         if pair_column is not None:
             self.pair_column = source.pair_column(pair_column, self.image_column, flag=self.PAIR_FLAG)
         self.masks = source.pair_column("mask", self.image_column, flag="--masked_loss") if masked else None
-        self.epoch = source.epoch  # the record at each index
+        self.epoch = source.records.epoch  # the record at each index
+        self.lanes = source.records.lanes
         self.flips = (False, True) if random_flip else (False,)
         self.caption_dropout, self.shuffle_after = caption_dropout, shuffle_after
         if shuffle_after is not None:
-            parts = (text.count(",") + 1 for text in self.source.all_captions(self.caption_column))
+            texts = self.source.all_captions(self.caption_column)
             problem = f"--shuffle_caption: no caption has two parts, divided by commas, after {shuffle_after}"
-            require(max(parts, default=0) > shuffle_after + 1, problem)
+            require(any(text.count(",") > shuffle_after for text in texts), problem)
         self.resampling = Image.Resampling[interpolation.upper().removesuffix("_EXACT")]  # as torchvision
         self.center_crop = center_crop or bucket
-        originals = source.records.sizes[self.image_column]
+        self.squash, self.originals = squash, source.records.sizes[self.image_column]
         shapes = crop.bucket_shapes(resolution, step) if bucket else [(resolution, resolution)]
-        nearest = {size: crop.nearest_shape(size, shapes) for size in set(originals)}
-        covering = nearest if squash else {size: crop.cover(size, shape) for size, shape in nearest.items()}
-        self.shapes = [nearest[size] for size in originals]  # of each image's crop
-        self.sizes = [covering[size] for size in originals]
-        self.buckets = [self.shapes[i] for i in self.epoch] if bucket else None
+        self.known_shapes = tuple(shapes)
+        require(not (bucket and self.lanes), "--bucket: the images of an index have no buckets yet")
+        self.buckets = [self.fitted(i)[1] for i in self.epoch] if bucket else None
 
     def __len__(self) -> int:
         return len(self.epoch)
@@ -109,11 +109,12 @@ class Captioned:
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
         record = self.epoch[index]
         prompt, box = self.draw_prompt(record, generator), self.fixed_box(record)
+        size, shape = self.fitted(record)
         if box is None:
-            (w, h), (tw, th) = self.sizes[record], self.shapes[record]
+            (w, h), (tw, th) = size, shape
             left, top = noise.between(0, w - tw, generator), noise.between(0, h - th, generator)
             box = left, top, left + tw, top + th
-        view = View(record, self.draw_flip(generator), self.sizes[record], box)
+        view = View(record, self.draw_flip(generator), size, box)
         return [Example(view=view, prompt=prompt)]
 
     def draw_prompt(self, record: int, generator: torch.Generator) -> str:
@@ -128,18 +129,25 @@ class Captioned:
     def draw_flip(self, generator: torch.Generator) -> bool:
         return noise.choice(self.flips, generator)
 
+    def fitted(self, record: int) -> tuple[Size, Size]:
+        """The size that a record's image is resized to, and that of the crop."""
+        return crop.fitted(self.originals[record], self.known_shapes, self.squash)
+
     def fixed_box(self, record: int) -> Box | None:
         """The crop of a record's image, or None if it is random."""
-        size, shape = self.sizes[record], self.shapes[record]
+        size, shape = self.fitted(record)
         return crop.center(size, shape) if self.center_crop or size == shape else None
 
     def views(self) -> list[View] | None:
-        records = sorted(range(len(self.shapes)), key=lambda r: self.shapes[r])  # those of a bucket together
+        if self.lanes:  # a list of them would grow with the index
+            return None
+        fitted = [self.fitted(record) for record in range(len(self.source))]
+        records = sorted(range(len(fitted)), key=lambda r: fitted[r][1])  # those of a bucket together
         boxes = [self.fixed_box(r) for r in records]
         if None in boxes:
             return None
         pairs = zip(records, boxes, strict=True)
-        return [View(r, flipped, self.sizes[r], box) for r, box in pairs for flipped in self.flips]
+        return [View(r, flipped, fitted[r][0], box) for r, box in pairs for flipped in self.flips]
 
     def prompts(self) -> list[str] | None:
         if self.shuffle_after is not None:
@@ -306,7 +314,7 @@ class Prior:
     loss plus `weight` times that of the class. If the instances have masks, all of a class's image counts.
     """
 
-    buckets = None
+    buckets = lanes = None
 
     def __init__(self, instances: Captioned, classes: Captioned, weight: float):
         assert instances.buckets is None and classes.buckets is None  # their images share a batch
@@ -350,7 +358,7 @@ class Prior:
 class Prompts:
     """Prompts alone, for a method that draws its images itself."""
 
-    buckets, parts = None, ()  # it has no records
+    buckets, lanes, parts = None, None, ()  # it has no records
 
     def __init__(self, prompts: Sequence[str]):
         self.prompts = prompts

@@ -26,6 +26,7 @@ from minisd.terminal import BRIEF
 FEW = 100  # images, up to which all are decoded
 PROCESSES_FROM = 2000  # headers, from which Python's lock costs more than to start processes
 PART = 1024  # images that a process looks at, at a time
+WORKERS = min(32, os.cpu_count() or 1)
 # A file's size and time in ns, its image's size, and whether it was decoded. A width of 0: nothing is known.
 ENTRY = np.dtype([("bytes", "<i8"), ("time", "<i8"), ("width", "<u4"), ("height", "<u4"), ("whole", "?")])
 Pictures = Sequence[str | Cell]
@@ -57,25 +58,28 @@ def _look(
     pictures: Pictures, known: np.ndarray, whole: bool, max_pixels: int
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The entries of images, and the problems of some, found in parallel."""
-    workers = min(32, os.cpu_count() or 1)
-    forks = "fork" in multiprocessing.get_all_start_methods()
-    pool: type[Executor] | partial = ThreadPoolExecutor
-    if forks and len(pictures) >= PROCESSES_FROM and isinstance(pictures[0], str):
-        ours = {"mp_context": multiprocessing.get_context("fork"), "initializer": _ignore_interrupts}
-        pool = partial(ProcessPoolExecutor, **ours)
-    part = max(1, min(PART, len(pictures) // (4 * workers)))
+    part = max(1, min(PART, len(pictures) // (4 * WORKERS)))
     starts = range(0, len(pictures), part)
     parts = [[values[start : start + part] for start in starts] for values in (pictures, known)]
     entries, problems = [], {}
     brief = BRIEF | ({"disable": True} if len(pictures) < 2 * FEW else {})
     bar = tqdm(desc="checking", total=len(pictures), **brief)
-    with images.unlimited(), bar, pool(workers) as executor:
+    many = len(pictures) >= PROCESSES_FROM and isinstance(pictures[0], str)
+    with images.unlimited(), bar, executor(processes=many) as pool:
         look = partial(_look_at_part, whole=whole, max_pixels=max_pixels)
-        for start, (found, wrong) in zip(starts, executor.map(look, *parts), strict=True):
+        for start, (found, wrong) in zip(starts, pool.map(look, *parts), strict=True):
             entries.append(found)
             problems |= {start + i: problem for i, problem in wrong.items()}
             bar.update(len(found))
     return np.concatenate(entries), problems
+
+
+def executor(*, processes: bool) -> Executor:
+    """As many threads as there are cores, or processes where they can be forked."""
+    if not processes or "fork" not in multiprocessing.get_all_start_methods():
+        return ThreadPoolExecutor(WORKERS)
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_ignore_interrupts)
 
 
 def _ignore_interrupts() -> None:

@@ -82,15 +82,17 @@ def open_image(
         return image.convert("RGB")
 
 
-def read_size(path: str | Cell, *, whole: bool, max_pixels: int | None) -> tuple[int, int]:
+def read_size(
+    path: str | Cell, content: bytes | None = None, *, whole: bool, max_pixels: int | None
+) -> tuple[int, int]:
     """Width and height of an image after EXIF rotation, by its header, or if `whole` by decoding it.
     ValueError as for `open_image`, without `whole` only for what is wrong with the header."""
     if whole:
-        return open_image(path, max_pixels=max_pixels).size
-    size = quick.size(path, MOST) if isinstance(path, str) else None
+        return open_image(path, content, max_pixels=max_pixels).size
+    size = quick.size(path, MOST) if isinstance(path, str) and content is None else None
     if size and (max_pixels is None or size[0] * size[1] <= max_pixels):
         return size
-    with _opened(path, None, max_pixels, header=True) as image:
+    with _opened(path, content, max_pixels, header=True) as image:
         # Not image.getexif(), which decodes a PNG. A TIFF's size is already that after rotation.
         orientation = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size

@@ -8,7 +8,9 @@ processes together), because a round holds images of one bucket.
 
 from __future__ import annotations
 
+import heapq
 import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +83,60 @@ class Bucketed(Shuffled):
         return self.members[bucket][permutations[bucket][position]].item()
 
 
+class Lanes:
+    """The order of an index's rows, computed for each sample: no list of rows is kept.
+
+    Whole shards are dealt out to lanes, and sample k is of lane k mod their number. In each epoch the shards
+    of a lane come in another order, `window` of them at a time, and the rows of these in a permutation. When
+    the smallest lane is at its end, what the others have left follows, in a permutation too. So an epoch has
+    each row once; and of processes whose number divides that of the lanes no two read the same shard, but for
+    what is left at the end, which is nothing if lanes are equal.
+    """
+
+    def __init__(self, rows: Sequence[int], lanes: int, window: int, seed: int):
+        self.rows, self.window, self.seed = rows, window, seed
+        self.starts = [0, *itertools.accumulate(rows)]  # of the shards
+        self.length = self.starts[-1]
+        self.lanes: list[list[int]] = [[] for _ in range(lanes)]  # their shards
+        heap = [(0, lane) for lane in range(lanes)]
+        for shard in sorted(range(len(rows)), key=lambda shard: -rows[shard]):  # the largest first
+            size, lane = heap[0]
+            self.lanes[lane].append(shard)
+            heapq.heapreplace(heap, (size + rows[shard], lane))
+        sizes = [size for _, size in sorted((lane, size) for size, lane in heap)]
+        self.least = min(sizes)
+        self.rest = list(itertools.accumulate(size - self.least for size in sizes))
+        self._latest: dict[int, tuple[int, list[int], list[int]]] = {}
+
+    def __getitem__(self, number: int) -> int:
+        """The row of sample `number`."""
+        epoch, position = divmod(number, self.length)
+        if (left := position - self.least * len(self.lanes)) < 0:
+            return self._row(epoch, number % len(self.lanes), position // len(self.lanes))
+        left = noise.permuted(left, self.rest[-1], self.seed, "rest", epoch)
+        lane = bisect_right(self.rest, left)
+        return self._row(epoch, lane, self.least + left - _before(self.rest, lane))
+
+    def _row(self, epoch: int, lane: int, position: int) -> int:
+        """The row at a position of an epoch of a lane."""
+        if self._latest.get(lane, (None,))[0] != epoch:
+            generator = noise.generator(self.seed, "order", epoch, lane)
+            order = torch.randperm(len(self.lanes[lane]), generator=generator).tolist()
+            shards = [self.lanes[lane][i] for i in order]
+            self._latest[lane] = epoch, shards, [*itertools.accumulate(self.rows[s] for s in shards)]
+        _, shards, ends = self._latest[lane]
+        first = bisect_right(ends, position) // self.window * self.window  # shard of the window
+        start, end = _before(ends, first), ends[min(first + self.window, len(ends)) - 1]
+        names = self.seed, "rows", epoch, lane, first
+        position = start + noise.permuted(position - start, end - start, *names)
+        place = bisect_right(ends, position)
+        return self.starts[shards[place]] + position - _before(ends, place)
+
+
+def _before(ends: list[int], i: int) -> int:
+    return ends[i - 1] if i else 0
+
+
 class Stream:
     """Sample k as a list of {"number", "prompt", "weight"} with either "pixels" (3, h, w) or the cached
     "mean" and "std" of its latents: one dict per example at its index (with prior preservation an instance
@@ -94,7 +150,9 @@ class Stream:
 
     def arrange(self, size: int) -> None:
         """Set the size of a round, which is of one bucket if the dataset has buckets."""
-        if self.dataset.buckets is None:
+        if self.dataset.lanes is not None:
+            self.order = Lanes(*self.dataset.lanes, self.seed)
+        elif self.dataset.buckets is None:
             self.order = Shuffled(len(self.dataset), self.seed, "order")
         else:
             self.order = Bucketed(self.dataset.buckets, self.seed, size)
@@ -145,6 +203,13 @@ def _raised(batch: dict | ValueError) -> dict:
     return batch
 
 
+def shares(first: int, count: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
+    """The numbers of the samples of `count` batches from `first` on: of each round every `world`-th one, so
+    that a process always reads the same lanes."""
+    size = batch_size * world
+    return (range(start + rank, start + size, world) for start in range(first, first + count * size, size))
+
+
 def batches(
     stream: Stream,
     *,
@@ -165,7 +230,6 @@ def batches(
             "continue with the --train_batch_size and the number of processes of the run"
         )
     stream.arrange(size)
-    starts = range(first + rank * batch_size, first + count * size, size)
-    sampler = (range(start, start + batch_size) for start in starts)
+    sampler = shares(first, count, batch_size, rank, world)
     loading = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     return map(_raised, DataLoader(stream, batch_sampler=sampler, collate_fn=_collated, **loading))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from minisd.data.images import Cell
 
+COMMON = 4  # sizes that a summary shows
 ABSENT = ...  # in a column, where a record has no such image or text
 Size = tuple[int, int]
 
@@ -27,6 +29,9 @@ class Record:
 
 class Records(Sequence):
     """Records in a fixed order: lists with an entry for each, by column. Paths are texts."""
+
+    lanes: tuple | None = None  # of an index: what `order.Lanes` needs
+    checked = False  # whether no column has to be looked through for what is missing or wrong
 
     def __init__(self, records: Iterable[Record] = ()):
         self.names: list[str] = []
@@ -69,6 +74,24 @@ class Records(Sequence):
         pictures = {c: Path(p) if isinstance(p, str) else p for c, p in pictures.items()}
         return Record(name, pictures, texts, sizes, repeats)
 
+    @property
+    def epoch(self) -> Sequence[int]:
+        """The number of the record at each index of an epoch; records with repeats occur several times."""
+        if self.repeats.count(1) == len(self):
+            return range(len(self))
+        return [i for i, repeats in enumerate(self.repeats) for _ in range(repeats)]
+
+    def common_sizes(self) -> tuple[int, list[tuple[Size, int]], int]:
+        """The number of images, the commonest of their sizes, with the number of each, and how many other
+        sizes there are."""
+        sizes = Counter(size for column in self.sizes.values() for size in column)
+        del sizes[ABSENT]
+        return sizes.total(), sizes.most_common(COMMON), max(0, len(sizes) - COMMON)
+
+    def count_texts(self, column: str | None) -> int:
+        """The number of records that have a text in a column."""
+        return sum(text is not ABSENT for text in self.texts.get(column, ()))
+
     def different_pictures(self) -> list[str | Cell]:
         """Each image once: several records may share one."""
         columns = self.pictures.values()
@@ -82,6 +105,11 @@ class Records(Sequence):
             columns = {c: [entries[i] for i in numbers] for c, entries in getattr(self, name).items()}
             setattr(taken, name, columns)
         return taken
+
+    def with_prompt(self, prompt: str | Sequence[str], column: str) -> "Records":
+        """The same records, with `prompt` as the text in a column of those without one."""
+        texts = self.texts.get(column, [ABSENT] * len(self))
+        return self.with_texts(**{column: [prompt if text is ABSENT else text for text in texts]})
 
     def with_texts(self, **columns: list[Any]) -> "Records":
         """The same records with other texts in these columns."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +20,9 @@ import torch
 from PIL import Image
 
 from minisd import noise
-from minisd.data import headers, images, tables
+from minisd.data import headers, images, indexed, tables
 from minisd.data.folder import Folder, Subfolders
-from minisd.data.records import ABSENT, Records
+from minisd.data.records import ABSENT, COMMON, Records
 from minisd.options import MAX_LENGTH, MAX_PIXELS, Data, Dataset, check_length, require
 
 MAX_REASONS = 20  # of skipped files in a summary
@@ -58,11 +57,6 @@ class Source:
         """Names of the columns: images, then texts."""
         return list(dict.fromkeys([*self.records.pictures, *self.records.texts]))
 
-    @property
-    def epoch(self) -> list[int]:
-        """The number of the record at each index of an epoch; records with repeats occur several times."""
-        return [i for i, repeats in enumerate(self.records.repeats) for _ in range(repeats)]
-
     def column(self, name: str, *, flag: str, of: Literal["texts", "pictures"] = "texts") -> str:
         """The column called `name`, or by one of its aliases. ValueError, naming `flag`, if there is none, or
         if it is empty in a record."""
@@ -72,7 +66,7 @@ class Source:
             message = f"{flag} {name}: {self.name} has no such column, but {', '.join(self.columns)}"
             uncaptioned = of == "texts" and self.columns == ["image"]
             raise ValueError(message + CAPTIONS_HINT if uncaptioned else message)
-        for number, value in enumerate(known[column]):
+        for number, value in enumerate(() if self.records.checked else known[column]):
             if value is ABSENT:
                 raise ValueError(f"{flag} {name}: {self.records.names[number]} in {self.name} has none")
             if of == "texts" and not (type(value) is str and len(value) <= MAX_LENGTH):
@@ -125,16 +119,14 @@ class Source:
         text = self.records.texts[column][number]
         return text if isinstance(text, str) else noise.choice(text, generator)
 
-    def all_captions(self, column: str) -> list[str]:
+    def all_captions(self, column: str) -> Iterator[str]:
         """All texts of all records."""
-        texts = self.records.texts[column]
-        return [text for entry in texts for text in ([entry] if isinstance(entry, str) else entry)]
+        for texts in self.records.texts[column]:
+            yield from [texts] if isinstance(texts, str) else texts
 
     def with_prompt(self, prompt: str | Sequence[str], column: str = "text") -> Source:
         """The same records, with `prompt` as the text of those without one."""
-        texts = self.records.texts.get(column, [ABSENT] * len(self))
-        texts = [prompt if text is ABSENT else text for text in texts]
-        return replace(self, records=self.records.with_texts(**{column: texts}))
+        return replace(self, records=self.records.with_prompt(prompt, column))
 
     def split(self, share: float, seed: int) -> tuple[Source, Source]:
         """The records to train on and those held out, drawn by the seed: a `share` below 1 of the records,
@@ -152,29 +144,24 @@ class Source:
 
     def summary(self, caption_column: str | None = None) -> str:
         """Numbers of images and captions, columns, sizes, and the skipped files with the reasons."""
-        sizes = Counter(size for column in self.records.sizes.values() for size in column)
-        del sizes[ABSENT]
-        pictures, repeated = sizes.total(), sum(self.records.repeats)
-        column = caption_column or self.guess_captions()
-        captions = sum(text is not ABSENT for text in self.records.texts.get(column, ()))
+        (pictures, sizes, more), repeated = self.records.common_sizes(), len(self.records.epoch)
+        captions = self.records.count_texts(caption_column or self.guess_captions())
         lines = [f"{pictures} pictures in {self.name}, {captions} with a caption"]
         if not pictures == len(self) == repeated:
             epoch = f", {repeated} in an epoch" if repeated > len(self) else ""
             lines.append(f"  examples: {len(self)}{epoch}")
         lines.append(f"  columns: {', '.join(self.columns)}")
-        lines.append(f"  sizes: {_first_four([f'{w}x{h} ({n})' for (w, h), n in sizes.most_common()])}")
+        shown = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes)
+        lines.append(f"  sizes: {shown}" + (f" and {more} more" if more else ""))
         if self.left_out:
             lines.append(f"  only the split train; left out: {', '.join(self.left_out)}")
         if self.hidden:
-            lines.append(f"  hidden: {_first_four(self.hidden)}")
+            more = f" and {len(self.hidden) - COMMON} more" if len(self.hidden) > COMMON else ""
+            lines.append(f"  hidden: {', '.join(self.hidden[:COMMON])}{more}")
         lines += [f"  skipped: {reason}" for reason in self.skipped[:MAX_REASONS]]
         if len(self.skipped) > MAX_REASONS:
             lines.append(f"  skipped: {len(self.skipped) - MAX_REASONS} more")
         return "\n".join(lines)
-
-
-def _first_four(words: Sequence[str]) -> str:
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
 def keywords(options: Data) -> dict[str, Any]:
@@ -216,7 +203,7 @@ def read(
 ) -> Source:
     """Read the images of a folder, or with the package `datasets` the split "train" of a parquet file, of a
     folder saved by that package, or, if `location` is a str, of a dataset on the hub (`config` is its
-    configuration); of the `folder` in it alone, if that is given.
+    configuration); of the `folder` in it alone, if that is given; or of an index, which index.py has made.
 
     The records of a folder are the rows of its metadata files, then the other images by name. Subfolders are
     read too: all, only those in kohya's layout N_name ("repeated"), or none. Texts are the columns of the
@@ -225,10 +212,11 @@ def read(
     split train by its name is read: see `tables.splits`.
 
     From more than `max_samples` records, that number is drawn by the seed. ValueError if the data is
-    inconsistent, if metadata names an image outside the location, unless `allow_outside`, or for images as in
-    `verified`.
+    inconsistent, if metadata names an image outside the location, unless `allow_outside`, or in `verified`.
     """
     path, skipped, hidden, left_out = Path(location), [], [], []
+    if indexed.is_index(path):
+        return read_index(path, flag, max_samples, skip_bad_images, fresh, max_pixels)
     samples = noise.generator(seed, "samples")
     if folder and path.exists():
         path = path / folder
@@ -253,10 +241,31 @@ def read(
         }
         texts = {column: [values[i] for i in chosen] for column, values in texts.items()}
         records.extend([f"row {i}" for i in chosen], cells, texts)
-    decoding = {"flag": flag, "skip_bad_images": skip_bad_images, "fresh": fresh, "max_pixels": max_pixels}
-    source = verified(str(location), records, **decoding)
-    skipped = (*skipped, *source.skipped)
-    return replace(source, skipped=skipped, hidden=tuple(hidden), left_out=tuple(left_out))
+    decoding = {"skip_bad_images": skip_bad_images, "fresh": fresh, "max_pixels": max_pixels}
+    source = verified(str(location), records, flag=flag, **decoding)
+    kept = {"skipped": (*skipped, *source.skipped), "hidden": tuple(hidden), "left_out": tuple(left_out)}
+    return replace(source, **kept)
+
+
+def read_index(
+    path: Path, flag: str, max_samples: int | None, skip_bad_images: bool, fresh: bool, max_pixels: int
+) -> Source:
+    """The records of an index. Its images are decoded if `fresh`, for --check_data. ValueError as in `read`,
+    and for flags that would leave some out."""
+    require(max_samples is None, f"--max_train_samples: {path} is an index, which is used whole")
+    made = f"--skip_bad_images: {path} is an index, which can be made with this flag"
+    require(fresh or not skip_bad_images, made)
+    try:
+        records, bad = indexed.Index(path, max_pixels), {}
+    except ValueError as e:
+        raise ValueError(f"{flag}: {e}") from None
+    if fresh:
+        whole = {"whole": True, "fresh": True, "max_pixels": max_pixels}
+        sizes = headers.sizes(records.pictures["image"], str(path), **whole)
+        bad = {row: size for row, size in enumerate(sizes) if isinstance(size, str)}
+        records.spoilt.update(bad)
+    problems = tuple(bad.values())
+    return Source(str(path), records, problems, bad=problems, flag=flag)
 
 
 def verified(

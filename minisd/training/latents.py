@@ -34,11 +34,13 @@ STALE = 3600  # seconds after which a temporary file is one that a killed run le
 def cache(stream: Stream, method: Method, processes: Processes, folder: Path) -> None:
     """Give the stream the latents of all its views: from --latents_dir, or from memory if they fit into
     --latents_memory, or else from `folder`. With --latents_dir, give the method the context of all prompts.
-    ValueError if crops are random and --latents_dir is given."""
+    ValueError if --latents_dir is given where these cannot be listed."""
     o, sd, dataset = method.options, method.sd, stream.dataset
     views = dataset.views()
     if views is None:
-        require(o.latents_dir is None, "--latents_dir: crops are random here; --center_crop makes them fixed")
+        why = "crops are random here; --center_crop makes them fixed"
+        why = "those of an index are not kept" if dataset.lanes else why
+        require(o.latents_dir is None, f"--latents_dir: {why}")
         return
     pixels = sum(view.shape[0] * view.shape[1] for view in views)
     size = pixels // sd.downscale**2 * sd.channels * 8  # bytes of means and deviations
