@@ -152,10 +152,9 @@ class Captioned:
     def prompts(self) -> list[str] | None:
         if self.shuffle_after is not None:
             return None
-        captions = (
-            [self.prompt] if self.caption_column is None else self.source.all_captions(self.caption_column)
-        )
-        return [*dict.fromkeys([*captions, ""] if self.caption_dropout else captions)]
+        column, dropped = self.caption_column, [""] if self.caption_dropout else []
+        captions = [self.prompt] if column is None else self.source.all_captions(column)
+        return [*dict.fromkeys([*captions, *dropped])]
 
     def pixels(self, view: View) -> Tensor:
         """(3, h, w) in [-1, 1]."""
