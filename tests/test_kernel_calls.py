@@ -139,6 +139,24 @@ def test_what_must_not_be_repeated(notes, monkeypatch):
     assert not looks(x, r, w, b, 1e-5)
 
 
+def test_a_key_of_the_forward_holds_for_a_backward_with_the_same_strides(notes):
+    """Hooks of saved tensors, such as save_on_cpu, return them with others."""
+    norm = kernel.discover()["group_norm"]
+    tensors, constants = norm.cases[0].inputs(torch.float16, randn=torch.randn)
+    assert launch.layout(tensors["x"]) == torch.channels_last
+
+    def looks(unpack, key=("a key",)) -> bool:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = norm(*tensors.values(), *constants.values(), key=key)
+        notes.clear()
+        torch.autograd.grad(y, tensors["x"], torch.randn_like(y))
+        return slow(notes)
+
+    assert looks(lambda t: t) and not looks(lambda t: t)
+    assert looks(lambda t: t.contiguous()) and not looks(lambda t: t)
+    assert looks(lambda t: t, key=("another",))
+
+
 def test_a_variant_is_remembered_apart(notes):
     attention = kernel.discover()["attention"]
     (anchored,) = attention.variants

@@ -207,7 +207,7 @@ def launches(monkeypatch) -> list:
 
 def network(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Every op once; x (b, 32, h, w), w (32,)."""
-    x = ops.group_norm(x, 8, w, w, 1e-5, silu=True)
+    x = ops.group_norm(x, 4, w, w, 1e-5, silu=True)
     tokens = x.flatten(2).mT  # (b, n, 32)
     y, tokens = ops.add_layer_norm(tokens, tokens * 2, w, w, 1e-5)
     tokens = tokens + ops.layer_norm(y, w, w, 1e-5)
@@ -216,7 +216,7 @@ def network(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return ops.geglu(F.pad(tokens, (0, 32)).contiguous() + tokens.repeat(1, 1, 2))
 
 
-def inputs(size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     return torch.randn(size, 32, 4, 5, generator=g).requires_grad_(), torch.randn(
         32, generator=g
@@ -305,15 +305,15 @@ def test_auto_compiles_without_a_break(monkeypatch, launches, dynamic):
     """With the verdicts of an eager call; what the compiler meets first is tried while it traces, as it is
     with --compile from the first call on."""
     tried = gpu(monkeypatch, 0.5)
-    eager = gradients(network, *inputs())
+    eager = gradients(network, *inputs(2))
     count, keys = len(launches), len(tried)
     torch.compiler.reset()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    torch.testing.assert_close(gradients(compiled, *inputs()), eager)
+    torch.testing.assert_close(gradients(compiled, *inputs(2)), eager)
     assert len(launches) == 2 * count
-    first = gradients(compiled, *inputs(5))
+    first = gradients(compiled, *inputs(3))
     assert len(launches) == 3 * count and len(tried) > keys
-    torch.testing.assert_close(first, gradients(network, *inputs(5)))
+    torch.testing.assert_close(first, gradients(network, *inputs(3)))
     assert len(launches) == 4 * count and set(ops.verdicts()) == set(tried)
 
 
