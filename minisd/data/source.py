@@ -215,7 +215,7 @@ def read(
     inconsistent, if metadata names an image outside the location, unless `allow_outside`, or in `verified`.
     """
     path, skipped, hidden, left_out = Path(location), [], [], []
-    if indexed.is_index(path):
+    if indexed.is_index(path) and not folder:
         return read_index(path, flag, max_samples, skip_bad_images, fresh, max_pixels)
     samples = noise.generator(seed, "samples")
     if folder and path.exists():
