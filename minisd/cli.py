@@ -301,7 +301,7 @@ def config(early: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str
     try:
         if known.config.suffix == ".toml":
             return known, rest, reading.read_toml(known.config)
-        once = "resume_from_checkpoint", "overwrite_output_dir"  # flags of that run alone
+        once = "resume_from_checkpoint", "overwrite_output_dir", "code"  # of that run alone
         flags = reading.read_json(known.config)
         return known, rest, {name: value for name, value in flags.items() if name not in once}
     except ValueError as e:

@@ -4,12 +4,13 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from minisd import files, graph, ops
 
@@ -78,6 +79,20 @@ def has_fast_bf16(kind: str) -> bool:
         m @ m
         least[m.dtype] = min(time.perf_counter() - started, least.get(m.dtype, math.inf))
     return least[torch.float32] > 1.2 * least[torch.bfloat16]
+
+
+@contextmanager
+def swapped(parameters: Iterable[Parameter], values: Iterable[Tensor]) -> Iterator[None]:
+    """Within the context, the parameters have these values, wherever they are."""
+    pairs = list(zip(parameters, values, strict=True))
+    kept = [p.data for p, _ in pairs]
+    for p, value in pairs:
+        p.data = value.to(p.device)
+    try:
+        yield
+    finally:
+        for (p, _), data in zip(pairs, kept, strict=True):
+            p.data = data
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:

@@ -155,12 +155,25 @@ class NoiseSchedule:
             return signal * x - sigma * pred, signal * pred + sigma * x
         return pred, (x - signal * pred) / sigma
 
-    def ddim(self, pred: Tensor, x: Tensor, timesteps: Tensor, after: Tensor) -> Tensor:
-        """x at the timesteps `after`, (b,) as `timesteps` are, by DDIM's step (Song et al. 2020, arXiv
-        2010.02502, equation 12 with a sigma of 0)."""
+    def ddim(
+        self, pred: Tensor, x: Tensor, timesteps: Tensor, after: Tensor, sigma: Tensor | float = 0.0
+    ) -> Tensor:
+        """The mean of x at the timesteps `after`, (b,) as `timesteps` are, by DDIM's step with a deviation of
+        `sigma` (Song et al. 2020, arXiv 2010.02502, equation 12)."""
         denoised, noise = self.split(pred, x, self.shaped(timesteps, x))
-        signal, sigma = self.levels(after, x)
-        return signal * denoised + sigma * noise
+        alpha = self.shaped(after, x)
+        return alpha.sqrt() * denoised + (1 - alpha - sigma**2).sqrt() * noise
+
+    def ddim_sigma(self, timesteps: Tensor, after: Tensor, like: Tensor) -> Tensor:
+        """The deviation of DDIM's step with an eta of 1 (equation 16), shaped to multiply `like` (b, ...)."""
+        before, alpha = self.shaped(timesteps, like), self.shaped(after, like)
+        return ((1 - alpha) / (1 - before) * (1 - before / alpha)).sqrt()
+
+
+def log_density(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """The logarithm of the normal density of x (b, c, h, w), for each of its elements, (b,)."""
+    found = ((x - mean) / sigma).square() / 2 + sigma.log() + math.log(2 * math.pi) / 2
+    return -found.flatten(1).mean(dim=1)
 
 
 def generator(*names: object) -> torch.Generator:

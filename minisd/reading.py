@@ -48,6 +48,17 @@ def text(path: Path) -> str:
         raise ValueError(f"{path} is not in UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def lines(path: Path, flag: str) -> list[str]:
+    """The lines of a text file that are not empty. ValueError, naming the flag, if there are none."""
+    try:
+        found = [line.strip() for line in text(path).splitlines() if line.strip()]
+    except ValueError as e:
+        raise ValueError(f"--{flag}: {e}") from None
+    if not found:
+        raise ValueError(f"--{flag} {path} has no prompt")
+    return found
+
+
 def parse_json(text: str, source: Path | str) -> Any:
     """The value of a JSON text. ValueError, naming `source`, if it is none."""
     try:

@@ -18,7 +18,8 @@ from typing import Any
 from minisd import reading
 
 HERE = Path(__file__).parent
-NEEDED = {"methods": ("Options",), "schedulers": ("SETTINGS", "sample")}  # what a file from outside defines
+# What a file from outside defines.
+NEEDED = {"methods": ("Options",), "schedulers": ("SETTINGS", "sample"), "rewards": ("reward",)}
 _admitted: dict[str, str] = {}  # the source of each, by its path as it was given
 _classes: set[str] = set()  # MODULE.CLASS that was admitted
 

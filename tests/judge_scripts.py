@@ -3,6 +3,7 @@
     git clone https://github.com/huggingface/diffusers
     python tests/judge_scripts.py --scripts diffusers/examples [METHOD ...]
     python tests/judge_scripts.py --scripts diffusers/examples --unseen --seeds 0 1 2 [METHOD ...]
+    python tests/judge_scripts.py --scripts diffusers/examples --clock [METHOD ...]
 
 Each script trains the tiny model on the same pictures with the same flags, so far as it has them, and what it
 leaves is read and drawn from here. train.py trains with several seeds, which shows how much chance there is
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from minisd import cli  # noqa: E402
 from minisd.options import TINY  # noqa: E402
-from minisd.tiny import judge, trial, unseen  # noqa: E402
+from minisd.tiny import clock, judge, trial, unseen  # noqa: E402
 from minisd.tiny.concepts import UNSEEN  # noqa: E402
 from tests.cost_methods import METHODS  # noqa: E402
 
@@ -139,12 +140,19 @@ def main() -> int:
         "--no_captions", action="store_true", help="of concepts, which three of the scripts cannot read"
     )
     parser.add_argument("--unseen", action="store_true", help="personalisation on what the model never saw")
+    parser.add_argument("--clock", action="store_true", help="quality over seconds of both, as a picture")
     parser.add_argument("--concept", action="append", choices=UNSEEN, help="with --unseen: this thing")
     parser.add_argument("--out", type=Path, default=Path("judged-scripts"))
     o = parser.parse_args()
     Scripted.scripts = o.scripts
     if o.unseen:
         compare_unseen(o.methods or list(unseen.TRAINERS), o.concept or list(UNSEEN), o.seeds, o.out)
+        return 0
+    if o.clock:
+        kinds = {"train.py": trial.Trial, "script": Scripted}
+        clock.measure(
+            judge.TRIALS, o.methods or [m for m in METHODS if m in judge.TRIALS], kinds, TINY, o.out, []
+        )
         return 0
     print(f"| method | measure | before | needed | script | {' | '.join(f'seed {s}' for s in o.seeds)} |")
     print("|---" * (5 + len(o.seeds)) + "|", flush=True)

@@ -49,6 +49,8 @@ OWN = {
     "erase": ["--erase", "a cat", "a dog", "--ddim_steps", "5"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", "a cat",
                 "--ddim_steps", "5"],
+    "reward": ["--reward", "redness.py", "--prompt", "a cat", "a dog", "--ddim_steps", "5",
+               "--images_per_prompt", "2"],
     "instruct_pix2pix": ["--data", "pairs"],
     "dpo": ["--data", "pairs", "--rejected_image_column", "source", "--center_crop", *DISK],
     "text_to_image": ["--data", "captioned", "--random_flip", "--center_crop", *DISK],
@@ -69,6 +71,7 @@ def prepare(folder: Path) -> None:
 
     save_pipeline(folder / "model")
     make_pairs(folder / "pairs", 5)
+    shutil.copy(registry.HERE / "tiny" / "redness.py", folder)
     for i in range(5):
         picture = Image.effect_noise((48, 40 + 4 * i), 20 * i + 10).convert("RGB")
         for name in ("cat", "captioned"):

@@ -13,6 +13,7 @@ OWN = {
     "custom_diffusion": ["--instance_prompt", "a <new1> cat", "--modifier_token", "<new1>"],
     "erase": ["--erase", "a cat", "5 dogs"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat", "--negative_prompt", ""],
+    "reward": ["--reward", method_helpers.REWARD, "--prompt", "a cat"],
     "lora": ["--instance_prompt", "x", "--target", "attention", "resnet", "--no-cache_latents"],
     "text_to_image": ["--validation_prompts", "a cat", "-5 dogs", "--snr_gamma", "5e-1"],
 }

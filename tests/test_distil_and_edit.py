@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minisd import cli
 from minisd.adapters import lora
 from minisd.schedulers.lcm import consistency
 from minisd.training.distributed import Processes
 from minisd.training.latents import cache_latents
-from tests.method_helpers import Stream, assert_gradients, built, encode, new, pipeline, theirs_of
+from tests.method_helpers import REWARD, Stream, assert_gradients, built, encode, new, pipeline, theirs_of
 
 pytestmark = pytest.mark.parity
 SHAPE = (4, 8, 8)
@@ -24,12 +25,12 @@ def options(short_run):
     return lambda method, *flags: short_run(method, "--learning_rate", "1e-2", *flags)
 
 
-def trained_further(m, trained: dict, pipe):
+def trained_further(m, trained: dict, pipe, size: float = 0.05):
     """Change what trains, and return diffusers' UNet with the same weights."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in trained.values():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+            p.add_(size * torch.randn(p.shape, generator=generator))
     theirs = copy.deepcopy(pipe.unet)
     theirs.load_state_dict(lora.merged(m.sd.unet))
     return theirs.requires_grad_(True)
@@ -278,6 +279,139 @@ def test_sliders(model, options):
             F.mse_loss(pred(unet, target), middle + sign * 3 * change) for unet, sign in ((up, 1), (down, -1))
         ]
     assert loss.item() == pytest.approx(sum(errors).item() / 2, rel=1e-4)
+
+
+# --- Rewards -----------------------------------------------------------------------------------------------
+
+
+def rewarding(options, *flags) -> list:
+    """The flags of a short run with rewards; two prompts of four images each make a batch."""
+    common = ["--reward", REWARD, "--prompt", "a cat", "a dog", "--ddim_steps", 5, "--images_per_prompt", 4]
+    return built("reward", options("reward", *common, *flags), count=2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_reward(options, model, kind, monkeypatch):
+    """Trajectories and densities by diffusers' DDIM with an eta and torch's normal distribution, by the model
+    at the start of the round; the clipped surrogate and the divergence by the trained one."""
+    from minisd.sampling.stable_diffusion import StableDiffusion
+
+    set_schedule = StableDiffusion.set_schedule
+    monkeypatch.setattr(
+        StableDiffusion, "set_schedule", lambda sd, **c: set_schedule(sd, prediction_type=kind, **c)
+    )
+    flags = ["--train", "full", "--eta", 0.7, "--start_guidance", 2, "--learned_steps", 3]
+    m, trained, batch = rewarding(options, *flags, "--clip_range", 2e-4, "--kl_weight", 0.1)
+    pipe = pipeline(model)
+    policy = trained_further(m, trained, pipe, 2e-3)
+    assert sorted(batch["prompt"]) == ["a cat"] * 4 + ["a dog"] * 4 and len(set(batch["number"])) == 8
+    inputs = m.inputs(batch)
+    loss = m.loss_of(inputs)
+    loss.backward()
+
+    scheduler = with_kind(pipe, kind, steps_offset=1)
+    scheduler.set_timesteps(5)
+    context, empty = encode(pipe, batch["prompt"]), encode(pipe, [""] * 8)
+    noises = torch.stack([torch.randn(5, *SHAPE, generator=g) for g in m.generators("drawing", batch)], dim=1)
+
+    def normal(unet, x, t) -> torch.distributions.Normal:
+        text, none = (unet(x, t, c).sample for c in (context, empty))
+        pred, zeros = none + 2 * (text - none), torch.zeros_like(x)
+        mean, one_away = (
+            scheduler.step(pred, t, x, eta=0.7, variance_noise=n).prev_sample for n in (zeros, zeros + 1)
+        )
+        return torch.distributions.Normal(mean, (one_away - mean).mean().detach())
+
+    x, found, objective, clipped = m.draw("noise", batch, SHAPE), 0, 0, []
+    for t, noise in zip(scheduler.timesteps, noises, strict=True):
+        with torch.no_grad():
+            old = normal(pipe.unet, x, t)
+            new = old.loc + old.scale * noise
+        own = normal(policy, x, t)
+        ratio = (own.log_prob(new) - old.log_prob(new)).mean(dim=(1, 2, 3)).exp()
+        surrogate = torch.min(
+            ratio * inputs["advantage"], ratio.clamp(1 - 2e-4, 1 + 2e-4) * inputs["advantage"]
+        )
+        divergence = torch.distributions.kl_divergence(own, old).mean(dim=(1, 2, 3))
+        rows, steps = (inputs["timesteps"] == t).nonzero(as_tuple=True)
+        for row, step in zip(rows, steps, strict=True):
+            assert torch.allclose(inputs["x"][row, step], x[row], atol=1e-4)
+            assert torch.allclose(inputs["new"][row, step], new[row], atol=1e-4)
+            density = old.log_prob(new)[row].mean()
+            assert inputs["before"][row, step].item() == pytest.approx(density.item(), abs=2e-5)
+            objective = objective + (0.1 * divergence[row] - surrogate[row]) / 24
+            clipped.append(surrogate[row].item() != (ratio * inputs["advantage"])[row].item())
+            found += 1
+        x = new
+    assert found == 24 and 0 < sum(clipped) < 24
+    objective.backward()
+    assert_gradients(trained, policy, "unet.", within=2e-3)  # what is near the clip's edge
+
+    pixels = (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample.clamp(-1, 1) + 1) / 2
+    redness = pixels[:, 0].mean(dim=(1, 2)) - pixels[:, 1:].mean(dim=(1, 2, 3))
+    assert loss.item() == pytest.approx(-redness.mean().item(), abs=2e-3)  # of 8 bits
+    for prompt in ("a cat", "a dog"):
+        own = inputs["advantage"][[p == prompt for p in batch["prompt"]]]
+        theirs = redness[[p == prompt for p in batch["prompt"]]]
+        expected = (theirs - theirs.mean()) / theirs.std(correction=0)
+        assert torch.allclose(own, expected, atol=0.1) and abs(own.mean()) < 1e-5
+
+
+def test_the_model_that_draws_is_that_of_the_round(options):
+    """And the first update of a round has a ratio of 1."""
+    m, trained, batch = rewarding(options, "--updates_per_round", 3)
+    kept, drawn = [], []
+    for step in range(4):
+        m.before_update(step)
+        inputs = m.inputs(batch)
+        kept.append(torch.cat([t.flatten() for t in m.kept.values()]))
+        drawn.append(inputs["new"])
+        if step % 3 == 0:
+            learned = [inputs[name][:, 0] for name in ("x", "new", "timesteps", "before")]
+            assert m.surrogate(inputs, *learned, None).item() == pytest.approx(0, abs=1e-5)
+        with torch.no_grad():
+            torch._foreach_add_(list(trained.values()), 0.05)
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[2], kept[3])
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[2], drawn[3])
+    m, _, batch = rewarding(options, "--updates_per_round", 1)
+    assert not m.kept and torch.equal(m.inputs(batch)["new"], drawn[0])
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return [1.0]", "ValueError: 1 numbers for 2 images"),
+        ("return [float('nan')] * len(images)", "a number is not finite"),
+        ("return images[0].nothing", "AttributeError"),
+        ("return ['a'] * len(images)", "could not convert"),
+    ],
+)
+def test_a_reward_that_is_wrong_is_one_line(options, tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(f"def reward(images, prompts):\n    {body}\n")
+    flags = ["--reward", tmp_path / "mine.py", "--prompt", "a", "--images_per_prompt", 2, "--ddim_steps", 1]
+    m, _, batch = built("reward", options("reward", *flags), count=1)
+    with pytest.raises(ValueError, match=f"--reward .*mine.py: .*{message}"):
+        m.inputs(batch)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--reward", "aesthetics", "--prompt", "a"], "unknown reward 'aesthetics'"),
+        (["--reward", REWARD], "give --prompt or --prompt_file"),
+        (["--reward", REWARD, "--prompt", "a", "--prompt_file", "b"], "exclude each other"),
+        (["--reward", REWARD, "--prompt", "a", "--images_per_prompt", "1"], "must be at least 2"),
+        (["--reward", REWARD, "--prompt", "a", "--updates_per_round", "1", "--clip_range", "0.1"], "is 1"),
+        (["--config", "run.toml", "--prompt", "a"], "is code: it runs only if the command line names it"),
+    ],
+)
+def test_what_a_reward_needs(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "run.toml").write_text("reward = './evil.py'")
+    with pytest.raises(SystemExit):
+        cli.parse_train(["--method", "reward", *flags])
+    assert message in capsys.readouterr().err
 
 
 # --- What would teach nothing, in one line -----------------------------------------------------------------

@@ -92,7 +92,8 @@ def test_every_page_can_be_found():
 def test_commands_parse(page, tmp_path, monkeypatch):
     """As train.py and sample.py would parse them, from a folder with the files that these read at once."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for folder in ("docs", "minisd"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "sweep.csv").write_text("seed\n1\n")
     (tmp_path / "samples").mkdir()
     about = PngImagePlugin.PngInfo()

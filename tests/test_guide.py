@@ -259,7 +259,7 @@ def test_the_precision_of_each_method(method, model, cat, place, monkeypatch, ca
     """By the launcher where diffusers' script leaves it to that, otherwise said not to be used."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     more = {"custom_diffusion": ["--instance_prompt", "x"], "dreambooth": ["--instance_prompt", "x"]}
-    more |= {name: NEEDS[name] for name in ("erase", "sliders")}
+    more |= {name: NEEDS[name] for name in ("erase", "reward", "sliders")}
     own = [] if method == "unconditional" else ["--model", str(model)]
     own += ["--data", str(cat)] if "data" in cli.options_of(method).__dataclass_fields__ else []
     o = cli.parse_train(["--method", method, *own, *more.get(method, [])])[1]

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from minisd.data import images
 from minisd.options import TINY
 from minisd.sampling.stable_diffusion import StableDiffusion
-from minisd.tiny import bank, judge, measures, trial, unseen
+from minisd.tiny import bank, clock, judge, measures, trial, unseen
 from minisd.tiny.concepts import UNSEEN
 from minisd.tiny.pictures import GROUNDS, WHITE, main_hue, on, posed, recoloured, silhouette, turned
 
@@ -176,3 +176,39 @@ class TestEveryMethod:
 def test_fails_on_another_s_captions(method, tmp_path):
     measured = judge.judge(method, TINY, tmp_path, [], shuffled=True)
     assert not all(m.passed for m in measured), measured
+
+
+def test_quality_is_the_way_to_what_is_needed():
+    """Of what training has to move; what must stay counts where it has not stayed."""
+    half = trial.Measure("rank", 10, 5, 6, 2)
+    beyond = trial.Measure("share", 0, 0, 1, 0.5, more=True)
+    worse = trial.Measure("distance", 4, 4, 5, 2)
+    stays = trial.Measure("others", 1, 0, 1, 0.75, more=True)
+    assert clock.quality([half]) == 0.5 and clock.quality([beyond]) == 1 and clock.quality([worse]) == 0
+    assert clock.quality([half, beyond, worse, stays]) == 0.625
+    lost = trial.Measure("others", 1, 0, 0.375, 0.75, more=True)
+    assert clock.quality([beyond, lost]) == pytest.approx(0.75)
+
+
+def test_the_clock(tmp_path, monkeypatch, capsys):
+    """A line for each length, a table, and a picture in which both kinds are."""
+
+    class Fast(trial.Trial):
+        def train(self, **flags):
+            self.training += flags["max_train_steps"] / self.speed
+            return tmp_path
+
+    def trained(t):
+        t.train_model()
+        t.measure("rank", 10, 5, 10 - t.updates / 10, 2)
+
+    kinds = {"a": type("A", (Fast,), {"speed": 10}), "b": type("B", (Fast,), {"speed": 5})}
+    found = clock.measure({"lora": trained}, ["lora"], kinds, TINY, tmp_path, [])
+    whole = trial.defaults()["lora"]["max_train_steps"]
+    assert [row["updates"] for row in found["lora"]["a"]] == [round(part * whole) for part in clock.PARTS]
+    assert [row["seconds"] * 10 for row in found["lora"]["a"]] == [
+        row["seconds"] * 5 for row in found["lora"]["b"]
+    ]
+    assert f"lora, b: time to quality: {whole / 2 / 5:.0f} s" in capsys.readouterr().out
+    colours = {c for _, c in Image.open(tmp_path / "clock.png").convert("RGB").getcolors(10**6)}
+    assert {*clock.COLOURS[:2]} <= colours and clock.COLOURS[2] not in colours

@@ -37,6 +37,8 @@ NEEDS = {
     + ["--initializer_token", "dog", "--hflip"],
     "dpo": ["--center_crop", "--random_flip"],
     "erase": ["--erase", "a cat", "--ddim_steps", "5"],
+    "reward": ["--reward", method_helpers.REWARD, "--prompt", "a cat", "a dog", "--ddim_steps", "5"]
+    + ["--images_per_prompt", "2", "--learned_steps", "2", "--clip_range", "0.5"],
     "sliders": ["--target_prompt", "a cat", "--positive_prompt", "a big cat"]
     + ["--negative_prompt", "a small cat", "--ddim_steps", "5"],
     "controlnet": ["--proportion_empty_prompts", "0.5"],
@@ -160,6 +162,7 @@ def trained_value(o) -> float:
     """Of one parameter after three updates."""
     method = SimpleNamespace(options=o, device=torch.device("cpu"), dtype=torch.float32, lr_scale=1.0)
     method.sd, method.inputs = SimpleNamespace(parts={}), lambda batch: batch
+    method.before_update = lambda step: None
     method.loss_of = lambda batch: ((parameter - batch["number"][0]) ** 2).mean()
     parameter = torch.nn.Parameter(torch.ones(3))
     trainer = Trainer(method, {"p": parameter}, 8, Processes())

@@ -16,7 +16,7 @@ NEEDED = {"class_data_dir": "c", "class_prompt": "a cat", "data": "d"}
 
 
 def parse(method: str, *flags):
-    flags = [*flags, *OWN[method]] if method in ("custom_diffusion", "erase", "sliders") else flags
+    flags = [*flags, *OWN[method]] if method in ("custom_diffusion", "erase", "reward", "sliders") else flags
     return cli.parse_train(["--method", method, *map(str, flags)])[1]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import minisd
+from minisd.noise import randn
 from minisd.options import TINY
 from tests.conftest import ROOT
 
@@ -79,3 +80,33 @@ def test_attend_and_excite(load, sd):
     assert image.tobytes() == plain.tobytes()
     _, after = draw(sd, prompt, ["cat", "blue"], strength=300, steps=20, seed=0)
     assert after > 1.05 * before
+
+
+def test_memorisation(load, sd):
+    """The score is that of predictions with and without the prompt along the way, written out."""
+    found, (image,) = load("memorisation").magnitude(sd, "3d emoji of a cat", seeds=1, steps=3)
+    way = [x.clone() for x in sd.steps("3d emoji of a cat", steps=3, guidance_scale=3.0, scheduler="ddim")]
+    (drawn,) = sd.pictures(way[-1])
+    assert image.tobytes() == drawn.tobytes()
+    start = randn(way[0].shape[1:], [torch.Generator().manual_seed(0)])
+    times = sd.schedule.inference_timesteps(3, "leading", 1).round().int().tolist()
+    text, empty = (sd.encode_text([prompt]) for prompt in ("3d emoji of a cat", ""))
+    added = []
+    with torch.no_grad():
+        for x, t in zip([start, *way], times, strict=False):
+            added.append((sd.predict(x, t, text) - sd.predict(x, t, empty)).square().mean().sqrt())
+    assert found == pytest.approx(sum(added).item() / 3, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_is_memorised_has_the_highest_score(load, tmp_path):
+    """Of a model overfitted on four images; before that their prompts are as others."""
+    memorisation = load("memorisation")
+    path, captions = memorisation.overfit(tmp_path)
+    others = [f"3d emoji of a {word}" for word in memorisation.OTHERS]
+    known, rest = (
+        [memorisation.magnitude(minisd.load(path, device="cpu"), p, steps=10) for p in prompts]
+        for prompts in (captions, others)
+    )
+    assert min(score for score, _ in known) > max(score for score, _ in rest)
+    assert min(memorisation.alike(images) for _, images in known) > 0.9

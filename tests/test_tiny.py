@@ -14,6 +14,7 @@ from minisd.formats import config_json
 from minisd.options import TINY
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.tiny import bank, data, init, metrics, pictures
+from tests.method_helpers import REWARD
 
 NAMES = {
     "1f408": "cat",
@@ -235,7 +236,13 @@ def test_every_default_is_a_flag():
     flags = {m: {f.name for f in fields(cli.options_of(m))} for m in registry.names("methods")}
     assert defaults.keys() == {m for m in flags if "model" in flags[m]}
     assert general.keys() <= set().union(*flags.values())
-    needs = {"data": Path("d"), "instance_prompt": "a sks cat", "erase": ["a cat"]}
+    needs = {
+        "data": Path("d"),
+        "instance_prompt": "a sks cat",
+        "erase": ["a cat"],
+        "reward": REWARD,
+        "prompt": ["a"],
+    }
     needs |= {f"{name}_prompt": f"a {name} cat" for name in ("target", "positive", "negative")}
     for method, values in defaults.items():
         assert values.keys() <= flags[method], method

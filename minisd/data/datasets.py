@@ -359,14 +359,14 @@ class Prompts:
 
     buckets, lanes, parts = None, None, ()  # it has no records
 
-    def __init__(self, prompts: Sequence[str]):
-        self.prompts = prompts
+    def __init__(self, prompts: Sequence[str], count: int = 1):
+        self.prompts, self.count = prompts, count  # of examples of each
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def examples(self, index: int, generator: torch.Generator) -> list[Example]:
-        return [Example(view=View(index), prompt=self.prompts[index])]
+        return [Example(view=View(index), prompt=self.prompts[index])] * self.count
 
     def views(self) -> None:
         return None

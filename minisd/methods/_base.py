@@ -63,6 +63,7 @@ class Method:
         self.dtype = DTYPES[precision]
         if options.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.kept: dict[str, Tensor] = {}  # what else a checkpoint has to hold, by names with a "|" in them
         self.lr_scale = 1.0  # a further factor of --scale_lr
         self.contexts: dict[str, Tensor] = {}  # of the latest prompts that a frozen text encoder has seen
         self.stored_contexts: Mapping[str, Tensor] = {}  # of those of the data: see training/latents.py
@@ -72,8 +73,7 @@ class Method:
     # What the training loop calls
 
     def read(self) -> Source:
-        """The data that the flags name. It is read only once, and before anything is made or loaded, so that
-        what is wrong with it is reported at once."""
+        """The data that the flags name, read once and first: what is wrong with it is reported at once."""
         from minisd.data.source import from_options
 
         return from_options(self.options, self.options.cache_dir)
@@ -99,6 +99,9 @@ class Method:
         if "mask" in examples.columns and not getattr(o, "masked_loss", True):
             print("the data has masks, which do not count without --masked_loss")
         return self.data, held_out
+
+    def before_update(self, step: int) -> None:
+        """Called before each update; `step` are done."""
 
     def loss(self, batch: dict) -> Tensor:
         """The loss of a batch of the data."""
@@ -295,8 +298,7 @@ class Method:
 
         if "timestep" in batch:  # a held-out example has its own
             return torch.tensor(batch["timestep"])
-        total = self.sd.schedule.num_train_timesteps
-        streams = self.generators("timesteps", batch)
+        total, streams = self.sd.schedule.num_train_timesteps, self.generators("timesteps", batch)
         return torch.stack([torch.randint(total, (), generator=g) for g in streams])
 
     def latent_shape(self, batch: dict) -> tuple[int, ...]:

@@ -1,8 +1,12 @@
 """What the methods share that need no images: the model draws the latents that it trains on."""
 
+from collections.abc import Callable
+
 from minisd.methods._base import Captioned, Tensor
 from minisd.methods._reference import Reference
 from minisd.options import Count, Model, Optimizer, Precision, Run, Side, Validation, flag, require
+
+Predict = Callable[..., tuple[Tensor, ...]]
 
 
 class Drawn(Validation, Optimizer, Precision, Model, Run):
@@ -21,6 +25,8 @@ class Drawn(Validation, Optimizer, Precision, Model, Run):
 class DrawnLatents(Reference):
     """Trains on x_t from the model as it is, drawn by DDIM from noise down to a random step."""
 
+    per_prompt = 1  # images in a sample
+
     def prompts(self) -> list[str]:
         """What is drawn."""
         raise NotImplementedError
@@ -33,7 +39,7 @@ class DrawnLatents(Reference):
 
         steps, total = self.options.ddim_steps, self.sd.schedule.num_train_timesteps
         require(steps <= total, f"--ddim_steps {steps}: the model has {total} timesteps")
-        self.data = Prompts(self.prompts())
+        self.data = Prompts(self.prompts(), self.per_prompt)
         return self.data, None
 
     def latent_shape(self, batch: dict) -> tuple[int, ...]:
@@ -55,20 +61,33 @@ class DrawnLatents(Reference):
         noisy, timesteps = self.draw_to(sent.pop("noise"), text, sent.pop("stops"), stops.max().item())
         return sent | {"noisy": noisy, "timesteps": timesteps, "text": text}
 
+    @property
+    def apart(self) -> int:
+        """The number of timesteps that a step takes."""
+        return self.sd.schedule.num_train_timesteps // self.options.ddim_steps
+
+    def times(self) -> list[int]:
+        """The timesteps before each step."""
+        steps, final = self.options.ddim_steps, self.sd.schedule.num_train_timesteps - 1
+        return [min(self.apart * i + 1, final) for i in reversed(range(steps))]
+
     def draw_to(self, x: Tensor, text: Tensor, stops: Tensor, last: int) -> tuple[Tensor, Tensor]:
         """From noise x (b, c, h, w), x after stops[i] steps of sample i, of which `last` is the largest, and
         the timesteps there."""
         import torch
 
-        o, schedule, noisy = self.options, self.sd.schedule, x
-        apart, final = schedule.num_train_timesteps // o.ddim_steps, schedule.num_train_timesteps - 1
-        times = [min(apart * i + 1, final) for i in reversed(range(o.ddim_steps))]
+        times, noisy = torch.tensor(self.times(), device=stops.device), x
         for step in range(last):
-            t, after = (torch.full_like(stops, times[i]) for i in (step, step + 1))
-            with_text, empty = self.predict_drawing(x, t, text, self.empty)
-            x = schedule.ddim(empty + o.start_guidance * (with_text - empty), x, t, after)
+            t, after = (times[i].expand(len(x)) for i in (step, step + 1))
+            with torch.no_grad():
+                x = self.sd.schedule.ddim(self.guided(self.predict_drawing, x, t, text), x, t, after)
             noisy = torch.where((stops == step + 1).view(-1, 1, 1, 1), x, noisy)
-        return noisy, (apart * (o.ddim_steps - 1 - stops) + 1).clamp(max=final)
+        return noisy, times[stops]
+
+    def guided(self, predict: Predict, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The prediction for x_t with guidance, by one of the `predict_` functions."""
+        with_text, empty = predict(x, t, text, self.empty)
+        return empty + self.options.start_guidance * (with_text - empty)
 
     def predict_drawing(self, x: Tensor, t: Tensor, *contexts: Tensor) -> tuple[Tensor, ...]:
         """The predictions that x_t is drawn by: those of the model as it is now."""

@@ -58,21 +58,22 @@ class Reference(LowRank):
                 update.scale = 1.0
 
     def predict_before(self, noisy: Tensor, timesteps: Tensor, *contexts: Tensor) -> tuple[Tensor, ...]:
-        """`predict_with`, by the model as it was before training."""
-        with self.scaled(0.0):
+        """`predict_with`, by the model as it was before training, without gradients."""
+        import torch
+
+        with torch.no_grad(), self.scaled(0.0):
             unet = self.sd.unet if self.updates else self.before
             return self.predict_with(unet, noisy, timesteps, *contexts)
 
     def predict_with(
         self, unet: Module, noisy: Tensor, timesteps: Tensor, *contexts: Tensor
     ) -> tuple[Tensor, ...]:
-        """The predictions (b, c, h, w) with each of the contexts, (b or 1, s, d), in one batch, without
-        gradients, in fp32."""
+        """The predictions (b, c, h, w) with each of the contexts, (b or 1, s, d), in one batch, in fp32."""
         import torch
 
         count, context = len(contexts), torch.cat([c.expand(len(noisy), -1, -1) for c in contexts])
         inputs = noisy.to(self.dtype).repeat(count, 1, 1, 1)
-        with torch.no_grad(), self.autocast():
+        with self.autocast():
             return unet(inputs, timesteps.repeat(count), context).float().chunk(count)
 
     def describe(self) -> str:

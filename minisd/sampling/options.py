@@ -260,15 +260,9 @@ class Sample(Drawing, Loading):
 
     def read_prompts(self) -> list[str]:
         """The prompts of the command line, or of the file. ValueError if that cannot be read."""
-        if not self.prompt_file:
-            return self.prompt or ([] if self.export else [""])  # "" is for a model without text
-        try:
-            lines = reading.text(self.prompt_file).splitlines()
-        except ValueError as e:
-            raise ValueError(f"--prompt_file: {e}") from None
-        prompts = [line.strip() for line in lines if line.strip()]
-        require(prompts, f"--prompt_file {self.prompt_file} has no prompt")
-        return prompts
+        if self.prompt_file:
+            return reading.lines(self.prompt_file, "prompt_file")
+        return self.prompt or ([] if self.export else [""])  # "" is for a model without text
 
 
 def is_png(output: Path) -> bool:

@@ -4,6 +4,7 @@
     python -m minisd.tiny.judge lora controlnet          these methods
     python -m minisd.tiny.judge lora -- --rank 2         with other flags for train.py
     python -m minisd.tiny.judge --unseen                 personalisation on six things, three seeds each
+    python -m minisd.tiny.judge lora --clock             quality over seconds: OUT/clock.png
 
 Each measure is taken before and after training, from the same noise, and printed with its value by chance and
 the value needed. OUT/METHOD.png shows the images. The exit status is 1 if a measure falls short.
@@ -22,14 +23,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from minisd import cli
+from minisd import cli, registry
 from minisd.data import images
 from minisd.formats import config_json
 from minisd.models.unet2d import UNet2DConfig
 from minisd.options import TINY
 from minisd.sampling.generate import Control, Settings, pictures
 from minisd.sampling.pixel_diffusion import PixelDiffusion
-from minisd.tiny import bank, measures, tuned, unseen
+from minisd.tiny import bank, clock, measures, tuned, unseen
 from minisd.tiny.concepts import UNSEEN
 from minisd.tiny.data import TURQUOISE, loose, plain
 from minisd.tiny.pictures import HUES, SIDE, on, recoloured, silhouette
@@ -290,6 +291,9 @@ def main() -> int:
         action="store_true",
         help=f"{', '.join(unseen.TRAINERS)}, on things that the model never saw; goes on after a stop",
     )
+    parser.add_argument(
+        "--clock", action="store_true", help="train for parts of the updates: quality over time"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="with --unseen: trainings of each thing")
     parser.add_argument(
         "--concept", action="append", choices=UNSEEN, help="with --unseen: this thing; may be repeated"
@@ -304,6 +308,10 @@ def main() -> int:
     if o.unseen:
         methods, things = o.methods or list(known), o.concept or list(UNSEEN)
         return int(not unseen.table(methods, things, o.seeds, o.model, o.out / "unseen", flags))
+    if o.clock:
+        methods = o.methods or [name for name in TRIALS if name in registry.names("methods")]
+        clock.measure(TRIALS, methods, {"train.py": Trial}, o.model, o.out, flags)
+        return 0
     print(f"{'':50} {'before':>8} {'chance':>8} {'after':>8} {'needed':>9}")
     results = [judge(m, o.model, o.out, flags, o.shuffle) for m in o.methods or TRIALS]
     return int(not all(m.passed for measured in results for m in measured))

@@ -70,13 +70,14 @@ def places(trainer: Trainer) -> dict[str, dict]:
 
 
 def slots(trainer: Trainer) -> dict[str, Tensor]:
-    """The optimizer's state as NAME|KEY, numbers with 64 bits, and the averages as NAME|average."""
+    """The optimizer's state as NAME|KEY, numbers with 64 bits, the averages as NAME|average, and what the
+    method keeps."""
     state = ((f"{name}|{k}", v) for name, slot in places(trainer).items() for k, v in slot.items())
     tensors = {key: torch.as_tensor(v, dtype=NUMBERS.get(type(v))) for key, v in state if v is not None}
     if trainer.ema:
         averages = zip(trainer.trained, trainer.ema.average, strict=True)
         tensors |= {f"{name}|average": average for name, average in averages}
-    return tensors
+    return tensors | trainer.method.kept
 
 
 def layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 import ast
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from minisd import registry
+from minisd.device import swapped
 from minisd.files import first_line
 from minisd.options import Average, Optimizer, require
 
@@ -170,14 +170,6 @@ class EMA:
         now = [p.to(a.device) for p, a in zip(self.parameters, self.average, strict=True)]
         torch._foreach_lerp_(self.average, now, 1 - self.decay(step))
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager:
         """Within the context, the parameters have the averaged values."""
-        kept = [p.data for p in self.parameters]
-        for p, a in zip(self.parameters, self.average, strict=True):
-            p.data = a.to(p.device)
-        try:
-            yield
-        finally:
-            for p, data in zip(self.parameters, kept, strict=True):
-                p.data = data
+        return swapped(self.parameters, self.average)

@@ -46,6 +46,7 @@ class Trainer:
     def update(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Make one update from the next batches. Returns loss and gradient norm, over all processes, and the
         learning rates, as they are logged."""
+        self.method.before_update(self.step)
         rates = {}
         for group in self.optimizer.param_groups:
             factor = optim.lr_factor(self.options, self.step, self.total, group["peak"])
