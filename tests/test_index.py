@@ -13,12 +13,13 @@ from collections import Counter
 import pytest
 import torch
 
-from minisd import noise
+from minisd import noise, registry
 from minisd.__main__ import index as command
 from minisd.data import index
 from minisd.data.datasets import Captioned
 from minisd.data.order import Lanes, Stream, batches, shares
 from minisd.data.source import read
+from minisd.training import plan
 from tests.conftest import ROOT
 from tests.data_helpers import noisy
 from tests.method_helpers import options, train
@@ -343,6 +344,16 @@ def test_train_from_an_index(model, tars, tmp_path, capsys, monkeypatch):
     kept = ["--output_dir", tmp_path / "kept", "--latents_dir", tmp_path / "latents"]
     with pytest.raises(ValueError, match="^--latents_dir: .* an index"):
         train("text_to_image", options("text_to_image", *flags[:-6], *kept))
+
+
+def test_check_and_plan(model, made, tmp_path, capsys):
+    flags = ["--model", model, "--data", made, "--resolution", 16, "--output_dir", tmp_path / "out"]
+    assert train("text_to_image", options("text_to_image", *flags, "--check_data")) == 0
+    said = capsys.readouterr().out
+    assert "12 pictures" in said and "the same content: 0" in said and "without a caption: 0" in said
+    method = registry.load_class("methods", "text_to_image")
+    assert plan.report(method, options("text_to_image", *flags, "--plan")) == 0
+    assert "GB" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
