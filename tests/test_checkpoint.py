@@ -344,6 +344,13 @@ def test_rotation_keeps_what_was_asked_for(copied, finished):
     assert checkpoint.check(outside)["step"] == 2
 
 
+def test_a_run_that_was_killed_before_it_removed_a_checkpoint(copied):
+    """The next one does, even if it has nothing else to do."""
+    shutil.copytree(copied.output_dir / "checkpoint-2", copied.output_dir / "checkpoint-1")
+    assert train(METHOD, replace(copied, checkpoints_total_limit=2)) == 0
+    assert {p.name for p in copied.output_dir.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_leaves_one_log(finished, tmp_path, monkeypatch):
     o = replace(finished, output_dir=tmp_path / "run", checkpointing_steps=4)
     after_update = loop.after_update

@@ -63,6 +63,7 @@ class RunFolder(AbstractContextManager):
         self.lock = self.lock or Lock(self.path)
         for path in [*files.leftovers(self.path), *(self.checkpoints() if step == 0 else [])]:
             files.remove(path)
+        self.rotate(step)  # a run may have been killed before it could
         log = self.path / "log.jsonl"
         if log.is_file():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -205,11 +206,16 @@ class RunFolder(AbstractContextManager):
             writing.result()
 
     def _write_checkpoint(self, state: checkpoint.State, conditions: dict) -> None:
-        """Write a checkpoint, whole or not at all; then remove the oldest ones beyond the limit, but not the
-        one that the user named, nor later ones, of an earlier attempt."""
-        step, limit = state.numbers["step"], self.options.checkpoints_total_limit
+        """Write a checkpoint, whole or not at all; then remove those that are too many."""
+        step = state.numbers["step"]
         with files.new_folder(self.path / f"checkpoint-{step}") as folder:
             state.save(folder, self.recorded, conditions)
+        self.rotate(step)
+
+    def rotate(self, step: int) -> None:
+        """Remove the oldest checkpoints beyond the limit, but not the one that the user named, nor those
+        after update `step`, of an earlier attempt."""
+        limit = self.options.checkpoints_total_limit
         ours = [p for p in self.checkpoints() if number(p) <= step]
         for path in ours[: -limit if limit else 0]:
             if reading.real(path) != self.asked:
