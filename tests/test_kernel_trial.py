@@ -143,7 +143,7 @@ def test_times_of_all_candidates_in_turns(monkeypatch):
     run = trial.step
     monkeypatch.setattr(trial, "step", lambda fn, a: order.append(fn) or run(fn, a))
     monkeypatch.setattr(trial, "REPEATS", 2)
-    times = trial.time_ms([geglu.KERNEL], call("geglu", geglu.KERNEL.cases[0]))
+    times = trial.time_ms([geglu.KERNEL], call("geglu", geglu.KERNEL.cases[2]))
     assert {name: len(ms) for name, ms in times.items()} == {"torch": 15, "geglu": 15}
     assert order == [geglu.reference] * 2 + [geglu.KERNEL] * 2  # two sets of inputs
     assert times["torch"][0] == 10.0
@@ -155,7 +155,7 @@ def test_a_timing_keeps_no_results(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=0))
     monkeypatch.setattr(trial, "captured", lambda each, graph: found.extend(run() for run in each))
     monkeypatch.setattr(trial, "interleaved", lambda runs, rounds, wait: {})
-    trial.time_ms([geglu.KERNEL], call("geglu", geglu.KERNEL.cases[0]))
+    trial.time_ms([geglu.KERNEL], call("geglu", geglu.KERNEL.cases[2]))
     assert found == [None] * 2 * trial.REPEATS
 
 
