@@ -1,6 +1,7 @@
 """The records of an index, which files that are mapped into memory hold: see index.py, which makes it."""
 
 import json
+import mmap
 import os
 import zlib
 from bisect import bisect_right
@@ -110,7 +111,11 @@ def _mapped(path: Path, kind: Any) -> np.ndarray:
     reading.check_regular(path, float("inf"))
     length, rest = divmod(os.path.getsize(path), np.dtype(kind).itemsize)
     require(length > 0 and not rest, f"{path} is cut off")
-    return np.memmap(path, kind, "r", shape=(length,))
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # else pages around those that are read are read too
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, kind)
 
 
 @dataclass(frozen=True, eq=False)
