@@ -6,6 +6,8 @@
 
 The score of a prompt is the length of what it adds to the noise prediction without a prompt, per latent, in
 the mean over steps and seeds: a memorised prompt pulls towards one image from every seed, and so harder.
+On the small model that does not show: after 80 updates on four images alone their scores were 0.06 to 0.12,
+those of other prompts 0.10 to 0.13. The prediction without a prompt may have learned the images, too.
 Writes memorisation.png: for each prompt, the highest score first, images from several seeds.
 """
 

@@ -7,9 +7,10 @@ import time
 import torch
 from PIL import Image
 
+from minisd.options import TINY
 from minisd.sampling.edit import edit as edit_model
 from minisd.sampling.stable_diffusion import StableDiffusion
-from minisd.tiny import measures
+from minisd.tiny import measures, redness
 from minisd.tiny.data import captions, plain
 from minisd.tiny.metrics import ground_of
 from minisd.tiny.pictures import on
@@ -126,4 +127,21 @@ def dpo(t: Trial) -> None:
         t.measure(f"{label}: share that shows the thing", shown[0], 0, shown[1], 0.75, more=True)
 
 
-TRIALS = lcm, erase, edit, sliders, dpo
+def reward(t: Trial) -> None:
+    """Redder images of four things, and of eight others, by the judge's own `redness`."""
+    names, base, new = t.known("reward")[:12], t.load(), t.load()
+    prompts = [called("3d", plain(n)) for n in names]
+    new.attach(t.train_model(reward=TINY / "redness.py", prompt=prompts[:4]))
+    for seed in (300, 400):
+        drawn = [t.draw(sd, prompts, seed) for sd in (base, new)]
+        t.rows += [(label, images[:12]) for label, images in zip(("before", "after"), drawn, strict=True)]
+        red = [torch.tensor(redness.reward(images, prompts)) for images in drawn]
+        for label, rows, need in (("taught", slice(4), 0.03), ("others", slice(4, None), 0.02)):
+            before, after = (r[rows].mean().item() for r in red)
+            t.measure(f"{label}, seeds from {seed}: redness", before, before, after, before + need, more=True)
+        won = (red[1] > red[0]).float().mean()
+        t.measure(f"seeds from {seed}: share that is redder", 0, 0.5, won, 0.75, more=True)
+        t.measure_shapes(names, *drawn)
+
+
+TRIALS = lcm, erase, edit, sliders, dpo, reward
