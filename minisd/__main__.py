@@ -115,7 +115,7 @@ def main() -> None:
         prog = f"minisd {name}"
         cli.run(prog, lambda: command(prog))
     elif name in ("-h", "--help", "--version"):
-        print(f"minisd {__version__}" if name == "--version" else USAGE)
+        cli.run("minisd", lambda: print(f"minisd {__version__}" if name == "--version" else USAGE))
     else:
         known = f"train, sample, {', '.join(MODULES)}, compare, check, plan, index"
         sys.exit(terminal.complain("minisd", f"no command {name}; there are {known}"))

@@ -377,7 +377,11 @@ def run(prog: str, main: Callable[[], int | None]) -> None:
     try:
         with terminal.interruptible(), terminal.shared():
             status = main()
+            sys.stdout.flush()
         sys.exit(status)
+    except BrokenPipeError:  # what read the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + 13)  # as a shell says it, SIGPIPE
     except (ValueError, OSError, OverflowError) as e:
         if os.environ.get("MINISD_DEBUG"):
             raise

@@ -77,7 +77,7 @@ class Scripted(trial.Trial):
         as_dreambooth = method == "lora" and "instance_prompt" in flags
         script = self.scripts / (LORA_AS_DREAMBOOTH if as_dreambooth else METHODS[method][0])
         known = set(re.findall(r'"--(\w+)"', script.read_text()))
-        flags = {k: v for k, v in trial.defaults().get(method, {}).items() | flags.items() if k not in OURS}
+        flags = {k: v for k, v in (trial.defaults().get(method, {}) | flags).items() if k not in OURS}
         flags |= {"output_dir": out, "checkpointing_steps": 10**6, "seed": 0}
         flags |= self.scripted(flags)
         command = [sys.executable, str(script.resolve())]

@@ -67,3 +67,14 @@ def test_a_wheel_is_whole(tmp_path):
     for words in (["bench", "--only", "geglu"], ["judge", "--help"]):
         done = run(*words, cwd=here, path=installed)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "train --method lora --help", "sample --prompt x --steps 1"])
+@pytest.mark.parametrize("streams", ["", "2>&1"])
+def test_who_reads_the_output_may_end(command, streams, tmp_path):
+    """As head does: the command ends without a word, as one that SIGPIPE ends; help may as well end well."""
+    line = f"{sys.executable} -m minisd {command} 2>err {streams} | true; echo ${{PIPESTATUS[0]}} > status"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, timeout=100, check=True)
+    assert (tmp_path / "status").read_text() in ("141\n", "0\n" if "method" in command else "")
+    assert "rror" not in (tmp_path / "err").read_text()

@@ -1,37 +1,37 @@
-"""Does a model repeat its training images? The magnitude of the text-conditional noise prediction (Wen et al.
-2024, "Detecting, Explaining, and Mitigating Memorization in Diffusion Models", OpenReview 84n3UwkH7b).
+"""Does a model repeat its training images? Two signs, for each prompt: images from several seeds are nearly
+the same (Carlini et al. 2023, "Extracting Training Data from Diffusion Models", section 4), and the prompt
+adds much to the noise prediction (Wen et al. 2024, "Detecting, Explaining, and Mitigating Memorization in
+Diffusion Models", OpenReview 84n3UwkH7b).
 
-    python docs/research/memorisation.py                      the small model, overfitted on four images first
+    python docs/research/memorisation.py                      the small model
     python docs/research/memorisation.py "an astronaut" "a cat" --model v1-5-pruned-emaonly.safetensors
 
-The score of a prompt is the length of what it adds to the noise prediction without a prompt, per latent, in
-the mean over steps and seeds: a memorised prompt pulls towards one image from every seed, and so harder.
-On the small model that does not show: after 80 updates on four images alone their scores were 0.06 to 0.12,
-those of other prompts 0.10 to 0.13. The prediction without a prompt may have learned the images, too.
-Writes memorisation.png: for each prompt, the highest score first, images from several seeds.
+The first is the mean correlation of the images, the second the length of the difference, per latent, in the
+mean over steps and seeds. The small model knows every thing from a few images: with eight prompts of such
+things the correlation is 0.92 to 0.97, with eight that mean nothing to it 0.51 to 0.83. The lengths overlap
+there, 0.06 to 0.09 and 0.07 to 0.09. Writes memorisation.png: for each prompt, the most alike first, images
+from several seeds.
 """
 
 import argparse
-import json
-import random
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import minisd
 from minisd.data.images import labelled_rows
+from minisd.options import TINY
 
-WORDS = "cat", "dog", "fish", "mushroom"
-OTHERS = "camel", "house", "penguin", "red apple"
+KNOWN = "cat", "camel", "house", "penguin"
+STRANGE = "quantum field theory", "an essay about taxes", "a blorp"
+PROMPTS = *(f"3d emoji of a {word}" for word in KNOWN), *STRANGE
 
 
 def magnitude(
     sd, prompt: str, *, seeds: int = 4, steps: int = 20, seed: int = 0, guidance_scale: float = 3.0
 ):
-    """The score of a prompt, and the images (seeds) that were drawn for it."""
+    """What a prompt adds to the noise prediction, and the images (seeds) that were drawn for it."""
 
     def length(seen) -> float:
         """Of the UNet's last layer, which gives the predictions: without the prompt, then with it."""
@@ -51,52 +51,19 @@ def alike(images: list[Image.Image]) -> float:
     return ((correlation.sum() - len(images)) / (len(images) ** 2 - len(images))).item()
 
 
-def write_images(folder: Path) -> list[str]:
-    """Write four images of nothing in particular. Returns their captions."""
-    chance, rows = random.Random(0), []
-    for word in WORDS:
-        image = Image.new("RGB", (64, 64), tuple(chance.choices(range(256), k=3)))
-        for _ in range(6):
-            x, y = chance.choices(range(48), k=2)
-            box, colour = (
-                (x, y, x + chance.randint(8, 30), y + chance.randint(8, 30)),
-                chance.choices(range(256), k=3),
-            )
-            ImageDraw.Draw(image).rectangle(box, fill=tuple(colour))
-        image.save(folder / f"{word}.png")
-        rows.append({"file_name": f"{word}.png", "text": f"3d emoji of a {word}"})
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return [row["text"] for row in rows]
-
-
-def overfit(folder: Path, updates: int = 200) -> tuple[Path, list[str]]:
-    """A model that knows four images by heart, and their captions."""
-    (folder / "images").mkdir()
-    captions = write_images(folder / "images")
-    flags = {"max_train_steps": updates, "train_batch_size": 4, "learning_rate": 1e-3, "report_to": "none"}
-    run = minisd.train("text_to_image", data=folder / "images", output_dir=folder / "model", **flags)
-    return run.path, captions
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("prompts", nargs="*", default=[f"3d emoji of a {word}" for word in WORDS + OTHERS])
-    parser.add_argument("--model", help="by default the small one, overfitted")
-    parser.add_argument("--updates", type=int, default=200, help="of overfitting")
+    parser.add_argument("prompts", nargs="*", default=PROMPTS)
+    parser.add_argument("--model", default=TINY)
     parser.add_argument("--steps", type=int, default=20)
     o = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path, captions = (o.model, []) if o.model else overfit(Path(folder), o.updates)
-        sd, rows = minisd.load(path), []
-        for prompt in o.prompts:
-            score, images = magnitude(sd, prompt, steps=o.steps)
-            known = "trained on" if prompt in captions else ""
-            rows.append((score, prompt, images))
-            print(f"{score:.3f}  images alike {alike(images):.2f}  {prompt}  {known}", flush=True)
+    sd, rows = minisd.load(o.model), []
+    for prompt in o.prompts:
+        length, images = magnitude(sd, prompt, steps=o.steps)
+        rows.append((alike(images), f"alike {alike(images):.2f}, adds {length:.3f}: {prompt}", images))
+        print(rows[-1][1], flush=True)
     rows.sort(key=lambda row: -row[0])
-    labelled_rows([(f"{score:.3f} {prompt}", images) for score, prompt, images in rows]).save(
-        "memorisation.png"
-    )
+    labelled_rows([row[1:] for row in rows]).save("memorisation.png")
 
 
 if __name__ == "__main__":
