@@ -96,7 +96,7 @@ def measure(folder: Path, begun: float) -> dict[str, float]:
 
     Trainer.update = arrive
     flags = ["--method", "text_to_image", "--data", str(folder), "--resolution", "64", "--no-cache_latents"]
-    flags += ["--train_batch_size", "4"]
+    flags += ["--train_batch_size", "4", "--num_validation_images", "1"]
     with tempfile.TemporaryDirectory() as out:
         sys.argv = ["train.py", *flags, "--output_dir", f"{out}/run", "--report_to", "none"]
         cli.keep_memory()
