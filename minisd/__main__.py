@@ -97,8 +97,9 @@ def index(prog: str = "minisd index") -> int:
 
     require(o.lanes is None or 0 < o.lanes <= indexed.LANES, f"--lanes must be from 1 to {indexed.LANES}")
     out = o.out.expanduser()
-    free = not out.exists() or (o.overwrite and indexed.is_index(out))
-    require(free, f"{out} exists: --overwrite replaces it, if it is an index")
+    alone = indexed.is_index(out) and {path.name for path in out.iterdir()} <= {*indexed.FILES}
+    free = not out.exists() or (o.overwrite and alone)
+    require(free, f"{out} exists: --overwrite replaces it, if it is an index and has nothing else in it")
     records, skipped = index.make(o.source, out, o.lanes, o.skip_bad_images)
     print(Source(str(out), records, tuple(skipped)).summary())
     _, lanes, window = records.lanes

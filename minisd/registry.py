@@ -67,7 +67,8 @@ def find(package: str, name: str) -> str:
     if plain(name) in known:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
-    advice = f"did you mean {known[close[0]]!r}?" if close else f"one of: {', '.join(names(package))}"
+    listed = f"one of: {', '.join(names(package))}" if known else "give FILE.py, one of your own"
+    advice = f"did you mean {known[close[0]]!r}?" if close else listed
     raise ValueError(f"unknown {package.removesuffix('s')} {name!r}; {advice}")
 
 
@@ -105,7 +106,7 @@ def _run(package: str, name: str, source: str) -> ModuleType:
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     try:
         exec(compile(source, name, "exec"), vars(module))
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         line, trace = getattr(e, "lineno", None), e.__traceback__
         while trace:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == name else line

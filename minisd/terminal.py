@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from minisd.spelling import as_written
@@ -102,5 +102,6 @@ def complain(prog: str, message: str) -> int:
     """Print an error in one line of at most 1,000 characters. Returns the exit status for wrong input."""
     text = " ".join(as_written(message).split())
     text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-450:]}"
-    print(f"{prog}: error: {text}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads it, or the disk is full
+        print(f"{prog}: error: {text}", file=sys.stderr)
     return 2

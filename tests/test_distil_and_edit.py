@@ -384,6 +384,8 @@ def test_the_model_that_draws_is_that_of_the_round(options):
         ("return [float('nan')] * len(images)", "a number is not finite"),
         ("return images[0].nothing", "AttributeError"),
         ("return ['a'] * len(images)", "could not convert"),
+        ("return iter(float, None)", "ValueError: 3 numbers for 2 images"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
     ],
 )
 def test_a_reward_that_is_wrong_is_one_line(options, tmp_path, body, message):
@@ -397,7 +399,7 @@ def test_a_reward_that_is_wrong_is_one_line(options, tmp_path, body, message):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--reward", "aesthetics", "--prompt", "a"], "unknown reward 'aesthetics'"),
+        (["--reward", "aesthetics", "--prompt", "a"], "unknown reward 'aesthetics'; give FILE.py"),
         (["--reward", REWARD], "give --prompt or --prompt_file"),
         (["--reward", REWARD, "--prompt", "a", "--prompt_file", "b"], "exclude each other"),
         (["--reward", REWARD, "--prompt", "a", "--images_per_prompt", "1"], "must be at least 2"),

@@ -166,6 +166,57 @@ def test_what_is_left_out(tmp_path):
         index.make(str(tmp_path / "data"), tmp_path / "index")
 
 
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda files, end: files, "damaged or cut off at byte"),
+        (lambda files, end: files + files[:200], "damaged or cut off at byte"),
+        (lambda files, end: files + b"x" * 512 + files + end, "damaged or cut off at byte"),
+        (lambda files, end: files + end + files + end, "damaged or cut off at byte"),
+        (lambda files, end: files + member("c", b"\xff" * 10 + b"\xfe\0") + end, "c has -512 bytes"),
+    ],
+)
+def test_a_tar_that_does_not_end(damage, said, tmp_path):
+    """What comes before a header that is none stays, and that something may be lost is said."""
+    tar = write_tar(tmp_path / "data" / "0.tar", [("a.png", encoded(0) + b"x"), ("b.txt", b"x")])
+    files = tar.read_bytes().rstrip(b"\0")
+    files += bytes(-len(files) % 512)
+    tar.write_bytes(damage(files, bytes(10240)))
+    records, (problem,) = index.make(str(tmp_path / "data"), tmp_path / "index")
+    assert [*records.names] == ["0.tar/a.png"] and re.match(f"0.tar: .*{said}", problem)
+
+
+def member(name, size):
+    """A tar's header with these bytes as the file's size."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[148:156] = size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def test_a_name_with_a_zero_byte(tmp_path):
+    info = tarfile.TarInfo("a\0b.png")
+    info.pax_headers, info.size = {"path": info.name}, len(encoded(0))
+    write_tar(tmp_path / "data" / "0.tar", [("a.png", encoded(0))])
+    with tarfile.open(tmp_path / "data" / "0.tar", "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(encoded(0)))
+    records, (problem,) = index.make(str(tmp_path / "data"), tmp_path / "index")
+    assert [*records.names] == ["0.tar/a.png"] and problem.endswith("has a zero byte")
+
+
+def test_a_caption_that_has_changed(tars, tmp_path):
+    """It is noticed with the image."""
+    index.make(str(tars), tmp_path / "index")
+    path = tmp_path / "index" / "texts"
+    path.write_bytes(path.read_bytes().replace(b"caption 6", b"caption 7"))
+    source = read(tmp_path / "index", flag="--data")
+    source.open(5, "image")
+    with pytest.raises(
+        ValueError, match="--data: 00001.tar/00006.png cannot be decoded: it, or its entry in"
+    ):
+        source.open(6, "image")
+
+
 def test_damage(tars, tmp_path):
     """An index that is cut off, and an image that is not as it was, in one line."""
     data = tmp_path / "data"
@@ -178,7 +229,7 @@ def test_damage(tars, tmp_path):
     place = int(source.records.table.rows[6]["at"])
     content[place + 50] ^= 1
     (data / "00001.tar").write_bytes(content)
-    with pytest.raises(ValueError, match="--data: 00001.tar/00006.png cannot be decoded: it has changed"):
+    with pytest.raises(ValueError, match="--data: 00001.tar/00006.png cannot be decoded: it, or its entry"):
         source.open(6, "image")
     source.open(7, "image")
     (data / "00001.tar").unlink()
@@ -344,6 +395,21 @@ def test_train_from_an_index(model, tars, tmp_path, capsys, monkeypatch):
     kept = ["--output_dir", tmp_path / "kept", "--latents_dir", tmp_path / "latents"]
     with pytest.raises(ValueError, match="^--latents_dir: .* an index"):
         train("text_to_image", options("text_to_image", *flags[:-6], *kept))
+
+
+def test_only_an_index_is_replaced(tars, tmp_path, monkeypatch):
+    """Not what the user has put beside it, such as the data."""
+    out = tmp_path / "index"
+    index.make(str(tars), out)
+    monkeypatch.setattr(sys, "argv", ["minisd", str(out), str(out), "--overwrite"])
+    (out / "0.tar").write_bytes((tars / "00000.tar").read_bytes())
+    with pytest.raises(
+        ValueError, match="index exists: --overwrite replaces it, if .* has nothing else in it"
+    ):
+        command()
+    sys.argv[1] = str(tars)
+    (out / "0.tar").unlink()
+    assert command() == 0
 
 
 def test_check_and_plan(model, made, tmp_path, capsys):

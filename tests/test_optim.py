@@ -189,6 +189,7 @@ def nowhere(cat, folder) -> list:
         (["torch.optim.Sgd"], "--optimizer torch.optim.Sgd: module 'torch.optim' has no attribute 'Sgd'"),
         (["torch.nn.Linear"], "--optimizer torch.nn.Linear: it is no torch.optim.Optimizer whose"),
         (["torch.optim.LBFGS"], "--optimizer torch.optim.LBFGS: it is no torch.optim.Optimizer whose"),
+        (["torch.optim.SparseAdam"], "it is no torch.optim.Optimizer whose"),
         (["torch.optim.SGD", "--optimizer_args", "momentun=1"], "SGD: .*unexpected keyword .* 'momentun'"),
         (
             ["torch.optim.SGD", "--optimizer_args", "momentum=-1"],

@@ -221,6 +221,7 @@ def test_a_changed_file_does_not_go_on(tmp_path, capsys):
         ("x = (", "line 1: SyntaxError"),
         ("import torch\n\nimport nowhere", "line 3: ModuleNotFoundError: No module named 'nowhere'"),
         ("def f():\n    return 1 / 0\n\nf()", "line 2: ZeroDivisionError"),
+        ("import sys\nsys.exit()", "line 2: SystemExit"),
         ("x = 1", "is not one of the methods: it has no Options"),
         (None, "does not exist"),
     ],

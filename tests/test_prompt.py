@@ -111,6 +111,14 @@ def test_chunks(sd, text, expected):
     ]
 
 
+@pytest.mark.parametrize("text", ["a \udcff", "\ud800"])
+def test_what_is_no_text_is_refused(sd, text):
+    """Bytes of a command line that are not in UTF-8 are surrogates in Python; PNGs cannot have them."""
+    for read in (sd.tokenizer.encode, lambda text: chunks(sd, text)):
+        with pytest.raises(ValueError, match="a prompt not in UTF-8: '.*\\\\u"):
+            read(text)
+
+
 def test_weights_stay_with_their_tokens(sd):
     (chunk,) = chunks(sd, "a (cat:1.5), [dog")
     assert [w for _, w in chunk] == pytest.approx([1, 1, 1.5, 1, 1 / 1.1, *[1] * 72])

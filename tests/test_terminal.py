@@ -124,6 +124,17 @@ def test_closed_streams(monkeypatch):
     assert sys.stdout is None and sys.stderr is None
 
 
+def test_an_error_that_nobody_can_hear(monkeypatch):
+    """A full disk or a closed pipe does not change the status."""
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert terminal.complain("sample.py", "x") == 2
+        monkeypatch.undo()
+        with pytest.raises(OSError):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
 def test_help_fits_the_terminal(monkeypatch):
     for columns in (80, 100, 200):
         monkeypatch.setenv("COLUMNS", str(columns))

@@ -19,7 +19,6 @@ import os
 import runpy
 import sys
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,13 +39,14 @@ from minisd.data.indexed import (
     ROW,
     Index,
     Shard,
+    crc,
     encoded,
     open_shard,
     parquet_file,
     remote,
 )
 from minisd.data.records import ABSENT, COMMON
-from minisd.options import MAX_PIXELS, check_length, require
+from minisd.options import MAX_PIXELS, check_text, require
 from minisd.terminal import BRIEF
 
 FILES = 1000  # images of a folder in a shard
@@ -140,9 +140,9 @@ def _scan(source: str, decode: bool, shard: Shard) -> tuple[np.ndarray, bytes, i
             try:
                 content, caption = read()
                 require(isinstance(caption, str), f"an index has one caption for an image, not {caption!r}")
-                check_length(caption, "a caption")
+                check_text(caption, "a caption")
                 text = f"{name}\0{caption}".encode(errors="surrogateescape")
-                require(len(text) <= LONGEST, "the name is too long")
+                require(len(text) <= LONGEST and "\0" not in name, "the name is too long, or has a zero byte")
                 size = images.read_size(path, content, whole=decode, max_pixels=MAX_PIXELS)
             except (OSError, ValueError) as e:
                 said = files.first_line(e)
@@ -150,7 +150,7 @@ def _scan(source: str, decode: bool, shard: Shard) -> tuple[np.ndarray, bytes, i
                 continue
             texts += text
             captions += bool(caption)
-            rows.append((place, len(texts), len(content), zlib.crc32(content), *size))
+            rows.append((place, len(texts), len(content), crc(content, text), *size))
     except Exception as e:  # of a file, a file system or pyarrow: what was found before that stays
         problems.append(f"{shard['path']}: {files.first_line(e)}")
     return np.array(rows, ROW), bytes(texts), captions, problems
@@ -165,11 +165,17 @@ def _tar(source: str, shard: Shard) -> Found:
                 if suffix in images.SUFFIXES:
                     yield member.name, member.offset_data, partial(_packed, file, member, by_suffix)
                     break
+        # tarfile takes any header that it cannot read for the end: zeros, a block and at most a record.
+        file.seek(tar.offset)
+        end = file.read(2 * tarfile.RECORDSIZE)
+        whole = len(end) >= tarfile.BLOCKSIZE and not any(end)
+        require(whole, f"it is damaged or cut off at byte {tar.offset:,}")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members = []  # which would keep all of them
+        require(member.size >= 0, f"{member.name} has {member.size} bytes")  # tarfile would go back
         if member.isreg() and not member.issparse():
             yield member
 

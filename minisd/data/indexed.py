@@ -20,14 +20,20 @@ from minisd.data.images import Cell
 from minisd.data.records import Records, Size
 from minisd.options import MAX_LENGTH, MAX_PIXELS, require
 
-FORMAT = "minisd index 1"
-# Where an image begins in its shard, where its texts end, its bytes, their CRC-32, and its size in pixels.
+FORMAT = "minisd index 2"
+# Where an image begins in its shard, where its texts end, its bytes, `crc`, and its size in pixels.
 ROW = np.dtype(
     [(n, "<u8") for n in ("at", "texts")] + [(n, "<u4") for n in ("bytes", "crc", "width", "height")]
 )
+FILES = "index.json", "rows", "texts"
 LANES = 4096  # at most
 LONGEST = 4 * MAX_LENGTH + 5000  # bytes of a name and a caption
 Shard = dict[str, Any]  # "path", "rows", and the "group" of a parquet file or the "entries" of a folder
+
+
+def crc(content: bytes, text: bytes) -> int:
+    """The CRC-32 of an encoded image with its name and caption."""
+    return zlib.crc32(text, zlib.crc32(content))
 
 
 def is_index(path: Path) -> bool:
@@ -67,11 +73,15 @@ class Table:
     def __reduce__(self) -> tuple:  # a worker that is not forked maps the files itself
         return Table, (self.folder, self.max_pixels)
 
-    def text(self, row: int) -> tuple[str, str]:
-        """Name and caption of a row."""
+    def encoded_text(self, row: int) -> bytes:
+        """Name, NUL and caption of a row."""
         start, end = int(self.rows[row - 1]["texts"]) if row else 0, int(self.rows[row]["texts"])
         require(0 <= end - start <= LONGEST, f"{self.folder / 'rows'} is damaged at row {row}")
-        name, _, caption = self.texts[start:end].tobytes().partition(b"\0")
+        return self.texts[start:end].tobytes()
+
+    def text(self, row: int) -> tuple[str, str]:
+        """Name and caption of a row."""
+        name, _, caption = self.encoded_text(row).partition(b"\0")
         return name.decode(errors="surrogateescape"), caption.decode(errors="replace")
 
     def name(self, row: int) -> str:
@@ -102,8 +112,9 @@ class Table:
             raise
         except Exception as e:  # of a file system, the network or pyarrow
             raise ValueError(files.first_line(e)) from e
-        same = content is not None and len(content) == size and zlib.crc32(content) == entry["crc"]
-        require(same, "it has changed since the index was made")
+        whole = content is not None and len(content) == size
+        same = whole and crc(content, self.encoded_text(row)) == entry["crc"]
+        require(same, f"it, or its entry in {self.folder}, has changed since the index was made")
         return content
 
 

@@ -23,7 +23,7 @@ from minisd import noise
 from minisd.data import headers, images, indexed, tables
 from minisd.data.folder import Folder, Subfolders
 from minisd.data.records import ABSENT, COMMON, Records
-from minisd.options import MAX_LENGTH, MAX_PIXELS, Data, Dataset, check_length, require
+from minisd.options import MAX_LENGTH, MAX_PIXELS, Data, Dataset, check_text, require
 
 MAX_REASONS = 20  # of skipped files in a summary
 BAD_HINT = "repair it and resume the run, or start over with --skip_bad_images; --check_data finds all such"
@@ -69,17 +69,17 @@ class Source:
         for number, value in enumerate(() if self.records.checked else known[column]):
             if value is ABSENT:
                 raise ValueError(f"{flag} {name}: {self.records.names[number]} in {self.name} has none")
-            if of == "texts" and not (type(value) is str and len(value) <= MAX_LENGTH):
+            if of == "texts" and not (type(value) is str and len(value) <= MAX_LENGTH and value.isascii()):
                 self._check_texts(value, f"{flag} {column}", self.records.names[number])
         return column
 
     def _check_texts(self, value: Any, flag: str, name: str) -> None:
-        """ValueError, naming `flag` and a record, if its texts are none, or too long."""
+        """ValueError, naming `flag` and a record, if its texts are none, too long, or not in UTF-8."""
         texts = value if isinstance(value, list | tuple) else [value]
         if not (texts and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"{flag}: that of {name} is not text or texts: {value!r}")
         for text in texts:
-            check_length(text, f"{flag}: {name} has one")
+            check_text(text, f"{flag}: {name} has one")
 
     def pair_column(self, name: str, other: str, *, flag: str) -> str:
         """As `column`, for images with the aspect ratios of those in the column `other`. ValueError, naming

@@ -1,6 +1,7 @@
 """Train a model towards images that a function of yours rewards (DDPO, arXiv 2305.13301)."""
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from minisd import reading, registry
@@ -73,10 +74,11 @@ class Reward(Policy):
         for rows in (slice(j, None, count) for j in range(count)):
             images = [to_pil(pixels) for pixels in self.sd.decode(x[rows]).cpu()]
             try:
-                values = torch.tensor([*map(float, self.read()(images, prompts[rows]))])
+                numbers = map(float, self.read()(images, prompts[rows]))  # of which there may be no end
+                values = torch.tensor([*islice(numbers, len(images) + 1)])
                 require(len(values) == len(images), f"{len(values)} numbers for {len(images)} images")
                 require(values.isfinite().all().item(), f"a number is not finite: {values.tolist()}")
-            except Exception as e:  # of the user's
+            except (Exception, SystemExit) as e:  # of the user's
                 raise ValueError(f"--reward {self.options.reward}: {type(e).__name__}: {e}") from e
             found[rows] = values
         return found

@@ -9,7 +9,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from minisd import reading
-from minisd.options import require
+from minisd.options import check_text, require
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words: the two marks, an English ending, letters, one digit, or a run of other characters.
@@ -120,6 +120,7 @@ class Tokenizer:
         """As `encode`, grouped into what must stay together: single ids, and all ids of a placeholder."""
         longest_first = sorted(self.placeholders, key=len, reverse=True)
         pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
+        check_text(text, "a prompt")
         pieces = re.split(pattern, text, flags=re.IGNORECASE) if longest_first else [text]
         units = []
         for piece in pieces:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minisd import files, reading
 from minisd.models.tokenizer import Tokenizer
-from minisd.options import check_length, require
+from minisd.options import check_text, require
 from minisd.sampling.options import Settings
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Prompt:
 def parse(text: str, plain: bool = False) -> Prompt:
     """Parse a text, unless it is `plain`. ValueError for A1111's syntax that is not supported, or if the text
     would take minutes to encode."""
-    check_length(text, "a prompt")
+    check_text(text, "a prompt")
     if plain:
         return Prompt(text=text, plain=True)
     return Prompt(text=text, sections=_sections(LORA.sub("", text)), loras=_loras(text))

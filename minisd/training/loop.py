@@ -85,7 +85,7 @@ def run(method: Method, folder: RunFolder) -> int:
     flags = {name: value for name, value in folder.recorded.items() if name not in agreed}
     has = earlier is None or (earlier / checkpoint.STATE).is_file()
     processes.require_same(flags=flags, checkpoint=has)
-    optim.new([torch.zeros(1, requires_grad=True)], options)
+    optim.new([torch.zeros(1, 1, requires_grad=True)], options)  # a matrix, as Muon takes no other
     method.read()
     ops.pin(checkpoint.verdicts(earlier) if earlier else {}, processes.first_to_ask)
     torch.manual_seed(options.seed)

@@ -91,7 +91,8 @@ def new(parameters: list, options: Optimizer) -> AdamW | Outside:
         require("." in path, "give MODULE.CLASS, such as torch.optim.SGD")
         kind = registry.find_class(path)
         fits = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-        fits = fits and kind is not torch.optim.LBFGS and not hasattr(kind, "eval")  # of schedule-free ones
+        fits = fits and kind not in (torch.optim.LBFGS, torch.optim.SparseAdam)
+        fits = fits and not hasattr(kind, "eval")  # of schedule-free ones
         require(fits, "it is no torch.optim.Optimizer whose step() is all that an update needs")
         return type(kind.__name__, (Outside, kind), {})(parameters, lr=o.learning_rate, **args)
     except Exception as e:  # of the class
