@@ -62,12 +62,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_text(text: str, what: str) -> None:
-    """ValueError if a prompt or a caption, which `what` names, is so long that it takes minutes to encode, or
-    has surrogates, as Python reads the bytes of a command line that are not in UTF-8."""
-    problem = f"{what} of {len(text):,} characters; at most {MAX_LENGTH:,} are read"
-    require(len(text) <= MAX_LENGTH, problem)
-    valid = text.isascii() or text.encode(errors="replace").decode() == text
-    require(valid, f"{what} not in UTF-8: {text[:100]!r}")
+    """ValueError if a text, which `what` names, would take minutes to encode, or was read from no UTF-8."""
+    require(len(text) <= MAX_LENGTH, f"{what} of {len(text):,} characters; at most {MAX_LENGTH:,} are read")
+    require(text.encode(errors="replace").decode() == text, f"{what} not in UTF-8: {text[:100]!r}")
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(flag,))

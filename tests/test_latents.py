@@ -128,6 +128,14 @@ def test_damaged_files_are_not_used(data, model, tmp_path, monkeypatch, capsys):
         [spoilt.moments[view] for view in spoilt.dataset.views()]
 
 
+@pytest.mark.parametrize("keys", [torch.ones(2, 16, dtype=torch.bfloat16), torch.tensor(1.0)])
+def test_another_program_s_file_of_the_same_names_is_not_used(keys, tmp_path, capsys):
+    whole = {"keys": keys, "sums": keys.clone(), "values": torch.ones(2)}
+    save_file(whole, tmp_path / "x.safetensors")
+    assert "a" not in latents.Stored(tmp_path, {"a": "a"})
+    assert "x.safetensors is damaged" in capsys.readouterr().out
+
+
 def test_what_latents_depend_on(data, model, tmp_path):
     flags = [*FIXED, "--latents_dir", tmp_path / "latents"]
     assert cached(data, model, tmp_path / "a", *flags)[1] == 10

@@ -114,7 +114,7 @@ def test_chunks(sd, text, expected):
 @pytest.mark.parametrize("text", ["a \udcff", "\ud800"])
 def test_what_is_no_text_is_refused(sd, text):
     """Bytes of a command line that are not in UTF-8 are surrogates in Python; PNGs cannot have them."""
-    for read in (sd.tokenizer.encode, lambda text: chunks(sd, text)):
+    for read in (lambda text: sd.tokenizer([text]), lambda text: chunks(sd, text)):
         with pytest.raises(ValueError, match="a prompt not in UTF-8: '.*\\\\u"):
             read(text)
 

@@ -110,6 +110,16 @@ def test_pages_of_any_moment(tmp_path):
     assert (tmp_path / report.NAME).stat().st_size < 200_000
 
 
+@pytest.mark.parametrize(
+    "line", ['{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": null}', '[{"step": 1}']
+)
+def test_a_log_of_another_program_is_refused(line, tmp_path):
+    (tmp_path / "options.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "loss": 1.5}}\n{line}\n')
+    with pytest.raises(ValueError, match="log.jsonl(: bad JSON| has a line that is not of a run)"):
+        report.RunData.read(tmp_path)
+
+
 def test_smoothing_and_thinning_keep_the_mean():
     points = [(float(i), float(i % 7)) for i in range(1400)]
     mean = sum(y for _, y in points) / len(points)

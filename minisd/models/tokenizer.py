@@ -120,7 +120,6 @@ class Tokenizer:
         """As `encode`, grouped into what must stay together: single ids, and all ids of a placeholder."""
         longest_first = sorted(self.placeholders, key=len, reverse=True)
         pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
-        check_text(text, "a prompt")
         pieces = re.split(pattern, text, flags=re.IGNORECASE) if longest_first else [text]
         units = []
         for piece in pieces:
@@ -138,5 +137,8 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> Tensor:
         room = self.max_length - 2
-        rows = [[self.start, *self.encode(beginning(prompt, room))[:room], self.end] for prompt in prompts]
+        texts = [beginning(prompt, room) for prompt in prompts]
+        for text in texts:
+            check_text(text, "a prompt")
+        rows = [[self.start, *self.encode(text)[:room], self.end] for text in texts]
         return torch.tensor([row + [self.end] * (self.max_length - len(row)) for row in rows])

@@ -179,7 +179,7 @@ class Stored:
 
 
 def _index(shard: dict[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(shard[name].numpy().tobytes() for name in ("keys", "sums"))).hexdigest()
+    return hashlib.sha256(b"".join(_bytes(shard[name]).tobytes() for name in ("keys", "sums"))).hexdigest()
 
 
 def _sum(value: Tensor) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from minisd import files, reading, registry
-from minisd.options import default_of
+from minisd.options import default_of, require
 
 NAME, MOST = "report.html", 500  # points of a curve; of longer ones, means of as many parts are drawn
 CURVES = {
@@ -49,6 +49,9 @@ class RunData:
         if log.is_file():  # whose last line a kill may have cut off
             texts = log.read_text(encoding="utf-8", errors="replace").splitlines()
             lines = [reading.parse_json(text, log) for text in texts if text.endswith("}")]
+        for line in lines:
+            numbers = isinstance(line, dict) and all(isinstance(v, int | float) for v in line.values())
+            require(numbers and "step" in line, f"{log} has a line that is not of a run: {str(line)[:100]}")
         last = max((line["step"] for line in lines), default=0)
         drawn = [p.name for p in path.glob("validation/step-*.png") if p.stem[5:].isdecimal()]
         names = [f"validation/{name}" for name in sorted(drawn) if int(name[5:-4]) <= last]
