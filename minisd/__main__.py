@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minisd import __version__, cli, terminal
 from minisd.options import require
+from minisd.sampling.options import Page
 
 MODULES = {"bench": "minisd.kernels.bench", "judge": "minisd.tiny.judge", "score": "minisd.score"}
 USAGE = """usage: minisd COMMAND [flags]
@@ -17,6 +18,7 @@ commands:
   judge    train the small model by every method, and measure what it learned
   score    score images by CLIP and DINO, against other images and prompts
   compare  write a page that shows runs side by side
+  page     show a page in the browser to draw on, and to watch runs
   check    report on the data of a training command, and train nothing
   plan     report what memory a training command takes, and train nothing
   index    make an index of more images than a list should hold, to train from
@@ -62,6 +64,25 @@ def compare(prog: str = "minisd compare") -> int:
     files.write_text(o.output, report.page(runs, o.output.parent))
     print(o.output)
     return 0
+
+
+def page(prog: str = "minisd page") -> int:
+    """Show a page in the browser until Ctrl-C, and return the exit status."""
+    options = page_options(sys.argv[1:], prog)
+
+    from minisd import page
+
+    page.serve(options)
+    return 0
+
+
+def page_options(argv: list[str], prog: str = "minisd page") -> Page:
+    """The options of a command line. If they are wrong, exits with status 2 and one line."""
+    known, rest, written = cli.config(cli.Parser(prog=prog, add_help=False, allow_abbrev=False), argv)
+    about = "Show a page in the browser to draw on, and to watch runs. Flags are what it begins with."
+    parser = cli.parser_of(Page, prog, about)
+    values = parser.read_values(f"--config {known.config}: ", Page, written) | parser.read_own(rest, Page)
+    return parser.build(Page, values, "sample")
 
 
 def check(prog: str = "minisd check") -> int:
@@ -112,13 +133,13 @@ def main() -> None:
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
     if name in MODULES:
         runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
-    elif command := {f.__name__: f for f in (train, sample, compare, check, plan, index)}.get(name):
+    elif command := {f.__name__: f for f in (train, sample, compare, page, check, plan, index)}.get(name):
         prog = f"minisd {name}"
         cli.run(prog, lambda: command(prog))
     elif name in ("-h", "--help", "--version"):
         cli.run("minisd", lambda: print(f"minisd {__version__}" if name == "--version" else USAGE))
     else:
-        known = f"train, sample, {', '.join(MODULES)}, compare, check, plan, index"
+        known = f"train, sample, {', '.join(MODULES)}, compare, page, check, plan, index"
         sys.exit(terminal.complain("minisd", f"no command {name}; there are {known}"))
 
 

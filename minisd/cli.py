@@ -21,7 +21,7 @@ from typing import NoReturn
 from minisd import launcher, presets, reading, registry, terminal
 from minisd.options import TINY, default_of
 from minisd.sampling import infotext, sweep
-from minisd.sampling.options import Job, Sample
+from minisd.sampling.options import Job, Page, Sample
 from minisd.spelling import ELSEWHERE, SPELLED
 
 LINKS = {*"a an the of in on at with and by for from to".split()}  # words that join others to one prompt
@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
             self.error(str(e))
         if tiny:
             line = "no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id"
-            say(line, "stderr" if cls is Sample else "stdout")  # sample.py's stdout has paths alone
+            say(line, "stderr" if cls in (Page, Sample) else "stdout")  # sample.py's stdout has paths alone
         return options
 
     def read_own(self, argv: list[str], cls: type) -> dict[str, object]:

@@ -35,6 +35,7 @@ LAYERS = [
     ["minisd.methods"],
     ["minisd.training"],
     ["minisd.cli", "minisd.keywords"],
+    ["minisd.page"],
     ["minisd.__main__", "minisd.testing", "minisd.tiny", "minisd.score"],
     ["train", "sample"],
 ]

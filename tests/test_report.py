@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +16,9 @@ from minisd import __main__ as commands
 from minisd import registry
 from minisd.data import images
 from minisd.training import loop, report, run_folder
-from tests import method_helpers
+from tests import browser, method_helpers
 from tests.test_commands import run as minisd
 
-BROWSERS = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "chrome",
-    "chrome-headless-shell",
-    "chromium-headless-shell",
-)
 VOID = {"meta", "link", "img"}
 
 
@@ -191,7 +182,7 @@ def test_compare(finished, tmp_path, monkeypatch):
     assert commands.compare.__doc__
 
 
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"no browser: {', '.join(BROWSERS)}")
+@pytest.mark.skipif(not browser.PATH, reason=browser.MISSING)
 @pytest.mark.parametrize("width", [400, 1400])
 def test_in_a_browser(finished, tmp_path, width):
     """It draws the page without complaint, with all pictures, and nothing is wider than the window."""
@@ -202,15 +193,7 @@ def test_in_a_browser(finished, tmp_path, width):
     )
     page = folder / "probed.html"
     page.write_text((folder / report.NAME).read_text().replace("</body>", f"{probe}</body>"))
-    browser = next(filter(None, map(shutil.which, BROWSERS)))
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--dump-dom",
-        "--enable-logging=stderr",
-    ]
+    command = [browser.PATH, *browser.FLAGS, "--dump-dom", "--enable-logging=stderr"]
     command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "<title>[true,true,4]</title>" in done.stdout, done.stdout[-2000:]

@@ -265,6 +265,21 @@ class Sample(Drawing, Loading):
         return self.prompt or ([] if self.export else [""])  # "" is for a model without text
 
 
+class Page(Settings, Loading):
+    """Page"""
+
+    runs: Path = flag(Path("."), "show the runs in this folder, down to three levels, and their adapters")
+    output: Path = flag(Path("samples"), "folder for the images")
+    host: str = flag("127.0.0.1", "address of the page, which other machines never reach; or localhost")
+    port: Count = flag(7860, "port of the page")
+
+    def check(self):
+        problem = f"--host {self.host}: the page is for this machine alone; from another one, use ssh -L"
+        require(self.host in ("127.0.0.1", "localhost"), problem)
+        require(self.runs.is_dir(), f"--runs {self.runs} is not a folder")
+        require(not is_png(self.output), f"--output {self.output}: the page needs a folder")
+
+
 def is_png(output: Path) -> bool:
     """Whether --output names a file, not a folder."""
     return output.suffix.lower() == ".png"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import fields, replace
@@ -108,13 +108,23 @@ def say_tokens(model: Model | PixelModel, texts: list[str], prompts: list[Prompt
 
 
 def draw(
-    model: Model | PixelModel, request: Request, taken: int, several: bool
+    model: Model | PixelModel,
+    request: Request,
+    taken: int = 0,
+    several: bool = False,
+    on_step: Callable[[int], None] = lambda n: None,
+    on_preview: Callable[[list[Image.Image]], None] | None = None,
 ) -> Iterator[tuple[Path, Image.Image]]:
     """Generate, save and yield the images; `taken` counts those of earlier jobs, and `several` says whether
-    there are further jobs."""
+    there are further jobs. `on_step` and `on_preview` are as in `generate.pictures`; by default previews go
+    to a file."""
     arguments, prompts = request.arguments(model), request.prompts
     seeds, settings, count = arguments["seeds"], arguments["settings"], len(prompts)
     output = settings.output
+
+    def stepped(n: int) -> None:
+        bar.update(n)
+        on_step(n)
 
     def preview(drawn: list[Image.Image]) -> None:
         folder = output.parent if is_png(output) else output
@@ -123,13 +133,13 @@ def draw(
     if settings.dtype == "auto" and model.unet.conv_in.weight.dtype == torch.bfloat16:
         settings.dtype = "bf16"  # which --like finds in the image
     if settings.preview:
-        arguments |= {"on_preview": preview, "preview": settings.preview}
+        arguments |= {"on_preview": on_preview or preview, "preview": settings.preview}
     steps = count * (settings.steps - settings.first_step)
     watching = nullcontext()
     if settings.heatmap:
         arguments["batch_size"], watching = 1, heat.mapped(model, prompts, settings.heatmap)
     with tqdm(total=steps, desc="drawing", unit="step", dynamic_ncols=True) as bar, watching as heat_map:
-        for i, image in enumerate(model.draw(**arguments, on_step=bar.update)):
+        for i, image in enumerate(model.draw(**arguments, on_step=stepped)):
             shown = replace(settings, **request.images.of(i, count)) if request.images else settings
             text = infotext.write(prompts[i].text, seeds[i], model.name, shown, model.flags, ops.digest())
             number = taken + i if several or count > 1 else None
@@ -153,6 +163,13 @@ def save(image: Image.Image, text: str, output: Path, seed: int, number: int | N
     return path
 
 
+def needs(options: Sample, prompts: list[Prompt]) -> list[object]:
+    """All that `load` makes a model from: while it is the same, the model need not be loaded anew. LoRAs of
+    prompts are summed in the order in which they were attached: another one changes the last bits."""
+    needed = [*(getattr(options, f.name) for f in fields(Loading)), lora_names(prompts)]
+    return [*needed, options.erase_concepts and options.clip_skip]
+
+
 def run(jobs: list[Job]) -> list[Path]:
     """Generate and save the images of all jobs, and a contact sheet if there are several images. Returns the
     paths of all files."""
@@ -162,9 +179,7 @@ def run(jobs: list[Job]) -> list[Path]:
     for options, _, where in jobs:
         try:
             request = Request(options, options.read_prompts())
-            # LoRAs are summed in the order in which they were attached: another one changes the last bits.
-            needed = [*(getattr(options, f.name) for f in fields(Loading)), lora_names(request.prompts)]
-            needed += [options.erase_concepts and options.clip_skip]
+            needed = needs(options, request.prompts)
             if needed != loaded:
                 model = None  # frees it before the next one is loaded
                 model, loaded = load(options), needed
