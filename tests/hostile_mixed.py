@@ -1,5 +1,5 @@
 """Hostile inputs for hostile.py: files given to the wrong flag, tokenizers, names of LoRAs, environments,
-indices."""
+indices, rewards."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def image_index(rng: random.Random, assets: Assets, folder: Path) -> Case:
         name = rng.choice([*header])
         content = json.dumps(header | {name: odd_value(rng)}, indent=2).encode(errors="replace")
     elif kind == "byte":
-        content[rng.randrange(min(len(content), 3000))] = rng.randrange(256)
+        content[rng.randrange(min(len(content), 3000))] ^= rng.randrange(1, 256)
     elif kind == "cut":
         content = content[: rng.choice([0, 1, 20, len(content) // 4])]
     path.unlink()
@@ -139,8 +139,24 @@ def image_index(rng: random.Random, assets: Assets, folder: Path) -> Case:
     elif kind != "gone":
         path.write_bytes(content)
     flags = ["lora", "--model", assets.model, "--data", out, "--output_dir", folder / "out", *TRAIN]
-    refuse = kind in ("cut", "gone", "special")
+    refuse = kind in ("cut", "gone", "special") or (kind == "byte" and path.name == "texts")
     return Case(f"{path.name}: {kind}", ["--method", *map(str, flags)], "train.py", refuse, leaves=True)
+
+
+def own_reward(rng: random.Random, assets: Assets, folder: Path) -> Case:
+    """A reward that is none, or does anything but return a number for each image."""
+    body = rng.choice([
+        "return [float('nan')] * 2", "return [1]", "return iter(float, None)", "raise SystemExit(0)",
+        "return reward(images, prompts)", "return None", "return [10**400] * 2", "return [[1, 2]] * 2",
+        "exit()", "raise MemoryError", "return images", "return {}", "raise StopIteration",
+    ])  # fmt: skip
+    name, source = folder / "mine.py", f"def reward(images, prompts):\n    {body}\n"
+    source = rng.choice([source] * 4 + ["reward = 5", "x = 1", "exit()", "def (", "\0", "import nowhere"])
+    name.write_text(source)
+    flags = ["--model", assets.model, "--reward", name, "--prompt", "x", "--output_dir", folder / "out"]
+    flags += ["--ddim_steps", 1, "--learned_steps", 1, "--images_per_prompt", 2, *TRAIN]
+    what = f"reward: {source.strip()[-60:]!r}"
+    return Case(what, ["--method", "reward", *map(str, flags)], "train.py", refuse=True, leaves=True)
 
 
 KINDS: dict[str, Callable[[random.Random, Assets, Path], Case]] = {
@@ -149,4 +165,5 @@ KINDS: dict[str, Callable[[random.Random, Assets, Path], Case]] = {
     "names of LoRAs": lora_name,
     "environments": environment,
     "indices": image_index,
+    "rewards": own_reward,
 }
