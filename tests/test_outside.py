@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 RESEARCH = ROOT / "docs" / "research"
 PART = str(RESEARCH / "part_of_unet.py")
 DPM2 = str(RESEARCH / "dpm2.py")
-RAN = "raise SystemExit('it ran')\n"  # which nothing here catches but a failing test
+RAN = "raise SystemExit('it ran')\n"  # which the error of whatever runs it has
 
 
 @pytest.fixture
