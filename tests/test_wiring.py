@@ -249,9 +249,8 @@ def test_a_resumed_optimizer_has_the_layout_of_its_parameters(tmp_path):
     settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
     optimizer = optim.AdamW([*layer.parameters()], **settings)
     step(optimizer)
-    trainer = SimpleNamespace(
-        trained=trained, optimizer=optimizer, scaler=scaler, ema=None, step=1, samples=1
-    )
+    numbers = {"step": 1, "samples": 1, "ema": None, "method": SimpleNamespace(kept={})}
+    trainer = SimpleNamespace(trained=trained, optimizer=optimizer, scaler=scaler, **numbers)
     checkpoint.State.of(trainer, copied=True).save(tmp_path, {})
     step(optimizer)
     expected = layer.weight.detach().clone()
