@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,14 @@ def short_run(model, cat, captioned, tmp_path, monkeypatch):
         return method_helpers.options(method, *common, *flags, **changes)
 
     return make
+
+
+@pytest.fixture
+def in_foreground():
+    """SIGINT is heard, as it is not in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def unheard(rng: random.Random, assets: Assets, folder: Path) -> Case:
     """Nobody reads what it says: a closed pipe, a full disk."""
     flags, program = rng.choice([draws, trains])(assets, folder)
     where = rng.choice(["pipe", "/dev/full"])
-    ends = (0, 2, 120, -signal.SIGPIPE)  # 120 is Python's for what it could not flush
+    ends = (0, 2, 120, 128 + signal.SIGPIPE, -signal.SIGPIPE)  # 120 is Python's for what it could not flush
     return Case(f"{program} > {where}", flags, program, leaves=True, stdout=where, ends=ends)
 
 

@@ -143,7 +143,7 @@ threading.Thread(target=lambda: print(torch.ones(2**26, dtype=torch.uint8).sum()
 
 
 @pytest.mark.parametrize("signals, code", [((), 2), ((signal.SIGINT,), 130), ((signal.SIGTERM,) * 2, 130)])
-def test_an_interrupt_that_a_library_swaps_for_an_error(signals, code, capsys):
+def test_an_interrupt_that_a_library_swaps_for_an_error(signals, code, capsys, in_foreground):
     """As safetensors and pickle do with a signal's exception; in training, the second one stops at once."""
 
     def main():

@@ -65,7 +65,7 @@ class Copies(TorchDispatchMode):
         return result
 
 
-CASES = [(method, {}) for method in METHODS]
+CASES = [(method, {}) for method in METHODS if method != "reward"]  # whose function looks at images
 CASES += [
     ("text_to_image", {"cache_latents": False, "train_text_encoder": False, "input_perturbation": 0.1}),
     ("text_to_image", {"snr_gamma": 5.0, "dream_training": True}),
@@ -74,7 +74,7 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize("method, changes", mostly_slow(CASES, *CASES[: len(METHODS)]), ids=str)
+@pytest.mark.parametrize("method, changes", mostly_slow(CASES, *CASES[: len(METHODS) - 1]), ids=str)
 def test_a_step_waits_for_nothing(method, changes, short_run, cat, monkeypatch):
     o = short_run(method, *NEEDS.get(method, []), class_data_dir=cat, **changes)
     m = registry.load_class("methods", method)(o, META)
@@ -169,7 +169,9 @@ def test_losses_are_read_every_ten_updates():
     options = SimpleNamespace(validation_interval=lambda epoch: 0)
     method = SimpleNamespace(device=META, options=options, save_interval=lambda epoch: 0)
     log = SimpleNamespace(flush=lambda: flushed.append(step))
+    folder = SimpleNamespace(written=lambda wait: None)
+    trainer = SimpleNamespace(method=method, total=25, updates_per_epoch=5, processes=Processes())
     for step in range(1, 26):
-        trainer = SimpleNamespace(method=method, step=step, total=25, updates_per_epoch=5)
-        loop.after_update(trainer, None, None, log)
+        trainer.step = step
+        loop.after_update(trainer, None, folder, log)
     assert flushed == [10, 20, 25]

@@ -99,7 +99,7 @@ def test_names_of_other_programs(script, wrong, ours, command):
 def test_a_name_of_another_program_for_a_flag_of_another_method(command):
     err = command("train.py", "--method", "text_to_image", "--network_dim", 8)[2]
     assert err.endswith(
-        "--network_dim, here --rank, is not a flag of this method; it belongs to: dpo, lcm, lora, sliders\n"
+        "--network_dim, here --rank, is not a flag of this method; it belongs to: dpo, lcm, lora, reward, sliders\n"
     )
 
 

@@ -19,12 +19,9 @@ COMMON |= {"train_batch_size": 2, "max_train_steps": 2, "validation_epochs": Non
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, in_foreground):
     """Images of few steps, and the signals of a program in the foreground."""
     monkeypatch.setattr(Method, "preview_steps", 2)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def state() -> list:

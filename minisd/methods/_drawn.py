@@ -35,10 +35,13 @@ class DrawnLatents(Reference):
         """There are no images."""
 
     def datasets(self) -> tuple[Captioned, None]:
+        import torch
+
         from minisd.data.datasets import Prompts
 
         steps, total = self.options.ddim_steps, self.sd.schedule.num_train_timesteps
         require(steps <= total, f"--ddim_steps {steps}: the model has {total} timesteps")
+        self.timetable = torch.tensor(self.times(), device=self.device)  # once: a copy of a list waits
         self.data = Prompts(self.prompts(), self.per_prompt)
         return self.data, None
 
@@ -76,7 +79,7 @@ class DrawnLatents(Reference):
         the timesteps there."""
         import torch
 
-        times, noisy = torch.tensor(self.times(), device=stops.device), x
+        times, noisy = self.timetable, x
         for step in range(last):
             t, after = (times[i].expand(len(x)) for i in (step, step + 1))
             with torch.no_grad():
