@@ -98,9 +98,8 @@ def test_names_of_other_programs(script, wrong, ours, command):
 
 def test_a_name_of_another_program_for_a_flag_of_another_method(command):
     err = command("train.py", "--method", "text_to_image", "--network_dim", 8)[2]
-    assert err.endswith(
-        "--network_dim, here --rank, is not a flag of this method; it belongs to: dpo, lcm, lora, reward, sliders\n"
-    )
+    theirs = "it belongs to: dpo, lcm, lora, reward, sliders\n"
+    assert err.endswith(f"--network_dim, here --rank, is not a flag of this method; {theirs}")
 
 
 def test_the_names_of_other_programs_lead_somewhere():
