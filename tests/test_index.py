@@ -126,7 +126,10 @@ def test_fsspec(tars, tmp_path):
     pytest.importorskip("fsspec")
     for number, url in enumerate((f"file://{tars}", f"simplecache::file://{tars}")):
         index.make(url, tmp_path / str(number))
-        assert texts_and_pixels(read(tmp_path / str(number), flag="--data")) == EXPECTED
+        found = read(tmp_path / str(number), flag="--data", allow_outside=True)
+        assert texts_and_pixels(found) == EXPECTED
+        with pytest.raises(ValueError, match=f"^--data: .* is of {url}; --allow_outside reads it"):
+            read(tmp_path / str(number), flag="--data")
         assert not index.make(url, tmp_path / "again")[1]
     with pytest.raises(ValueError, match="has no .tar or .parquet files"):
         index.make(f"file://{tmp_path}/nothing", tmp_path / "none")

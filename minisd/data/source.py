@@ -216,7 +216,7 @@ def read(
     """
     path, skipped, hidden, left_out = Path(location), [], [], []
     if indexed.is_index(path) and not folder:
-        return read_index(path, flag, max_samples, skip_bad_images, fresh, max_pixels)
+        return read_index(path, flag, max_samples, skip_bad_images, fresh, allow_outside, max_pixels)
     samples = noise.generator(seed, "samples")
     if folder and path.exists():
         path = path / folder
@@ -248,8 +248,9 @@ def read(
 
 
 def read_index(
-    path: Path, flag: str, max_samples: int | None, skip_bad_images: bool, fresh: bool, max_pixels: int
-) -> Source:
+    path: Path, flag: str, max_samples: int | None, skip_bad_images: bool, fresh: bool, allow_outside: bool,
+    max_pixels: int,
+) -> Source:  # fmt: skip
     """The records of an index. Its images are decoded if `fresh`, for --check_data. ValueError as in `read`,
     and for flags that would leave some out."""
     require(max_samples is None, f"--max_train_samples: {path} is an index, which is used whole")
@@ -259,6 +260,9 @@ def read_index(
         records, bad = indexed.Index(path, max_pixels), {}
     except ValueError as e:
         raise ValueError(f"{flag}: {e}") from None
+    at = records.table.source
+    # Nothing is asked for by a URL that others may have written.
+    require(allow_outside or "://" not in at, f"{flag}: {path} is of {at}; --allow_outside reads it")
     if fresh:
         whole = {"whole": True, "fresh": True, "max_pixels": max_pixels}
         sizes = headers.sizes(records.pictures["image"], str(path), **whole)
