@@ -25,7 +25,7 @@ from minisd.options import TINY, free_flags
 from minisd.training import model_card
 from tests.conftest import ROOT
 from tests.helpers import mostly_slow
-from tests.method_helpers import train
+from tests.method_helpers import REWARD, train
 from tests.test_methods import NEEDS
 
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
@@ -401,7 +401,8 @@ def test_the_card_says_how_to_load_the_result(method, short_run, model, tmp_path
 
     code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / model.name).symlink_to(model)
+    for named in (model, Path(REWARD)):  # the card has last names alone
+        (tmp_path / named.name).symlink_to(named)
     loaded = {}
     exec(code, loaded)
     assert loaded["pipe"].unet is not None
@@ -410,7 +411,7 @@ def test_the_card_says_how_to_load_the_result(method, short_run, model, tmp_path
     command = re.search(r"    python train.py (.*)\n", body)[1]
     given = cli.parse_train(shlex.split(command))[1]
     different = {f.name for f in fields(given) if getattr(given, f.name) != getattr(o, f.name)}
-    free = free_flags(type(o)) | {"model", "data", "model_config_name_or_path", "class_data_dir"}
+    free = free_flags(type(o)) | {"model", "data", "model_config_name_or_path", "class_data_dir", "reward"}
     assert different <= free, different
 
 
