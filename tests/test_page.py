@@ -73,6 +73,7 @@ def test_wrong_flags(tmp_path, monkeypatch, capsys):
     for flags, words in {
         ("--host", "0.0.0.0"): "--host 0.0.0.0: the page is for this machine alone",
         ("--host", "192.168.0.7"): "--host 192.168.0.7: the page is for this machine alone",
+        ("--port", "65536"): "--port 65536: the largest is 65535",
         ("--runs", "nowhere"): "--runs nowhere is not a folder",
         ("--output", "one.png"): "--output one.png: the page needs a folder",
         ("--prompt", "x"): "unknown flag --prompt",

@@ -276,6 +276,7 @@ class Page(Settings, Loading):
     def check(self):
         problem = f"--host {self.host}: the page is for this machine alone; from another one, use ssh -L"
         require(self.host in ("127.0.0.1", "localhost"), problem)
+        require(self.port < 2**16, f"--port {self.port}: the largest is 65535")
         require(self.runs.is_dir(), f"--runs {self.runs} is not a folder")
         require(not is_png(self.output), f"--output {self.output}: the page needs a folder")
 

@@ -151,7 +151,7 @@ def describe(trainer: Trainer, held_out) -> str:
     more = advice if trainer.total < options.FEWEST and not tiny else ""
     if options.mixed_precision == "bf16" and not has_fast_bf16(device.type):
         more += f"\n--mixed_precision bf16 takes longer here: this {device.type} is not made for it"
-    elif options.mixed_precision == "no" and device.type == "cpu" and has_fast_bf16(device.type) and not tiny:
+    elif options.mixed_precision == "no" and device.type == "cpu" and not tiny and has_fast_bf16("cpu"):
         more += "\nthis CPU is fast in bf16: --mixed_precision bf16 takes less time and memory"
     return f"{trainer.method.describe()}{held}\n{count:,} parameters train, {length}, {device}{more}"
 
