@@ -331,9 +331,8 @@ class Captions(Dataset):
         None, "peak learning rate of the text encoder; by default --learning_rate"
     )
     bucket: bool = flag(False, "batch by aspect ratio instead of cropping to squares")
-    masked_loss: bool = flag(
-        False, "count the error where the images' masks are white, not where black; column mask_file_name"
-    )
+    masked_loss: bool = flag(False, "count the error where masks are white, not black; column mask_file_name")
+    alpha_mask: bool = flag(False, "count the error where images are not transparent, unless they have masks")
 
 
 class Average(Group):

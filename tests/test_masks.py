@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from minisd import files, noise
-from minisd.data import datasets, source
+from minisd.data import datasets, index, source
 from minisd.methods._base import Method
 from tests.method_helpers import train
 
@@ -22,7 +22,10 @@ def masked(folder, picture="left", sizes=((48, 40), (40, 48))):
         ImageDraw.Draw(image).rectangle((0, 0, w // 2 - 1, h), fill=255)
         image.save(folder / "masks" / f"{i}.png")
         image = image if picture == "left" else Image.linear_gradient("L").resize((w, h))
-        image.convert("RGB").save(folder / f"{i}.png")
+        image = image.convert("RGB")
+        if picture == "half":  # transparent where the mask is black
+            image.putalpha(Image.open(folder / "masks" / f"{i}.png"))
+        image.save(folder / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "text": "a cat", "mask_file_name": f"masks/{i}.png"})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -39,6 +42,68 @@ def test_a_mask_goes_where_its_picture_goes(tmp_path, how):
         mask = data.extras(view)["mask"]
         assert mask.shape == (1, *view.shape[::-1]) and 0 < mask.mean() < 1
         assert torch.equal(mask[0], data.pixels(view)[1] / 2 + 0.5)
+
+
+def cutouts(folder):
+    """Black pictures, opaque in their left half alone, in three modes, and one without an alpha channel."""
+    folder.mkdir()
+    alpha = Image.new("L", (48, 40))
+    ImageDraw.Draw(alpha).rectangle((0, 0, 23, 40), fill=255)
+    rgba, grey = Image.new("RGBA", alpha.size, "black"), Image.new("LA", alpha.size)
+    palette = ImageOps.invert(alpha).point(lambda v: v > 0).convert("P")  # entry 1 is transparent
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    for name, image in (("a", rgba), ("b", grey)):
+        image.putalpha(alpha)
+        image.save(folder / f"{name}.png")
+    palette.save(folder / "c.png", transparency=1)
+    Image.new("RGB", alpha.size, "black").save(folder / "d.png")
+    for name in "abcd":
+        (folder / f"{name}.txt").write_text("a cat")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "index"])
+def test_pictures_that_mask_themselves(tmp_path, kind):
+    """What is transparent is white and does not count; one without an alpha channel counts as a whole."""
+    folder = cutouts(tmp_path / "data")
+    if kind == "table":
+        rows = [json.dumps({"file_name": f"{n}.png", "text": "x"}) for n in "abcd"]
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+    elif kind == "index":
+        index.make(str(folder), tmp_path / "index")
+        folder = tmp_path / "index"
+    found = source.read(folder, flag="--data")
+    data = datasets.Captioned(found, resolution=24, random_flip=True, alpha=True)
+    flips = set()
+    for number in range(32):
+        view = data.examples(number % 4, noise.generator(number))[0].view
+        mask, pixels = data.extras(view)["mask"], data.pixels(view)
+        assert mask.shape == (1, *view.shape[::-1])
+        if found.records.names[view.record].endswith("d.png"):
+            assert mask.all() and not (pixels + 1).any()
+        else:
+            assert 0 < mask.mean() < 1
+            torch.testing.assert_close(mask[0], 0.5 - pixels[1] / 2, atol=1.01 / 255, rtol=0)
+            flips.add(bool(mask[0, :, 0].mean() < mask[0, :, -1].mean()))
+    assert flips == {False, True}
+
+
+def test_masks_come_before_the_alpha_channel(tmp_path):
+    """And are black where they are transparent themselves."""
+    folder = masked(tmp_path / "data", sizes=[(48, 48)])
+    for name in ("0.png", "masks/0.png"):
+        Image.open(folder / name).convert("RGBA").save(folder / name)
+    image = Image.new("RGBA", (48, 48), "white")
+    image.paste((255, 255, 255, 0), (0, 0, 48, 24))
+    image.save(folder / "masks" / "0.png")
+    found = source.read(folder, flag="--data")
+    for flags, mean in (
+        ({"masked": True}, 0.5),
+        ({"masked": True, "alpha": True}, 0.5),
+        ({"alpha": True}, 1),
+    ):
+        data = datasets.Captioned(found, resolution=48, **flags)
+        assert data.extras(data.views()[0])["mask"].mean() == mean
 
 
 def test_what_the_mask_hides_has_no_gradient():
@@ -58,18 +123,30 @@ def test_what_the_mask_hides_has_no_gradient():
 
 
 def test_training_with_masks(tmp_path, short_run):
-    """White masks change nothing, and half white ones the result; a picture of a class counts as a whole."""
-    trained = []
-    for kind, flags in (("all", []), ("all", ["--masked_loss"]), ("half", ["--masked_loss"])):
-        folder = masked(tmp_path / f"{kind}{len(flags)}", kind)
+    """White masks change nothing, and half white ones the result, which alpha channels do as well."""
+    trained, on_disk = [], ["--latents_dir", tmp_path / "latents"]
+    for kind, flags in (
+        ("all", []), ("all", ["--masked_loss"]), ("half", ["--masked_loss"]), ("half", ["--alpha_mask"]),
+        ("half", ["--alpha_mask", *on_disk]), ("half", []),
+    ):  # fmt: skip
+        folder = masked(tmp_path / f"data{len(trained)}", kind)
         out = tmp_path / f"out{len(trained)}"
-        flags += ["--max_train_steps", 2, "--train_batch_size", 2, "--caption_column", "text"]
+        flags += [
+            "--center_crop",
+            "--max_train_steps",
+            2,
+            "--train_batch_size",
+            2,
+            "--caption_column",
+            "text",
+        ]
         o = short_run("lora", *flags, data=folder, output_dir=out)
         assert train("lora", o) == 0
         trained.append(files.read(out / "pytorch_lora_weights.safetensors"))
-    white, same, half = trained
-    assert all(torch.equal(white[k], same[k]) for k in white)
-    assert any(not torch.equal(white[k], half[k]) for k in white)
+    white, same, half, alpha, stored, whole = trained
+    for one, other in ((white, same), (half, alpha), (alpha, stored)):
+        assert all(torch.equal(one[k], other[k]) for k in one)
+    assert any(not torch.equal(whole[k], half[k]) for k in whole)
 
 
 def test_prior_preservation_with_masks(tmp_path):
@@ -105,3 +182,9 @@ def test_masks_that_cannot_be_used(tmp_path, monkeypatch, row, message):
     )
     with pytest.raises(ValueError, match=message):
         datasets.Captioned(source.read(tmp_path.__class__("data"), flag="--data"), resolution=32, masked=True)
+
+
+def test_no_picture_masks_itself(tmp_path):
+    found = source.read(masked(tmp_path / "data"), flag="--data")
+    with pytest.raises(ValueError, match="--alpha_mask: no image in .*data has an alpha channel"):
+        datasets.Captioned(found, resolution=32, alpha=True)

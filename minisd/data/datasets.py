@@ -50,8 +50,9 @@ class Captioned:
     Records without a caption get `prompt` (one of several is drawn); with caption_column=None all records do.
     A caption is dropped with probability `caption_dropout`. Its parts between commas are shuffled, but for
     the first `shuffle_after`, unless that is None. `pair_column` holds a second image of each record. If
-    `masked`, the extra "mask", (1, h, w) in [0, 1], is the view of the image in the column "mask".
-    ValueError, naming the flag, for a missing column, a pair with different aspect ratios, or captions
+    `masked`, the extra "mask", (1, h, w) in [0, 1], is the view of the image in the column "mask"; with
+    `alpha`, if that is not so, it is how opaque the image itself is. ValueError, naming the flag, for a
+    missing column, a pair with different aspect ratios, images of which none is transparent, or captions
     without anything to shuffle.
     """
 
@@ -75,6 +76,7 @@ class Captioned:
         bucket: bool = False,
         step: int = 64,
         masked: bool = False,
+        alpha: bool = False,
     ):
         self.prompt = prompt or ""
         self.described = source  # without the prompts
@@ -86,7 +88,15 @@ class Captioned:
         self.image_column = source.column(image_column, flag=self.IMAGE_FLAG, of="pictures")
         if pair_column is not None:
             self.pair_column = source.pair_column(pair_column, self.image_column, flag=self.PAIR_FLAG)
-        self.masks = source.pair_column("mask", self.image_column, flag="--masked_loss") if masked else None
+        self.masks = None  # their column, or None for that of the image itself, and how they are read
+        if masked and not (alpha and "mask" not in source.columns):
+            column = source.pair_column("mask", self.image_column, flag="--masked_loss")
+            self.masks = column, {"behind": "black"}
+        elif alpha:
+            pictures = source.records.pictures[self.image_column]
+            found = source.records.checked or any(map(images.has_alpha, pictures))
+            require(found, f"--alpha_mask: no image in {source.name} has an alpha channel")
+            self.masks = None, {"alpha": True}
         self.epoch = source.records.epoch  # the record at each index
         self.lanes = source.records.lanes
         self.flips = (False, True) if random_flip else (False,)
@@ -167,20 +177,22 @@ class Captioned:
     def extras(self, view: View) -> dict[str, Tensor]:
         if self.masks is None:
             return {}
-        return {"mask": self.tensor(view, self.masks).mean(dim=0, keepdim=True) / 2 + 0.5}
+        column, how = self.masks
+        mask = self.tensor(view, column or self.column(view), **how)  # (3, h, w)
+        return {"mask": mask.mean(dim=0, keepdim=True) / 2 + 0.5}
 
     def identity(self, view: View) -> str:
         picture = self.source.identity(view.record, self.column(view))
         how = type(self).__name__, self.center_crop, self.resampling.name
         return repr((picture, how, view.flipped, view.size, view.box))
 
-    def open(self, record: int, column: str) -> Image.Image:
-        """An image, before it is resized."""
-        return self.source.open(record, column)
+    def open(self, record: int, column: str, **how: Any) -> Image.Image:
+        """An image, before it is resized; see `images.open_image`."""
+        return self.source.open(record, column, **how)
 
-    def tensor(self, view: View, column: str) -> Tensor:
+    def tensor(self, view: View, column: str, **how: Any) -> Tensor:
         """A view of the image in a column, (3, h, w) in [-1, 1]."""
-        image = self.open(view.record, column).resize(view.size, self.resampling).crop(view.box)
+        image = self.open(view.record, column, **how).resize(view.size, self.resampling).crop(view.box)
         return images.to_tensor(ImageOps.mirror(image) if view.flipped else image)
 
     def summary(self) -> str:

@@ -70,16 +70,29 @@ def open_image(
     content: bytes | None = None,
     behind: str = "white",
     max_pixels: int | None = MAX_PIXELS,
+    alpha: bool = False,
 ) -> Image.Image:
     """Read an RGB image from a file, or from `content`; EXIF rotation is applied, and `behind` is the
-    background of transparent pixels. ValueError, naming `path`, if it cannot be decoded, or has more than
-    `max_pixels`."""
+    background of transparent pixels. With `alpha`, how opaque it is as a grey is read instead. ValueError,
+    naming `path`, if it cannot be decoded, or has more than `max_pixels`."""
     with _opened(path, content, max_pixels) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        if "A" in image.getbands() or "transparency" in image.info:
+        if alpha:
+            image = image.convert("RGBA").getchannel("A")
+        elif _transparent(image):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
         return image.convert("RGB")
+
+
+def has_alpha(path: str | Cell) -> bool:
+    """Whether an image may be transparent. ValueError as for `open_image`."""
+    with _opened(path, None, None, header=True) as image:
+        return _transparent(image)
+
+
+def _transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
 
 
 def read_size(

@@ -94,12 +94,12 @@ class Source:
                 )
         return column
 
-    def open(self, number: int, column: str) -> Image.Image:
-        """The RGB image of record `number` in `column`. ValueError if it cannot be decoded, or is not of the
-        size that its header had at the start."""
+    def open(self, number: int, column: str, **how: Any) -> Image.Image:
+        """The RGB image of record `number` in `column`, by `images.open_image`. ValueError if it cannot be
+        decoded, or is not of the size that its header had at the start."""
         picture, size = self.records.pictures[column][number], self.records.sizes[column][number]
         try:
-            image = images.open_image(picture, max_pixels=None)  # as checked at the start
+            image = images.open_image(picture, max_pixels=None, **how)  # as checked at the start
             (w, h), (ow, oh) = image.size, size
             require((w, h) == (ow, oh), f"{picture} was {ow}x{oh} at the start, and is {w}x{h}")
         except ValueError as e:

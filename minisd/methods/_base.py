@@ -159,7 +159,7 @@ class Method:
                 "prompt": prompt, "caption_column": o.caption_column, "caption_dropout": o.caption_dropout,
                 "shuffle_after": o.keep_tokens if o.shuffle_caption else None,
                 "interpolation": o.image_interpolation_mode, "bucket": o.bucket, "step": step,
-                "masked": o.masked_loss,
+                "masked": o.masked_loss, "alpha": o.alpha_mask,
             }  # fmt: skip
         views = {"resolution": o.resolution, "center_crop": o.center_crop, "random_flip": o.random_flip}
         return (kind or Captioned)(source, image_column=o.image_column, **views, **captions, **more)
