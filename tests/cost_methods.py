@@ -6,10 +6,10 @@
     python tests/cost_methods.py --bf16 --full --side 256 --batch 1 --steps 16 --first 6 --turns 1
 
 Both get the same flags, model, data and batch, each in a process of its own, in turns; with --bf16, for
-all methods, minisd in bf16 beside minisd in fp32. --full is SD v1.5's widths, not a tenth. Steps are timed
-where the tool's own bar passes them, so that neither starting nor saving counts; start is the time until the
-first. The peak is the process's resident memory, all of it: what was imported too. The ratio of the CPU's
-time is what a machine that others use does not change.
+all methods, minisd in bf16 beside minisd in fp32, up to the last step. --full is SD v1.5's widths, not a
+tenth. Steps are timed where the tool's own bar passes them, so that neither starting nor saving counts; start
+is the time until the first. The peak is the process's resident memory, all of it: what was imported too. The
+ratio of the CPU's time is what a machine that others use does not change.
 """
 
 import argparse
@@ -148,8 +148,11 @@ def heard(terminal: int) -> bytes:
         return b""
 
 
-def measure(name: str, command: list[str], folder: Path, steps: int, skip: int) -> dict[str, float]:
-    """Steps a second, by the clock and by the CPU's time, seconds until the first one, and peak in MB."""
+def measure(
+    name: str, command: list[str], folder: Path, steps: int, skip: int, whole: bool = True
+) -> dict[str, float]:
+    """Steps a second, by the clock and by the CPU's time, seconds until the first one, and peak in MB. Unless
+    it is to be the `whole` command, it is ended after its last step."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "0", "PYTHONUNBUFFERED": "1"}
     begun, said, marks = time.perf_counter(), b"", {}
     terminal, theirs = os.openpty()  # into a file a bar is a line every few seconds
@@ -162,10 +165,12 @@ def measure(name: str, command: list[str], folder: Path, steps: int, skip: int) 
             done = re.search(rb"\b(\d+)/%d\b" % steps, line)
             if done and line.lstrip().startswith((name.encode(), b"Steps", b"Epoch")):  # no other bar
                 marks.setdefault(int(done[1]), (time.perf_counter(), cpu(child.pid)))
+        if steps in marks and not whole:
+            child.kill()
     os.close(terminal)
     status, usage = os.wait4(child.pid, 0)[1:]
     child.returncode = status
-    if status:
+    if status and (whole or steps not in marks):
         raise SystemExit(f"{' '.join(command)} failed:\n{said.decode(errors='replace')[-3000:]}")
     first = min(n for n in marks if n >= skip)
     count = steps - first
@@ -213,6 +218,11 @@ def report(args, folder: Path) -> None:
         common += [f"--resolution={args.side}", f"--train_batch_size={args.batch}"]
         method = row.partition(",")[0]
         ours = ["train.py", "--method", method]
+        if not script.startswith("unconditional"):
+            ours += [
+                "--num_validation_images=1",
+                "--validation_guidance_scale=1",
+            ]  # not timed, but waited for
         tools = {"minisd": [str(ROOT / ours[0]), *ours[1:], *["--mixed_precision=bf16"] * args.bf16]}
         if args.scripts:
             tools[peer] = [str(args.scripts / script)]
@@ -223,7 +233,7 @@ def report(args, folder: Path) -> None:
             for tool in tools if turn % 2 else reversed(tools):
                 own = [f"--output_dir={folder / f'{row}-{tool}-{turn}'}"]
                 command = [sys.executable, *tools[tool], *common, *own]
-                seen[tool].append(measure(method, command, folder, args.steps, args.first))
+                seen[tool].append(measure(method, command, folder, args.steps, args.first, not args.bf16))
                 shutil.rmtree(folder / own[0].partition("=")[2], ignore_errors=True)
         ours, theirs = ({k: statistics.median(s[k] for s in seen[t]) for k in seen[t][0]} for t in tools)
         print(
