@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
         except ValueError as e:
             self.error(str(e))
         if tiny:
-            line = "no --model: using the tiny one (64x64 emoji); for SD v1.x, give a folder, file or hub id"
+            line = "no --model (a folder, file or hub id): using the tiny one, of 64x64 emoji"
             say(line, "stderr" if cls in (Page, Sample) else "stdout")  # sample.py's stdout has paths alone
         return options
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -108,7 +109,9 @@ def usable(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
-        raise ValueError(f"--device {name}: {files.first_line(error)}") from error
+        there = [str(d) for d in (torch.accelerator.current_accelerator(check_available=True), "cpu") if d]
+        why = textwrap.shorten(files.first_line(error).partition(". ")[0], 100)
+        raise ValueError(f"--device {name}: torch can use {' or '.join(there)} here ({why})") from error
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

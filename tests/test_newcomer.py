@@ -188,6 +188,15 @@ def test_the_guide_s_token_of_custom_diffusion_trains_on_the_tiny_model(learned)
     assert (learned["custom_diffusion"] / "<new1>.safetensors").is_file()
 
 
+def test_a_folder_whose_name_is_no_token(tmp_path, command):
+    data = photos(tmp_path / "Our Kats", "1.png")
+    argv = ["--method", "textual_inversion", "--data", data, "--placeholder_token", "<k>"]
+    status, _, err = command("train.py", *argv, "--output_dir", tmp_path / "out")
+    said = "'our kats', to start from, is 5 tokens of this model; give a word that is one token"
+    assert (status, err) == (2, f"train.py: error: --initializer_token: {said}\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_to_do_when_memory_runs_out(tmp_path, command, monkeypatch):
     """The flags that are not used yet are named, and those alone."""
     errors = [
@@ -250,6 +259,8 @@ def test_devices(tmp_path, command, monkeypatch):
         argv = ["--method", "textual_inversion", "--data", CAT, "--device", name]
         status, _, err = command("train.py", *argv, "--output_dir", tmp_path / "out")
         assert status == 2 and at in err and len(err.splitlines()) == 1
+        assert "torch can use cpu here (" in err or torch.accelerator.is_available()
+        assert len(err) < 200
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert distributed.device("cpu").type == "cpu"

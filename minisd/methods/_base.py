@@ -240,8 +240,8 @@ class Method:
 
         start = sd.tokenizer.one(word)
         if start is None:
-            several = f"{len(sd.tokenizer.encode(word))} tokens of this model"
-            raise ValueError(f"--initializer_token {word!r} is {several}; give a word that is one token")
+            problem = f"{word!r}, to start from, is {len(sd.tokenizer.encode(word))} tokens of this model"
+            raise ValueError(f"--initializer_token: {problem}; give a word that is one token")
         sd.text_encoder.float()  # the vectors' gradient passes through it, and it is a seventh of the UNet
         table = sd.text_encoder.text_model.embeddings.token_embedding.weight
         rows = table[start].repeat(count, 1)  # (n, d)

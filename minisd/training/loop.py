@@ -233,7 +233,7 @@ def end(trainer: Trainer, folder: RunFolder, stopped: bool, repository: str | No
         files.write_json(folder.path / "kernels.json", ops.verdicts())
     names += model_card.write(trainer, folder, names, repository)
     report.write(folder.path)
-    print(f"saved to {folder.path}; {folder.path / 'result.png'} and report.html show what it learned")
+    print(f"saved to {folder.path}: result.png and report.html show what it learned")
     if repository:
         trackers.upload(trainer.options, repository, names)
 
