@@ -16,6 +16,7 @@ from minisd.training import optim
 from tests.conftest import ROOT
 from tests.method_helpers import train
 
+NEW = "files", "sha256", "conditions"  # what a checkpoint's state.json of an earlier version has not
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -128,6 +129,34 @@ def test_eight_bits_resume(short_run, tmp_path):
     whole = resumed_and_whole(short_run, tmp_path, "dreambooth", *flags)
     end = files.read(whole / "checkpoint-4" / "optimizer.safetensors")
     assert any(v.dtype == torch.uint8 for v in end.values())
+
+    # From a checkpoint of an earlier version, which has neither digests nor the groups' learning rates.
+    shutil.rmtree(whole / "checkpoint-4")
+    middle = whole / "checkpoint-2"
+    state = json.loads((middle / "state.json").read_text())
+    (middle / "state.json").write_text(json.dumps({k: state[k] for k in state.keys() - {*NEW}}))
+    tensors = files.read(middle / "optimizer.safetensors")
+    rates = {k for k in tensors if k[0].isdigit()}
+    assert "0|peak" in rates
+    files.write(middle / "optimizer.safetensors", {k: v for k, v in tensors.items() if k not in rates})
+    resume = {"output_dir": whole, "resume_from_checkpoint": "latest", "max_train_steps": 4}
+    o = short_run("dreambooth", "--checkpointing_steps", 2, *flags, **resume)
+    assert train("dreambooth", o) == 0
+    again = files.read(whole / "checkpoint-4" / "optimizer.safetensors")
+    assert all(torch.equal(end[k], again[k]) for k in end | again)
+
+
+@pytest.mark.parametrize("before, after", [(["--use_8bit_adam"], []), ([], ["--use_8bit_adam"])], ids=str)
+def test_a_checkpoint_is_of_one_optimizer(before, after, short_run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    flags = ["dreambooth", "--instance_prompt", "a cat", "--checkpointing_steps", 1]
+    steps = {"max_train_steps": 1, "output_dir": tmp_path / "out"}
+    assert train("dreambooth", short_run(*flags, *before, **steps)) == 0
+    o = short_run(*flags, *after, **steps, resume_from_checkpoint="latest")
+    with pytest.raises(
+        ValueError, match=f"with other flags .--use_8bit_adam was {bool(before)}.: give the same"
+    ):
+        train("dreambooth", o)
 
 
 class Drifting(torch.optim.Optimizer):

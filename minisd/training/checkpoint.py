@@ -146,6 +146,8 @@ def restore(trainer: Trainer, folder: Path) -> None:
         for name in updated & trained.keys():
             trainer.optimizer.slot(trained[name])
     here = {TRAINED: trained, OPTIMIZER: slots(trainer)}
+    rates = {k: v for k, v in here[OPTIMIZER].items() if k.endswith(("|lr", "|peak"))}
+    saved[OPTIMIZER] = rates | saved[OPTIMIZER]  # 8-bit Adam's of an earlier version have none
     for file in saved:
         fits = layout(saved[file]) == layout(here[file])
         require(fits, f"{folder / file} is not of what trains here, by name, type or shape")
