@@ -132,7 +132,10 @@ def main() -> None:
     """Run the command that the first argument names."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
     if name in MODULES:
-        runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
+        except ModuleNotFoundError as e:  # there is no triton on Windows and macOS
+            sys.exit(terminal.complain(f"minisd {name}", f"it needs the package {e.name}, which is missing"))
     elif command := {f.__name__: f for f in (train, sample, compare, page, check, plan, index)}.get(name):
         prog = f"minisd {name}"
         cli.run(prog, lambda: command(prog))

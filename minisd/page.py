@@ -5,6 +5,9 @@ It draws and saves as sample.py does. Nothing is sent, shared or downloaded.
 
 import hashlib
 import html
+import os
+import socket
+import time
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -101,7 +104,12 @@ class Artist:
 
 
 def serve(options: Page) -> None:
-    """Show the page until Ctrl-C. ValueError if gradio is not installed, or as in `run.load`."""
+    """Show the page until Ctrl-C. ValueError if gradio is not installed, if the port is not free, or as in
+    `run.load`."""
+    try:
+        socket.create_server((options.host, options.port)).close()
+    except OSError as e:
+        raise ValueError(f"--port {options.port}: {os.strerror(e.errno)}; give another one") from None
     try:
         import gradio as gr
     except ImportError:
@@ -117,7 +125,11 @@ def serve(options: Page) -> None:
         footer_links=[], app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]},
     )  # fmt: skip
     print(page.local_url, flush=True)
-    page.block_thread()
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        page.close(verbose=False)
 
 
 def form(gr: ModuleType, o: Page) -> dict:

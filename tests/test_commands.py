@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -11,10 +12,12 @@ import pytest
 import minisd
 from tests.conftest import ROOT
 
+PATHS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
 
 def run(*words, cwd, path=ROOT) -> subprocess.CompletedProcess:
     """`minisd WORDS` in a folder where nothing of the repository is."""
-    env = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    env = os.environ | PATHS | {"PYTHONPATH": str(path)}
     command = [sys.executable, "-m", "minisd", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
@@ -36,6 +39,15 @@ def run(*words, cwd, path=ROOT) -> subprocess.CompletedProcess:
 def test_commands(tmp_path, words, status, said):
     done = run(*words, cwd=tmp_path)
     assert done.returncode == status and said in done.stdout + done.stderr
+
+
+def test_the_bench_without_triton(tmp_path):
+    """As on Windows and macOS."""
+    code = "import sys; sys.modules['triton'] = None; from minisd import __main__; __main__.main()"
+    command = [sys.executable, "-c", code, "bench"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | PATHS)
+    assert done.returncode == 2
+    assert done.stderr == "minisd bench: error: it needs the package triton, which is missing\n"
 
 
 def test_check(tmp_path, cat):
@@ -67,6 +79,19 @@ def test_a_wheel_is_whole(tmp_path):
     for words in (["bench", "--only", "geglu"], ["judge", "--help"]):
         done = run(*words, cwd=here, path=installed)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_source_distribution_is_whole(tmp_path):
+    """It has every file of the repository, the two commands and the pictures to try them with among them."""
+    pytest.importorskip("setuptools", "77")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    with tarfile.open(*tmp_path.glob("*.tar.gz")) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"train.py", "sample.py", "cat/1.png", "docs/Containerfile"} <= files <= packed
 
 
 @pytest.mark.parametrize("command", ["--help", "train --method lora --help", "sample --prompt x --steps 1"])

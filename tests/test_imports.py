@@ -1,8 +1,10 @@
 """Who may import whom, and how large files and functions may grow."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,23 @@ def test_transformers_is_imported_in_one_place():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("] False\n"), done.stdout + done.stderr
+
+
+def test_what_is_imported_is_declared():
+    """By the project or one of its extras; what those of an extra bring along counts as declared by it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    declared = {
+        re.match(r"[\w-]+", line)[0] for lines in [project["dependencies"], *extras] for line in lines
+    }
+    names = {"PIL": "pillow", "pillow_heif": "pillow-heif", "resvg_py": "resvg-py", "starlette": "gradio"}
+    found = {name.partition(".")[0] for path in SOURCES for name in imported(path)}
+    others = found - {"minisd"} - sys.stdlib_module_names
+    assert len(others) > 10 and {names.get(name, name) for name in others} <= declared
+    needed = {
+        name.partition(".")[0] for path in SOURCES if path.parts[-2] != "tiny" for name in imported(path)
+    }
+    assert {"tokenizers", "huggingface_hub"} <= needed
 
 
 HEAVY = "torch numpy transformers PIL triton safetensors tqdm huggingface_hub"

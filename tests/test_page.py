@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -83,10 +85,24 @@ def test_wrong_flags(tmp_path, monkeypatch, capsys):
         assert exit.value.code == 2 and words in capsys.readouterr().err
 
 
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def test_without_gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"needs gradio: pip install 'minisd\[page\]'"):
-        page.serve(page_options([]))
+        page.serve(page_options(["--port", free_port()]))
+
+
+def test_a_port_that_is_not_free(monkeypatch):
+    """Is one line, before a model is loaded."""
+    monkeypatch.setattr(page, "Artist", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: .*in use; give another one"):
+            page.serve(page_options(["--port", str(port)]))
 
 
 def test_it_draws_as_sample_does(artist, model, tmp_path):
@@ -142,10 +158,11 @@ def status(address: str, **headers: str) -> int:
 
 
 @pytest.mark.skipif(not browser.PATH, reason=browser.MISSING)
-def test_in_a_browser(below, model, tmp_path):
+def test_in_a_browser(below, model, tmp_path, in_foreground):
     """It draws, shows the report, fits small and large windows, and asks no other machine for anything."""
     pytest.importorskip("gradio")
-    command = [sys.executable, "-c", SAY_ADDRESSES, "page", "--port", "7998", "--steps", "4"]
+    port = free_port()
+    command = [sys.executable, "-c", SAY_ADDRESSES, "page", "--port", port, "--steps", "4"]
     command += ["--model", str(model), "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "1"}
     log = (tmp_path / "log").open("w+")
@@ -154,7 +171,7 @@ def test_in_a_browser(below, model, tmp_path):
     )
     try:
         address = server.stdout.readline().strip()
-        assert address == "http://127.0.0.1:7998/", (tmp_path / "log").read_text()
+        assert address == f"http://127.0.0.1:{port}/", (tmp_path / "log").read_text()
         for width in (400, 1400):
             with browser.Browser(tmp_path / f"profile-{width}") as tab:
                 tab.go(address, width)
@@ -183,11 +200,13 @@ def test_in_a_browser(below, model, tmp_path):
         assert status(f"{served}/runs/a%20%3Ccat%3E/result.png") == 200
         assert status(f"{served}/../log") == status(f"{address}gradio_api/file=/etc/passwd") == 403
         assert status(address, Host="elsewhere.org") == 400
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 130
     finally:
-        server.terminate()
-        server.wait(30)
+        server.kill()
         log.close()
     said = (tmp_path / "log").read_text()
+    assert said.endswith("minisd page: interrupted\n") and "Traceback" not in said
     addresses = [line for line in said.splitlines() if line.startswith("TO ")]
     assert addresses and all("127.0.0.1" in line or "localhost" in line for line in addresses), said
 
