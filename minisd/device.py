@@ -84,16 +84,22 @@ def has_fast_bf16(kind: str) -> bool:
 
 @contextmanager
 def swapped(parameters: Iterable[Parameter], values: Iterable[Tensor]) -> Iterator[None]:
-    """Within the context, the parameters have these values, wherever they are."""
+    """Within the context, the parameters have these values, and the values theirs; all stay in their
+    places in memory, which others may share."""
     pairs = list(zip(parameters, values, strict=True))
-    kept = [p.data for p, _ in pairs]
-    for p, value in pairs:
-        p.data = value.to(p.device)
+
+    @torch.no_grad()
+    def swap() -> None:
+        for p, value in pairs:
+            before = p.detach().clone()
+            p.copy_(value)
+            value.copy_(before)
+
+    swap()
     try:
         yield
     finally:
-        for (p, _), data in zip(pairs, kept, strict=True):
-            p.data = data
+        swap()
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:

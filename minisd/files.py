@@ -20,6 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -184,7 +185,7 @@ def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(flat.numpy())
+            file.write(numpy.from_dlpack(flat))  # after flat.numpy() its memory could not be freed at will
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

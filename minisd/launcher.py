@@ -12,7 +12,7 @@ from minisd.options import PRECISIONS, require
 
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_FSDP": "FSDP by a config (use --shard fsdp)",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }

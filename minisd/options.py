@@ -245,6 +245,7 @@ class Precision(Group):
     """Speed and memory"""
 
     NEEDS = {"plan": "memory"}
+    EXCLUDES = {"shard": "plan compile optimizer use_8bit_adam"}
     device: str | None = flag(None, "cuda, cpu, mps, ...; by default cuda if there is a GPU", free=True)
     kernels: KERNELS = flag("auto", "what computes attention and norms; auto: what is fastest", free=True)
     graph: GRAPH = flag("auto", "run updates as CUDA graphs; auto: where that gives the same bits", free=True)
@@ -258,15 +259,14 @@ class Precision(Group):
         None, "precision of frozen networks and autocast; by default that of accelerate launch, or no"
     )
     reduce_dtype: Literal["fp32", "bf16"] = flag("fp32", "precision in which processes sum their gradients")
+    shard: Literal["fsdp"] | None = flag(None, "keep a part of what trains in each process", free=True)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     plan: bool = flag(
         False, "report what memory an update takes, and train nothing; --device cuda needs no GPU", free=True
     )
     memory: Memory | None = flag(None, "find the flags that fit into this, such as 8GB", free=True)
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products")
-    enable_xformers_memory_efficient_attention: bool = flag(
-        False, "accepted: attention never stores the whole score matrix"
-    )
+    enable_xformers_memory_efficient_attention: bool = flag(False, "accepted: scores are never stored")
     set_grads_to_none: bool = flag(False, "accepted: gradients are always set to None")
     dataloader_num_workers: Number = flag(0, "processes that load images; 0 is the main process", free=True)
 

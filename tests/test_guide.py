@@ -274,7 +274,10 @@ def test_the_precision_of_each_method(method, model, cat, place, monkeypatch, ca
     [
         ({"MIXED_PRECISION": "fp8"}, "accelerate launch --mixed_precision fp8: minisd has no, fp16 or bf16"),
         ({"USE_DEEPSPEED": "true"}, "accelerate launch asks for DeepSpeed, which minisd does not have"),
-        ({"USE_FSDP": "true"}, "accelerate launch asks for FSDP, which minisd does not have"),
+        (
+            {"USE_FSDP": "true"},
+            "accelerate launch asks for FSDP by a config (use --shard fsdp), which minisd does not have",
+        ),
         (
             {"GRADIENT_ACCUMULATION_STEPS": "3"},
             "--gradient_accumulation_steps is not accelerate's 3",

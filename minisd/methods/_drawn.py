@@ -20,6 +20,7 @@ class Drawn(Validation, Optimizer, Precision, Model, Run):
     start_guidance: float = flag(3.0, "guidance scale of drawing")
     max_train_steps: int | None = flag(1000)
     train_batch_size: int = flag(1)
+    shard: str | None = flag(None, "refused: processes draw differently many steps", refused=True)
 
 
 class DrawnLatents(Reference):

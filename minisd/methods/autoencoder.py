@@ -31,6 +31,7 @@ class Options(Dataset, Average, ValidationImages, Optimizer, Precision, Model, R
     )
     image_column: str = flag("image", "column of the images")
     random_flip: bool = flag(False, "flip images with probability 1/2")
+    shard: str | None = flag(None, "refused: its memory is taken by activations", refused=True)
     num_validation_images: int = flag(8, "number of images shown beside their reconstructions")
     validation_steps: int | None = flag(500)
     output_dir: Path = flag(Path("sd-model-autoencoder"))

@@ -7,6 +7,7 @@ another order than one that was not interrupted.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -114,3 +115,25 @@ class Averaging:
             for p, part in zip(bucket, parts, strict=True):
                 p.grad = part
         self.sent.append((dist.all_reduce(flat, async_op=True), parts))
+
+    # Where each process has everything; in `sharding.Sharding` it has parts.
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of the gradients; `own` is that of this process's."""
+        return own
+
+    def scaler(self, kind: str, enabled: bool) -> torch.amp.GradScaler:
+        """For gradients on this kind of device."""
+        return torch.amp.GradScaler(kind, enabled=enabled)
+
+    def whole(self) -> AbstractContextManager:
+        """Within it, which all processes enter, each has whole networks."""
+        return nullcontext()
+
+    def joined(self, key: str, own: Tensor) -> Tensor:
+        """A tensor of a checkpoint, `key` being NAME or NAME|KEY there, of what this process has of it."""
+        return own
+
+    def part(self, key: str, whole: Tensor) -> Tensor:
+        """What this process has of a tensor of a checkpoint."""
+        return whole

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from minisd import files, reading
 from minisd.options import require
@@ -34,9 +35,9 @@ class State:
 
     @classmethod
     def of(cls, trainer: Trainer, *, copied: bool) -> "State":
-        """As it is now, or as it stays while training goes on if `copied`, to the CPU."""
-        tensors = {TRAINED: {name: p.detach() for name, p in trainer.trained.items()}}
-        tensors |= {OPTIMIZER: slots(trainer)}
+        """As it is now, or as it stays while training goes on if `copied`, to the CPU. The first process gets
+        what is in parts as a whole, on the CPU."""
+        tensors = {f: {n: gathered(trainer, n, t) for n, t in ts.items()} for f, ts in own(trainer).items()}
         if copied:
             tensors = {f: {n: t.to("cpu", copy=True) for n, t in ts.items()} for f, ts in tensors.items()}
         numbers = {"step": trainer.step, "samples": trainer.samples, "scaler": trainer.scaler.state_dict()}
@@ -80,6 +81,21 @@ def slots(trainer: Trainer) -> dict[str, Tensor]:
     return tensors | trainer.method.kept
 
 
+def own(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """What this process has of a checkpoint's tensors, by file and name."""
+    return {TRAINED: {n: p.detach() for n, p in trainer.trained.items()}, OPTIMIZER: slots(trainer)}
+
+
+def gathered(trainer: Trainer, key: str, own: Tensor) -> Tensor:
+    """A whole tensor of a checkpoint, on the CPU if it was in parts. All processes call this for each; the
+    first gets it."""
+    whole = trainer.averaging.joined(key, own)
+    if whole is own:
+        return own
+    whole = whole.full_tensor()
+    return whole.cpu() if trainer.processes.first else own
+
+
 def layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Type and shape of each tensor, such as "F32 [320, 4, 3, 3]"."""
     return {name: f"{files.DTYPES.get(t.dtype, t.dtype)} {[*t.shape]}" for name, t in tensors.items()}
@@ -96,10 +112,11 @@ def own_digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def sums(trainer: Trainer) -> dict[str, int]:
-    """The sum of the bytes of every tensor of the networks, and of the optimizer and averages."""
-    tensors = {f"{i}.{k}": t for i, n in enumerate(trainer.networks) for k, t in n.state_dict().items()}
-    tensors |= slots(trainer)
+def sums(networks: Iterable[Module], folder: Path | None) -> dict[str, int]:
+    """The sum of the bytes of every tensor of the networks, and of a checkpoint."""
+    tensors = {f"{i}.{k}": t for i, n in enumerate(networks) for k, t in n.state_dict().items()}
+    for name in (TRAINED, OPTIMIZER) if folder else ():
+        tensors |= {f"{name} {k}": t for k, t in files.read(folder / name).items()}
     return {k: t.reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item() for k, t in tensors.items()}
 
 
@@ -136,7 +153,7 @@ def check(folder: Path) -> dict:
 @torch.no_grad()
 def restore(trainer: Trainer, folder: Path) -> None:
     """Continue from a checkpoint. ValueError, naming the file, if it does not fit what trains."""
-    trained, numbers = trainer.trained, reading.read_json(folder / STATE)
+    trained, share, numbers = trainer.trained, trainer.averaging, reading.read_json(folder / STATE)
     saved = {name: files.read(folder / name) for name in (TRAINED, OPTIMIZER)}
     updated = {key.rpartition("|")[0] for key in saved[OPTIMIZER] if not key.endswith("|average")}
     require(updated or not numbers["step"], f"{folder / OPTIMIZER} has no state of an optimizer")
@@ -145,15 +162,15 @@ def restore(trainer: Trainer, folder: Path) -> None:
     else:
         for name in updated & trained.keys():
             trainer.optimizer.slot(trained[name])
-    here = {TRAINED: trained, OPTIMIZER: slots(trainer)}
+    here = own(trainer)
     rates = {k: v for k, v in here[OPTIMIZER].items() if k.endswith(("|lr", "|peak"))}
     saved[OPTIMIZER] = rates | saved[OPTIMIZER]  # 8-bit Adam's of an earlier version have none
     for file in saved:
-        fits = layout(saved[file]) == layout(here[file])
+        fits = layout(saved[file]) == layout({n: share.joined(n, t) for n, t in here[file].items()})
         require(fits, f"{folder / file} is not of what trains here, by name, type or shape")
     for file in saved:
         for name, value in saved[file].items():
-            here[file][name].copy_(value)
+            here[file][name].copy_(share.part(name, value))
     trainer.step, trainer.samples = numbers["step"], numbers["samples"]
     if numbers["scaler"]:
         trainer.scaler.load_state_dict(numbers["scaler"])

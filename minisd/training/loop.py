@@ -17,7 +17,10 @@ from minisd.options import TINY, Data, Model, Run, Training, free_flags, require
 from minisd.training import check_data, checkpoint, distributed, latents, model_card, optim, report, trackers
 from minisd.training.distributed import Processes
 from minisd.training.run_folder import Log, RunFolder, conditions
-from minisd.training.step import Trainer
+from minisd.training.step import Trainer, networks
+
+# Free flags that all processes have to have in common.
+COMMON = {"max_train_steps", "num_train_epochs", "checkpointing_steps", "shard"}
 
 
 def start(folder: RunFolder) -> int:
@@ -76,15 +79,15 @@ def train(method: Method, folder: RunFolder) -> int:
 def run(method: Method, folder: RunFolder) -> int:
     """As `train`, within the folder's lock."""
     options, processes = method.options, Processes(method.device.type)
-    require(processes.world > 1 or options.reduce_dtype == "fp32", "--reduce_dtype is for several processes")
+    for flag in ("reduce_dtype", "shard"):
+        require(processes.world > 1 or not options.is_given(flag), f"--{flag} is for several processes")
 
     # Start
     # Wrong flags and data are reported before a model is loaded. All do as the first process does.
     earlier = processes.gather(folder.resume() if processes.first else None)[0]
-    agreed = free_flags(type(options)) - {"max_train_steps", "num_train_epochs", "checkpointing_steps"}
+    agreed = free_flags(type(options)) - COMMON
     flags = {name: value for name, value in folder.recorded.items() if name not in agreed}
-    has = earlier is None or (earlier / checkpoint.STATE).is_file()
-    processes.require_same(flags=flags, checkpoint=has)
+    processes.require_same(flags=flags, checkpoint=earlier is None or (earlier / checkpoint.STATE).is_file())
     optim.new([torch.zeros(1, 1, requires_grad=True)], options)  # a matrix, as Muon takes no other
     method.read()
     ops.pin(checkpoint.verdicts(earlier) if earlier else {}, processes.first_to_ask)
@@ -95,12 +98,12 @@ def run(method: Method, folder: RunFolder) -> int:
     processes.wait()
     trained = method.setup()
     dataset, held_out = method.datasets()
+    weights = checkpoint.sums(networks(method), earlier) if processes.world > 1 else None
     trainer = Trainer(method, trained, len(dataset), processes)
     folder.conditions = conditions(dataset, processes.world, method.device)
     if earlier:
         folder.restore(trainer, earlier)
-    if processes.world > 1:
-        processes.require_same(data=folder.conditions["data"], weights=checkpoint.sums(trainer))
+    processes.require_same(data=folder.conditions["data"], weights=weights)
     repository = None
     if processes.first:
         repository = trackers.create_repository(options)
@@ -123,8 +126,8 @@ def run(method: Method, folder: RunFolder) -> int:
                 log.flush()
                 # The kernels' verdicts of all processes: each may have met shapes of its own.
                 kernels = {k: v for found in processes.gather(ops.verdicts()) for k, v in found.items()}
+                folder.save_checkpoint(trainer, kernels)
                 if processes.first:
-                    folder.save_checkpoint(trainer, kernels)
                     report.write(folder.path)
                 processes.wait()
 
@@ -143,7 +146,6 @@ def is_due(step: int, interval: int) -> bool:
 def describe(trainer: Trainer, held_out) -> str:
     """A summary of what trains, on what data and for how long."""
     held = f"\n  held out: {len(held_out)}" if held_out else ""
-    count = sum(p.numel() for p in trainer.parameters)
     length = f"{trainer.total} updates of {trainer.images_per_update} images"
     device, options = trainer.method.device, trainer.options
     tiny = isinstance(options, Model) and options.model == str(TINY)
@@ -153,7 +155,7 @@ def describe(trainer: Trainer, held_out) -> str:
         more += f"\n--mixed_precision bf16 takes longer here: this {device.type} is not made for it"
     elif options.mixed_precision == "no" and device.type == "cpu" and not tiny and has_fast_bf16("cpu"):
         more += "\nthis CPU is fast in bf16: --mixed_precision bf16 takes less time and memory"
-    return f"{trainer.method.describe()}{held}\n{count:,} parameters train, {length}, {device}{more}"
+    return f"{trainer.method.describe()}{held}\n{trainer.count:,} parameters train, {length}, {device}{more}"
 
 
 def micro_batches(trainer: Trainer, dataset) -> Iterator[dict]:
@@ -183,10 +185,11 @@ def after_update(trainer: Trainer, held_out, folder: RunFolder, log: Log) -> Non
     folder.written(wait=False)
     if method.device.type == "cpu" or is_due(step, 10) or last:
         log.flush()
-    if first and is_due(step, method.save_interval(epoch)):
+    if is_due(step, method.save_interval(epoch)):
         folder.require_finite(trainer)
         with trainer.averaged():
-            method.save_intermediate(folder.path, step)
+            if first:
+                method.save_intermediate(folder.path, step)
     if is_due(step, method.options.validation_interval(epoch)) or (last and held_out):
         log.flush()
         with trainer.averaged():

@@ -189,10 +189,14 @@ class RunFolder(AbstractContextManager):
 
     def save_checkpoint(self, trainer: Trainer, verdicts: dict[str, str]) -> None:
         """Write checkpoint-STEP in a thread, from a copy of what trains, or without one, waiting for it, as
-        the options say. An error of its writing is raised by the next call of `written`."""
+        the options say. An error of its writing is raised by the next call of `written`. All processes call
+        this, and the first writes."""
         self.written()
         self.require_finite(trainer)
-        state = checkpoint.State.of(trainer, copied=self.options.background_checkpoints)
+        first = trainer.processes.first
+        state = checkpoint.State.of(trainer, copied=first and self.options.background_checkpoints)
+        if not first:
+            return
         conditions = self.conditions | ({"kernels": verdicts} if verdicts else {})
         self.writing = self.writer.submit(self._write_checkpoint, state, conditions)
         if not self.options.background_checkpoints:
@@ -222,9 +226,10 @@ class RunFolder(AbstractContextManager):
                 files.remove(path)
 
     def require_finite(self, trainer: Trainer) -> None:
-        """ValueError, naming the last good checkpoint, unless all that has been trained is finite."""
-        trained = {**trainer.trained, **checkpoint.slots(trainer)}
-        if name := checkpoint.not_finite(trained.items()):
+        """ValueError, naming the last good checkpoint, unless all that has been trained is finite, in all
+        processes, which all call this."""
+        found = checkpoint.not_finite({**trainer.trained, **checkpoint.slots(trainer)}.items())
+        if name := next(filter(None, trainer.processes.gather(found)), None):
             raise ValueError(
                 f"update {trainer.step} left values in {name} that are not finite; nothing of it was saved. "
                 + self.advice(trainer.step)
@@ -241,8 +246,7 @@ class RunFolder(AbstractContextManager):
         """Write the result and the image of it, which all processes draw; return the names of these files
         within the folder."""
         first, names = trainer.processes.first, []
-        if first:
-            self.require_finite(trainer)
+        self.require_finite(trainer)
         with trainer.averaged():
             if first:
                 with files.new_folder(self.path, keep=True) as fresh:
@@ -259,7 +263,8 @@ class RunFolder(AbstractContextManager):
         place, there = self.path / BEFORE, earlier and earlier.parent / BEFORE
         first = trainer.processes.first
         if trainer.step == 0:
-            image = trainer.method.preview("before")
+            with trainer.averaged():
+                image = trainer.method.preview("before")
             if first:
                 files.remove(place)
             if first and image:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from minisd.training.averaging import Averaging
 from minisd.training.distributed import Processes
 
 
+def networks(method: Method) -> list[nn.Module]:
+    """Those of a method's model, and its own."""
+    return [*method.sd.parts.values(), *(v for v in vars(method).values() if isinstance(v, nn.Module))]
+
+
 class Trainer:
     """Everything that an update changes. Of `total` updates, `step` are done, with `samples` images.
     `trained` are the parameters by name; `epoch` is the number of images in an epoch."""
@@ -24,6 +29,14 @@ class Trainer:
     def __init__(self, method: Method, trained: dict[str, nn.Parameter], epoch: int, processes: Processes):
         o = self.options = method.options
         self.method, self.trained, self.processes = method, trained, processes
+        self.count = sum(p.numel() for p in trained.values())
+        self.networks = networks(method)
+        if o.shard:
+            from minisd.training.sharding import Sharding  # which takes long to import
+
+            self.averaging = Sharding(self.networks, trained, processes, DTYPES[o.reduce_dtype])
+        else:
+            self.averaging = Averaging([*trained.values()], processes, DTYPES[o.reduce_dtype])
         self.parameters = list(trained.values())
         self.images_per_update = o.train_batch_size * o.gradient_accumulation_steps * processes.world
         self.updates_per_epoch = math.ceil(epoch / self.images_per_update)
@@ -31,15 +44,11 @@ class Trainer:
         self.step = self.samples = 0
         scale = self.images_per_update * method.lr_scale if o.scale_lr else 1
         self.optimizer = optim.new(optim.grouped(trained, o, scale), o)
-        self.scaler = torch.amp.GradScaler(method.device.type, enabled=method.dtype == torch.float16)
+        self.scaler = self.averaging.scaler(method.device.type, enabled=method.dtype == torch.float16)
         self.ema = optim.EMA(self.parameters, o) if isinstance(o, Average) and o.use_ema else None
-        self.averaged = self.ema.applied if self.ema else nullcontext  # within it, parameters are averages
-        own = [value for value in vars(method).values() if isinstance(value, nn.Module)]
-        self.networks = [*method.sd.parts.values(), *own]
         for network in self.networks if o.compile else ():
             if isinstance(network, UNetEncoder):
                 network.compile(dynamic=False)
-        self.averaging = Averaging(self.parameters, processes, DTYPES[o.reduce_dtype])
         self.graphs = graph.Graphs()
         self.gradients: dict[nn.Parameter, Tensor] = {}  # those that the graphs compute
 
@@ -63,7 +72,7 @@ class Trainer:
             loss_sum += self._backward(inputs)
         loss_sum = self.averaging.finish(loss_sum)
         self.scaler.unscale_(self.optimizer)
-        norm = optim.grad_norm(self.parameters)
+        norm = self.averaging.norm(optim.grad_norm(self.parameters))
         self.scaler.step(self.optimizer, optim.clip_divisor(norm, self.options.max_grad_norm))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -72,6 +81,13 @@ class Trainer:
         if self.ema:
             self.ema.update(self.step)
         return loss_sum, norm, rates
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, which all processes enter, networks are whole, and parameters are averages if there are
+        any."""
+        with self.ema.applied() if self.ema else nullcontext(), self.averaging.whole():
+            yield
 
     def _backward(self, inputs: dict) -> Tensor:
         """Add the gradients of a micro-batch to those of the update. Returns its share of the loss."""
