@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from minisd import cli  # noqa: E402
 from minisd.options import TINY  # noqa: E402
+from minisd.sampling.stable_diffusion import StableDiffusion  # noqa: E402
 from minisd.tiny import clock, judge, trial, unseen  # noqa: E402
 from minisd.tiny.concepts import UNSEEN  # noqa: E402
 from tests.cost_methods import METHODS  # noqa: E402
@@ -45,7 +46,7 @@ def pictures_alone(folder: Path) -> Path:
 
 def in_fp32(t: trial.Trial) -> Path:
     """The model with fp32 weights: transformers trains a text encoder in the precision that its file has."""
-    t.load().save(t.folder / "model")
+    StableDiffusion.load(t.path, dtype=torch.float32).save(t.folder / "model")
     return t.folder / "model"
 
 

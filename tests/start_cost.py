@@ -3,6 +3,7 @@
     python tests/start_cost.py                             1,000, 10,000 and 100,000 images of 1024x1024
     python tests/start_cost.py --counts 1000 --rounds 5    fewer images, the median of more rounds
     python tests/start_cost.py --layouts index --counts 10000 10000000
+    python tests/start_cost.py --scripts diffusers/examples    beside diffusers' script, from jsonl
 
 The images are hard links to four JPEGs in a temporary folder, with captions in metadata.jsonl, beside them in
 .txt files, or in the names of folders as kohya's scripts read them. The first start reads all headers, with
@@ -12,6 +13,7 @@ that it started. The rows of an index are those of a tar with four images, over 
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -26,6 +28,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests import cost_methods  # noqa: E402
+
 PART = 1_000_000  # rows that are written at a time
 LAYOUTS = ("jsonl", "txt", "kohya", "index")
 
@@ -120,11 +126,32 @@ def start(folder: Path, cache: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def save_tiny(folder: Path) -> None:
+    """The tiny model in fp32, as diffusers' script trains no other."""
+    import torch
+
+    from minisd.options import TINY
+    from minisd.sampling.stable_diffusion import StableDiffusion
+
+    StableDiffusion.load(TINY, dtype=torch.float32).save(folder)
+
+
+def start_script(script: Path, folder: Path, cache: Path, model: Path) -> dict[str, float]:
+    """The same of diffusers' script."""
+    os.environ["HF_HOME"] = str(cache)
+    flags = {"pretrained_model_name_or_path": model, "train_data_dir": folder, "resolution": 64}
+    flags |= {"train_batch_size": 4, "max_train_steps": 2, "output_dir": folder.parent / "out"}
+    command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
+    found = cost_methods.measure("Steps", command, folder.parent, steps=2, skip=1)
+    return {"s": found["start"], "MB": found["peak"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["jsonl"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scripts", type=Path, help="the folder examples of diffusers")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -133,20 +160,28 @@ def main() -> None:
     columns = "s, CPU s, MB"
     print(f"| images | first start: {columns} | second start: {columns} |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
+        starts = {"": start}
+        if args.scripts:
+            script = (args.scripts / cost_methods.METHODS["text_to_image"][0]).resolve()
+            save_tiny(Path(name) / "model")
+            starts[", diffusers"] = functools.partial(start_script, script, model=Path(name) / "model")
         for layout in args.layouts:
             for count in args.counts:
                 folder = Path(name) / f"{layout}-{count}"
                 make(folder, count, layout)
                 start(folder, Path(name) / "unused")
-                seen = []
-                for number in range(args.rounds):
-                    cache = Path(name) / f"cache-{layout}-{count}-{number}"
-                    seen.append([start(folder, cache), start(folder, cache)])
-                cells = [f"{count:,}, {layout}"]
-                for runs in zip(*seen, strict=True):
-                    median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-                    cells.append(f"{median['s']:.1f}, {median['cpu s']:.1f}, {median['MB']:.0f}")
-                print(f"| {' | '.join(cells)} |", flush=True)
+                for tool, begin in starts.items():
+                    seen = []
+                    for number in range(args.rounds):
+                        cache = Path(name) / f"cache-{layout}-{count}-{number}{tool}"
+                        seen.append([begin(folder, cache=cache), begin(folder, cache=cache)])
+                    cells = [f"{count:,}, {layout}{tool}"]
+                    for runs in zip(*seen, strict=True):
+                        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                        cells.append(
+                            ", ".join(f"{v:.0f}" if k == "MB" else f"{v:.1f}" for k, v in median.items())
+                        )
+                    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

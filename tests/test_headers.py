@@ -138,7 +138,7 @@ def test_a_damaged_memory_is_not_used(many, opened, tmp_path):
     first = sizes(read(many, flag="--data"))
     (memory,) = (tmp_path / "cache" / "minisd" / "sizes").iterdir()
     content = memory.read_bytes()
-    for damaged in (b"", content[:-3], content[:50] + b"\x07" + content[51:], content * 2):
+    for damaged in (b"", content[:-3], content[:50] + bytes([content[50] ^ 7]) + content[51:], content * 2):
         memory.write_bytes(damaged)
         opened.clear()
         assert sizes(read(many, flag="--data")) == first and len(opened) == 6

@@ -393,7 +393,7 @@ def test_textual_inversion_leaves_a_pipeline(options, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"initializer_token": "hippopotamus toy"}, "--initializer_token 'hippopotamus toy' is"),
+        ({"initializer_token": "hippopotamus toy"}, "--initializer_token: 'hippopotamus toy'"),
         ({"placeholder_token": "cat"}, "--placeholder_token: .*'cat' is a token already"),
         ({"placeholder_token": " "}, "--placeholder_token"),
         ({"tokenizer_name": "nowhere"}, "nowhere"),

@@ -12,6 +12,8 @@ from minisd.models.layers import TransformerBlock, to_channels_last
 from minisd.sampling.generate import Control, Denoiser, text_branches
 from minisd.sampling.stable_diffusion import StableDiffusion
 from minisd.training import checkpoint, optim
+from minisd.training.averaging import Averaging
+from minisd.training.distributed import Processes
 from tests.helpers import TINY_UNET, TINY_VAE
 
 TINY_CONTROL = controlnet.ControlNetConfig.of(TINY_UNET, (4, 8, 12, 16))
@@ -250,6 +252,7 @@ def test_a_resumed_optimizer_has_the_layout_of_its_parameters(tmp_path):
     optimizer = optim.AdamW([*layer.parameters()], **settings)
     step(optimizer)
     numbers = {"step": 1, "samples": 1, "ema": None, "method": SimpleNamespace(kept={})}
+    numbers["averaging"] = Averaging([*trained.values()], Processes(), torch.float32)
     trainer = SimpleNamespace(trained=trained, optimizer=optimizer, scaler=scaler, **numbers)
     checkpoint.State.of(trainer, copied=True).save(tmp_path, {})
     step(optimizer)
