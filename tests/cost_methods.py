@@ -219,10 +219,8 @@ def report(args, folder: Path) -> None:
         method = row.partition(",")[0]
         ours = ["train.py", "--method", method]
         if not script.startswith("unconditional"):
-            ours += [
-                "--num_validation_images=1",
-                "--validation_guidance_scale=1",
-            ]  # not timed, but waited for
+            # Not timed, but waited for.
+            ours += ["--num_validation_images=1", "--validation_guidance_scale=1"]
         tools = {"minisd": [str(ROOT / ours[0]), *ours[1:], *["--mixed_precision=bf16"] * args.bf16]}
         if args.scripts:
             tools[peer] = [str(args.scripts / script)]

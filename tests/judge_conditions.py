@@ -93,12 +93,8 @@ def control(name: str, steps: int, out: Path) -> str:
         sum(likeness(d, hints[i - k]) for i, d in enumerate(drawn)) / len(drawn)
         for drawn, k in ((before, 0), (after, 1), (after, 0))
     ]
-    images.save_png(
-        images.labelled_rows(
-            [("condition", hints[:8]), ("before", before[:8]), ("after", after[:8])], size=128
-        ),
-        out / "sheet.png",
-    )
+    rows = [("condition", hints[:8]), ("without it", before[:8]), ("with it", after[:8])]
+    images.save_png(images.labelled_rows(rows, size=128), out / "sheet.png")
     return f"| {name} | {steps} | {found[0]:.2f} | {found[1]:.2f} | {found[2]:.2f} |"
 
 
@@ -115,7 +111,7 @@ def edit(name: str, steps: int, out: Path) -> str:
     row, sheet = [name, str(steps)], []
     for part in (pairs[12:], pairs[:12]):
         given, true = ([p[k] for p in part] for k in ("input_image", "edited_image"))
-        changed = [i for i, far in enumerate(measures.distance(given, true)) if far > 2][:12]
+        changed = [i for i, d in enumerate(measures.distance(given, true)) if d > 2][:12]
         given, true = ([some[i] for i in changed] for some in (given, true))
         originals = torch.stack([images.to_tensor(image) for image in given])
         drawn = t.draw(sd, [name] * len(given), sampling=guidance, init_images=originals)
@@ -128,7 +124,7 @@ def edit(name: str, steps: int, out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help=", ".join(CONDITIONS | EDITS))
     parser.add_argument("--steps", nargs="+", type=int, default=[400])
     parser.add_argument("--out", type=Path, default=Path("judged/conditions"))

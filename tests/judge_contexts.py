@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,11 +26,11 @@ from minisd.options import TINY  # noqa: E402
 from minisd.sampling import prompt  # noqa: E402
 from minisd.sampling.generate import Settings, pictures  # noqa: E402
 from minisd.sampling.stable_diffusion import StableDiffusion  # noqa: E402
-from minisd.tiny.concepts import UNSEEN  # noqa: E402
-from minisd.tiny.pictures import SIDE, on, posed  # noqa: E402
+from minisd.tiny.concepts import UNSEEN, Concept  # noqa: E402
+from minisd.tiny.pictures import SIDE  # noqa: E402
 from minisd.tiny.trial import Trial, called, defaults  # noqa: E402
+from minisd.tiny.unseen import on_white  # noqa: E402
 
-POSES = [(1, (0, 0)), (0.95, (2, -2)), (0.95, (-2, 2)), (0.9, (2, 2)), (0.9, (-2, -2))]
 FREE = ("the context", "before the norm")
 
 
@@ -40,13 +39,13 @@ def loss(sd: StableDiffusion, latents: Tensor, timesteps: Tensor, noise: Tensor,
     return (sd.unet(noisy, timesteps, context.expand(len(latents), -1, -1)) - noise).square().mean()
 
 
-def train(sd: StableDiffusion, tile: Image.Image, word: str, free: str, rate: float) -> tuple[Tensor, float]:
+def train(sd: StableDiffusion, concept: Concept, free: str, rate: float) -> tuple[Tensor, float]:
     """The context, and its loss on fixed draws."""
-    shown = torch.stack([images.to_tensor(on(posed(tile, scale=s, shift=m))) for s, m in POSES])
+    shown = torch.stack([images.to_tensor(image) for image in on_white(concept)])
     with torch.no_grad():
         latents, _ = sd.encode_images(shown)
         model = sd.text_encoder.text_model
-        states = model.embeddings(sd.tokenizer([called("3d", word)]))
+        states = model.embeddings(sd.tokenizer([called("3d", concept.start)]))
         for layer in model.encoder.layers:
             states = layer(states)
         start = model.final_layer_norm(states) if free == "the context" else states
@@ -73,7 +72,7 @@ def measure(name: str, free: str, rate: float, seed: int, out: Path) -> str:
     t = Trial("textual_inversion", TINY, out, [], False)
     sd, tile = StableDiffusion.load(TINY, dtype=torch.float32), concept.tile()
     torch.manual_seed(seed)
-    context, error = train(sd, tile, concept.start, free, rate)
+    context, error = train(sd, concept, free, rate)
     norm, negative = sd.text_encoder.text_model.final_layer_norm, sd.encode_text([""])
     prompt.contexts = lambda sd, prompts, settings: (context.expand(len(prompts), -1, -1),
                                                      negative.expand(len(prompts), -1, -1))  # fmt: skip

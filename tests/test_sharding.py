@@ -91,10 +91,8 @@ def in_parts() -> None:
             mean = parts.averaging.part(name, whole.trained[name].grad)
             assert (p.grad - mean).abs().sum() <= 1e-5 * whole.trained[name].grad.abs().max() * mean.numel()
         assert parts.norm().item() == pytest.approx(whole.norm().item(), rel=1e-6)
-        for (
-            name,
-            p,
-        ) in parts.trained.items():  # autograd sums in another order: from here on the bits are equal
+        # autograd sums in another order: from here on the bits are equal
+        for name, p in parts.trained.items():
             p.grad.copy_(parts.averaging.part(name, whole.trained[name].grad))
         norm = whole.norm()
         for run in (whole, parts):
@@ -166,14 +164,6 @@ def test_what_trains_beside_frozen_weights_is_refused():
     network, row = UNet(SMALL).requires_grad_(False), torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="for networks that train as a whole, and rows is in none"):
         sharding.Sharding([network], {"rows": row}, distributed.Processes(), torch.float32)
-
-
-def flags_of(model, captioned, *more) -> list:
-    flags = ["--method", "text_to_image", "--model", model, "--data", captioned, "--resolution", 32]
-    flags += ["--train_text_encoder", "--use_ema", "--learning_rate", 1e-3, "--max_train_steps", 4]
-    flags += ["--checkpointing_steps", 2, "--report_to", "none", "--num_validation_images", 3]
-    flags += ["--validation_split", 1, "--validation_steps", 2, "--train_batch_size", 1]
-    return [*flags, *more]
 
 
 def close(a: Path, b: Path, first: int, last: int) -> None:

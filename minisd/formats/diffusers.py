@@ -140,9 +140,8 @@ def load_part(folder: Path, part: str, weights: str = "") -> nn.Module:
 def save_part(folder: Path, network: nn.Module) -> None:
     """Write config.json and the weights of one network, whole or not at all."""
     names = {kind: name for name, kind in parts.MODULES.items()}
-    part = next(
-        names[kind] for kind in type(network).__mro__ if kind in names
-    )  # fully_shard makes subclasses
+    # fully_shard makes subclasses
+    part = next(names[kind] for kind in type(network).__mro__ if kind in names)
     table = {} if getattr(network, "new_attention", False) else NEW_ATTENTION
     with files.new_folder(folder, keep=True) as temporary:
         tensors = {_attention(name, table): t for name, t in network.state_dict().items()}

@@ -45,12 +45,16 @@ def lora(t: Trial, concept: Concept) -> tuple[StableDiffusion, str]:
     return _with_adapter(t, t.train_model(data=_captioned(t, concept, word))), word
 
 
+def on_white(concept: Concept) -> list[Image.Image]:
+    """Return five poses of it on white."""
+    poses = [(1, (0, 0)), (0.95, (2, -2)), (0.95, (-2, 2)), (0.9, (2, 2)), (0.9, (-2, -2))]
+    return [on(posed(concept.tile(), scale=scale, shift=shift)) for scale, shift in poses]
+
+
 def lora_as_dreambooth(t: Trial, concept: Concept) -> tuple[StableDiffusion, str]:
     """From images on white with one prompt for all."""
     word = f"sks {concept.start}"
-    poses = [(1, (0, 0)), (0.95, (2, -2)), (0.95, (-2, 2)), (0.9, (2, 2)), (0.9, (-2, -2))]
-    shown = [on(posed(concept.tile(), scale=scale, shift=shift)) for scale, shift in poses]
-    data = t.write("instance", [{"": image} for image in shown])
+    data = t.write("instance", [{"": image} for image in on_white(concept)])
     return _with_adapter(t, t.train_model(data=data, instance_prompt=called("3d", word))), word
 
 

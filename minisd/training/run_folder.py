@@ -263,7 +263,7 @@ class RunFolder(AbstractContextManager):
         place, there = self.path / BEFORE, earlier and earlier.parent / BEFORE
         first = trainer.processes.first
         if trainer.step == 0:
-            with trainer.averaged():
+            with trainer.averaging.whole():  # an average is what it is of
                 image = trainer.method.preview("before")
             if first:
                 files.remove(place)
